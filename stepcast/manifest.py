@@ -1,0 +1,254 @@
+"""What an exported model is: features, outputs, state tensors, provenance.
+
+`manifest.json` lies beside `model.onnx` and `golden.npz` in models/<name>/<version>/. The trainer writes it, the
+server believes nothing else about a model. Shape letters: B rows, T steps, F input features, O outputs.
+"""
+
+import hashlib
+import json
+import math
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .errors import ManifestError
+
+MODEL_FILE, MANIFEST_FILE, GOLDEN_FILE = "model.onnx", "manifest.json", "golden.npz"
+
+Name = Annotated[str, Field(min_length=1, max_length=128)]
+ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+DType = Literal["float32", "float64", "float16", "int64", "int32", "bool"]
+ITEM_BYTES: dict[str, int] = {"float32": 4, "float64": 8, "float16": 2, "int64": 8, "int32": 4, "bool": 1}
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
+
+
+class Feature(_Strict):
+    """One input, or a block of `width` inputs that belong together (the pixels of a frame, a one-hot character).
+
+    `mean` and `scale` are what the graph already applies, (x - mean) / scale; they are here to be read, not to be
+    applied again. `missing` says what a NaN means: refused, replaced by the mean, by zero, or by the last reading.
+    """
+
+    name: Name
+    unit: str = ""
+    width: int = Field(default=1, ge=1)
+    mean: float = 0.0
+    scale: float = 1.0
+    missing: Literal["refuse", "mean", "zero", "hold"] = "refuse"
+    indicator: bool = Field(default=False, description="the graph adds a 1/0 channel that says: was missing")
+
+
+class Output(_Strict):
+    """One output; `mean` and `scale` are undone inside the graph, so that values are in `unit`."""
+
+    name: Name
+    unit: str = ""
+    mean: float = 0.0
+    scale: float = 1.0
+
+
+class StateTensor(_Strict):
+    """One state tensor of the graph, addressed by layer and key as DL4J does."""
+
+    layer: Name
+    key: Name
+    input: Name
+    output: Name
+    dtype: DType = "float32"
+    shape: tuple[Annotated[int, Field(ge=1)], ...] = Field(description="per row, the batch axis left out")
+    batch_axis: int = Field(default=0, ge=0, description="where the graph has the batch axis")
+    initial: float = Field(default=0.0, description="every element's value when there is no stored state")
+
+    @property
+    def size(self) -> int:
+        """Elements per row."""
+        return math.prod(self.shape)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes per row."""
+        return self.size * ITEM_BYTES[self.dtype]
+
+
+class InputTensor(_Strict):
+    """The graph's main input. Ours is `x` float32 [B,T,F]; graphs made by others may differ."""
+
+    name: Name = "x"
+    batch_axis: int = Field(default=0, ge=0)
+    time_axis: int | None = Field(default=1, ge=0, description="None: the graph takes one step at a time")
+
+
+class OutputTensor(_Strict):
+    """The graph's main output. Ours is `y` float32 [B,T,O]."""
+
+    name: Name = "y"
+    batch_axis: int = Field(default=0, ge=0)
+    time_axis: int | None = Field(default=1, ge=0)
+
+
+class Constant(_Strict):
+    """An extra input of the graph that always has the same value (a sample rate, a flag)."""
+
+    name: Name
+    dtype: DType
+    shape: tuple[int, ...] = ()
+    values: tuple[float, ...]
+
+
+class Feedback(_Strict):
+    """In a rollout, `source` (an output's name, or "class": the class chosen or sampled) becomes `feature`.
+
+    A class feeds a feature of width 1 as its index, a wider one as one-hot.
+    """
+
+    source: Name
+    feature: Name
+
+
+class Tolerance(_Strict):
+    """How close two ways of computing the same thing must be: |a - b| <= atol + rtol * |b|."""
+
+    rtol: float = Field(default=1e-4, ge=0)
+    atol: float = Field(default=1e-5, ge=0)
+
+
+class Provenance(_Strict):
+    """Where a model comes from."""
+
+    data: str = ""
+    config: dict[str, Any] = {}
+    seed: int | None = None
+    metrics: dict[str, Any] = {}
+    libraries: dict[str, str] = {}
+    created: str = ""
+
+
+class Manifest(_Strict):
+    """The whole contract of one model version. Unknown keys are refused."""
+
+    schema_version: Literal[1] = 1
+    name: ModelName
+    version: int = Field(ge=1)
+    description: str = ""
+    features: tuple[Feature, ...] = Field(min_length=1)
+    outputs: tuple[Output, ...] = Field(min_length=1)
+    task: Literal["regression", "classification"]
+    classes: tuple[str, ...] | None = None
+    readout: Literal["each", "last"] = Field(
+        default="each", description="last: trained many-to-one, the answer is the output at the last valid step"
+    )
+    input: InputTensor = InputTensor()
+    lengths: Name | None = Field(default="lengths", description="int32 [B], valid steps per row; None: not there")
+    output: OutputTensor = OutputTensor()
+    constants: tuple[Constant, ...] = ()
+    states: tuple[StateTensor, ...] = ()
+    streaming: bool = True
+    feedback: tuple[Feedback, ...] = ()
+    tolerance: Tolerance = Tolerance()
+    provenance: Provenance = Provenance()
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="of model.onnx")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        _unique("features", [f.name for f in self.features])
+        _unique("outputs", [o.name for o in self.outputs])
+        _unique("states", [f"{s.layer}.{s.key}" for s in self.states])
+        _unique("state inputs", [s.input for s in self.states])
+        _unique("state outputs", [s.output for s in self.states])
+        if (self.task == "classification") != (self.classes is not None):
+            raise ValueError("'classes' belongs to task 'classification', and only to it")
+        if self.classes is not None and len(self.classes) != len(self.outputs):
+            raise ValueError(f"{len(self.classes)} classes, but {len(self.outputs)} outputs")
+        features = {f.name for f in self.features}
+        sources = {o.name for o in self.outputs} | ({"class"} if self.classes else set())
+        for number, link in enumerate(self.feedback):
+            if link.feature not in features:
+                raise ValueError(f"feedback[{number}].feature {link.feature!r} is not a feature")
+            if link.source not in sources:
+                raise ValueError(f"feedback[{number}].source {link.source!r} is not an output")
+        return self
+
+    @property
+    def n_features(self) -> int:
+        """F: input values per row and step."""
+        return sum(f.width for f in self.features)
+
+    @property
+    def n_outputs(self) -> int:
+        """O: output values per row and step."""
+        return len(self.outputs)
+
+    @property
+    def state_row_bytes(self) -> int:
+        """Bytes of state per row, all tensors, in manifest order without padding."""
+        return sum(s.row_bytes for s in self.states)
+
+    @cached_property
+    def layers(self) -> dict[str, dict[str, StateTensor]]:
+        """State tensors by layer, then by key, in manifest order."""
+        layers: dict[str, dict[str, StateTensor]] = {}
+        for state in self.states:
+            layers.setdefault(state.layer, {})[state.key] = state
+        return layers
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits that change whenever the numbers or the layout of the state may: graph and state tensors."""
+        layout = [s.model_dump(mode="json") for s in self.states]
+        text = json.dumps([self.sha256, layout], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def feature_slices(self) -> dict[str, slice]:
+        """Where each feature stands in the last axis of `x`."""
+        slices, start = {}, 0
+        for feature in self.features:
+            slices[feature.name] = slice(start, start + feature.width)
+            start += feature.width
+        return slices
+
+
+def _unique(what: str, names: list[str]) -> None:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"{what} named twice: {', '.join(map(repr, twice))}")
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read and check manifest.json of a model directory models/<name>/<version>/.
+
+    Raises:
+        ManifestError: a file is missing, a key is unknown or wrong, model.onnx is not the file the manifest speaks
+            of, or the directory's names are not the manifest's.
+    """
+    path = directory / MANIFEST_FILE
+    try:
+        manifest = Manifest.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise ManifestError(f"{path}: can not be read ({error.strerror})") from error
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, e['loc'])) or '$'}: {e['msg']}" for e in error.errors()]
+        raise ManifestError(f"{path}: " + "; ".join(lines)) from error
+    model = directory / MODEL_FILE
+    if not model.is_file():
+        raise ManifestError(f"{model}: no such file")
+    got = sha256_of(model)
+    if got != manifest.sha256:
+        raise ManifestError(f"{model}: sha256 is {got}, manifest.json says {manifest.sha256}")
+    return manifest
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Write manifest.json, indented, with a newline at its end."""
+    text = json.dumps(manifest.model_dump(mode="json"), indent=2)
+    (directory / MANIFEST_FILE).write_text(text + "\n")
