@@ -1,0 +1,1 @@
+"""The offline trainer: makes a model directory, and nothing else."""

@@ -1,0 +1,1 @@
+"""Series to padded batches with masks."""

@@ -1,0 +1,19 @@
+"""What travels from a reader to the loss: padded sequences and what of them is real."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """B sequences of T steps.
+
+    A step is absent (x_mask 0: padding, a gap) or present; a reading inside a present step may still be missing,
+    then it is NaN in `x`. Labels have a mask of their own, per step or per output. No mask means all present.
+    """
+
+    x: Tensor  # (B, T, F) float32
+    y: Tensor  # (B, T, O) float32; classification: one-hot
+    x_mask: Tensor | None = None  # (B, T) bool
+    y_mask: Tensor | None = None  # (B, T) or (B, T, O) bool
