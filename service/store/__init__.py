@@ -1,0 +1,67 @@
+"""Where sessions rest: one small protocol, several stores.
+
+A store keeps opaque records (service/record.py) under keys `<namespace>/<model>/<session>` and knows two things about
+them: bytes 8 to 24 are the token that compare-and-set compares, and a session may have side records (its
+checkpoints), which live and die with it.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+
+class Write(NamedTuple):
+    """One change of one session: all of it or nothing."""
+
+    key: str
+    expect: bytes | None
+    """Token (16 bytes) of the record that this one replaces; None: there must be no record."""
+    record: bytes | None
+    """The new record; None: forget the session and its side records."""
+    ttl_s: float | None = None
+    """Seconds until the session is forgotten unless it is written again; None: never. Side records follow."""
+    sides: Mapping[str, bytes] | None = None
+    """Side records to set in the same atomic operation."""
+    touch_sides: bool = False
+    """The session has side records: give them the new time to live too."""
+
+
+class Store(Protocol):
+    """The protocol of every store. All methods raise errors.StoreUnavailable where the store can not answer.
+
+    After a StoreUnavailable from commit, whether a write was applied is unknown: load before the next try.
+    """
+
+    volatile: bool
+    """True where a restart of the process forgets everything."""
+
+    async def open(self) -> None:
+        """Connect; create what is needed. Raises StoreUnavailable where that fails."""
+
+    async def close(self) -> None:
+        """Flush what was accepted, then disconnect. Idempotent."""
+
+    async def ping(self) -> None:
+        """Return if the store can take a write now."""
+
+    async def load(self, keys: Sequence[str]) -> list[bytes | None]:
+        """The records under `keys`, in order; None where there is none (or it has expired)."""
+
+    async def commit(self, writes: Sequence[Write]) -> list[bool]:
+        """Apply each write whose `expect` holds, each atomically and durably; say which were applied.
+
+        Writes of one call have distinct keys and are independent of each other. Returning True is the
+        acknowledgement: the write is there after the configured durability level says so.
+        """
+
+    async def list(self, prefix: str, cursor: str, limit: int) -> tuple[list[str], str]:
+        """Keys that start with `prefix`, at most about `limit`, and the cursor of the next page ("" : no more).
+
+        Start with cursor "". A page may be short or empty although there is a next one. A key that exists from the
+        first page to the last is listed at least once.
+        """
+
+    async def load_side(self, key: str, name: str) -> bytes | None:
+        """One side record of a session."""
+
+    async def list_sides(self, key: str) -> list[str]:
+        """Names of a session's side records, sorted."""
