@@ -1,7 +1,7 @@
 """What every data source gives to the trainer, and how a configuration opens one.
 
-csv_sequences, table and python are three answers to this one question. The trainer knows nothing else about data:
-it reads batches, and the exporter copies the descriptions into the manifest.
+csv_sequences, table and python are three answers to this one question. The trainer knows nothing else about
+data: it reads batches, and the exporter copies the descriptions into the manifest.
 """
 
 from collections.abc import Iterator
@@ -20,8 +20,8 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 class Source(Protocol):
     """Sequences, and what they mean.
 
-    Values travel raw, in the units of `features` and `outputs`: their `mean` and `scale` are applied by the network
-    (and so end up inside the exported graph), not by the source. A missing reading is NaN.
+    Values travel raw, in the units of `features` and `outputs`: their `mean` and `scale` are applied by the
+    network (and so end up inside the exported graph), not by the source. A missing reading is NaN.
 
     Attributes:
         features: What stands in the last axis of `Batch.x`, in order; the widths sum to F.
@@ -57,12 +57,12 @@ class Source(Protocol):
     def batches(self, split: Split, epoch: int = 0) -> Iterator[Batch]:
         """One pass over a split, from its beginning; may be called again at any time.
 
-        The same (split, epoch) gives the same batches in the same order, in every process: that is what makes a
-        resumed run equal to an unbroken one. Only "train" may be shuffled, anew with each epoch. A split that was
-        not configured yields nothing.
+        The same (split, epoch) gives the same batches in the same order, in every process: that is what makes
+        a resumed run equal to an unbroken one. Only "train" may be shuffled, anew with each epoch. A split that
+        was not configured yields nothing.
 
-        Sequences are independent unless a batch says otherwise: in long contiguous series row b continues row b of
-        the batch before wherever `Batch.starts[b]` is False (a lane), and the trainer then carries the state over.
+        Sequences are independent unless a batch says otherwise: in long contiguous series row b continues row b
+        of the batch before wherever `Batch.starts[b]` is False (a lane), and the trainer carries its state over.
         """
         ...
 
