@@ -11,8 +11,8 @@ class Batch:
 
     A step is absent (x_mask 0: padding, a gap) or present; a reading inside a present step may still be
     missing, then it is NaN in `x`. Labels have a mask of their own, per step or per output. No mask means all
-    present. Rows are independent sequences, unless `starts` is False: such a row goes on where the same row of
-    the batch before ended (a lane of a long series), and the trainer carries its state over.
+    present. Rows are independent sequences, unless `starts` is False: such a row goes on where the same row
+    of the batch before ended (a lane of a long series), and the trainer carries its state over.
     """
 
     x: Tensor  # (B, T, F) float32

@@ -58,11 +58,12 @@ class Source(Protocol):
         """One pass over a split, from its beginning; may be called again at any time.
 
         The same (split, epoch) gives the same batches in the same order, in every process: that is what makes
-        a resumed run equal to an unbroken one. Only "train" may be shuffled, anew with each epoch. A split that
-        was not configured yields nothing.
+        a resumed run equal to an unbroken one. Only "train" may be shuffled, anew with each epoch. A split
+        that was not configured yields nothing.
 
-        Sequences are independent unless a batch says otherwise: in long contiguous series row b continues row b
-        of the batch before wherever `Batch.starts[b]` is False (a lane), and the trainer carries its state over.
+        Sequences are independent unless a batch says otherwise: in long contiguous series row b continues row
+        b of the batch before wherever `Batch.starts[b]` is False (a lane), and the trainer carries its state
+        over.
         """
         ...
 
