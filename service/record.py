@@ -111,9 +111,7 @@ class Record:
         )
         return b"".join((header, self.state, self.inputs, *self.answers))
 
-    def advanced(
-        self, step: int, examples: int, state: bytes, answer: bytes, inputs: bytes, now_ms: int
-    ) -> "Record":
+    def advanced(self, step: int, examples: int, state: bytes, answer: bytes, inputs: bytes, now_ms: int) -> "Record":
         """The next revision after a step call: `step` is the number of its last step."""
         answers = (*self.answers[1 - KEPT_ANSWERS :], answer)
         if len(answer) * len(answers) > KEPT_ANSWER_BYTES:
@@ -174,9 +172,7 @@ def new_record(
 ) -> Record:
     """A session that has not been stored yet, at revision 1 of a new incarnation."""
     now = clock()
-    return Record(
-        version, fingerprint, examples, step, state, (), b"", token_bytes(8), 1, now, now, ttl_s, 0
-    )
+    return Record(version, fingerprint, examples, step, state, (), b"", token_bytes(8), 1, now, now, ttl_s, 0)
 
 
 def decode(data: bytes) -> Record:

@@ -1,0 +1,333 @@
+"""One loaded model: pack states, run ONNX, unpack states, prove golden.npz. The only door to onnxruntime.
+
+States travel packed: uint8 [B, state_row_bytes], a row being every state tensor of the manifest in order. That is
+what a session's record holds, so gathering a batch is joining bytes.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from stepcast.errors import ManifestError
+from stepcast.manifest import GOLDEN_FILE, ITEM_BYTES, MODEL_FILE, Manifest, StateTensor, read_manifest
+
+Floats = npt.NDArray[np.float32]
+Bytes = npt.NDArray[np.uint8]
+Lengths = npt.NDArray[np.int32]
+
+RECURRENT: Final = ("LSTM", "GRU", "RNN")
+_ORT_TYPES: Final = {
+    "float32": "tensor(float)",
+    "float64": "tensor(double)",
+    "float16": "tensor(float16)",
+    "int64": "tensor(int64)",
+    "int32": "tensor(int32)",
+    "bool": "tensor(bool)",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What running golden.npz showed: the largest absolute errors."""
+
+    rows: int
+    steps: int
+    output_error: float
+    state_error: float
+    stepped: bool
+
+
+class Runtime:
+    """A model version, ready to run.
+
+    Args:
+        directory: models/<name>/<version>/.
+        device: auto takes CUDA when onnxruntime has it, cuda insists on it.
+        threads: onnxruntime's intra-op threads.
+
+    Raises:
+        ManifestError: the directory is not what its manifest says, or the device is not there.
+    """
+
+    def __init__(self, directory: Path, *, device: str = "auto", threads: int = 1, profile: Path | None = None) -> None:
+        self.directory = directory
+        self.manifest: Manifest = read_manifest(directory)
+        self._session = _open_session(directory / MODEL_FILE, device, threads, profile)
+        _check_signature(self.manifest, self._session)
+        self.device = "cuda" if "CUDAExecutionProvider" in self._session.get_providers() else "cpu"
+        self.row_bytes = self.manifest.state_row_bytes
+        self._states = _layout(self.manifest)
+        self._outputs = [self.manifest.output.name, *(s.output for s in self.manifest.states)]
+        self._constants = {c.name: np.array(c.values, dtype=c.dtype).reshape(c.shape) for c in self.manifest.constants}
+        self._initial_row = b"".join(np.full(s.shape, s.initial, dtype=s.dtype).tobytes() for s in self.manifest.states)
+        self._plain = self._is_plain()
+
+    def initial(self, rows: int) -> bytes:
+        """The packed state of `rows` rows that have no history."""
+        return self._initial_row * rows
+
+    def run(self, x: Floats, lengths: Lengths | None, states: Bytes) -> tuple[Floats, Bytes]:
+        """Advance B rows by up to T steps.
+
+        Args:
+            x: (B, T, F) float32.
+            lengths: (B,) int32, valid steps per row; None: T in every row. A row of length 0 keeps its state.
+            states: (B, state_row_bytes) uint8.
+
+        Returns:
+            y (B, T, O) float32, of which steps past a row's length mean nothing, and the new states.
+        """
+        if self._plain:
+            return self._run_graph(x, lengths, states)
+        return self._run_foreign(x, lengths, states)
+
+    def prove(self) -> Proof:
+        """Reproduce golden.npz in one call and, where the model streams, one step at a time.
+
+        Raises:
+            ManifestError: golden.npz is missing or wrong, or an output or state is off by more than the tolerance.
+        """
+        return _Prover(self).prove()
+
+    def unpack(self, states: bytes, rows: int) -> dict[str, dict[str, npt.NDArray[Any]]]:
+        """Packed state as {layer: {key: array (rows, *shape)}}."""
+        table = np.frombuffer(states, np.uint8).reshape(rows, self.row_bytes)
+        state: dict[str, dict[str, npt.NDArray[Any]]] = {}
+        for tensor, cut in self._states:
+            state.setdefault(tensor.layer, {})[tensor.key] = _tensor_rows(table[:, cut], tensor)
+        return state
+
+    def pack(self, state: dict[str, dict[str, npt.NDArray[Any]]]) -> bytes:
+        """The inverse of unpack; arrays have the manifest's dtypes and shapes already."""
+        parts = [_byte_rows(state[tensor.layer][tensor.key]) for tensor, _ in self._states]
+        return np.concatenate(parts, axis=1).tobytes() if parts else b""
+
+    def _is_plain(self) -> bool:
+        m = self.manifest
+        return (
+            m.lengths is not None
+            and (m.input.batch_axis, m.input.time_axis) == (0, 1)
+            and (m.output.batch_axis, m.output.time_axis) == (0, 1)
+        )
+
+    def _feeds(self, states: Bytes) -> dict[str, npt.NDArray[Any]]:
+        feeds = dict(self._constants)
+        for tensor, cut in self._states:
+            rows = _tensor_rows(states[:, cut], tensor)
+            feeds[tensor.input] = np.moveaxis(rows, 0, tensor.batch_axis) if tensor.batch_axis else rows
+        return feeds
+
+    def _packed(self, outputs: list[npt.NDArray[Any]], rows: int) -> Bytes:
+        if not outputs:
+            return np.empty((rows, 0), np.uint8)
+        parts = []
+        for (tensor, _), value in zip(self._states, outputs, strict=True):
+            parts.append(_byte_rows(np.moveaxis(value, tensor.batch_axis, 0) if tensor.batch_axis else value))
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+
+    def _run_graph(self, x: Floats, lengths: Lengths | None, states: Bytes) -> tuple[Floats, Bytes]:
+        feeds = self._feeds(states)
+        feeds[self.manifest.input.name] = x
+        if self.manifest.lengths is not None:
+            feeds[self.manifest.lengths] = np.full(len(x), x.shape[1], np.int32) if lengths is None else lengths
+        y, *new = self._session.run(self._outputs, feeds)
+        return y, self._packed(new, len(x))
+
+    def _run_foreign(self, x: Floats, lengths: Lengths | None, states: Bytes) -> tuple[Floats, Bytes]:
+        """A graph without `lengths`, without a time axis or with other axes: rows of equal length go together."""
+        rows, steps = x.shape[:2]
+        each = np.full(rows, steps, np.int32) if lengths is None else lengths
+        y = np.zeros((rows, steps, self.manifest.n_outputs), np.float32)
+        new = np.array(states)
+        stepwise = self.manifest.input.time_axis is None
+        spans = [(t, t + 1) for t in range(steps)] if stepwise else [(0, steps)]
+        for start, stop in spans:
+            for length in np.unique(each[each > start]):
+                pick = np.flatnonzero(each > start if stepwise else each == length)
+                end = stop if stepwise else int(length)
+                y[pick, start:end], new[pick] = self._run_block(x[pick, start:end], new[pick])
+                if stepwise:
+                    break
+        return y, new
+
+    def _run_block(self, x: Floats, states: Bytes) -> tuple[Floats, Bytes]:
+        """One run of rows of equal length through a graph with axes of its own."""
+        spec, rows, steps = self.manifest, *x.shape[:2]
+        feeds = self._feeds(states)
+        feeds[spec.input.name] = np.ascontiguousarray(_to_graph(x, spec.input.batch_axis, spec.input.time_axis))
+        if spec.lengths is not None:
+            feeds[spec.lengths] = np.full(rows, steps, np.int32)
+        y, *new = self._session.run(self._outputs, feeds)
+        y = _from_graph(np.asarray(y, np.float32), spec.output.batch_axis, spec.output.time_axis)
+        return y.reshape(rows, steps, spec.n_outputs), self._packed(new, rows)
+
+
+def _open_session(path: Path, device: str, threads: int, profile: Path | None) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = 3
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
+    cuda = "CUDAExecutionProvider" in ort.get_available_providers()
+    if device == "cuda" and not cuda:
+        raise ManifestError(f"device is 'cuda', onnxruntime has {ort.get_available_providers()}. Install service-gpu.")
+    providers = (
+        ["CPUExecutionProvider"] if device == "cpu" or not cuda else ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    )
+    try:
+        session = ort.InferenceSession(str(path), options, providers=providers)
+    except Exception as error:  # onnxruntime's exceptions have no common base but this
+        raise ManifestError(f"{path}: onnxruntime can not load it: {error}") from error
+    if device == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
+        raise ManifestError(f"{path}: device is 'cuda', but onnxruntime fell back to {session.get_providers()}")
+    return session
+
+
+def _check_signature(manifest: Manifest, session: ort.InferenceSession) -> None:
+    inputs = {i.name: i.type for i in session.get_inputs()}
+    outputs = {o.name: o.type for o in session.get_outputs()}
+    want_in = {manifest.input.name: "tensor(float)"}
+    if manifest.lengths is not None:
+        want_in[manifest.lengths] = "tensor(int32)"
+    want_in |= {c.name: _ORT_TYPES[c.dtype] for c in manifest.constants}
+    want_in |= {s.input: _ORT_TYPES[s.dtype] for s in manifest.states}
+    want_out = {manifest.output.name: "tensor(float)"} | {s.output: _ORT_TYPES[s.dtype] for s in manifest.states}
+    for name, want in want_in.items():
+        if inputs.get(name) != want:
+            raise ManifestError(f"input {name!r} is {inputs.get(name)} in model.onnx, {want} in manifest.json")
+    for name, want in want_out.items():
+        if outputs.get(name) != want:
+            raise ManifestError(f"output {name!r} is {outputs.get(name)} in model.onnx, {want} in manifest.json")
+    extra = sorted(set(inputs) - set(want_in))
+    if extra:
+        raise ManifestError(f"model.onnx has inputs that manifest.json does not speak of: {extra}")
+
+
+def _layout(manifest: Manifest) -> list[tuple[StateTensor, slice]]:
+    layout, start = [], 0
+    for tensor in manifest.states:
+        layout.append((tensor, slice(start, start + tensor.row_bytes)))
+        start += tensor.row_bytes
+    return layout
+
+
+def _tensor_rows(cut: Bytes, tensor: StateTensor) -> npt.NDArray[Any]:
+    return np.ascontiguousarray(cut).view(tensor.dtype).reshape(len(cut), *tensor.shape)
+
+
+def _byte_rows(value: npt.NDArray[Any]) -> Bytes:
+    rows = len(value)
+    return np.ascontiguousarray(value).reshape(rows, -1).view(np.uint8)
+
+
+def _to_graph(x: Floats, batch_axis: int, time_axis: int | None) -> Floats:
+    if time_axis is None:
+        return np.moveaxis(x[:, 0], 0, batch_axis)
+    return np.moveaxis(x, (0, 1), (batch_axis, time_axis))
+
+
+def _from_graph(y: Floats, batch_axis: int, time_axis: int | None) -> Floats:
+    if time_axis is None:
+        return np.moveaxis(y, batch_axis, 0)
+    return np.moveaxis(y, (batch_axis, time_axis), (0, 1))
+
+
+class _Prover:
+    """Compares a runtime with the arrays that torch recorded when the model was exported."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+        path = runtime.directory / GOLDEN_FILE
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                self.golden = {name: file[name] for name in file.files}
+        except (OSError, ValueError) as error:
+            raise ManifestError(f"{path}: can not be read ({error})") from error
+        missing = {"x", "lengths", "y"} - set(self.golden)
+        if missing:
+            raise ManifestError(f"{path}: arrays {sorted(missing)} are missing")
+        self.x = np.ascontiguousarray(self.golden["x"], np.float32)
+        self.lengths = np.ascontiguousarray(self.golden["lengths"], np.int32)
+
+    def prove(self) -> Proof:
+        rows, steps = self.x.shape[:2]
+        whole = self.runtime.run(self.x, self.lengths, self._states("state_in"))
+        output_error, state_error = self._compare(*whole, "one call")
+        streams = self.runtime.manifest.streaming
+        if streams:
+            stepped = self._compare(*self._one_by_one(), "one step at a time")
+            output_error, state_error = max(output_error, stepped[0]), max(state_error, stepped[1])
+        return Proof(rows, steps, output_error, state_error, streams)
+
+    def _states(self, side: str) -> Bytes:
+        rows, row_bytes = len(self.x), self.runtime.row_bytes
+        state: dict[str, dict[str, npt.NDArray[Any]]] = {}
+        for tensor in self.runtime.manifest.states:
+            value = self.golden.get(f"{side}.{tensor.layer}.{tensor.key}")
+            if value is None or value.shape != (rows, *tensor.shape):
+                got = None if value is None else value.shape
+                raise ManifestError(
+                    f"golden.npz: {side}.{tensor.layer}.{tensor.key} is {got}, want {(rows, *tensor.shape)}"
+                )
+            state.setdefault(tensor.layer, {})[tensor.key] = value.astype(tensor.dtype)
+        return np.frombuffer(self.runtime.pack(state), np.uint8).reshape(rows, row_bytes)
+
+    def _one_by_one(self) -> tuple[Floats, Bytes]:
+        states, parts = self._states("state_in"), []
+        for step in range(self.x.shape[1]):
+            alive = (self.lengths > step).astype(np.int32)
+            y, states = self.runtime.run(np.ascontiguousarray(self.x[:, step : step + 1]), alive, states)
+            parts.append(y)
+        y_all = np.concatenate(parts, axis=1) if parts else self.golden["y"]
+        return y_all, states
+
+    def _compare(self, y: Floats, states: Bytes, how: str) -> tuple[float, float]:
+        valid = np.arange(self.x.shape[1]) < self.lengths[:, None]
+        output_error = self._differ("outputs", y[valid], self.golden["y"][valid], how)
+        state_error = 0.0
+        got = self.runtime.unpack(states.tobytes(), len(self.x))
+        want = self.runtime.unpack(self._states("state_out").tobytes(), len(self.x))
+        for layer, keys in want.items():
+            for key, value in keys.items():
+                state_error = max(state_error, self._differ(f"state {layer}.{key}", got[layer][key], value, how))
+        return output_error, state_error
+
+    def _differ(self, what: str, got: npt.NDArray[Any], want: npt.NDArray[Any], how: str) -> float:
+        if not want.size:
+            return 0.0
+        tolerance = self.runtime.manifest.tolerance
+        a, b = got.astype(np.float64), want.astype(np.float64)
+        error = np.abs(a - b)
+        if not np.all(error <= tolerance.atol + tolerance.rtol * np.abs(b)):
+            raise ManifestError(
+                f"{self.runtime.directory}: {what} in {how} differ from golden.npz by up to {np.nanmax(error):.3g} "
+                f"(rtol {tolerance.rtol:g}, atol {tolerance.atol:g})"
+            )
+        return float(error.max())
+
+
+def placements(directory: Path, device: str, profile: Path) -> dict[str, str]:
+    """Which execution provider runs each recurrent node, seen by running golden.npz under onnxruntime's profiler.
+
+    Args:
+        profile: Prefix of the profile file that onnxruntime writes.
+    """
+    runtime = Runtime(directory, device=device, profile=profile)
+    runtime.prove()
+    events = json.loads(Path(runtime._session.end_profiling()).read_text())
+    return {
+        event["name"].removesuffix("_kernel_time"): event["args"]["provider"]
+        for event in events
+        if event.get("cat") == "Node" and event.get("args", {}).get("op_name") in RECURRENT
+    }
+
+
+assert set(_ORT_TYPES) == set(ITEM_BYTES)
