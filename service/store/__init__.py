@@ -53,7 +53,7 @@ class Store(Protocol):
         acknowledgement: the write is there after the configured durability level says so.
         """
 
-    async def list(self, prefix: str, cursor: str, limit: int) -> tuple[list[str], str]:
+    async def list_keys(self, prefix: str, cursor: str, limit: int) -> tuple[list[str], str]:
         """Keys that start with `prefix`, at most about `limit`, and the cursor of the next page ("" : no more).
 
         Start with cursor "". A page may be short or empty although there is a next one. A key that exists from the

@@ -1,0 +1,107 @@
+"""Sessions in the memory of this process: for tests, trials and state that may be lost.
+
+A restart forgets everything and no other process sees it. No method ever suspends.
+"""
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from heapq import nsmallest
+from math import inf
+from typing import Final
+
+from service.record import TOKEN
+from service.store import Write
+
+_GONE: Final[tuple[bytes, float]] = (b"", inf)
+
+
+class MemoryStore:
+    """A dict with compare-and-set and expiry.
+
+    Expired sessions vanish for readers at once; their memory is freed by a sweep that goes round the sessions: every
+    commit looks at one, and at two more for each session that it creates. So a commit does bounded work, and at most
+    about as many expired sessions are held as live ones.
+
+    Args:
+        clock: Seconds, monotonic.
+    """
+
+    volatile = True
+
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._records: OrderedDict[str, tuple[bytes, float]] = OrderedDict()  # key: (record, expires)
+        self._sides: dict[str, dict[str, bytes]] = {}
+
+    async def open(self) -> None:
+        """Nothing to connect to."""
+
+    async def close(self) -> None:
+        """Nothing to flush."""
+
+    async def ping(self) -> None:
+        """Memory can always take a write."""
+
+    async def load(self, keys: Sequence[str]) -> list[bytes | None]:
+        now = self._clock()
+        return [self._live(key, now) for key in keys]
+
+    async def commit(self, writes: Sequence[Write]) -> list[bool]:
+        now, records, visits = self._clock(), self._records, 1
+        applied = []
+        for write in writes:
+            key, expect, record, ttl_s, sides, _ = write
+            old, expires = records.get(key, _GONE)
+            if (old[TOKEN] if expires > now else b"") != (expect or b""):
+                applied.append(False)
+                continue
+            if expect is None or record is None:
+                self._forget(key)
+                visits += 2
+            if record is not None:
+                records[key] = (record, inf if ttl_s is None else now + ttl_s)
+                if sides:
+                    self._sides.setdefault(key, {}).update(sides)
+            applied.append(True)
+        self._sweep(visits, now)
+        return applied
+
+    async def list_keys(self, prefix: str, cursor: str, limit: int) -> tuple[list[str], str]:
+        now = self._clock()
+        found = (
+            key
+            for key, (_, expires) in self._records.items()
+            if key > cursor and key.startswith(prefix) and expires > now
+        )
+        keys = nsmallest(limit, found)
+        return keys, keys[-1] if len(keys) == limit else ""
+
+    async def load_side(self, key: str, name: str) -> bytes | None:
+        return self._live_sides(key).get(name)
+
+    async def list_sides(self, key: str) -> list[str]:
+        return sorted(self._live_sides(key))
+
+    def _live(self, key: str, now: float) -> bytes | None:
+        record, expires = self._records.get(key, _GONE)
+        return record if record and expires > now else None
+
+    def _live_sides(self, key: str) -> dict[str, bytes]:
+        if self._live(key, self._clock()) is None:
+            return {}
+        return self._sides.get(key, {})
+
+    def _forget(self, key: str) -> None:
+        self._records.pop(key, None)
+        self._sides.pop(key, None)
+
+    def _sweep(self, visits: int, now: float) -> None:
+        """Look at the next `visits` sessions of the round: drop the expired, send the others to its end."""
+        records = self._records
+        for _ in range(min(visits, len(records))):
+            key = next(iter(records))
+            if records[key][1] <= now:
+                self._forget(key)
+            else:
+                records.move_to_end(key)
