@@ -1,0 +1,112 @@
+# Every verb sets up what it needs; from nothing but Python >= 3.11 and make.
+#
+#   make install       environment in .venv with everything for development
+#   make check         lint, format, types, imports
+#   make test          the whole suite; ARGS="-k law -x" goes to pytest
+#   make test-service  the service's tests in an environment without torch
+#   make demo          train, serve and replay real weather; TRAIN=0 takes the committed model
+#   make serve         the server on models/; ARGS="--port 9000"
+#   make bench         the numbers of README
+#   make chaos         kill -9 at random moments, then count
+#   make lock          write constraints.txt anew from the newest versions
+#   make clean         remove caches and build output
+#   make distclean     remove .venv and .cache too
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SERVICE_VENV := .cache/service-venv
+SERVICE_STAMP := $(SERVICE_VENV)/.installed
+LOCK_VENV := .cache/lock-venv
+
+# Python 3.11 and 3.12 first: for these every dependency has a ready-made wheel. `make PYTHON=...` to choose.
+PYTHONS := python3.11 python3.12 python3 python3.13 python3.14
+PYTHON := $(shell for p in $(PYTHONS); do \
+	"$$p" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 \
+	&& command -v "$$p" && break; done)
+
+# -qq: errors only. A second run of make installs nothing unless one of INPUTS changed.
+INPUTS := pyproject.toml constraints.txt
+PIP_INSTALL = -m pip install -qq --disable-pip-version-check -c constraints.txt
+
+# Tests that render manifests need kubectl; without it they are left out, and that is said.
+KUBECTL := $(shell command -v kubectl 2>/dev/null)
+WORKERS ?= 2
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+
+.DEFAULT_GOAL := help
+.PHONY: help install check test test-service demo serve bench chaos lock clean distclean python
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+python:
+	@test -n "$(PYTHON)" || { \
+	  echo "No Python >= 3.11 with venv and ensurepip (looked for: $(PYTHONS))."; \
+	  echo "Install one (Debian, Ubuntu: python3 python3-venv; macOS: brew install python@3.12),"; \
+	  echo "or name one: make PYTHON=/path/to/python3"; exit 1; } >&2
+
+$(STAMP): $(INPUTS) | python
+	@echo "Installing into $(VENV) ($(PYTHON)); the first time takes some minutes."
+	@test -x $(BIN)/pip || "$(PYTHON)" -m venv --clear $(VENV)
+	@$(BIN)/python $(PIP_INSTALL) -e '.[dev]'
+	@touch $@
+
+$(SERVICE_STAMP): $(INPUTS) | python
+	@echo "Installing into $(SERVICE_VENV) ($(PYTHON)): the service and what its tests need."
+	@test -x $(SERVICE_VENV)/bin/pip || "$(PYTHON)" -m venv --clear $(SERVICE_VENV)
+	@$(SERVICE_VENV)/bin/python $(PIP_INSTALL) -e '.[service,test]'
+	@touch $@
+
+install: $(STAMP)
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+test: $(STAMP)
+ifeq ($(KUBECTL),)
+	@echo "kubectl is not on the PATH: the tests marked kubectl are left out."
+	$(PYTEST) -m 'not kubectl' $(ARGS)
+else
+	$(PYTEST) $(ARGS)
+endif
+
+# Only files that name the marker are collected: others may import torch.
+test-service: $(SERVICE_STAMP)
+	@$(SERVICE_VENV)/bin/python -c "import importlib.util as u; assert u.find_spec('torch') is None, 'torch is installed'"
+	$(SERVICE_VENV)/bin/python -m pytest -n $(WORKERS) --dist loadgroup -m service $(ARGS) \
+	  $$(grep -l 'mark\.service\b' tests/test_*.py)
+
+demo: $(STAMP)
+	$(BIN)/python demo/replay.py $(if $(filter 0,$(TRAIN)),--committed,) $(ARGS)
+
+serve: $(STAMP)
+	$(BIN)/python -m service serve $(ARGS)
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks $(ARGS)
+
+chaos: $(STAMP)
+	$(BIN)/python -m benchmarks.chaos $(ARGS)
+
+# Versions without a local part (torch's +cpu) and without CUDA's packages, which torch and onnxruntime-gpu pin
+# themselves: the file fits machines with and without a GPU.
+lock: | python
+	"$(PYTHON)" -m venv --clear $(LOCK_VENV)
+	$(LOCK_VENV)/bin/python -m pip install -qq --disable-pip-version-check -e '.[dev]'
+	{ echo '# Exact versions that the suite passed with; written by `make lock`.'; \
+	  $(LOCK_VENV)/bin/python -m pip freeze --exclude-editable \
+	    | sed -E 's/\+[A-Za-z0-9.]+$$//' | grep -vE '^(nvidia-|cuda-|triton==)' \
+	    | awk -F== '{ print } /^onnxruntime==/ { print "onnxruntime-gpu==" $$2 }'; } > constraints.txt.new
+	mv constraints.txt.new constraints.txt
+
+# Sessions (*.db) and training runs are yours: no verb removes them.
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage*
+	find stepcast service training tests benchmarks demo -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+
+distclean: clean
+	rm -rf $(VENV) .cache
