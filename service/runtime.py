@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from stepcast.errors import ManifestError
+from stepcast.errors import ManifestError, NonFinite
 from stepcast.manifest import GOLDEN_FILE, ITEM_BYTES, MODEL_FILE, Manifest, StateTensor, read_manifest
 
 Floats = npt.NDArray[np.float32]
@@ -66,6 +66,7 @@ class Runtime:
         self._constants = {c.name: np.array(c.values, dtype=c.dtype).reshape(c.shape) for c in self.manifest.constants}
         self._initial_row = b"".join(np.full(s.shape, s.initial, dtype=s.dtype).tobytes() for s in self.manifest.states)
         self._plain = self._is_plain()
+        self._all_float32 = all(s.dtype == "float32" for s in self.manifest.states)
 
     def initial(self, rows: int) -> bytes:
         """The packed state of `rows` rows that have no history."""
@@ -81,10 +82,13 @@ class Runtime:
 
         Returns:
             y (B, T, O) float32, of which steps past a row's length mean nothing, and the new states.
+
+        Raises:
+            NonFinite: an output or a state of some row is NaN or infinite.
         """
-        if self._plain:
-            return self._run_graph(x, lengths, states)
-        return self._run_foreign(x, lengths, states)
+        y, new = (self._run_graph if self._plain else self._run_foreign)(x, lengths, states)
+        self._check_finite(y, lengths, new)
+        return y, new
 
     def prove(self) -> Proof:
         """Reproduce golden.npz in one call and, where the model streams, one step at a time.
@@ -114,6 +118,23 @@ class Runtime:
             and (m.input.batch_axis, m.input.time_axis) == (0, 1)
             and (m.output.batch_axis, m.output.time_axis) == (0, 1)
         )
+
+    def _check_finite(self, y: Floats, lengths: Lengths | None, states: Bytes) -> None:
+        if not np.isfinite(y).all():
+            valid = y if lengths is None else y[np.arange(y.shape[1]) < lengths[:, None]]
+            if not np.isfinite(valid).all():
+                raise NonFinite("the model's outputs are not finite; nothing was committed")
+        if self._all_float32:
+            flat = states.reshape(-1).view(np.float32)
+            finite = np.isfinite(np.dot(flat, flat)) or np.isfinite(flat).all()  # the product overflows first, cheaply
+        else:
+            finite = all(
+                np.isfinite(np.ascontiguousarray(states[:, cut]).view(tensor.dtype)).all()
+                for tensor, cut in self._states
+                if tensor.dtype.startswith("float")
+            )
+        if not finite:
+            raise NonFinite("the model's state would not be finite; nothing was committed")
 
     def _feeds(self, states: Bytes) -> dict[str, npt.NDArray[Any]]:
         feeds = dict(self._constants)

@@ -1,0 +1,249 @@
+"""Gathers concurrent jobs into few runs; bounded; knows no model and no session.
+
+The rule: whatever arrived while the last run was busy goes together into the next one. No timers, so a lone caller
+waits for nobody. Single steps go before long sequences; a long sequence runs in chunks, single steps in between.
+"""
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final, Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from stepcast.errors import DeadlineExceeded, Internal, StepcastError
+
+Floats = npt.NDArray[np.float32]
+Bytes = npt.NDArray[np.uint8]
+Lengths = npt.NDArray[np.int32]
+Run = Callable[[Floats, Lengths | None, Bytes], tuple[Floats, Bytes]]
+
+log = logging.getLogger("stepcast.batcher")
+
+UNFINISHED_RUNS: Final = 2
+"""Batches that may wait for `finish` (their commit) while the next one runs; more would only make batches small."""
+
+
+class Job:
+    """N rows that advance together by up to T steps.
+
+    Args:
+        x: (N, T, F) float32.
+        lengths: (N,) int32 valid steps per row, None: all T.
+        state: Packed state of the N rows.
+        deadline: Monotonic time (s) after which the job is not run any more.
+
+    After the run: `outputs` (N, T, O) float32 and `state`, or `error`.
+    """
+
+    __slots__ = ("at", "deadline", "error", "lengths", "outputs", "parts", "rows", "state", "steps", "x")
+
+    def __init__(self, x: Floats, lengths: Lengths | None, state: bytes, deadline: float) -> None:
+        self.x = x
+        self.lengths = lengths
+        self.state = state
+        self.deadline = deadline
+        self.rows, self.steps = x.shape[:2]
+        self.at = 0
+        self.parts: list[Floats] = []
+        self.outputs: Floats | None = None
+        self.error: StepcastError | None = None
+
+    def abandoned(self) -> bool:
+        """Whether nobody waits for the answer any more."""
+        return False
+
+
+J = TypeVar("J", bound=Job)
+
+
+class Batcher(Generic[J]):
+    """Runs jobs of one model, many at a time.
+
+    Args:
+        run: (x (B,T,F), lengths (B,) or None, states (B,S) uint8) -> (y (B,T,O), new states). Called from the event
+            loop or from one thread, never twice at once.
+        finish: Takes the jobs of a run in order, done or failed; what it returns is awaited before more than
+            UNFINISHED_RUNS batches are under way.
+        observe: Takes rows and seconds of each run.
+        batch_rows: Most rows in one run (a larger job runs alone).
+        chunk_s: About how long a chunk of a long sequence may take; None: sequences can not be cut.
+        inline_s: Runs expected to take longer are made in a thread, so that the event loop stays free.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        finish: Callable[[list[J]], Awaitable[None] | None],
+        observe: Callable[[int, float], None],
+        *,
+        batch_rows: int,
+        chunk_s: float | None,
+        inline_s: float,
+    ) -> None:
+        self._run, self._finish, self._observe = run, finish, observe
+        self._batch_rows, self._chunk_s, self._inline_s = batch_rows, chunk_s, inline_s
+        self._short: deque[J] = deque()
+        self._long: deque[J] = deque()
+        self._task: asyncio.Task[None] | None = None
+        self._unfinished: set[asyncio.Task[None]] = set()
+        self._pool: ThreadPoolExecutor | None = None
+        self._run_s = 50e-6  # moving averages: a run's fixed cost is not told apart from its cells'
+        self._cell_s = 20e-6
+
+    def submit(self, job: J) -> None:
+        """Queue a job; it is handed to `finish` exactly once."""
+        (self._short if job.steps == 1 else self._long).append(job)
+        if self._task is None:
+            self._task = asyncio.get_running_loop().create_task(self._work())
+
+    async def close(self) -> None:
+        """Wait until every queued job has been finished."""
+        while self._task is not None or self._unfinished:
+            waiting = {t for t in (self._task, *self._unfinished) if t is not None}
+            await asyncio.wait(waiting)
+        if self._pool is not None:
+            self._pool.shutdown(wait=False)
+
+    async def _work(self) -> None:
+        try:
+            while self._short or self._long:
+                if self._short:
+                    await self._round(self._take(self._short), 1)
+                if self._long:
+                    await self._long_round()
+                await asyncio.sleep(0)  # sockets are read and answers written between runs
+        finally:
+            self._task = None
+
+    def _take(self, queue: deque[J]) -> list[J]:
+        """The oldest jobs that fit into one run; expired and abandoned ones are finished at once."""
+        now, rows = time.monotonic(), 0
+        jobs: list[J] = []
+        gone: list[J] = []
+        while queue and (not jobs or rows + queue[0].rows <= self._batch_rows):
+            job = queue.popleft()
+            if job.at == 0 and (job.deadline < now or job.abandoned()):
+                job.error = DeadlineExceeded("the step waited longer than its deadline for its run; it was not applied")
+                gone.append(job)
+            else:
+                jobs.append(job)
+                rows += job.rows
+        if gone:
+            self._finished(gone)
+        return jobs
+
+    async def _long_round(self) -> None:
+        jobs = self._take(self._long)
+        if not jobs:
+            return
+        longest = max(job.steps - job.at for job in jobs)
+        rows = sum(job.rows for job in jobs)
+        chunk = longest
+        if self._chunk_s is not None:
+            chunk = min(longest, max(1, int(self._chunk_s / (self._cell_s * rows))))
+        await self._round(jobs, chunk)
+
+    async def _round(self, jobs: list[J], chunk: int) -> None:
+        """Run jobs by up to `chunk` steps; those that are done go to `finish`, the rest to the queue's end."""
+        if not jobs:
+            return
+        rows = sum(job.rows for job in jobs)
+        started = time.perf_counter()
+        if self._expected_s(rows, chunk) <= self._inline_s:
+            self._advance(jobs, chunk)
+        else:
+            await asyncio.get_running_loop().run_in_executor(self._executor(), self._advance, jobs, chunk)
+        took = time.perf_counter() - started
+        self._learn(rows, chunk, took)
+        self._observe(rows, took)
+        done = [job for job in jobs if job.error is not None or job.at >= job.steps]
+        self._long.extend(job for job in jobs if job.error is None and job.at < job.steps)
+        if done:
+            self._finished(done)
+        while len(self._unfinished) >= UNFINISHED_RUNS:
+            await asyncio.wait(self._unfinished, return_when=asyncio.FIRST_COMPLETED)
+
+    def _expected_s(self, rows: int, steps: int) -> float:
+        return self._run_s if steps == 1 else rows * steps * self._cell_s
+
+    def _learn(self, rows: int, steps: int, took: float) -> None:
+        if steps == 1:
+            self._run_s += 0.1 * (took - self._run_s)
+        else:
+            self._cell_s += 0.3 * (took / (rows * steps) - self._cell_s)
+
+    def _executor(self) -> ThreadPoolExecutor:
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(1, thread_name_prefix="stepcast-run")
+        return self._pool
+
+    def _finished(self, jobs: list[J]) -> None:
+        waits = self._finish(jobs)
+        if waits is not None:
+            task = asyncio.ensure_future(waits)
+            self._unfinished.add(task)
+            task.add_done_callback(self._unfinished.discard)
+
+    def _advance(self, jobs: Sequence[J], chunk: int) -> None:
+        """Run; where a batch fails, run its jobs alone, so that only the guilty one fails."""
+        try:
+            advance(self._run, jobs, chunk)
+        except Exception as error:
+            if len(jobs) == 1:
+                jobs[0].error = _as_ours(error)
+                return
+            for job in jobs:
+                self._advance([job], chunk)
+
+
+def _as_ours(error: Exception) -> StepcastError:
+    if isinstance(error, StepcastError):
+        return error
+    log.error("a run failed", exc_info=error)
+    return Internal(f"the model could not be run: {type(error).__name__}")
+
+
+def advance(run: Run, jobs: Sequence[Job], chunk: int) -> None:
+    """One run of several jobs by up to `chunk` steps: gather, run, scatter. Nothing changes if the run raises."""
+    first = jobs[0]
+    if len(jobs) == 1 and first.steps <= chunk:
+        x, lengths, takes = first.x, first.lengths, [first.steps]
+    else:
+        x, lengths, takes = _gather(jobs, chunk)
+    rows = len(x)
+    states = np.frombuffer(b"".join([job.state for job in jobs]), np.uint8).reshape(rows, -1)
+    y, new = run(x, lengths, states)
+    at = 0
+    for job, take in zip(jobs, takes, strict=True):
+        part = y[at : at + job.rows, :take]
+        job.state = new[at : at + job.rows].tobytes()
+        at += job.rows
+        job.at += take
+        if job.steps == take:
+            job.outputs = part
+            continue
+        job.parts.append(part)
+        if job.at >= job.steps:
+            job.outputs = np.concatenate(job.parts, axis=1)
+
+
+def _gather(jobs: Sequence[Job], chunk: int) -> tuple[Floats, Lengths | None, list[int]]:
+    """Stack the next up to `chunk` steps of all jobs, padded on the right."""
+    takes = [min(chunk, job.steps - job.at) for job in jobs]
+    longest = max(takes)
+    if longest == 1 and all(job.lengths is None and job.steps == 1 for job in jobs):
+        return np.concatenate([job.x for job in jobs]), None, takes
+    rows = sum(job.rows for job in jobs)
+    x = np.zeros((rows, longest, jobs[0].x.shape[2]), np.float32)
+    lengths = np.empty(rows, np.int32)
+    at = 0
+    for job, take in zip(jobs, takes, strict=True):
+        x[at : at + job.rows, :take] = job.x[:, job.at : job.at + take]
+        lengths[at : at + job.rows] = take if job.lengths is None else np.clip(job.lengths - job.at, 0, take)
+        at += job.rows
+    return x, lengths, takes

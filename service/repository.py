@@ -1,0 +1,142 @@
+"""Which models and versions exist, which is live; new versions go live without dropping a session."""
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from stepcast.errors import ManifestError, ModelNotFound
+from stepcast.manifest import MANIFEST_FILE, Manifest
+
+from .runtime import Proof, Runtime
+
+log = logging.getLogger("stepcast.repository")
+
+
+@dataclass(slots=True)
+class Served:
+    """One model version that has proved its golden file."""
+
+    runtime: Runtime
+    proof: Proof
+    manifest: Manifest = field(init=False)
+    fingerprint: bytes = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.manifest = self.runtime.manifest
+        self.fingerprint = bytes.fromhex(self.manifest.fingerprint)
+
+    @property
+    def name(self) -> str:
+        return self.manifest.name
+
+    @property
+    def version(self) -> int:
+        return self.manifest.version
+
+
+class Repository:
+    """The models of a directory <root>/<name>/<version>/.
+
+    Every version whose golden.npz is reproduced is served; the highest one is live. A version that fails is reported
+    and not served, the others go on.
+    """
+
+    def __init__(self, root: Path, *, device: str, threads: int) -> None:
+        self.root = root
+        self._device, self._threads = device, threads
+        self._served: dict[str, dict[int, Served]] = {}
+        self._retired: set[tuple[str, int]] = set()
+        self.failures: dict[str, str] = {}
+
+    def scan(self) -> list[Served]:
+        """Load what is new, let go of nothing. Blocking: call it in a thread while requests are served.
+
+        Returns:
+            The versions that went into service.
+
+        Raises:
+            ManifestError: the directory itself is not there.
+        """
+        if not self.root.is_dir():
+            raise ManifestError(f"model repository {str(self.root)!r} is not a directory")
+        fresh = []
+        for directory in sorted(p.parent for p in self.root.glob(f"*/*/{MANIFEST_FILE}")):
+            served = self._load(directory)
+            if served is not None:
+                self._served.setdefault(served.name, {})[served.version] = served
+                fresh.append(served)
+        return fresh
+
+    def _load(self, directory: Path) -> Served | None:
+        name, version = directory.parent.name, directory.name
+        if not version.isdigit() or int(version) in self._served.get(name, {}):
+            return None
+        if (name, int(version)) in self._retired:
+            return None
+        try:
+            runtime = Runtime(directory, device=self._device, threads=self._threads)
+            if (runtime.manifest.name, runtime.manifest.version) != (name, int(version)):
+                raise ManifestError(
+                    f"{directory}: manifest.json is of {runtime.manifest.name}/{runtime.manifest.version}"
+                )
+            served = Served(runtime, runtime.prove())
+        except ManifestError as error:
+            if self.failures.get(str(directory)) != str(error):
+                log.error("not served: %s", error)
+            self.failures[str(directory)] = str(error)
+            return None
+        self.failures.pop(str(directory), None)
+        log.info("serving %s version %s on %s", name, version, runtime.device)
+        return served
+
+    def names(self) -> list[str]:
+        """Models with at least one served version, sorted."""
+        return sorted(self._served)
+
+    def versions(self, name: str) -> list[int]:
+        """Served versions of a model, ascending.
+
+        Raises:
+            ModelNotFound: none is served.
+        """
+        return sorted(self._of(name))
+
+    def live(self, name: str) -> Served:
+        """The highest served version.
+
+        Raises:
+            ModelNotFound: none is served.
+        """
+        versions = self._of(name)
+        return versions[max(versions)]
+
+    def get(self, name: str, version: int) -> Served | None:
+        """One served version, None if it is not served."""
+        return self._served.get(name, {}).get(version)
+
+    def require(self, name: str, version: int) -> Served:
+        """One served version.
+
+        Raises:
+            ModelNotFound: it is not served.
+        """
+        served = self._of(name).get(version)
+        if served is None:
+            raise ModelNotFound(
+                f"model {name!r} has no version {version}, it has {self.versions(name)}", model=name, version=version
+            )
+        return served
+
+    def retire(self, name: str, version: int) -> None:
+        """Stop serving a version until the server starts again; its files stay."""
+        self.require(name, version)
+        self._retired.add((name, version))
+        del self._served[name][version]
+        if not self._served[name]:
+            del self._served[name]
+
+    def _of(self, name: str) -> dict[int, Served]:
+        versions = self._served.get(name)
+        if not versions:
+            raise ModelNotFound(f"model {name!r} is not served, there are {self.names()}", model=name)
+        return versions
