@@ -1,0 +1,176 @@
+"""Sessions in Redis: standalone, behind Sentinel, or a Cluster.
+
+    stepcast:{<key>}      string: the record
+    stepcast:{<key>}:c    hash: side records by name
+
+The braces put both into one slot of a cluster. One script does compare-and-set for many sessions in one command.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from hashlib import sha1
+from typing import Any, Final
+
+from service.record import TOKEN
+from service.store import Write
+from service.store.redis_nodes import Job, Node, Nodes, Refused
+from service.store.redis_wire import Command
+
+_log = logging.getLogger(__name__)
+
+_PER_COMMAND: Final = 16
+"""Writes per command: one command of 64 records costs more, in allocations here and in a longer pause there."""
+_LOADS_PER_COMMAND: Final = 128
+_SCANS_PER_PAGE: Final = 10
+_PREFIX: Final = "stepcast:{"
+
+COMMIT: Final = f"""
+local at, applied = 1, {{}}
+for i = 1, #KEYS, 2 do
+  local main, side = KEYS[i], KEYS[i + 1]
+  local expect, record, ttl, sides = ARGV[at], ARGV[at + 1], ARGV[at + 2], tonumber(ARGV[at + 3])
+  at = at + 4
+  if redis.call('GETRANGE', main, {TOKEN.start}, {TOKEN.stop - 1}) ~= expect then
+    applied[#applied + 1] = 0
+  else
+    applied[#applied + 1] = 1
+    if record == '' or expect == '' then redis.call('UNLINK', side) end
+    if record == '' then redis.call('UNLINK', main)
+    elseif ttl == '' then redis.call('SET', main, record)
+    else redis.call('SET', main, record, 'PX', ttl) end
+    if record ~= '' and sides >= 0 then
+      for j = at, at + 2 * sides - 2, 2 do redis.call('HSET', side, ARGV[j], ARGV[j + 1]) end
+      if ttl == '' then redis.call('PERSIST', side) else redis.call('PEXPIRE', side, ttl) end
+    end
+  end
+  if sides > 0 then at = at + 2 * sides end
+end
+return applied
+"""
+"""Per session two KEYS, and in ARGV: token expected ('': none), record ('': forget), ms to live ('': for ever),
+number of side records (-1: none, and none to touch), then name and bytes of each. Returns 1 where it was applied."""
+_SHA: Final = sha1(COMMIT.encode(), usedforsecurity=False).hexdigest()
+LOAD_SCRIPT: Final[Command] = ("SCRIPT", "LOAD", COMMIT)
+
+
+class RedisStore:
+    """Sessions on the servers that `nodes` stands for; see service.store.urls for how it comes from a URL."""
+
+    volatile = False
+
+    def __init__(self, nodes: Nodes) -> None:
+        self._nodes = nodes
+
+    async def open(self) -> None:
+        await self.ping()
+        for node in await self._nodes.primaries():
+            await _warn_of_loss(node)
+
+    async def close(self) -> None:
+        await self._nodes.close()
+
+    async def ping(self) -> None:
+        await self._nodes.run([Job("ping", ("SET", "stepcast:ping:{ping}", "", "PX", 1))])
+
+    async def load(self, keys: Sequence[str]) -> list[bytes | None]:
+        parts = list(self._parts(keys, _LOADS_PER_COMMAND))
+        jobs = [Job(keys[part[0]], ("MGET", *(_main(keys[i]) for i in part))) for part in parts]
+        return await self._gather(parts, jobs, len(keys))
+
+    async def commit(self, writes: Sequence[Write]) -> list[bool]:
+        keys = [write.key for write in writes]
+        parts = list(self._parts(keys, _PER_COMMAND))
+        jobs = [Job(keys[part[0]], _evalsha([writes[i] for i in part])) for part in parts]
+        return [applied == 1 for applied in await self._gather(parts, jobs, len(keys))]
+
+    async def list_keys(self, prefix: str, cursor: str, limit: int) -> tuple[list[str], str]:
+        """A key may be listed twice, and missed if a failover happens between the pages."""
+        nodes = await self._nodes.primaries()
+        at, _, place = cursor.partition(":")
+        index, place = int(at or 0), place or "0"
+        found: dict[str, None] = {}
+        for _ in range(_SCANS_PER_PAGE):
+            if index >= len(nodes) or len(found) >= limit:
+                break
+            place, keys = await _scan(nodes[index], prefix, place, limit)
+            found.update(dict.fromkeys(keys))
+            if place == "0":
+                index += 1
+        return list(found), f"{index}:{place}" if index < len(nodes) else ""
+
+    async def load_side(self, key: str, name: str) -> bytes | None:
+        side: bytes | None = await self._of_live(key, ("HGET", _side(key), name))
+        return side
+
+    async def list_sides(self, key: str) -> list[str]:
+        names = await self._of_live(key, ("HKEYS", _side(key)))
+        return sorted(name.decode() for name in names or [])
+
+    def _parts(self, keys: Sequence[str], size: int) -> Iterator[Sequence[int]]:
+        """Indices of keys that one command may have: of one group, at most `size`."""
+        for group in self._nodes.groups(keys):
+            for start in range(0, len(group), size):
+                yield group[start : start + size]
+
+    async def _gather(self, parts: Sequence[Sequence[int]], jobs: Sequence[Job], total: int) -> list[Any]:
+        """Run the jobs, one per part, and put their replies where the parts say."""
+        if not jobs:
+            return []
+        results: list[Any] = [None] * total
+        for part, replies in zip(parts, await self._nodes.run(jobs), strict=True):
+            for i, reply in zip(part, replies, strict=True):
+                results[i] = reply
+        return results
+
+    async def _of_live(self, key: str, command: Command) -> Any:
+        """The reply to `command` if the session is there, else None."""
+        exists, reply = await self._nodes.run([Job(key, ("EXISTS", _main(key))), Job(key, command)])
+        return reply if exists else None
+
+
+def _main(key: str) -> str:
+    return f"{_PREFIX}{key}}}"
+
+
+def _side(key: str) -> str:
+    return f"{_PREFIX}{key}}}:c"
+
+
+def _evalsha(writes: Sequence[Write]) -> Command:
+    """One command for several writes; see COMMIT."""
+    keys: list[str] = []
+    values: list[bytes | str | int] = []
+    for key, expect, record, ttl_s, sides, touch_sides in writes:
+        main = _main(key)
+        keys += (main, main + ":c")
+        ttl = "" if ttl_s is None else max(1, int(ttl_s * 1000))
+        count = len(sides) if sides else 0 if touch_sides else -1
+        values += (expect or b"", record or b"", ttl, count)
+        for name, side in (sides or {}).items():
+            values += (name, side)
+    return ("EVALSHA", _SHA, len(keys), *keys, *values)
+
+
+async def _scan(node: Node, prefix: str, place: str, limit: int) -> tuple[str, list[str]]:
+    """One SCAN: the next place ("0" after the last) and the sessions found."""
+    escaped = "".join(f"\\{c}" if c in "*?[]\\^" else c for c in prefix)
+    (reply,) = await node.run([("SCAN", place, "MATCH", f"{_PREFIX}{escaped}*}}", "COUNT", max(limit, 100))])
+    if isinstance(reply, Refused):
+        raise reply.error
+    following, keys = reply
+    return following.decode(), [key[len(_PREFIX) : -1].decode() for key in keys]
+
+
+async def _warn_of_loss(node: Node) -> None:
+    """Say what in the server's settings can make sessions vanish."""
+    replies = await node.run([("INFO", "memory"), ("INFO", "persistence")])
+    facts = dict(line.split(":", 1) for text in replies if isinstance(text, bytes) for line in _lines(text))
+    policy = facts.get("maxmemory_policy", "noeviction")
+    if policy != "noeviction":
+        _log.warning("Redis evicts under maxmemory-policy %r: sessions can vanish. Set it to noeviction.", policy)
+    if facts.get("aof_enabled") == "0":
+        _log.warning("Redis runs without appendonly: its restart loses all since the last snapshot. Set it to yes.")
+
+
+def _lines(info: bytes) -> list[str]:
+    return [line for line in info.decode().splitlines() if ":" in line]
