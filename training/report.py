@@ -1,0 +1,170 @@
+"""Metrics for people and for programs: tables in the terminal, metrics.json, plots, and one HTML page with both."""
+
+import base64
+import html
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from .metrics import ClassificationResult, ClassResult, ColumnResult, RegressionResult
+
+Result = ClassificationResult | RegressionResult
+COLUMN_FIELDS = ("rows", "mse", "mae", "rmse", "rse", "r2", "correlation")
+CLASS_FIELDS = ("rows", "precision", "recall", "f1", "roc_auc")
+MOST_CLASSES = 40  # A confusion matrix of more classes than this is no longer read by anybody.
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A stretch of one series, to be drawn: what was predicted and what came.
+
+    Attributes:
+        names: Of the outputs, with units.
+        predicted: (T, O), NaN where absent.
+        actual: (T, O), NaN where absent.
+    """
+
+    names: tuple[str, ...]
+    predicted: NDArray[np.float64]
+    actual: NDArray[np.float64]
+
+
+def print_report(result: Result, console: Console) -> None:
+    """Print the tables of a result."""
+    for title, header, rows in _tables(result):
+        table = Table(title=title, title_justify="left")
+        for number, name in enumerate(header):
+            table.add_column(name, justify="right" if number else "left")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+
+
+def write_report(directory: Path, result: Result, forecast: Forecast | None = None) -> list[Path]:
+    """Write metrics.json, a plot as PNG, and report.html, which needs no other file.
+
+    Returns:
+        The paths that were written.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    metrics = directory / "metrics.json"
+    metrics.write_text(json.dumps(result.as_dict(), indent=2, allow_nan=False) + "\n")
+    plots = [path for path in (_confusion(directory, result), _forecast(directory, forecast)) if path]
+    page = directory / "report.html"
+    page.write_text(_page(result, plots), encoding="utf-8")
+    return [metrics, *plots, page]
+
+
+def _tables(result: Result) -> Iterator[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
+    """Title, header and rows of each table."""
+    if isinstance(result, RegressionResult):
+        columns = [*result.columns, result.average] if len(result.columns) > 1 else [*result.columns]
+        yield "Outputs", ("output", *COLUMN_FIELDS), [_row(column, COLUMN_FIELDS) for column in columns]
+        return
+    yield "Classification", ("metric", "value"), list(_summary(result))
+    yield "Classes", ("class", *CLASS_FIELDS), [_row(one, CLASS_FIELDS) for one in result.classes]
+
+
+def _summary(result: ClassificationResult) -> Iterator[tuple[str, str]]:
+    for field in ("rows", "accuracy", "precision", "recall", "f1", "roc_auc", "log_loss", "bits"):
+        yield field, _text(getattr(result, field))
+    for n, share in result.top_n.items():
+        yield f"top {n}", _text(share)
+
+
+def _row(item: ColumnResult | ClassResult, fields: Sequence[str]) -> tuple[str, ...]:
+    return (_visible(item.name), *(_text(getattr(item, field)) for field in fields))
+
+
+def _text(value: float | int | None) -> str:
+    """Undefined is a dash: a number there would be made up."""
+    if value is None:
+        return "-"
+    return str(value) if isinstance(value, int) else f"{value:.4g}"
+
+
+def _visible(name: str) -> str:
+    """A class may be a newline or a blank."""
+    return name if name.isprintable() and name.strip() else repr(name)
+
+
+def _confusion(directory: Path, result: Result) -> Path | None:
+    if not isinstance(result, ClassificationResult) or len(result.classes) > MOST_CLASSES:
+        return None
+    counts = np.array(result.confusion, np.float64)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    names = [_visible(one.name) for one in result.classes]
+    size = 2.5 + 0.45 * len(names)
+    figure = Figure(figsize=(size + 1, size), layout="constrained")
+    axes = figure.add_subplot(xlabel="predicted", ylabel="actual", title=f"Confusion, {result.rows} rows")
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.set_xticks(range(len(names)), names, rotation=90)
+    axes.set_yticks(range(len(names)), names)
+    for (row, column), count in np.ndenumerate(counts):
+        if count:
+            colour = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(column, row, f"{count:.0f}", ha="center", va="center", color=colour, fontsize=8)
+    figure.colorbar(image, label="share of the actual class")
+    return _save(figure, directory / "confusion.png")
+
+
+def _forecast(directory: Path, forecast: Forecast | None) -> Path | None:
+    if forecast is None:
+        return None
+    count = len(forecast.names)
+    figure = Figure(figsize=(10, 0.6 + 2.2 * count), layout="constrained")
+    for number, name in enumerate(forecast.names):
+        axes = figure.add_subplot(count, 1, number + 1, ylabel=name)
+        axes.plot(forecast.actual[:, number], color="0.4", linewidth=1, label="actual")
+        axes.plot(forecast.predicted[:, number], color="tab:blue", linewidth=1, label="predicted")
+        if number == 0:
+            axes.legend(loc="upper right")
+    figure.supxlabel("step")
+    return _save(figure, directory / "forecast.png")
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    # No date or version in the file: the same numbers give the same bytes.
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    return path
+
+
+def _page(result: Result, plots: Sequence[Path]) -> str:
+    """Tables and plots in one self-contained page."""
+    parts = [_html_table(*table) for table in _tables(result)]
+    for path in plots:
+        data = base64.b64encode(path.read_bytes()).decode()
+        parts.append(f'<img alt="{path.stem}" src="data:image/png;base64,{data}">')
+    return PAGE.replace("BODY", "\n".join(parts))
+
+
+def _html_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [_html_row("th", header), *(_html_row("td", row) for row in rows)]
+    return f"<h2>{html.escape(title)}</h2>\n<table>\n" + "\n".join(lines) + "\n</table>"
+
+
+def _html_row(tag: str, cells: Sequence[str]) -> str:
+    return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head><meta charset="utf-8"><title>Stepcast report</title>
+<style>
+body { font: 15px/1.4 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem; }
+table { border-collapse: collapse; } td, th { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #ddd; }
+td:first-child, th:first-child { text-align: left; } img { max-width: 100%; }
+</style></head>
+<body>
+<h1>Report</h1>
+BODY
+</body>
+</html>
+"""
