@@ -223,13 +223,14 @@ class Sessions:
             return served
         policy = self.settings.version_policy
         if policy == "pin":
-            raise self._version_mismatch(entry.address, record)
+            raise self.version_mismatch(entry.address, record)
         live = self.repository.live(entry.address.model)
         entry.record = migrated(record, live, policy)
         log.info("session %s moved from version %s to %s by %s", entry.key, record.version, live.version, policy)
         return live
 
-    def _version_mismatch(self, address: Address, record: Record) -> StateVersionMismatch:
+    def version_mismatch(self, address: Address, record: Record) -> StateVersionMismatch:
+        """The error for a session whose model version is not served."""
         return StateVersionMismatch(
             f"session {address.session!r} has a state of version {record.version}, which is not served (there are "
             f"{self.repository.versions(address.model)}). Clear the state to go on with the live version.",

@@ -62,6 +62,7 @@ class Settings(BaseModel):
     body_limit_bytes: int = Field(8 * 2**20, ge=1024, description="Largest request body or WebSocket frame.")
     steps_limit: int = Field(100_000, ge=1, description="Most time steps in one call.")
     examples_limit: int = Field(65_536, ge=1, description="Most examples in one session.")
+    checkpoints_limit: int = Field(64, ge=0, description="Most checkpoints per session.")
     frames_limit: int = Field(256, ge=1, description="WebSocket frames in flight per socket before it is not read.")
     log_steps: int = Field(
         0, ge=0, description="Inputs kept per session for version policy 'replay'; 0: none are kept."

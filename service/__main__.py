@@ -1,0 +1,117 @@
+"""python -m service serve | check: the commands of the server."""
+
+import argparse
+import logging
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import uvicorn
+from uvicorn.supervisors import Multiprocess
+
+from stepcast.errors import ConfigError, ManifestError, StepcastError
+
+from .app import create_app
+from .runtime import Runtime, placements
+from .settings import PREFIX, Settings
+
+
+class Uvicorn(uvicorn.Server):
+    """uvicorn that says where it serves."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start, then print the address."""
+        await super().startup(sockets)
+        if self.started and self.servers:
+            _announce(self.servers[0].sockets[0])
+
+
+def _announce(listener: socket.socket) -> None:
+    host, port = listener.getsockname()[:2]
+    print(f"stepcast serves on http://{host}:{port}", flush=True)
+
+
+def serve(arguments: argparse.Namespace) -> int:
+    """Serve until SIGTERM or SIGINT."""
+    overrides = {name: getattr(arguments, name) for name in ("models", "store", "device", "host", "port", "workers")}
+    settings = Settings.read(os.environ, **overrides)
+    if settings.workers > 1 and settings.store.startswith("memory:"):
+        raise ConfigError("store 'memory://' is one process's own memory: it can not serve several workers")
+    for name, value in overrides.items():  # worker processes read the environment
+        if value is not None:
+            os.environ[PREFIX + name.upper()] = str(value)
+    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    config = uvicorn.Config(
+        create_app(settings) if settings.workers == 1 else "service.app:from_environ",
+        factory=settings.workers > 1,
+        host=settings.host,
+        port=settings.port,
+        workers=settings.workers,
+        loop="uvloop" if sys.platform != "win32" else "asyncio",
+        http="httptools",
+        ws_max_size=settings.body_limit_bytes,
+        access_log=False,
+        log_level="warning",
+        timeout_graceful_shutdown=max(1, round(settings.drain_s)),
+        ssl_certfile=arguments.ssl_certfile,
+        ssl_keyfile=arguments.ssl_keyfile,
+        server_header=False,
+        date_header=False,
+    )
+    if settings.workers > 1:
+        listener = config.bind_socket()
+        _announce(listener)
+        Multiprocess(config, sockets=[listener]).run()
+        return 0
+    server = Uvicorn(config)
+    server.run()
+    return 0 if server.started else 3
+
+
+def check(arguments: argparse.Namespace) -> int:
+    """Prove golden.npz and say where each recurrent node runs."""
+    directory = Path(arguments.directory)
+    runtime = Runtime(directory, device=arguments.device)
+    proof = runtime.prove()
+    manifest = runtime.manifest
+    print(f"{manifest.name} version {manifest.version}: fingerprint {manifest.fingerprint}, on {runtime.device}")
+    print(f"golden.npz: {proof.rows} rows of {proof.steps} steps, outputs within {proof.output_error:.2e}, ", end="")
+    print(f"states within {proof.state_error:.2e}, " + ("also step by step" if proof.stepped else "one call only"))
+    with tempfile.TemporaryDirectory() as folder:
+        for node, provider in placements(directory, arguments.device, Path(folder) / "profile").items():
+            print(f"{node}: {provider}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m service", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    fields = Settings.model_fields
+    run = commands.add_parser("serve", help="serve models until SIGTERM")
+    for name in ("models", "store", "device", "host", "port", "workers"):
+        run.add_argument(f"--{name}", help=f"{fields[name].description} Default: {fields[name].default}")
+    run.add_argument("--ssl-certfile", help="serve TLS with this certificate")
+    run.add_argument("--ssl-keyfile", help="and this key")
+    run.set_defaults(run=serve)
+    prove = commands.add_parser("check", help="prove a model directory")
+    prove.add_argument("directory", metavar="MODEL_DIR")
+    prove.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    prove.set_defaults(run=check)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; its exit status."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return int(arguments.run(arguments))
+    except (ConfigError, ManifestError, StepcastError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

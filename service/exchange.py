@@ -1,0 +1,78 @@
+"""A session's state as a file: safetensors or npz, tensors named <layer>.<key>, no pickle.
+
+The step number, the model, its version and fingerprint travel as metadata (safetensors) or as one JSON array of bytes
+named `__stepcast__` (npz).
+"""
+
+import io
+import json
+import struct
+import zipfile
+from typing import Any, Final
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from stepcast.errors import Malformed
+
+SAFETENSORS: Final = "application/x-safetensors"
+NPZ: Final = "application/x-npz"
+_FIELDS: Final = ("session", "model", "version", "fingerprint", "step", "examples")
+_META: Final = "__stepcast__"
+
+
+def export(answer: dict[str, Any], content_type: str) -> bytes:
+    """What GET state answers, as a file of the given type."""
+    arrays = {
+        f"{layer}.{key}": np.ascontiguousarray(value)
+        for layer, keys in answer["state"].items()
+        for key, value in keys.items()
+    }
+    meta = {name: answer[name] for name in _FIELDS}
+    if content_type == SAFETENSORS:
+        return safetensors.numpy.save(arrays, {"stepcast": json.dumps(meta)})
+    file = io.BytesIO()
+    np.savez(file, allow_pickle=False, **arrays, **{_META: np.frombuffer(json.dumps(meta).encode(), np.uint8)})
+    return file.getvalue()
+
+
+def read(body: bytes, content_type: str) -> dict[str, Any]:
+    """The inverse of export: the fields of a state put, arrays as bytes.
+
+    Raises:
+        Malformed: not a file of that type.
+    """
+    try:
+        meta, arrays = (_read_safetensors if content_type == SAFETENSORS else _read_npz)(body)
+    except (ValueError, KeyError, OSError, safetensors.SafetensorError, zipfile.BadZipFile, struct.error) as error:
+        raise Malformed(f"the body is not {content_type.removeprefix('application/x-')}: {error}") from error
+    state: dict[str, dict[str, Any]] = {}
+    for name, value in arrays.items():
+        layer, _, key = name.rpartition(".")
+        state.setdefault(layer, {})[key] = value
+    return {**meta, "state": state}
+
+
+def _read_safetensors(body: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
+    arrays = safetensors.numpy.load(body)
+    (length,) = struct.unpack_from("<Q", body)
+    header = json.loads(body[8 : 8 + length])
+    return _meta(header.get("__metadata__", {}).get("stepcast")), arrays
+
+
+def _read_npz(body: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
+    with np.load(io.BytesIO(body), allow_pickle=False) as file:
+        arrays = {name: file[name] for name in file.files}
+    meta = arrays.pop(_META, None)
+    return _meta(None if meta is None else meta.tobytes().decode()), arrays
+
+
+def _meta(text: str | None) -> dict[str, Any]:
+    """Our metadata, {} where the file has none."""
+    if text is None:
+        return {}
+    meta = json.loads(text)
+    if not isinstance(meta, dict):
+        raise ValueError("its metadata is not an object")
+    return {name: meta[name] for name in _FIELDS if meta.get(name) is not None}

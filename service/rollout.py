@@ -1,0 +1,214 @@
+"""Running free: a forecast of H steps by feeding predictions back, or a sequence of sampled classes.
+
+The first step's fed inputs come from the session's last kept answer, each later one's from the step before. What the
+caller knows of the future (a calendar, a planned set point) it gives as inputs; where it gives a number for a fed
+feature too, its number wins.
+"""
+
+import struct
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from stepcast.errors import InvalidRequest, NoFeedback, SessionBusy, ShapeMismatch, StepConflict, TooLarge
+from stepcast.manifest import Manifest
+
+from . import record as records
+from . import wire
+from .calls import Address, Floats
+from .ledger import CHANGE_TRIES, Edit
+from .record import Record
+from .repository import Served
+from .states import States
+
+
+@dataclass(frozen=True, slots=True)
+class Free:
+    """What a rollout made: outputs (N, H, O), classes (N, H) for a classifier, and the state after it."""
+
+    outputs: Floats
+    classes: npt.NDArray[np.int64] | None
+    state: bytes
+
+
+class _Changed(Exception):
+    """The session was stepped by others while the rollout ran."""
+
+
+async def rollout(states: States, address: Address, body: wire.RolloutBody, content_type: str) -> dict[str, Any]:
+    """Run a session free for `body.steps` steps; with `commit` the session is there afterwards, else untouched.
+
+    Raises:
+        NoFeedback: nothing is fed back and inputs do not cover all steps, or there is no last answer to start from.
+        StepConflict: `seq` is not the number that the last step would have.
+        SessionNotFound, ShapeMismatch, NonFinite, TooLarge.
+    """
+    if body.steps > states.settings.steps_limit:
+        raise TooLarge(f"{body.steps} steps in one rollout (limit {states.settings.steps_limit})")
+    if body.seq is not None and not body.commit:
+        raise InvalidRequest("$.seq belongs to a rollout with commit")
+    if body.seq is not None and body.temperature and body.seed is None:
+        raise InvalidRequest("a rollout with seq and temperature needs a $.seed, so that a retry draws the same")
+    for _ in range(CHANGE_TRIES):
+        view = await states.view(address)
+        known = _known(body, content_type, view.served.manifest, max(1, view.record.examples))
+        digest = _digest(body, known)
+        stored = _stored(view.record, body, digest, address)
+        if stored is not None:
+            return _answer(view.served, stored, body, view.record, body.seq or 0)
+        free = await _run(states, view.record, view.served, known, body)
+        if not body.commit:
+            return _answer(view.served, free, body, view.record, view.record.step)
+        try:
+            after = await _commit(states, address, view.record, free, body.steps, digest)
+        except _Changed:
+            continue
+        return _answer(view.served, free, body, after, after.step)
+    raise SessionBusy(f"session {address.session!r} was changed by others {CHANGE_TRIES} times. Retry.")
+
+
+async def _run(states: States, record: Record, served: Served, known: Floats, body: wire.RolloutBody) -> Free:
+    rows = known.shape[0]
+    state = record.state if record.examples else served.runtime.initial(rows)
+    feed = _Feed(served.manifest, body)
+    last = _last_outputs(record, rows)
+    outputs, classes = [], []
+    for step in range(body.steps):
+        x = feed.inputs(known[:, step], last, step)
+        call = await states.sessions.run(served, x[:, None], None, state)
+        last, state = call.reply()[:, 0], call.state
+        outputs.append(last)
+        if feed.classes is not None:
+            classes.append(feed.choose(last))
+    chosen = np.stack(classes, axis=1) if classes else None
+    return Free(np.stack(outputs, axis=1), chosen, state)
+
+
+class _Feed:
+    """Turns the last outputs into the fed part of the next inputs."""
+
+    def __init__(self, manifest: Manifest, body: wire.RolloutBody) -> None:
+        self.manifest = manifest
+        self.classes = manifest.classes
+        self._temperature = body.temperature
+        # the first class is drawn from a stream of its own, so that a kept answer's draws can be made again
+        first, later = np.random.SeedSequence(body.seed).spawn(2)
+        self._first, self._random = np.random.default_rng(first), np.random.default_rng(later)
+        self._chosen: npt.NDArray[np.int64] | None = None
+        self._names = [o.name for o in manifest.outputs]
+        self._slices = manifest.feature_slices()
+
+    def inputs(self, known: Floats, last: Floats | None, step: int) -> Floats:
+        """Inputs (N, F): what is known, and the feedback where it is not."""
+        x = known.copy()
+        for link in self.manifest.feedback:
+            cut = self._slices[link.feature]
+            absent = np.isnan(x[:, cut]).all(axis=1)
+            if not absent.any():
+                continue
+            if last is None:
+                raise NoFeedback(
+                    f"there is no last answer to feed {link.feature!r} at step {step}. Step the session first, or "
+                    "give the first step's inputs.",
+                    feature=link.feature,
+                )
+            x[absent, cut] = self._fed(link.source, last, cut.stop - cut.start)[absent]
+        if not self.manifest.feedback and np.isnan(x).all():
+            raise NoFeedback(f"model {self.manifest.name!r} feeds no output back. Give inputs for every step.")
+        return x
+
+    def _fed(self, source: str, last: Floats, width: int) -> Floats:
+        if source != "class":
+            return np.repeat(last[:, self._names.index(source), None], width, axis=1)
+        chosen = self._draw(last, self._first) if self._chosen is None else self._chosen
+        if width == 1:
+            return chosen[:, None].astype(np.float32)
+        return np.eye(width, dtype=np.float32)[chosen]
+
+    def choose(self, probabilities: Floats) -> npt.NDArray[np.int64]:
+        """One class per row: the likeliest at temperature 0, else drawn from p^(1/temperature)."""
+        self._chosen = self._draw(probabilities, self._random)
+        return self._chosen
+
+    def _draw(self, probabilities: Floats, random: np.random.Generator) -> npt.NDArray[np.int64]:
+        if self._temperature == 0:
+            return np.asarray(probabilities.argmax(axis=1), np.int64)
+        logits = np.log(np.maximum(probabilities.astype(np.float64), 1e-30)) / self._temperature
+        weights = np.exp(logits - logits.max(axis=1, keepdims=True)).cumsum(axis=1)
+        draws = random.random((len(weights), 1)) * weights[:, -1:]
+        return np.asarray((weights < draws).sum(axis=1), np.int64)
+
+
+def _known(body: wire.RolloutBody, content_type: str, manifest: Manifest, rows: int) -> Floats:
+    """What the caller knows of the future, (N, H, F), NaN where it knows nothing."""
+    want = (rows, body.steps, manifest.n_features)
+    if body.inputs is None:
+        return np.full(want, np.nan, np.float32)
+    given = wire.numbers(body.inputs, body.shape, content_type, "$.inputs")
+    if given.shape not in (want, want[1:]):
+        raise ShapeMismatch(
+            f"$.inputs has shape {list(given.shape)}, want {list(want[1:])} or {list(want)}", got=list(given.shape)
+        )
+    known = np.array(np.broadcast_to(given, want))
+    wire.check_infinite(known)
+    return known
+
+
+def _last_outputs(record: Record, rows: int) -> Floats | None:
+    if not record.answers:
+        return None
+    answer = records.decode_answer(record.answers[-1])
+    return np.frombuffer(answer.outputs, np.float32).reshape(rows, answer.steps, -1)[:, -1].copy()
+
+
+def _digest(body: wire.RolloutBody, known: Floats) -> bytes:
+    head = struct.pack("<Qdq", body.steps, body.temperature, -1 if body.seed is None else body.seed)
+    return blake2b(b"rollout" + head + known.tobytes(), digest_size=8).digest()
+
+
+def _stored(record: Record, body: wire.RolloutBody, digest: bytes, address: Address) -> Free | None:
+    """The kept answer of the same committed rollout; None where it is to be run."""
+    expected = record.step + body.steps
+    if body.seq in (None, expected):
+        return None
+    kept = record.answer(body.seq or 0)
+    if kept is None or kept.digest != digest:
+        raise StepConflict(
+            f"session {address.session!r} is at step {record.step}, got seq {body.seq} for a rollout of "
+            f"{body.steps} steps. Send seq {expected}.",
+            session=address.session,
+            step=record.step,
+            seq=body.seq,
+            expected_seq=expected,
+        )
+    rows = max(1, record.examples)
+    return Free(np.frombuffer(kept.outputs, np.float32).reshape(rows, kept.steps, -1), None, record.state)
+
+
+async def _commit(states: States, address: Address, base: Record, free: Free, steps: int, digest: bytes) -> Record:
+    last = base.step + steps
+    answer = records.encode_answer(last, digest, steps, free.outputs.tobytes())
+
+    def edit(found: Record | None) -> Edit:
+        if found is None or found.token != base.token:
+            raise _Changed
+        return Edit(base.advanced(last, len(free.outputs), free.state, answer, b"", states.ledger.clock()))
+
+    after = await states.ledger.change(address, edit)
+    assert after is not None
+    return after
+
+
+def _answer(served: Served, free: Free, body: wire.RolloutBody, record: Record, step: int) -> dict[str, Any]:
+    answer: dict[str, Any] = {"outputs": free.outputs, "step": step, "version": record.version}
+    classes = free.classes
+    if served.manifest.classes is not None:
+        if classes is None:  # a retry: the draws are those of the same seed
+            feed = _Feed(served.manifest, body)
+            classes = np.stack([feed.choose(free.outputs[:, t]) for t in range(free.outputs.shape[1])], axis=1)
+        names = served.manifest.classes
+        answer["classes"] = [[names[c] for c in row] for row in classes]
+    return answer
