@@ -1,0 +1,96 @@
+"""Short reviews made up from a few words, to tell good ones from bad ones: sentiment with a grammar.
+
+A review has one, three, five or seven clauses such as "the screen is not very sharp". A clause praises or blames by its adjective,
+"not", "never" and "hardly" turn that round, and the review is what most of its clauses are. Words alone do not tell:
+their order does.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from stepcast.manifest import Output
+
+from ..data.in_memory import InMemory
+from ..data.source import SPLITS
+from ..data.tokens import Line, examples, tokens_of, word_feature
+from ..data.word_vectors import learn_word_vectors, read_word_vectors
+
+GOOD = ("good", "great", "bright", "sharp", "fast", "solid", "lovely", "superb", "quiet", "handy", "light", "smooth")
+BAD = ("bad", "awful", "dim", "blurry", "slow", "flimsy", "ugly", "dreadful", "noisy", "clumsy", "heavy", "rough")
+THINGS = ("screen", "keyboard", "battery", "camera", "case", "sound", "price", "menu", "hinge", "lens", "charger")
+TURNS = ("not", "never", "hardly")
+VERBS = ("is", "was", "seems", "feels", "looks")
+DEGREES = ("very", "really", "quite", "rather")
+LINKS = ("and", "also", "while", "besides")
+CLASSES = ("negative", "positive")
+
+
+class Reviews(InMemory):
+    """A `Source`, many-to-one, of word vectors.
+
+    Args:
+        batch: Reviews per batch.
+        seed: Of the reviews, of their order, and of the vectors if they are learned.
+        root: What `vectors` is relative to.
+        vectors: A word2vec file; None learns vectors from the training reviews.
+        size: Numbers per vector, if they are learned.
+        train: Reviews to train on.
+        validation: Reviews to validate with.
+        test: Reviews to test with.
+        bucket: See `plan_batches`.
+    """
+
+    def __init__(
+        self,
+        *,
+        batch: int,
+        seed: int,
+        root: Path,
+        vectors: str | None = None,
+        size: int = 16,
+        train: int = 3000,
+        validation: int = 500,
+        test: int = 1000,
+        bucket: int = 50,
+    ) -> None:
+        rng = np.random.default_rng([seed, 2013])
+        counts = dict(zip(SPLITS, (train, validation, test), strict=True))
+        lines = {split: [review(rng) for _ in range(count)] for split, count in counts.items()}
+        if vectors is None:
+            words = learn_word_vectors([tokens_of(text) for _, text in lines["train"]], size, seed)
+        else:
+            words = read_word_vectors(root / vectors)
+        super().__init__(
+            splits={split: examples(some, words, CLASSES, 64) for split, some in lines.items()},
+            features=(word_feature(words),),
+            outputs=tuple(Output(name=name) for name in CLASSES),
+            task="classification",
+            classes=CLASSES,
+            readout="last",
+            batch=batch,
+            seed=seed,
+            bucket=bucket,
+            description=f"{train} made-up reviews with {len(words.words)} word vectors",
+        )
+
+
+def review(rng: np.random.Generator) -> Line:
+    """A label and a text with an odd number of clauses, so that there is a majority."""
+    praises = rng.random(2 * int(rng.integers(0, 4)) + 1) < 0.5
+    text = _clause(rng, praises[0])
+    for praise in praises[1:]:
+        text += f" {rng.choice(LINKS)} {_clause(rng, praise)}"
+    return CLASSES[int(praises.mean() > 0.5)], text
+
+
+def _clause(rng: np.random.Generator, praise: bool) -> str:
+    """One statement about one thing."""
+    turned = rng.random() < 0.3
+    words = ["the", rng.choice(THINGS), rng.choice(VERBS)]
+    if turned:
+        words.append(rng.choice(TURNS))
+    if rng.random() < 0.5:
+        words.append(rng.choice(DEGREES))
+    words.append(rng.choice(GOOD if praise != turned else BAD))
+    return " ".join(words)
