@@ -1,8 +1,8 @@
 """Short reviews made up from a few words, to tell good ones from bad ones: sentiment with a grammar.
 
-A review has one, three, five or seven clauses such as "the screen is not very sharp". A clause praises or blames by its adjective,
-"not", "never" and "hardly" turn that round, and the review is what most of its clauses are. Words alone do not tell:
-their order does.
+A review has one, three, five or seven clauses such as "the screen is not very sharp". A clause praises or blames by
+its adjective, "not", "never" and "hardly" turn that round, and the review is what most of its clauses are. Words
+alone do not tell: their order does.
 """
 
 from pathlib import Path
