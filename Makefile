@@ -77,8 +77,8 @@ endif
 # Only files that name the marker are collected: others may import torch.
 test-service: $(SERVICE_STAMP)
 	@$(SERVICE_VENV)/bin/python -c "import importlib.util as u; assert u.find_spec('torch') is None, 'torch is installed'"
-	$(SERVICE_VENV)/bin/python -m pytest -n $(WORKERS) --dist loadgroup -m service $(ARGS) \
-	  $$(grep -l 'mark\.service\b' tests/test_*.py)
+	@files=$$(grep -lw 'mark\.service' tests/test_*.py) || { echo "No test is marked service." >&2; exit 1; }; \
+	$(SERVICE_VENV)/bin/python -m pytest -n $(WORKERS) --dist loadgroup -m service $(ARGS) $$files
 
 demo: $(STAMP)
 	$(BIN)/python demo/replay.py $(if $(filter 0,$(TRAIN)),--committed,) $(ARGS)
