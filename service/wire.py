@@ -133,7 +133,7 @@ class Inputs:
 
 # --- decoding -------------------------------------------------------------------------------------------------------
 
-_BY_RANK: Final = {
+_BY_RANK: Final[dict[int, "msgspec.json.Decoder[Any]"]] = {
     1: msgspec.json.Decoder(list[Number]),
     2: msgspec.json.Decoder(list[list[Number]]),
     3: msgspec.json.Decoder(list[list[list[Number]]]),
@@ -290,11 +290,10 @@ def numbers(raw: Any, shape: list[int] | None, content_type: str, path: str) -> 
 
 def _from_json(text: bytes, path: str) -> Floats:
     rank = _rank(text)
-    decoder = _BY_RANK.get(rank)
-    if decoder is None:
+    if rank not in _BY_RANK:
         raise ShapeMismatch(f"{path} is not an array of rank 1 to 3")
     try:
-        values = decoder.decode(text)
+        values = _BY_RANK[rank].decode(text)
     except msgspec.ValidationError as error:
         raise InvalidRequest(_at(error, path)) from error
     except msgspec.DecodeError as error:

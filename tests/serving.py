@@ -1,0 +1,152 @@
+"""Real servers and processes, and the doors that speak to them; shared by the tests."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import uvicorn
+
+from service.app import create_app
+from service.settings import Settings
+
+ROOT = Path(__file__).parents[1]
+MODELS = ROOT / "tests" / "models"
+
+
+class Running:
+    """A server that runs in a thread of this process, and what it is made of."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.app = create_app(Settings.read({}, **{"models": MODELS, "port": 0, **settings}))
+        config = uvicorn.Config(
+            self.app, port=0, log_level="critical", lifespan="on", http="httptools", **_websocket_protocol()
+        )
+        self._uvicorn = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._uvicorn.run, daemon=True)
+
+    def start(self) -> str:
+        """Start; the base URL."""
+        self._thread.start()
+        deadline = time.monotonic() + 30
+        while not self._uvicorn.started:
+            if not self._thread.is_alive() or time.monotonic() > deadline:
+                raise RuntimeError("the server did not start")
+            time.sleep(0.01)
+        port = self._uvicorn.servers[0].sockets[0].getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        return self.url
+
+    def stop(self) -> None:
+        """Stop as SIGTERM does."""
+        self._uvicorn.should_exit = True
+        self._thread.join(30)
+
+
+def _websocket_protocol() -> dict[str, Any]:
+    """The keyword arguments with which `python -m service serve` serves WebSockets."""
+    from service import __main__ as main
+
+    return {"ws": getattr(main, "WEBSOCKET", "auto")}
+
+
+@contextlib.contextmanager
+def running(**settings: Any) -> Iterator[Running]:
+    """A server in a thread, for as long as the block lasts."""
+    server = Running(**settings)
+    server.start()
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+class Process:
+    """`python -m service serve` as a process of its own, to be killed."""
+
+    def __init__(self, store: str, *arguments: str, models: Path = MODELS, port: int = 0, **env: str) -> None:
+        command = [sys.executable, "-m", "service", "serve", "--models", str(models), "--store", store]
+        environ = {**os.environ, **{f"STEPCAST_{k.upper()}": v for k, v in env.items()}, "PYTHONUNBUFFERED": "1"}
+        self.process = subprocess.Popen(
+            [*command, "--port", str(port), *arguments],
+            cwd=ROOT,
+            env=environ,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if "http://" not in line:
+            self.kill()
+            raise RuntimeError(f"the server did not start: {line!r}")
+        self.url = line[line.index("http://") :].strip()
+
+    def kill(self) -> None:
+        """kill -9."""
+        self.process.send_signal(signal.SIGKILL)
+        self.wait()
+
+    def terminate(self) -> int:
+        """SIGTERM; the exit status."""
+        self.process.terminate()
+        return self.wait()
+
+    def wait(self) -> int:
+        """Wait for the end; the exit status."""
+        status = self.process.wait(30)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+        return status
+
+
+@pytest.fixture
+def spawn() -> Iterator[Callable[..., Process]]:
+    """Starts server processes; those that still run at the end are killed."""
+    started: list[Process] = []
+
+    def start(store: str, *arguments: str, **more: Any) -> Process:
+        started.append(Process(store, *arguments, **more))
+        return started[-1]
+
+    yield start
+    for process in started:
+        if process.process.poll() is None:
+            process.kill()
+
+
+def free_port() -> int:
+    """A port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def memory_server() -> Iterator[Running]:
+    """One server on the memory store for all tests that need no store of their own."""
+    with running(store="memory://") as server:
+        yield server
+
+
+@pytest.fixture
+def http(memory_server: Running) -> Iterator[httpx.Client]:
+    """An HTTP client of that server."""
+    with httpx.Client(base_url=memory_server.url, timeout=10) as client:
+        yield client
+
+
+def golden(name: str, version: int = 1, root: Path = MODELS) -> dict[str, np.ndarray]:
+    """What torch recorded when a model was exported."""
+    with np.load(root / name / str(version) / "golden.npz", allow_pickle=False) as file:
+        return {key: file[key] for key in file.files}
