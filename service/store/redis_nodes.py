@@ -368,15 +368,25 @@ class _Line:
     """A connection that comes back."""
 
     def __init__(self, locate: Callable[[], Awaitable[Wire]]) -> None:
+        self._locate = locate
+        self._closed = False
         self._wire: Wire | None = None
-        self._connect = _Once(locate)
+        self._reconnect = _Once(self._connect)
 
     async def wire(self) -> Wire:
+        """The connection, made anew where it is broken."""
+        if self._closed:
+            raise StoreUnavailable("The store is closed.", retry_after_s=1.0)
         if self._wire is None or self._wire.broken:
-            self._wire = await self._connect()
+            await self._reconnect()
+        assert self._wire is not None
         return self._wire
 
     async def close(self) -> None:
-        await self._connect.close()
+        self._closed = True
+        await self._reconnect.close()
         if self._wire is not None:
             self._wire.close("the store is closed")
+
+    async def _connect(self) -> None:
+        self._wire = await self._locate()

@@ -8,6 +8,7 @@ from typing import Final
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 from service.store import Store
+from service.store.behind import BehindStore
 from service.store.memory import MemoryStore
 from service.store.redis import LOAD_SCRIPT, RedisStore
 from service.store.redis_nodes import Cluster, Node, Nodes, Replication, Single, ask_sentinels
@@ -55,6 +56,11 @@ def open_store(url: str, *, durability: str = "commit", options: StoreOptions | 
     parts = urlsplit(url)
     if durability == "replicated" and parts.scheme not in _REDIS:
         raise ConfigError(f"durability 'replicated' needs Redis, got store {parts.scheme!r}.")
+    base = _base(parts, options)
+    return BehindStore(base, options.interval_s) if durability == "interval" else base
+
+
+def _base(parts: SplitResult, options: StoreOptions) -> Store:
     if parts.scheme == "memory":
         return MemoryStore()
     if parts.scheme == "sqlite":
