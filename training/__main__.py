@@ -1,0 +1,176 @@
+"""python -m training train | evaluate | export CONFIG.yaml [--set key=value]... [--out models]"""
+
+import argparse
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from stepcast.errors import ConfigError, ManifestError
+from stepcast.manifest import read_manifest
+
+from .config import Config, load
+from .data.source import Source
+from .data.table import TableSource
+from .evaluate import evaluate
+from .export import describe, load_weights, next_version, publish, stage, state_tensors
+from .network import Network
+from .parallel import join, leave
+from .progress import Progress
+from .report import print_report, write_report
+from .skill import Measurement, skill_table
+from .stepper import Stepper
+from .train import Trainer
+
+DISTANCES = (1, 6, 24)
+PLOT_FILE = "test_week.png"
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What every command starts from."""
+
+    arguments: argparse.Namespace
+    config: Config
+    source: Source
+    console: Console
+
+    @property
+    def run_directory(self) -> Path:
+        """Where checkpoints of this model lie."""
+        return Path(self.arguments.runs) / self.config.name
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; 2 for a wrong configuration, 1 for a model that could not be proved."""
+    arguments = _parser().parse_args(argv)
+    console = Console()
+    try:
+        return COMMANDS[arguments.command](_job(arguments, console))
+    except (ConfigError, ManifestError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    finally:
+        leave()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m training", description="Train, measure and export models.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in (
+        ("train", "train a network, measure it on the test split, and write models/<name>/<version>/"),
+        ("evaluate", "measure an exported model one step at a time"),
+        ("export", "write a model from the best checkpoint of a run"),
+    ):
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("config", type=Path, help="YAML file")
+        command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a value")
+        command.add_argument("--out", type=Path, default=Path("models"), help="model repository (default: models)")
+        command.add_argument("--runs", type=Path, default=Path("runs"), help="checkpoints (default: runs)")
+        command.add_argument("--version", type=int, help="default: train and export the next, evaluate the highest")
+        if name == "train":
+            command.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+            command.add_argument("--tensorboard", action="store_true", help="write event files beside the checkpoints")
+        if name == "evaluate":
+            command.add_argument("--split", choices=("train", "validation", "test"), default="test")
+            command.add_argument("--report", type=Path, help="directory for metrics.json, plots and report.html")
+    return parser
+
+
+def _job(arguments: argparse.Namespace, console: Console) -> Job:
+    config = load(arguments.config, arguments.set)
+    if config.training.threads is not None:
+        torch.set_num_threads(config.training.threads)
+    source = config.data.open(batch=config.training.batch, seed=config.seed, root=arguments.config.parent)
+    console.print(f"{config.name}: {source.description}", highlight=False)
+    return Job(arguments, config, source, console)
+
+
+def train(job: Job) -> int:
+    """Train, and let the leading process export."""
+    config, world = job.config, join(job.config.training.device)
+    torch.manual_seed(config.seed)
+    network = Network.of(config.network, job.source)
+    trainer = Trainer(
+        network, job.source, config.training, world=world, seed=config.seed, directory=job.run_directory
+    )
+    weights = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    if not world.leads:
+        trainer.fit(resume=job.arguments.resume)
+        return 0
+    job.console.print(f"{weights} weights, {world.device}, {world.size} process(es)", highlight=False)
+    tensorboard = job.run_directory / "tensorboard" if job.arguments.tensorboard else None
+    with Progress(config.training.epochs, console=job.console, tensorboard=tensorboard) as progress:
+        history = trainer.fit(resume=job.arguments.resume, progress=progress)
+    job.console.print(f"best epoch {history.best_epoch + 1}, {history.updates} updates", highlight=False)
+    return _export(job, network)
+
+
+def export(job: Job) -> int:
+    """Export the best weights of an earlier run."""
+    network = Network.of(job.config.network, job.source)
+    path = job.run_directory / "best.pt"
+    if not path.exists():
+        raise ConfigError(f"{path}: no such file. Train first.")
+    load_weights(network, path)
+    return _export(job, network)
+
+
+def _export(job: Job, network: Network) -> int:
+    """Stage, measure as served, publish."""
+    out: Path = job.arguments.out
+    staged = stage(network, job.source, out)
+    try:
+        stepper = Stepper(staged, state_tensors(network))
+        metrics = _measure(job, stepper, network.streaming, network.summary, plot=staged / PLOT_FILE)
+        version = job.arguments.version or next_version(out, job.config.name)
+        manifest = describe(network, job.source, job.config, staged, version=version, metrics=metrics)
+        final = publish(staged, manifest, out)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    job.console.print(f"wrote {final}", highlight=False)
+    return 0
+
+
+def evaluate_model(job: Job) -> int:
+    """Measure a model that was exported before."""
+    out: Path = job.arguments.out
+    version = job.arguments.version or next_version(out, job.config.name) - 1
+    directory = out / job.config.name / str(version)
+    manifest = read_manifest(directory)
+    stepper, summary = Stepper.of(directory, manifest), manifest.readout == "last"
+    if job.arguments.split == "test":
+        _measure(job, stepper, manifest.streaming, summary)
+    if job.arguments.split != "test" or job.arguments.report:
+        result = evaluate(stepper, job.source, job.arguments.split, streaming=manifest.streaming, summary=summary)
+        print_report(result, job.console)
+        if job.arguments.report:
+            write_report(job.arguments.report, result)
+    return 0
+
+
+def _measure(
+    job: Job, stepper: Stepper, streaming: bool, summary: bool, plot: Path | None = None
+) -> dict[str, Any]:
+    """Test metrics; for a table of series also what they are worth."""
+    result = evaluate(stepper, job.source, "test", streaming=streaming, summary=summary)
+    print_report(result, job.console)
+    metrics: dict[str, Any] = {"test": result.as_dict()}
+    if isinstance(job.source, TableSource) and streaming and job.source.feedback:
+        measurement = Measurement(stepper, job.source)
+        skills = measurement.skills(DISTANCES)
+        job.console.print(skill_table(job.source, skills))
+        metrics["skill"] = {f"{s.ahead} ahead": s.as_dict(job.source.targets) for s in skills}
+        if plot is not None:
+            measurement.plot_week(plot)
+    return metrics
+
+
+COMMANDS = {"train": train, "evaluate": evaluate_model, "export": export}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,156 @@
+"""What a training run is: one YAML file, checked once, frozen, saved beside the weights."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from stepcast.errors import ConfigError
+from stepcast.manifest import ModelName
+
+from .data.python_class import PythonConfig
+from .data.table import TableConfig
+from .layers.specs import LayerSpec, Shape
+from .layers.stack import IllegalLayer, place
+
+DataConfig = Annotated[TableConfig | PythonConfig, Field(discriminator="kind")]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TrainingConfig(_Strict):
+    """How the weights are found."""
+
+    backprop: Literal["standard", "truncated"] = "standard"
+    tbptt_forward: int = Field(default=20, ge=1, description="steps per update")
+    tbptt_backward: int | None = Field(default=None, ge=1, description="steps gradients go back; default: forward's")
+    optimiser: Literal["adam", "adamw", "sgd", "nesterov", "rmsprop", "adagrad"] = "adam"
+    learning_rate: float = Field(default=1e-3, gt=0)
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="of sgd and nesterov")
+    schedule: Literal["constant", "cosine"] = "constant"
+    l1: float = Field(default=0.0, ge=0, description="l1 * |w| is added to the loss, biases left out")
+    l2: float = Field(default=0.0, ge=0, description="l2/2 * w^2 is added to the loss, biases left out")
+    gradient: Literal[
+        "none",
+        "clip_global_norm",
+        "clip_l2_per_layer",
+        "clip_l2_per_parameter",
+        "clip_elementwise",
+        "renormalize_l2_per_layer",
+        "renormalize_l2_per_parameter",
+    ] = "none"
+    gradient_threshold: float = Field(default=1.0, gt=0)
+    epochs: int = Field(default=10, ge=1)
+    batch: int = Field(default=32, ge=1, description="rows per update, over all processes together")
+    patience: int | None = Field(default=None, ge=1, description="epochs without a better validation loss, then stop")
+    threads: int | None = Field(default=None, ge=1, description="CPU threads; small networks are fastest with one")
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    masked_steps: Literal["hold", "zero"] = Field(
+        default="hold", description="what an absent step does to the state; zero is DL4J's rule"
+    )
+
+    @model_validator(mode="after")
+    def _lengths(self) -> Self:
+        if self.tbptt_backward is not None and self.tbptt_backward > self.tbptt_forward:
+            raise ValueError(f"tbptt_backward {self.tbptt_backward} is more than tbptt_forward {self.tbptt_forward}")
+        if self.backprop == "standard" and self.model_fields_set & {"tbptt_forward", "tbptt_backward"}:
+            raise ValueError("tbptt lengths are set, but backprop is 'standard'. Set backprop: truncated.")
+        return self
+
+
+class Config(_Strict):
+    """A whole run."""
+
+    name: ModelName
+    description: str = ""
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    data: DataConfig
+    network: tuple[LayerSpec, ...] = Field(min_length=1)
+    training: TrainingConfig = TrainingConfig()
+
+    @model_validator(mode="after")
+    def _legal_stack(self) -> Self:
+        try:
+            placed = place(self.network, Shape())
+        except IllegalLayer as error:
+            raise ValueError(f"network[{error.index}]: {error}") from error
+        if self.training.backprop == "truncated":
+            for place_ in placed:
+                if not place_.spec.streams:
+                    raise ValueError(f"network[{place_.index}]: {place_.spec.kind} can not be trained truncated")
+            if placed[-1].shape.summary:
+                raise ValueError(
+                    f"network[{placed[-1].index - 1}]: a many-to-one network can not be trained truncated: "
+                    "segments before the last have no answer. Set training.backprop: standard."
+                )
+        return self
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a configuration file.
+
+    Args:
+        path: The YAML file.
+        overrides: `key.path=value`, value in YAML; list entries by number: network.0.units=32.
+
+    Raises:
+        ConfigError: with the path of every value that is wrong.
+    """
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise ConfigError(f"{path}: can not be read ({error.strerror})") from error
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: no YAML: {error}") from error
+    for override in overrides:
+        _override(tree, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: " + "; ".join(_problems(error, tree))) from error
+
+
+def _override(tree: Any, override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals:
+        raise ConfigError(f"--set {override!r} is not key=value")
+    *parents, last = key.split(".")
+    node = tree
+    try:
+        for parent in parents:
+            node = node[int(parent)] if isinstance(node, list) else node.setdefault(parent, {})
+        node[int(last) if isinstance(node, list) else last] = yaml.safe_load(value)
+    except (ValueError, IndexError, AttributeError, TypeError) as error:
+        raise ConfigError(f"--set {override!r}: there is no {key!r} in the configuration") from error
+
+
+def _problems(error: ValidationError, tree: Any) -> list[str]:
+    """One `path: what is wrong` for each problem; the tags of pydantic's unions are no part of the path."""
+    problems = []
+    for problem in error.errors():
+        message = problem["msg"].removeprefix("Value error, ")
+        path = _path(problem["loc"], tree)
+        problems.append(f"{path}: {message}" if path else message)
+    return problems
+
+
+def _path(location: tuple[int | str, ...], tree: Any) -> str:
+    path, node = "", tree
+    for part in location:
+        if isinstance(node, dict) and part not in node and part == node.get("kind"):
+            continue  # the tag pydantic chose the class by
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
+        if isinstance(node, dict):
+            node = node.get(str(part))
+        elif isinstance(node, list) and isinstance(part, int) and part < len(node):
+            node = node[part]
+        else:
+            node = None
+    return path

@@ -1,0 +1,50 @@
+"""Layers without memory that act on each step alone."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..activations import ACTIVATIONS, write_activation
+from ..graph import Graph
+from .base import Layer, LayerState
+from .specs import DenseSpec, DropoutSpec
+from .weights import initialise
+
+
+def write_linear(graph: Graph, linear: nn.Linear, x: str) -> str:
+    """Add W x + b at every step to a graph."""
+    weight = linear.weight.detach().float().cpu().numpy().T
+    y = graph.add("MatMul", x, graph.constant(weight))
+    return graph.add("Add", y, graph.constant(linear.bias.detach().float().cpu().numpy()))
+
+
+class Dense(Layer):
+    """activation(W x + b)."""
+
+    def __init__(self, name: str, spec: DenseSpec, size: int) -> None:
+        super().__init__(name)
+        self.activation = spec.activation
+        self.linear = nn.Linear(size, spec.units)
+        initialise(self.linear.weight, spec.weight_init, size, spec.units)
+        nn.init.constant_(self.linear.bias, spec.bias)
+
+    def forward(self, x: Tensor, lengths: Tensor | None, state: LayerState) -> tuple[Tensor, LayerState]:
+        return ACTIVATIONS[self.activation](self.linear(x)), state
+
+    def write(self, graph: Graph, x: str, state: Mapping[str, str]) -> tuple[str, dict[str, str]]:
+        return write_activation(graph, self.activation, write_linear(graph, self.linear, x)), {}
+
+
+class Dropout(Layer):
+    """Zeroes values while training; nothing at all in the exported graph."""
+
+    def __init__(self, name: str, spec: DropoutSpec) -> None:
+        super().__init__(name)
+        self.p = spec.p
+
+    def forward(self, x: Tensor, lengths: Tensor | None, state: LayerState) -> tuple[Tensor, LayerState]:
+        return torch.nn.functional.dropout(x, self.p, self.training), state
+
+    def write(self, graph: Graph, x: str, state: Mapping[str, str]) -> tuple[str, dict[str, str]]:
+        return x, {}

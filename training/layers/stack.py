@@ -1,0 +1,71 @@
+"""From the `network:` list to a legal stack: names, shapes, adapters put in where two layers do not fit."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .specs import IllegalStack, LayerSpec, RnnLossSpec, RnnOutputSpec, Shape
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A layer in its place.
+
+    Attributes:
+        index: Of the entry in `network:`; an adapter put in has that of the layer it serves.
+        name: How its state is addressed.
+        spec: Its configuration.
+        shape: What flows in.
+    """
+
+    index: int
+    name: str
+    spec: LayerSpec
+    shape: Shape
+
+
+class IllegalLayer(ValueError):
+    """An illegal stack, with the place: `index` into the `network:` list."""
+
+    def __init__(self, index: int, message: str) -> None:
+        super().__init__(message)
+        self.index = index
+
+
+def place(specs: Sequence[LayerSpec], shape: Shape) -> list[Placed]:
+    """Walk through a stack from below.
+
+    Args:
+        specs: The `network:` list.
+        shape: What the data gives; its size may still be unknown.
+
+    Raises:
+        IllegalLayer: a layer can not stand where it stands.
+    """
+    names = _names(specs)
+    placed = []
+    for index, (name, spec) in enumerate(zip(names, specs, strict=True)):
+        last = index == len(specs) - 1
+        if isinstance(spec, RnnOutputSpec | RnnLossSpec) != last:
+            raise IllegalLayer(
+                index, "the last layer must be rnn_output or rnn_loss" if last else f"{spec.kind} must be the last layer"
+            )
+        placed.append(Placed(index, name, spec, shape))
+        try:
+            shape = spec.out_shape(shape)
+        except IllegalStack as error:
+            raise IllegalLayer(index, str(error)) from error
+    return placed
+
+
+def _names(specs: Sequence[LayerSpec]) -> list[str]:
+    """`kind_number` for layers without a name; the number counts the layers of that kind from 0."""
+    seen: Counter[str] = Counter()
+    names: list[str] = []
+    for index, spec in enumerate(specs):
+        name = spec.name or f"{spec.kind}_{seen[spec.kind]}"
+        seen[spec.kind] += 1
+        if name in names or name == "observed":
+            raise IllegalLayer(index, f"layer name {name!r} is taken")
+        names.append(name)
+    return names

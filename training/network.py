@@ -1,0 +1,162 @@
+"""The whole network: readings in, answers out, state carried in the open."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stepcast.manifest import Feature, Output
+
+from .data.source import Source
+from .graph import Graph
+from .layers import build
+from .layers.base import Layer, LayerState, State
+from .layers.observed import Observed
+from .layers.output import Head
+from .layers.specs import LayerSpec, RnnLossSpec, RnnOutputSpec, Shape
+from .layers.stack import place
+from .masks import Packing
+
+
+class Network(nn.Module):
+    """A stack of layers between `Observed` and `Head`.
+
+    Values are raw on both sides: normalisation is part of the network, as it is part of the exported graph.
+    """
+
+    def __init__(
+        self, specs: Sequence[LayerSpec], features: Sequence[Feature], outputs: Sequence[Output], classification: bool
+    ) -> None:
+        super().__init__()
+        self.observed = Observed(features)
+        placed = place(specs, Shape(size=self.observed.size))
+        self.layers = nn.ModuleList(build(p) for p in placed[:-1])
+        head, below = placed[-1].spec, placed[-1].shape
+        assert isinstance(head, RnnOutputSpec | RnnLossSpec)
+        self.head = Head(head, below.size or 0, features, outputs, classification)
+        self.summary = below.summary
+        self.streaming = all(p.spec.streams for p in placed)
+        # Truncated backpropagation cuts below and inside the topmost recurrent layer, never above it.
+        self.top = max((i + 1 for i, p in enumerate(placed[:-1]) if p.spec.recurrent), default=0)
+
+    @classmethod
+    def of(cls, specs: Sequence[LayerSpec], source: Source) -> "Network":
+        """The network of a configuration for what a source gives."""
+        return cls(specs, source.features, source.outputs, source.task == "classification")
+
+    def stack(self) -> list[Layer]:
+        """All layers that may carry state, from below."""
+        return [self.observed, *self.layers]  # type: ignore[list-item]
+
+    def initial_state(self, rows: int) -> State:
+        """Zeros, the state of sequences that have not begun."""
+        device = self.observed.mean.device
+        return {
+            layer.name: {key: torch.zeros(rows, *shape, device=device) for key, shape in shapes.items()}
+            for layer in self.stack()
+            if (shapes := layer.state_shapes())
+        }
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, state: State | None = None) -> tuple[Tensor, State]:
+        """Answers in the caller's units, and the state after the last present step.
+
+        Args:
+            x: (B, T, F) raw readings, NaN where missing.
+            mask: (B, T) bool; an absent step holds the state and its answer is 0.
+            state: What an earlier call gave; None: the initial state.
+        """
+        packing = Packing.of(mask)
+        state = self.initial_state(x.shape[0]) if state is None else state
+        hidden, base, state = self._lower(packing.pack(x), packing.lengths, state)
+        z, state = self._upper(hidden, packing.lengths, state)
+        return packing.unpack(self.head.answer(z, base)), state
+
+    def train_pass(
+        self, x: Tensor, mask: Tensor | None, state: State, backward: int | None = None
+    ) -> tuple[Tensor, Tensor | None, State]:
+        """What the loss needs: values before the output activation, what they are relative to, and the state.
+
+        Args:
+            x: (B, T, F).
+            mask: (B, T) bool.
+            state: Carried in as constants.
+            backward: The recurrent layers, and all below them, get gradients from the last `backward` steps only;
+                the layers above from all. None: no limit.
+        """
+        cut = 0 if backward is None else max(0, x.shape[1] - backward)
+        packing = Packing.of(mask)
+        if cut == 0 or self.top == 0:
+            hidden, base, state = self._lower(packing.pack(x), packing.lengths, state)
+        else:
+            with torch.no_grad():
+                early, early_base, state = self._lower_masked(x[:, :cut], _cut(mask, 0, cut), state)
+            late, late_base, state = self._lower_masked(x[:, cut:], _cut(mask, cut, x.shape[1]), state)
+            hidden = packing.pack(torch.cat([early, late], dim=1))
+            base = None
+            if early_base is not None and late_base is not None:
+                base = packing.pack(torch.cat([early_base, late_base], dim=1))
+        z, state = self._upper(hidden, packing.lengths, state)
+        return packing.unpack(z), None if base is None else packing.unpack(base), state
+
+    def _lower(self, x: Tensor, lengths: Tensor | None, state: State) -> tuple[Tensor, Tensor | None, State]:
+        """Up to and including the topmost recurrent layer."""
+        after = dict(state)
+        observed = _run(self.observed, x, lengths, after)
+        hidden = observed
+        for layer in self.layers[: self.top]:
+            hidden = _run(layer, hidden, lengths, after)
+        return hidden, self.head.base(observed), after
+
+    def _lower_masked(self, x: Tensor, mask: Tensor | None, state: State) -> tuple[Tensor, Tensor | None, State]:
+        packing = Packing.of(mask)
+        hidden, base, state = self._lower(packing.pack(x), packing.lengths, state)
+        return packing.unpack(hidden), None if base is None else packing.unpack(base), state
+
+    def _upper(self, hidden: Tensor, lengths: Tensor | None, state: State) -> tuple[Tensor, State]:
+        """Above the topmost recurrent layer, up to the output activation."""
+        after = dict(state)
+        for layer in self.layers[self.top :]:
+            hidden = _run(layer, hidden, lengths, after)
+        return self.head(hidden), after
+
+    def write(self, graph: Graph) -> None:
+        """Write the network into a graph, with one input and one output for each state tensor."""
+        value, observed = graph.x, ""
+        for layer in self.stack():
+            shapes = layer.state_shapes()
+            before = {key: graph.state_input(f"{layer.name}.{key}", shape) for key, shape in shapes.items()}
+            value, after = layer.write(graph, value, before)
+            observed = observed or value
+            for key, shape in shapes.items():
+                graph.output(after[key], f"{layer.name}.{key}.out", ["B", *shape])
+        graph.output(self.head.write(graph, value, observed), "y", ["B", "T", len(self.head.mean)])
+
+
+def _run(layer: Any, x: Tensor, lengths: Tensor | None, state: State) -> Tensor:
+    """Run one layer and replace its state in place."""
+    own: LayerState = state.get(layer.name, {})
+    y, after = layer(x, lengths, own)
+    if after:
+        state[layer.name] = after
+    return y  # type: ignore[no-any-return]
+
+
+def _cut(mask: Tensor | None, start: int, stop: int) -> Tensor | None:
+    return None if mask is None else mask[:, start:stop]
+
+
+def detached(state: State) -> State:
+    """The same state as constants: gradients end here."""
+    return {name: {key: tensor.detach() for key, tensor in layer.items()} for name, layer in state.items()}
+
+
+def restarted(state: State, starts: Tensor | None) -> State:
+    """The state with fresh zeros in the rows that start a new sequence; starts None means all of them."""
+    return {
+        name: {
+            key: torch.zeros_like(t) if starts is None else torch.where(starts.view(-1, *[1] * (t.ndim - 1)), 0.0, t)
+            for key, t in layer.items()
+        }
+        for name, layer in state.items()
+    }

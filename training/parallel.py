@@ -1,0 +1,83 @@
+"""One process or many: what torchrun's environment says, and the few sums that have to be taken over all of them."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from stepcast.errors import ConfigError
+
+from .data.batch import Batch
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """All processes of a run. Every process reads the same batches and takes its share of their rows."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def leads(self) -> bool:
+        """Is this the process that prints and writes?"""
+        return self.rank == 0
+
+    def sum(self, value: Tensor) -> Tensor:
+        """A number, summed over all processes."""
+        if self.size > 1:
+            value = value.clone()
+            dist.all_reduce(value)
+        return value
+
+    def share(self, batch: Batch) -> Batch:
+        """This process's rows. One that would go empty takes a row without its labels, to stay in step."""
+        if self.size == 1:
+            return batch
+        rows = torch.arange(self.rank, batch.x.shape[0], self.size)
+        if len(rows):
+            return rows_of(batch, rows)
+        batch = rows_of(batch, torch.tensor([0]))
+        return Batch(batch.x, batch.y, batch.x_mask, torch.zeros(batch.y.shape[:2], dtype=torch.bool), batch.starts)
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """The module as it is, or averaging its gradients over all processes."""
+        if self.size == 1:
+            return module
+        devices = [self.device] if self.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(module, device_ids=devices, find_unused_parameters=True)
+
+
+def rows_of(batch: Batch, rows: Tensor) -> Batch:
+    """Some rows of a batch."""
+    picked = [None if t is None else t[rows] for t in (batch.x_mask, batch.y_mask, batch.starts)]
+    return Batch(batch.x[rows], batch.y[rows], *picked)
+
+
+def join(device: str) -> World:
+    """Join the run torchrun describes, if any, and choose this process's device.
+
+    Args:
+        device: auto, cpu, cuda or cuda:N.
+
+    Raises:
+        ConfigError: CUDA is asked for and is not there.
+    """
+    size, rank, local = (int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0")))
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"training.device: {device!r} is asked for, torch sees no CUDA device")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        device = f"cuda:{local}"
+    if size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return World(rank, size, torch.device(device))
+
+
+def leave() -> None:
+    """Leave the run at its end."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

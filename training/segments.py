@@ -1,0 +1,67 @@
+"""Cuts batches into segments of time, and settles which steps run and which labels count."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .data.batch import Batch
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch on a device."""
+    tensors = (batch.x, batch.y, batch.x_mask, batch.y_mask, batch.starts)
+    x, y, *rest = (None if t is None else t.to(device, non_blocking=True) for t in tensors)
+    assert x is not None
+    assert y is not None
+    return Batch(x, y, *rest)
+
+
+def settle(batch: Batch, *, fillable: Tensor, summary: bool) -> Batch:
+    """Make the masks say exactly what runs and what counts.
+
+    A step with a label is a step, even if its input is absent (one-to-many): it runs on missing readings, or on zeros
+    where a feature has no policy for missing ones. In a many-to-one network only the label at a row's last present
+    step counts.
+
+    Args:
+        batch: As the source gave it.
+        fillable: (F,) bool, features that may be missing.
+        summary: Is the network many-to-one?
+    """
+    x, x_mask, y_mask = batch.x, batch.x_mask, batch.y_mask
+    if x_mask is not None:
+        labelled = torch.ones_like(x_mask) if y_mask is None else y_mask if y_mask.ndim == 2 else y_mask.any(dim=2)
+        if y_mask is None:
+            y_mask = x_mask  # labels without a mask of their own count where the input is
+        elif (extra := labelled & ~x_mask).any():
+            x = torch.where(extra[..., None], torch.where(fillable, torch.nan, 0.0), x)
+            x_mask = x_mask | extra
+    if summary:
+        last = last_steps(x_mask, x.shape[0], x.shape[1], x.device)
+        y_mask = last if y_mask is None else y_mask & (last if y_mask.ndim == 2 else last[..., None])
+    return replace(batch, x=x, x_mask=x_mask, y_mask=y_mask)
+
+
+def last_steps(mask: Tensor | None, rows: int, n_steps: int, device: torch.device) -> Tensor:
+    """True at each row's last present step, (B, T)."""
+    if mask is None:
+        mask = torch.ones(rows, n_steps, dtype=torch.bool, device=device)
+    steps = torch.arange(n_steps, device=device)
+    latest = torch.where(mask, steps, -1).amax(dim=1, keepdim=True)
+    return mask & (steps == latest)
+
+
+def cut(batch: Batch, length: int) -> Iterator[Batch]:
+    """Segments of `length` steps; the last one may be shorter. `starts` is left to the caller."""
+    for start in range(0, batch.x.shape[1], length):
+        masks = [None if m is None else m[:, start : start + length] for m in (batch.x_mask, batch.y_mask)]
+        yield Batch(batch.x[:, start : start + length], batch.y[:, start : start + length], *masks)
+
+
+def labelled(batch: Batch) -> bool:
+    """Is there any label that counts?"""
+    return batch.y_mask is None or bool(batch.y_mask.any())
+
+

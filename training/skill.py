@@ -1,0 +1,197 @@
+"""How much a forecast of a table's series is worth: against persistence, and against the value a day before.
+
+Measured on the exported model, one step at a time, every test hour of every series. Further ahead the model runs
+free as the service's rollout does: its answers come back as readings, the calendar is known, all else is missing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from rich.table import Table
+
+from .data.table import TableSource, feature_columns
+from .evaluate import present_steps
+from .stepper import Floats, States, Stepper
+
+DAY = 24
+
+
+@dataclass(frozen=True)
+class Skill:
+    """Root mean square errors at one distance, per target.
+
+    Attributes:
+        ahead: Steps.
+        rows: How many forecasts were compared.
+        model: (O,) of the forecast.
+        persistence: (O,) of the last observed value.
+        day_before: (O,) of the value 24 steps before.
+    """
+
+    ahead: int
+    rows: NDArray[np.int64]
+    model: NDArray[np.float64]
+    persistence: NDArray[np.float64]
+    day_before: NDArray[np.float64]
+
+    @property
+    def ratio(self) -> NDArray[np.float64]:
+        """Model over persistence, (O,)."""
+        return self.model / self.persistence
+
+    def as_dict(self, names: Sequence[str]) -> dict[str, Any]:
+        """Plain numbers by target, for the manifest."""
+        return {
+            name: {
+                "rmse": round(float(self.model[k]), 4),
+                "persistence": round(float(self.persistence[k]), 4),
+                "day_before": round(float(self.day_before[k]), 4),
+                "ratio": round(float(self.ratio[k]), 4),
+                "rows": int(self.rows[k]),
+            }
+            for k, name in enumerate(names)
+        }
+
+
+@dataclass(frozen=True)
+class Replay:
+    """The test steps, stepped through once.
+
+    Attributes:
+        start: Grid step of the first column.
+        x: (S, T, F) readings, the warm-up included.
+        present: (S, T).
+        y: (S, T, O) forecasts of one step ahead.
+        states: By name, (T, S, ...): the states behind every step.
+        scored: Columns before this one are warm-up.
+    """
+
+    start: int
+    x: Floats
+    present: NDArray[np.bool_]
+    y: Floats
+    states: States
+    scored: int
+
+
+class Measurement:
+    """Forecasts of a table's test steps at any distance.
+
+    Args:
+        stepper: The exported model.
+        source: The table, with horizon 1.
+    """
+
+    def __init__(self, stepper: Stepper, source: TableSource) -> None:
+        self.stepper, self.source = stepper, source
+        names = [f.name for f in source.features]
+        self.columns = [names.index(t) for t in source.targets]
+        self.calendar = [i for i, (_, _, column) in enumerate(feature_columns(source.config)) if column is None]
+        self.truth = source.x[..., self.columns]  # (S, L, O), NaN where missing
+        self.last = _carried(self.truth)  # the last observed values
+        self.replay = self._replay()
+
+    def _replay(self) -> Replay:
+        start, stop = self.source.bounds["test"]
+        batch = self.source.window(start, stop)
+        x, present = batch.x.numpy(), present_steps(batch)
+        states = self.stepper.initial_states(x.shape[0])
+        outputs, kept = [], []
+        for t in range(x.shape[1]):
+            y, states = self.stepper.run(x[:, t : t + 1], present[:, t].astype(np.int32), states)
+            outputs.append(y[:, 0])
+            kept.append(states)
+        stacked = {name: np.stack([s[name] for s in kept]) for name in states}
+        first = stop - x.shape[1]
+        return Replay(first, x, present, np.stack(outputs, axis=1), stacked, start - first)
+
+    def skills(self, distances: Sequence[int]) -> list[Skill]:
+        """Skill at each distance in steps."""
+        forecasts = self._rollout(max(distances))
+        return [self._skill(ahead, forecasts[ahead - 1]) for ahead in distances]
+
+    def _rollout(self, steps: int) -> list[Floats]:
+        """Forecasts 1..steps ahead of every step, each (S, T, O); every (step, series) pair is one row."""
+        replay, source = self.replay, self.source
+        n_series, n_steps, n_features = replay.x.shape
+        states = {k: s.reshape(n_steps * n_series, *s.shape[2:]) for k, s in replay.states.items()}
+        y = replay.y.transpose(1, 0, 2).reshape(n_steps * n_series, -1)
+        lengths = np.ones(len(y), np.int32)
+        forecasts = [replay.y]
+        for ahead in range(1, steps):
+            x = np.full((n_steps, n_series, n_features), np.nan, np.float32)
+            at = np.minimum(replay.start + np.arange(n_steps) + ahead, source.x.shape[1] - 1)
+            x[..., self.calendar] = source.x[:, at][..., self.calendar].transpose(1, 0, 2)
+            x = x.reshape(len(y), 1, n_features)
+            x[:, 0, self.columns] = y
+            out, states = self.stepper.run(x, lengths, states)
+            y = out[:, 0]
+            forecasts.append(y.reshape(n_steps, n_series, -1).transpose(1, 0, 2))
+        return forecasts
+
+    def _skill(self, ahead: int, forecast: Floats) -> Skill:
+        """Compare where the forecast's origin is a step and truth, persistence and the day before are all known."""
+        replay, stop = self.replay, self.truth.shape[1]
+        origin = np.arange(replay.start + replay.scored, stop - ahead)  # (R,)
+        truth = self.truth[:, origin + ahead].astype(np.float64)
+        rivals = {
+            "model": forecast[:, origin - replay.start],
+            "persistence": self.last[:, origin],
+            # The day before, or where that is missing the last value before it.
+            "day_before": self.last[:, origin + ahead - max(DAY, ahead)],
+        }
+        there = replay.present[:, origin - replay.start, None] & ~np.isnan(truth)
+        there = there & ~np.isnan(rivals["persistence"]) & ~np.isnan(rivals["day_before"])
+        errors = {name: _rmse(values - truth, there) for name, values in rivals.items()}
+        return Skill(ahead, there.sum(axis=(0, 1)), **errors)
+
+    def plot_week(self, path: Path, steps: int = 7 * DAY) -> None:
+        """Draw a week in the middle of the test steps: truth, forecast, persistence, one panel per target."""
+        replay, source = self.replay, self.source
+        middle = (replay.scored + replay.x.shape[1] - steps) // 2
+        origin = replay.start + middle + np.arange(steps)
+        figure = Figure(figsize=(10, 1.9 * len(source.targets)), layout="constrained")
+        panels = figure.subplots(len(source.targets), 1, sharex=True, squeeze=False)[:, 0]
+        for k, (axes, name) in enumerate(zip(panels, source.targets, strict=True)):
+            times = source.times[origin + 1]
+            axes.plot(times, self.last[0, origin, k], color="0.7", linewidth=1, label="persistence")
+            axes.plot(times, self.truth[0, origin + 1, k], color="black", linewidth=1, label="truth")
+            axes.plot(times, replay.y[0, middle : middle + steps, k], color="tab:red", linewidth=1, label="forecast")
+            axes.set_ylabel(f"{name} [{source.config.columns[name].unit}]")
+        panels[0].set_title(f"{source.series[0]}: a test week, one step ahead")
+        panels[0].legend(loc="upper right", ncols=3, fontsize="small")
+        figure.savefig(path, dpi=80, metadata={"Software": None})
+
+
+def _carried(values: Floats) -> Floats:
+    """(S, L, O) with the last observed value in place of missing ones."""
+    steps = np.arange(values.shape[1])[None, :, None]
+    latest = np.maximum.accumulate(np.where(np.isnan(values), 0, steps), axis=1)
+    return np.take_along_axis(values, latest, axis=1)
+
+
+def _rmse(errors: NDArray[np.float64], there: NDArray[np.bool_]) -> NDArray[np.float64]:
+    squares = np.where(there, np.square(errors, where=there, out=np.zeros_like(errors)), 0.0)
+    return np.asarray(np.sqrt(squares.sum(axis=(0, 1)) / there.sum(axis=(0, 1))))
+
+
+def skill_table(source: TableSource, skills: Sequence[Skill]) -> Table:
+    """Errors of every target at every distance, for the terminal."""
+    every = source.config.every
+    table = Table(title="RMSE on the test rows, exported model stepped one by one", title_justify="left")
+    for name in ("target", "ahead", "model", "persistence", "day before", "model / persistence"):
+        table.add_column(name, justify="left" if name == "target" else "right")
+    for skill in skills:
+        rows = zip(source.targets, skill.model, skill.persistence, skill.day_before, skill.ratio, strict=True)
+        for name, model, persistence, day_before, ratio in rows:
+            unit = source.config.columns[name].unit
+            numbers = [f"{v:.3f}" for v in (model, persistence, day_before, ratio)]
+            table.add_row(f"{name} [{unit}]".replace("[", r"\["), f"{skill.ahead} x {every}", *numbers)
+        table.add_row("mean of ratios", f"{skill.ahead} x {every}", "", "", "", f"{skill.ratio.mean():.3f}")
+        table.add_section()
+    return table
