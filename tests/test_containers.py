@@ -136,7 +136,7 @@ def test_compose_serves_the_models_on_an_append_only_redis() -> None:
     assert service["ports"] == [f"127.0.0.1:{PORT}:{PORT}"], "this machine only"
     assert service["depends_on"] == {"redis": {"condition": "service_healthy"}}
     assert (service["read_only"], service["cap_drop"]) == (True, ["ALL"])
-    assert int(service["stop_grace_period"].removesuffix("s")) >= settings.drain_s + 5
+    assert int(service["stop_grace_period"].removesuffix("s")) >= 2 * settings.drain_s + 5
     (volume,) = store["volumes"]
     assert volume.split(":") == ["sessions", "/data"]
     assert "sessions" in compose()["volumes"]

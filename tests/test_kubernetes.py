@@ -212,11 +212,11 @@ def test_names_and_selectors_lead_somewhere(overlay: str) -> None:
 
 @overlays
 def test_pod_outlives_its_drain(overlay: str) -> None:
-    """SIGTERM comes after preStop; accepted steps then have drain_s, and the store has time to close."""
+    """SIGTERM comes after preStop; then drain_s for open requests, drain_s for waiting steps, and the store's end."""
     manifests = render(overlay)
     pre_stop_s = manifests.service["lifecycle"]["preStop"]["sleep"]["seconds"]
     drain_s = Settings.read(manifests.settings()).drain_s
-    assert manifests.service_pod["terminationGracePeriodSeconds"] >= pre_stop_s + drain_s + 5
+    assert manifests.service_pod["terminationGracePeriodSeconds"] >= pre_stop_s + 2 * drain_s + 5
     rolling = manifests.one("Deployment", "stepcast")["spec"]["strategy"]["rollingUpdate"]
     assert rolling == {"maxUnavailable": 0, "maxSurge": 1}
 
@@ -229,13 +229,19 @@ def test_store_is_the_rendered_redis(overlay: str) -> None:
     assert manifests.one("StatefulSet", host)["spec"]["volumeClaimTemplates"][0]["metadata"]["name"] == "sessions"
 
 
-def test_prod_takes_the_store_from_a_secret() -> None:
-    """The URL may hold a password: it is in no manifest, and without the Secret no pod starts."""
+def test_prod_takes_store_and_keys_from_a_secret() -> None:
+    """Passwords and keys are in no manifest, and without the Secret no pod starts."""
     manifests = render("overlays/prod")
-    assert manifests.service["env"] == [
-        {"name": "STEPCAST_STORE", "valueFrom": {"secretKeyRef": {"name": "stepcast-store", "key": "url"}}}
-    ]
-    assert "STEPCAST_STORE" not in manifests.settings()
+    secret = {
+        e["name"]: (e["valueFrom"]["secretKeyRef"]["name"], e["valueFrom"]["secretKeyRef"]["key"])
+        for e in manifests.service["env"]
+    }
+    assert secret == {
+        "STEPCAST_STORE": ("stepcast-secrets", "store-url"),
+        "STEPCAST_API_KEYS": ("stepcast-secrets", "api-keys"),
+    }
+    assert not any(e["valueFrom"]["secretKeyRef"].get("optional") for e in manifests.service["env"])
+    assert not secret.keys() & manifests.settings().keys()
     assert manifests.kind("Secret") == []
 
 
