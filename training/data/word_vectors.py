@@ -52,7 +52,10 @@ def read_word_vectors(path: Path, limit: int | None = None) -> WordVectors:
 
 def learn_word_vectors(sentences: Sequence[Sequence[str]], size: int, seed: int) -> WordVectors:
     """Learn vectors of `size` numbers from a small corpus; the same seed gives the same vectors."""
-    model = _gensim().Word2Vec([list(s) for s in sentences], vector_size=size, min_count=1, seed=seed, workers=1)
+    corpus = [list(sentence) for sentence in sentences]
+    # A wide window: what a word means shows in the whole text, what it is only in its neighbours.
+    settings = {"vector_size": size, "window": 20, "min_count": 1, "epochs": 20}
+    model = _gensim().Word2Vec(corpus, seed=seed, workers=1, **settings)
     return WordVectors(tuple(model.wv.index_to_key), np.asarray(model.wv.vectors, np.float32))
 
 

@@ -76,8 +76,9 @@ class Reviews(InMemory):
 
 
 def review(rng: np.random.Generator) -> Line:
-    """A label and a text with an odd number of clauses, so that there is a majority."""
-    praises = rng.random(2 * int(rng.integers(0, 4)) + 1) < 0.5
+    """A label and a text with an odd number of clauses, so that there is a majority; moods colour most of them."""
+    mood = rng.choice([0.15, 0.85])
+    praises = rng.random(2 * int(rng.integers(0, 4)) + 1) < mood
     text = _clause(rng, praises[0])
     for praise in praises[1:]:
         text += f" {rng.choice(LINKS)} {_clause(rng, praise)}"
@@ -86,7 +87,7 @@ def review(rng: np.random.Generator) -> Line:
 
 def _clause(rng: np.random.Generator, praise: bool) -> str:
     """One statement about one thing."""
-    turned = rng.random() < 0.3
+    turned = rng.random() < 0.25
     words = ["the", rng.choice(THINGS), rng.choice(VERBS)]
     if turned:
         words.append(rng.choice(TURNS))
