@@ -142,7 +142,7 @@ def memory_server() -> Iterator[Running]:
 @pytest.fixture
 def http(memory_server: Running) -> Iterator[httpx.Client]:
     """An HTTP client of that server."""
-    with httpx.Client(base_url=memory_server.url, timeout=10) as client:
+    with httpx.Client(base_url=memory_server.url, timeout=10, verify=False) as client:
         yield client
 
 
