@@ -95,9 +95,7 @@ def train(job: Job) -> int:
     config, world = job.config, join(job.config.training.device)
     torch.manual_seed(config.seed)
     network = Network.of(config.network, job.source)
-    trainer = Trainer(
-        network, job.source, config.training, world=world, seed=config.seed, directory=job.run_directory
-    )
+    trainer = Trainer(network, job.source, config.training, world=world, seed=config.seed, directory=job.run_directory)
     weights = sum(p.numel() for p in network.parameters() if p.requires_grad)
     if not world.leads:
         trainer.fit(resume=job.arguments.resume)
@@ -153,9 +151,7 @@ def evaluate_model(job: Job) -> int:
     return 0
 
 
-def _measure(
-    job: Job, stepper: Stepper, streaming: bool, summary: bool, plot: Path | None = None
-) -> dict[str, Any]:
+def _measure(job: Job, stepper: Stepper, streaming: bool, summary: bool, plot: Path | None = None) -> dict[str, Any]:
     """Test metrics; for a table of series also what they are worth."""
     result = evaluate(stepper, job.source, "test", streaming=streaming, summary=summary)
     print_report(result, job.console)

@@ -87,15 +87,15 @@ ONNX_NODES: dict[str, tuple[str, dict[str, float]]] = {
     "thresholdedrelu": ("ThresholdedRelu", {"alpha": 1.0}),
 }
 
-# What an ONNX RNN, LSTM or GRU node takes in its `activations` attribute: name, alpha, beta.
-RECURRENT_NODES: dict[str, tuple[str, float, float]] = {
-    "sigmoid": ("Sigmoid", 0.0, 0.0),
-    "tanh": ("Tanh", 0.0, 0.0),
-    "relu": ("Relu", 0.0, 0.0),
-    "leakyrelu": ("LeakyRelu", 0.01, 0.0),
-    "elu": ("Elu", 1.0, 0.0),
-    "softplus": ("Softplus", 0.0, 0.0),
-    "softsign": ("Softsign", 0.0, 0.0),
+# What an ONNX RNN, LSTM or GRU node takes in its `activations` attribute: name, and alpha and beta if it has them.
+RECURRENT_NODES: dict[str, tuple[str, float | None, float | None]] = {
+    "sigmoid": ("Sigmoid", None, None),
+    "tanh": ("Tanh", None, None),
+    "relu": ("Relu", None, None),
+    "leakyrelu": ("LeakyRelu", 0.01, None),
+    "elu": ("Elu", 1.0, None),
+    "softplus": ("Softplus", None, None),
+    "softsign": ("Softsign", None, None),
     "hardsigmoid": ("HardSigmoid", 0.2, 0.5),
     "identity": ("Affine", 1.0, 0.0),
 }

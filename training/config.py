@@ -1,6 +1,6 @@
 """What a training run is: one YAML file, checked once, frozen, saved beside the weights."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -10,12 +10,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from stepcast.errors import ConfigError
 from stepcast.manifest import ModelName
 
+from .data.csv_sequences import CsvSequencesConfig
 from .data.python_class import PythonConfig
 from .data.table import TableConfig
 from .layers.specs import LayerSpec, Shape
-from .layers.stack import IllegalLayer, place
+from .layers.stack import IllegalLayer, Placed, place
 
-DataConfig = Annotated[TableConfig | PythonConfig, Field(discriminator="kind")]
+DataConfig = Annotated[TableConfig | CsvSequencesConfig | PythonConfig, Field(discriminator="kind")]
 
 
 class _Strict(BaseModel):
@@ -79,16 +80,20 @@ class Config(_Strict):
             placed = place(self.network, Shape())
         except IllegalLayer as error:
             raise ValueError(f"network[{error.index}]: {error}") from error
-        if self.training.backprop == "truncated":
-            for place_ in placed:
-                if not place_.spec.streams:
-                    raise ValueError(f"network[{place_.index}]: {place_.spec.kind} can not be trained truncated")
-            if placed[-1].shape.summary:
-                raise ValueError(
-                    f"network[{placed[-1].index - 1}]: a many-to-one network can not be trained truncated: "
-                    "segments before the last have no answer. Set training.backprop: standard."
-                )
+        for problem in _conflicts(placed, self.training):
+            raise ValueError(problem)
         return self
+
+
+def _conflicts(placed: Sequence[Placed], training: TrainingConfig) -> Iterator[str]:
+    """What the layers and the way of training can not do together."""
+    for one in placed:
+        where = f"network[{one.index}]: {one.spec.kind}"
+        summary = not one.shape.summary and one.spec.out_shape(one.shape).summary
+        if training.backprop == "truncated" and (not one.spec.streams or summary):
+            yield f"{where} can not be trained truncated. Set training.backprop: standard."
+        if training.masked_steps == "zero" and one.spec.kind in ("global_pooling", "conv1d"):
+            yield f"{where} has no meaning under masked_steps 'zero'"
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:

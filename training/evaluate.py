@@ -86,6 +86,4 @@ def _opening_states(stepper: Stepper, batch: Batch, states: States | None) -> St
     if states is None or batch.starts is None:
         return fresh
     starts = batch.starts.numpy()
-    return {
-        name: np.where(starts.reshape(-1, *[1] * (old.ndim - 1)), fresh[name], old) for name, old in states.items()
-    }
+    return {name: np.where(starts.reshape(-1, *[1] * (old.ndim - 1)), fresh[name], old) for name, old in states.items()}

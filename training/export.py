@@ -53,7 +53,10 @@ def stage(network: Network, source: Source, models: Path, tolerance: Tolerance |
     try:
         graph = Graph(network.observed.n_features)
         network.write(graph)
-        onnx.save(graph.model(doc="One step or many of a recurrent network; see manifest.json."), directory / MODEL_FILE)
+        onnx.save(
+            graph.model(doc="One step or many of a recurrent network; see manifest.json."),
+            directory / MODEL_FILE,
+        )
         golden = make_golden(network, source)
         np.savez_compressed(directory / GOLDEN_FILE, **golden)  # type: ignore[arg-type]
         prove(directory, state_tensors(network), golden, network.streaming, tolerance or Tolerance())
@@ -111,7 +114,11 @@ def state_tensors(network: Network) -> tuple[StateTensor, ...]:
     """The graph's state tensors in the order of the layers."""
     return tuple(
         StateTensor(
-            layer=layer.name, key=key, input=f"{layer.name}.{key}", output=f"{layer.name}.{key}.out", shape=shape
+            layer=layer.name,
+            key=key,
+            input=f"{layer.name}.{key}",
+            output=f"{layer.name}.{key}.out",
+            shape=shape,
         )
         for layer in network.stack()
         for key, shape in layer.state_shapes().items()
@@ -125,7 +132,11 @@ def next_version(models: Path, name: str) -> int:
 
 
 def prove(
-    directory: Path, tensors: tuple[StateTensor, ...], golden: dict[str, Floats], streaming: bool, tolerance: Tolerance
+    directory: Path,
+    tensors: tuple[StateTensor, ...],
+    golden: dict[str, Floats],
+    streaming: bool,
+    tolerance: Tolerance,
 ) -> None:
     """Run the golden rows in one call, in blocks and one step at a time.
 

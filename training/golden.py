@@ -7,7 +7,8 @@ from torch import Tensor
 from stepcast.errors import ConfigError
 
 from .data.source import SPLITS, Source
-from .layers.base import State, valid_steps
+from .layers.base import State
+from .masks import valid_steps
 from .network import Network
 from .stepper import Floats
 

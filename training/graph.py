@@ -4,7 +4,8 @@ torch.onnx is not used: a stepped network needs its states as graph inputs and o
 recurrent node and peepholes in LSTM's `P`, and each layer class knows best how it is written.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ class Graph:
 
     def __init__(self, n_features: int) -> None:
         self.x, self.lengths = "x", "lengths"
+        self._n_nodes = 0
         self._nodes: list[onnx.NodeProto] = []
         self._initializers: list[onnx.TensorProto] = []
         self._constants: dict[tuple[Any, ...], str] = {}
@@ -42,7 +44,8 @@ class Graph:
 
     def add_many(self, op: str, n_outputs: int, *inputs: str, **attributes: Any) -> list[str]:
         """Add a node with several outputs and return their names."""
-        number = len(self._nodes)
+        number = self._n_nodes
+        self._n_nodes += 1
         names = [f"{op}_{number}" if i == 0 else f"{op}_{number}_{i}" for i in range(n_outputs)]
         self._nodes.append(helper.make_node(op, list(inputs), names, name=f"node_{number}", **attributes))
         return names
@@ -72,8 +75,52 @@ class Graph:
 
     def output(self, tensor: str, name: str, shape: Sequence[int | str]) -> None:
         """Declare `tensor` as the graph's output `name`."""
-        self._nodes.append(helper.make_node("Identity", [tensor], [name], name=f"node_{len(self._nodes)}"))
+        self._nodes.append(helper.make_node("Identity", [tensor], [name], name=f"output_{name}"))
         self._outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, list(shape)))
+
+    def scan(
+        self,
+        states: Sequence[str],
+        inputs: Sequence[str],
+        body: Callable[[list[str], list[str]], list[str]],
+    ) -> tuple[list[str], str]:
+        """Run `body` over axis 1 of `inputs`, carrying `states`.
+
+        Args:
+            states: (B, ...) each, before the first step.
+            inputs: (B, T, ...) each.
+            body: Adds the nodes of one step; takes names of the states and of the step's slices (B, ...), returns
+                names of the new states, the first of which is also the step's output.
+
+        Returns:
+            The states after the last step, and the output (B, T, ...).
+        """
+        outer, self._nodes = self._nodes, []
+        number = self._n_nodes
+        inner_states = [f"scan_{number}_state_{i}" for i in range(len(states))]
+        slices = [f"scan_{number}_slice_{i}" for i in range(len(inputs))]
+        after = [self.add("Identity", name) for name in body(inner_states, slices)]
+        step_output = self.add("Identity", after[0])
+        graph = helper.make_graph(
+            self._nodes,
+            f"scan_{number}",
+            [_untyped(name) for name in (*inner_states, *slices)],
+            [_untyped(name) for name in (*after, step_output)],
+        )
+        self._nodes = outer
+        axes = {"scan_input_axes": [1] * len(inputs), "scan_output_axes": [1]}
+        names = self.add_many(
+            "Scan", len(states) + 1, *states, *inputs, body=graph, num_scan_inputs=len(inputs), **axes
+        )
+        return names[:-1], names[-1]
+
+    @contextmanager
+    def lengths_are(self, lengths: str) -> Iterator[None]:
+        """Within this context, rows have other lengths (int32)."""
+        saved = self.lengths, self._memo
+        self.lengths, self._memo = lengths, {}
+        yield
+        self.lengths, self._memo = saved
 
     def steps(self) -> str:
         """Numbers 0..T-1 of the steps, int64 (T,)."""
@@ -108,3 +155,8 @@ class Graph:
         model.ir_version = IR_VERSION
         onnx.checker.check_model(model, full_check=True)
         return model
+
+
+def _untyped(name: str) -> onnx.ValueInfoProto:
+    """A float tensor of any shape."""
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, None)

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .activations import ACTIVATIONS
+from .layers.specs import CLASS_LOSSES
 
-CLASS_LOSSES = ("mcxent", "negativeloglikelihood", "sparse_mcxent")
 # These average over outputs as well as steps; the others sum over the outputs of a step, then average over steps.
 MEAN_LOSSES = ("mse", "squared_loss", "mae", "huber", "mape", "msle", "wasserstein")
 # These look at all outputs of a step together, so a mask per output means nothing to them.
@@ -26,8 +26,8 @@ def _log(p: Tensor) -> Tensor:
 
 
 def _cosine(p: Tensor, t: Tensor) -> Tensor:
-    norms = p.norm(dim=-1, keepdim=True) * t.norm(dim=-1, keepdim=True)
-    return -p * t / norms.clamp(min=TINY)
+    p, t = (F.normalize(v, dim=-1, eps=TINY) for v in (p, t))
+    return -p * t
 
 
 def _xent(p: Tensor, t: Tensor) -> Tensor:

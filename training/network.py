@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stepcast.errors import ConfigError
 from stepcast.manifest import Feature, Output
 
 from .data.source import Source
@@ -14,9 +15,9 @@ from .layers import build
 from .layers.base import Layer, LayerState, State
 from .layers.observed import Observed
 from .layers.output import Head
-from .layers.specs import LayerSpec, RnnLossSpec, RnnOutputSpec, Shape
-from .layers.stack import place
-from .masks import Packing
+from .layers.specs import IllegalStack, LayerSpec, RnnLossSpec, RnnOutputSpec, Shape
+from .layers.stack import IllegalLayer, place
+from .masks import MaskedSteps, moves_of
 
 
 class Network(nn.Module):
@@ -26,9 +27,14 @@ class Network(nn.Module):
     """
 
     def __init__(
-        self, specs: Sequence[LayerSpec], features: Sequence[Feature], outputs: Sequence[Output], classification: bool
+        self,
+        specs: Sequence[LayerSpec],
+        features: Sequence[Feature],
+        outputs: Sequence[Output],
+        classification: bool,
     ) -> None:
         super().__init__()
+        self.masked_steps: MaskedSteps = "hold"
         self.observed = Observed(features)
         placed = place(specs, Shape(size=self.observed.size))
         self.layers = nn.ModuleList(build(p) for p in placed[:-1])
@@ -42,12 +48,21 @@ class Network(nn.Module):
 
     @classmethod
     def of(cls, specs: Sequence[LayerSpec], source: Source) -> "Network":
-        """The network of a configuration for what a source gives."""
-        return cls(specs, source.features, source.outputs, source.task == "classification")
+        """The network of a configuration for what a source gives.
+
+        Raises:
+            ConfigError: the data does not fit the layers; with the layer's path.
+        """
+        try:
+            return cls(specs, source.features, source.outputs, source.task == "classification")
+        except IllegalLayer as error:
+            raise ConfigError(f"network[{error.index}]: {error}") from error
+        except IllegalStack as error:
+            raise ConfigError(f"network[{len(specs) - 1}]: {error}") from error
 
     def stack(self) -> list[Layer]:
         """All layers that may carry state, from below."""
-        return [self.observed, *self.layers]  # type: ignore[list-item]
+        return [self.observed, *self.layers]
 
     def initial_state(self, rows: int) -> State:
         """Zeros, the state of sequences that have not begun."""
@@ -66,11 +81,11 @@ class Network(nn.Module):
             mask: (B, T) bool; an absent step holds the state and its answer is 0.
             state: What an earlier call gave; None: the initial state.
         """
-        packing = Packing.of(mask)
         state = self.initial_state(x.shape[0]) if state is None else state
-        hidden, base, state = self._lower(packing.pack(x), packing.lengths, state)
-        z, state = self._upper(hidden, packing.lengths, state)
-        return packing.unpack(self.head.answer(z, base)), state
+        moves = moves_of(mask, self.masked_steps)
+        hidden, base, after = self._lower(moves.pack(x), moves.lengths, moves.enter(state))
+        z, after = self._upper(hidden, moves.lengths, after)
+        return moves.unpack(self.head.answer(z, base)), moves.leave(after, state)
 
     def train_pass(
         self, x: Tensor, mask: Tensor | None, state: State, backward: int | None = None
@@ -84,20 +99,17 @@ class Network(nn.Module):
             backward: The recurrent layers, and all below them, get gradients from the last `backward` steps only;
                 the layers above from all. None: no limit.
         """
-        cut = 0 if backward is None else max(0, x.shape[1] - backward)
-        packing = Packing.of(mask)
-        if cut == 0 or self.top == 0:
-            hidden, base, state = self._lower(packing.pack(x), packing.lengths, state)
+        cut = 0 if backward is None or self.top == 0 else max(0, x.shape[1] - backward)
+        if cut == 0:
+            hidden, base, state = self._lower_masked(x, mask, state)
         else:
             with torch.no_grad():
-                early, early_base, state = self._lower_masked(x[:, :cut], _cut(mask, 0, cut), state)
-            late, late_base, state = self._lower_masked(x[:, cut:], _cut(mask, cut, x.shape[1]), state)
-            hidden = packing.pack(torch.cat([early, late], dim=1))
-            base = None
-            if early_base is not None and late_base is not None:
-                base = packing.pack(torch.cat([early_base, late_base], dim=1))
-        z, state = self._upper(hidden, packing.lengths, state)
-        return packing.unpack(z), None if base is None else packing.unpack(base), state
+                early, early_base, state = self._lower_masked(x[:, :cut], _part(mask, 0, cut), state)
+            late, late_base, state = self._lower_masked(x[:, cut:], _part(mask, cut, x.shape[1]), state)
+            hidden = torch.cat([early, late], dim=1)
+            base = None if early_base is None or late_base is None else torch.cat([early_base, late_base], dim=1)
+        z, state = self._upper_masked(hidden, mask, state)
+        return z, base, state
 
     def _lower(self, x: Tensor, lengths: Tensor | None, state: State) -> tuple[Tensor, Tensor | None, State]:
         """Up to and including the topmost recurrent layer."""
@@ -109,9 +121,23 @@ class Network(nn.Module):
         return hidden, self.head.base(observed), after
 
     def _lower_masked(self, x: Tensor, mask: Tensor | None, state: State) -> tuple[Tensor, Tensor | None, State]:
-        packing = Packing.of(mask)
-        hidden, base, state = self._lower(packing.pack(x), packing.lengths, state)
-        return packing.unpack(hidden), None if base is None else packing.unpack(base), state
+        lower, upper = self._split(state)
+        moves = moves_of(mask, self.masked_steps)
+        hidden, base, after = self._lower(moves.pack(x), moves.lengths, moves.enter(lower))
+        base = None if base is None else moves.unpack(base)
+        return moves.unpack(hidden), base, {**moves.leave(after, lower), **upper}
+
+    def _upper_masked(self, hidden: Tensor, mask: Tensor | None, state: State) -> tuple[Tensor, State]:
+        lower, upper = self._split(state)
+        moves = moves_of(mask, self.masked_steps)
+        z, after = self._upper(moves.pack(hidden), moves.lengths, moves.enter(upper))
+        return moves.unpack(z), {**lower, **moves.leave(after, upper)}
+
+    def _split(self, state: State) -> tuple[State, State]:
+        """The states of the layers up to the topmost recurrent one, and of those above."""
+        above = {layer.name for layer in self.stack()[self.top + 1 :]}
+        lower = {name: layer for name, layer in state.items() if name not in above}
+        return lower, {name: layer for name, layer in state.items() if name in above}
 
     def _upper(self, hidden: Tensor, lengths: Tensor | None, state: State) -> tuple[Tensor, State]:
         """Above the topmost recurrent layer, up to the output activation."""
@@ -142,7 +168,7 @@ def _run(layer: Any, x: Tensor, lengths: Tensor | None, state: State) -> Tensor:
     return y  # type: ignore[no-any-return]
 
 
-def _cut(mask: Tensor | None, start: int, stop: int) -> Tensor | None:
+def _part(mask: Tensor | None, start: int, stop: int) -> Tensor | None:
     return None if mask is None else mask[:, start:stop]
 
 

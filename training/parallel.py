@@ -1,7 +1,7 @@
 """One process or many: what torchrun's environment says, and the few sums that have to be taken over all of them."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,7 @@ class World:
 
     rank: int = 0
     size: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
     def leads(self) -> bool:
@@ -65,7 +65,8 @@ def join(device: str) -> World:
     Raises:
         ConfigError: CUDA is asked for and is not there.
     """
-    size, rank, local = (int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0")))
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank, local = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"training.device: {device!r} is asked for, torch sees no CUDA device")
     if device == "auto":

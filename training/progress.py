@@ -56,7 +56,9 @@ class Progress:
         """Epoch `number` (from 1) is done."""
         self._segments = 0
         validation = "" if validation_loss is None else f"  validation {validation_loss:.4f}"
-        self._console.print(f"epoch {number:3d}  training {train_loss:.4f}{validation}  {seconds:.1f} s", highlight=False)
+        self._console.print(
+            f"epoch {number:3d}  training {train_loss:.4f}{validation}  {seconds:.1f} s", highlight=False
+        )
         self._bars.update(self._task, completed=number)
         if self._writer is not None:
             self._writer.add_scalar("loss/training", train_loss, number)
@@ -69,4 +71,4 @@ def _writer(directory: Path) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ConfigError("--tensorboard needs TensorBoard. pip install 'stepcast[tensorboard]'") from error
-    return SummaryWriter(str(directory))  # type: ignore[no-untyped-call]
+    return SummaryWriter(str(directory))

@@ -63,5 +63,3 @@ def cut(batch: Batch, length: int) -> Iterator[Batch]:
 def labelled(batch: Batch) -> bool:
     """Is there any label that counts?"""
     return batch.y_mask is None or bool(batch.y_mask.any())
-
-

@@ -45,9 +45,7 @@ class Stepper:
         y, *after = self._session.run(self._wanted, feed)
         return y, {f"{s.layer}.{s.key}": a for s, a in zip(self._states, after, strict=True)}
 
-    def in_blocks(
-        self, x: Floats, lengths: NDArray[np.int32], states: States, block: int
-    ) -> tuple[Floats, States]:
+    def in_blocks(self, x: Floats, lengths: NDArray[np.int32], states: States, block: int) -> tuple[Floats, States]:
         """The same as `run`, `block` steps at a time."""
         outputs = []
         for start in range(0, x.shape[1], block):

@@ -78,7 +78,7 @@ class Trainer:
         self.network.masked_steps = config.masked_steps
         self.objective = self.world.wrap(Objective(self.network))
         self.optimiser = make_optimiser(self.network, config)
-        self.scaler = torch.amp.GradScaler(enabled=config.precision == "float16")  # type: ignore[attr-defined]
+        self.scaler = torch.amp.GradScaler(enabled=config.precision == "float16")
         self.history = History()
         widths = [f.width for f in source.features]
         may_miss = torch.tensor([f.missing != "refuse" for f in source.features])

@@ -73,7 +73,8 @@ class TableConfig(_Strict):
     )
     horizon: int = Field(default=1, ge=1)
     target_scale: Literal["value", "change"] = Field(
-        default="value", description="what outputs are scaled by; change belongs to `residual: true` in the network"
+        default="value",
+        description="what outputs are scaled by; change belongs to `residual: true` in the network",
     )
     validation: datetime = Field(description="first moment of the validation rows; training is all before; UTC")
     test: datetime = Field(description="first moment of the test rows")
@@ -147,7 +148,12 @@ class TableSource:
                 mean, scale = _statistics(rows[..., index], name)
                 features.append(
                     Feature(
-                        name=name, unit=unit, mean=mean, scale=scale, missing=column.missing, indicator=column.indicator
+                        name=name,
+                        unit=unit,
+                        mean=mean,
+                        scale=scale,
+                        missing=column.missing,
+                        indicator=column.indicator,
                     )
                 )
         return tuple(features)
@@ -198,7 +204,10 @@ class TableSource:
         y[:, max(0, stop - start - self.config.horizon) :] = torch.nan  # these labels belong to the next split
         present = torch.from_numpy(self.grid.present[rows, start:stop].copy())
         return Batch(
-            torch.from_numpy(self.x[rows, start:stop].copy()), y, present, ~torch.isnan(y) & present[..., None]
+            torch.from_numpy(self.x[rows, start:stop].copy()),
+            y,
+            present,
+            ~torch.isnan(y) & present[..., None],
         )
 
 
@@ -312,7 +321,11 @@ def _numbers(column: "pd.Series[str]", config: ColumnConfig, path: Path) -> NDAr
 
 
 def _on_grid(
-    config: TableConfig, path: Path, keys: NDArray[np.str_], times: pd.DatetimeIndex, values: NDArray[np.float64]
+    config: TableConfig,
+    path: Path,
+    keys: NDArray[np.str_],
+    times: pd.DatetimeIndex,
+    values: NDArray[np.float64],
 ) -> Grid:
     """Scatter the rows onto the grid; a row between two grid steps or a second row for one step is an error."""
     step = pd.Timedelta(config.every)

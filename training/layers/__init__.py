@@ -1,16 +1,75 @@
 """One class per layer kind: how it runs, what state it carries, and how it is written in ONNX."""
 
 from .base import Layer
-from .feedforward import Dense, Dropout
-from .recurrent import GravesLstm, Gru, Lstm, SimpleRnn
-from .specs import DenseSpec, DropoutSpec, GravesLstmSpec, GruSpec, LstmSpec, SimpleRnnSpec
+from .cells import GravesLstm, Gru, Lstm, SimpleRnn
+from .convolution import Conv1D, Conv2D, Pool2D, ToFrames, ToValues
+from .feedforward import Dense, Dropout, Embedding, Identity
+from .pooling import GlobalPooling
+from .recurrent import Recurrent
+from .specs import (
+    BidirectionalSpec,
+    CellSpec,
+    CnnToRnnSpec,
+    Conv1DSpec,
+    Conv2DSpec,
+    DenseSpec,
+    DropoutSpec,
+    EmbeddingSpec,
+    GlobalPoolingSpec,
+    GravesLstmSpec,
+    GruSpec,
+    IdentityAdapterSpec,
+    LastTimeStepSpec,
+    LstmSpec,
+    MaskZeroSpec,
+    Pool2DSpec,
+    RnnLossSpec,
+    RnnOutputSpec,
+    RnnToCnnSpec,
+    SimpleRnnSpec,
+    TimeDistributedSpec,
+)
 from .stack import Placed
+from .wrappers import Bidirectional, MaskZero
 
 
 def build(placed: Placed) -> Layer:
     """The layer of a placed specification, with fresh weights."""
-    name, spec, shape = placed.name, placed.spec, placed.shape
-    size = shape.size or 0
+    name, spec, size = placed.name, placed.spec, placed.shape.size or 0
+    match spec:
+        case SimpleRnnSpec() | LstmSpec() | GravesLstmSpec() | GruSpec():
+            return _cell(name, spec, size)
+        case BidirectionalSpec():
+            return Bidirectional(name, spec, _cell("forwards", spec.layer, size), _cell("backwards", spec.layer, size))
+        case MaskZeroSpec():
+            return MaskZero(name, spec, _cell(name, spec.layer, size))
+        case DenseSpec():
+            return Dense(name, spec, size)
+        case TimeDistributedSpec():
+            return Dense(name, spec.layer, size)
+        case DropoutSpec():
+            return Dropout(name, spec)
+        case EmbeddingSpec():
+            return Embedding(name, spec)
+        case GlobalPoolingSpec():
+            return GlobalPooling(name, spec, size)
+        case Conv1DSpec():
+            return Conv1D(name, spec, size)
+        case Conv2DSpec():
+            return Conv2D(name, spec, placed.shape.frame[0] if placed.shape.frame else 1)
+        case Pool2DSpec():
+            return Pool2D(name, spec)
+        case RnnToCnnSpec():
+            return ToFrames(name, (spec.channels, spec.height, spec.width))
+        case CnnToRnnSpec():
+            return ToValues(name, size)
+        case LastTimeStepSpec() | IdentityAdapterSpec():
+            return Identity(name)
+        case RnnOutputSpec() | RnnLossSpec():
+            raise TypeError(f"{spec.kind} is the head of a network, not a layer of its stack")
+
+
+def _cell(name: str, spec: CellSpec, size: int) -> Recurrent:
     match spec:
         case SimpleRnnSpec():
             return SimpleRnn(name, spec, size)
@@ -20,8 +79,3 @@ def build(placed: Placed) -> Layer:
             return GravesLstm(name, spec, size)
         case GruSpec():
             return Gru(name, spec, size)
-        case DenseSpec():
-            return Dense(name, spec, size)
-        case DropoutSpec():
-            return Dropout(name, spec)
-    raise AssertionError(f"no layer for {spec!r}")

@@ -49,15 +49,6 @@ class Layer(nn.Module):
         """Add this layer to a graph: what `forward` does, with names of tensors in place of tensors."""
         raise NotImplementedError
 
-    def decayed(self) -> list[nn.Parameter]:
-        """The weights that l1 and l2 pull on: not biases, not gains."""
-        return [p for name, p in self.named_parameters() if p.requires_grad and p.ndim > 1 and "bias" not in name]
-
-
-def valid_steps(lengths: Tensor, n_steps: int) -> Tensor:
-    """Which steps are no padding, bool (B, T)."""
-    return torch.arange(n_steps, device=lengths.device) < lengths[:, None]
-
 
 def keep(lengths: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
     """`new` for rows that have steps, `old` for rows of length 0."""
@@ -65,8 +56,3 @@ def keep(lengths: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
         return new
     moved = (lengths > 0).view(-1, *[1] * (new.ndim - 1))
     return torch.where(moved, new, old)
-
-
-def array(tensor: Tensor) -> "torch.Tensor":
-    """A parameter as plain float32 on the CPU, ready to become an initializer."""
-    return tensor.detach().float().cpu()

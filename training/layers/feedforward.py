@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..activations import ACTIVATIONS, write_activation
 from ..graph import Graph
 from .base import Layer, LayerState
-from .specs import DenseSpec, DropoutSpec
+from .specs import DenseSpec, DropoutSpec, EmbeddingSpec
 from .weights import initialise
 
 
@@ -48,3 +48,33 @@ class Dropout(Layer):
 
     def write(self, graph: Graph, x: str, state: Mapping[str, str]) -> tuple[str, dict[str, str]]:
         return x, {}
+
+
+class Identity(Layer):
+    """What is only a name: adapters without work, and the many-to-one readout, which values pass unchanged."""
+
+    def forward(self, x: Tensor, lengths: Tensor | None, state: LayerState) -> tuple[Tensor, LayerState]:
+        return x, state
+
+    def write(self, graph: Graph, x: str, state: Mapping[str, str]) -> tuple[str, dict[str, str]]:
+        return x, {}
+
+
+class Embedding(Layer):
+    """A learned vector for each token; a number that is no token becomes the nearest one."""
+
+    def __init__(self, name: str, spec: EmbeddingSpec) -> None:
+        super().__init__(name)
+        self.activation, self.vocabulary = spec.activation, spec.vocabulary
+        self.table = nn.Embedding(spec.vocabulary, spec.units)
+
+    def forward(self, x: Tensor, lengths: Tensor | None, state: LayerState) -> tuple[Tensor, LayerState]:
+        token = x[..., 0].round().clamp(0, self.vocabulary - 1).long()
+        return ACTIVATIONS[self.activation](self.table(token)), state
+
+    def write(self, graph: Graph, x: str, state: Mapping[str, str]) -> tuple[str, dict[str, str]]:
+        # Clipped, so that no input whatever can make the look-up fail.
+        nearest = graph.add("Clip", graph.add("Round", x), graph.constant(0.0), graph.constant(self.vocabulary - 1))
+        token = graph.add("Squeeze", graph.add("Cast", nearest, to=7), graph.ints(2))
+        y = graph.add("Gather", graph.constant(self.table.weight.detach().cpu().numpy()), token, axis=0)
+        return write_activation(graph, self.activation, y), {}

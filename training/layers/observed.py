@@ -9,7 +9,8 @@ from torch import Tensor
 from stepcast.manifest import Feature
 
 from ..graph import Graph
-from .base import Layer, LayerState, valid_steps
+from ..masks import valid_steps
+from .base import Layer, LayerState
 
 
 class Observed(Layer):
@@ -79,7 +80,10 @@ class Observed(Layer):
         if len(self.held):
             columns = graph.ints(*self.held.tolist())
             held, after["last"] = write_hold(
-                graph, graph.add("Gather", z, columns, axis=2), graph.add("Gather", missing, columns, axis=2), state["last"]
+                graph,
+                graph.add("Gather", z, columns, axis=2),
+                graph.add("Gather", missing, columns, axis=2),
+                state["last"],
             )
             filled = self._merge(graph, filled, held)
         if len(self.indicated):

@@ -12,7 +12,7 @@ from ..activations import ACTIVATIONS, write_activation
 from ..graph import Graph
 from ..losses import Loss
 from .feedforward import write_linear
-from .specs import RnnLossSpec, RnnOutputSpec
+from .specs import IllegalStack, RnnLossSpec, RnnOutputSpec
 from .weights import initialise
 
 
@@ -38,6 +38,7 @@ class Head(nn.Module):
         classification: bool,
     ) -> None:
         super().__init__()
+        _check(spec, size, features, outputs, classification)
         self.activation = spec.activation or ("softmax" if classification else "identity")
         self.loss = Loss(spec.loss or ("mcxent" if classification else "mse"), self.activation, spec.loss_weights)
         self.linear = nn.Linear(size, len(outputs)) if isinstance(spec, RnnOutputSpec) else None
@@ -73,7 +74,8 @@ class Head(nn.Module):
         target = y if base is None else y - base
         if not self.identity_scale:
             target = (target - self.mean) / self.scale
-        return self.loss(z, target, mask)
+        total, count = self.loss(z, target, mask)
+        return total, count
 
     def write(self, graph: Graph, hidden: str, observed: str) -> str:
         """Add this layer to a graph: the answer's name."""
@@ -87,6 +89,30 @@ class Head(nn.Module):
         picked = graph.add("Gather", observed, graph.ints(*self.columns.tolist()), axis=2)
         base = graph.add("Mul", picked, graph.constant(self.base_scale.cpu().numpy()))
         return graph.add("Add", y, graph.add("Add", base, graph.constant(self.base_mean.cpu().numpy())))
+
+
+def _check(
+    spec: RnnOutputSpec | RnnLossSpec,
+    size: int,
+    features: Sequence[Feature],
+    outputs: Sequence[Output],
+    classification: bool,
+) -> None:
+    """What only shows when the data is known.
+
+    Raises:
+        IllegalStack: the layer does not fit the data's outputs.
+    """
+    count = len(outputs)
+    units = size if isinstance(spec, RnnLossSpec) else spec.units
+    if units not in (None, count):
+        raise IllegalStack(f"{spec.kind} has {units} units, the data has {count} outputs")
+    if spec.loss_weights is not None and len(spec.loss_weights) != count:
+        raise IllegalStack(f"loss_weights has {len(spec.loss_weights)} numbers, the data has {count} outputs")
+    if (spec.activation or ("softmax" if classification else "identity")) == "softmax" and count == 1:
+        raise IllegalStack("softmax over one output is always 1. Take activation sigmoid with loss xent.")
+    if spec.residual and not {o.name for o in outputs} & {f.name for f in features if f.width == 1}:
+        raise IllegalStack("residual: no output has the name of a feature")
 
 
 def _bases(features: Sequence[Feature], outputs: Sequence[Output]) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,8 +1,9 @@
-"""Recurrent layers: what they share, and the four kinds.
+"""What the recurrent layers share: how a cell is run over time, in torch and in ONNX. The cells are in cells.py.
 
 Parameters lie as torch.nn.LSTM, GRU and RNN have them, so that the fast kernels run wherever the configuration is one
 they know (tanh and sigmoid, no peepholes, no layer norm); everything else runs the same parameters through a loop over
-time. In ONNX a layer is one LSTM, GRU or RNN node.
+time. In ONNX a layer is one LSTM, GRU or RNN node; only what these nodes do not know (layer norm, rare activations)
+is a Scan.
 """
 
 from collections.abc import Mapping
@@ -10,15 +11,21 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from ..activations import ACTIVATIONS, RECURRENT_NODES
+from ..activations import RECURRENT_NODES
 from ..graph import Graph
-from .base import Layer, LayerState, keep, valid_steps
+from ..masks import valid_steps
+from .base import Layer, LayerState, keep
 from .specs import GravesLstmSpec, GruSpec, LstmSpec, SimpleRnnSpec
 from .weights import initialise
+
+AnyCellSpec = SimpleRnnSpec | LstmSpec | GravesLstmSpec | GruSpec
+CellState = tuple[Tensor, ...]  # h first, each (B, H)
+EPSILON = 1e-5  # of layer norm
 
 
 class Recurrent(Layer):
@@ -36,191 +43,188 @@ class Recurrent(Layer):
     GATES: ClassVar[int] = 1
     NODE: ClassVar[str]
     ORDER: ClassVar[tuple[int, ...]] = (0,)
-    KERNEL: ClassVar[type[nn.RNNBase]]
+    KERNEL: ClassVar[type[nn.RNN] | type[nn.LSTM] | type[nn.GRU]]
 
-    def __init__(self, name: str, spec: "SimpleRnnSpec | LstmSpec | GravesLstmSpec | GruSpec", size: int) -> None:
+    def __init__(self, name: str, spec: AnyCellSpec, size: int) -> None:
         super().__init__(name)
-        self.spec, self.units = spec, spec.units
+        self.activation, self.units = spec.activation, spec.units
+        self.gate_activation = "sigmoid" if isinstance(spec, SimpleRnnSpec) else spec.gate_activation
         self.kernel = self.KERNEL(size, spec.units, batch_first=True)
-        self._initialise(size)
+        self.gains: nn.Parameter | None = None
+        if spec.layer_norm:  # of the input's part and of the state's part
+            self.gains = nn.Parameter(torch.ones(2, self.GATES * spec.units))
+        self._initialise(spec, size)
 
-    def _initialise(self, size: int) -> None:
-        hidden = self.units
-        # DL4J's rule for gated cells: fan-in H, fan-out F + H, for both matrices; blocks of one gate at a time.
-        for weight, how in (
-            (self.kernel.weight_ih_l0, self.spec.weight_init),
-            (self.kernel.weight_hh_l0, self.spec.recurrent_init),
-        ):
-            for block in weight.detach().chunk(self.GATES):
-                initialise(block, how, size if weight is self.kernel.weight_ih_l0 else hidden, hidden)
-        nn.init.zeros_(self.kernel.bias_ih_l0)
-        nn.init.zeros_(self.kernel.bias_hh_l0)
+    def _initialise(self, spec: AnyCellSpec, size: int) -> None:
+        for block in self.weight_ih.detach().chunk(self.GATES):
+            initialise(block, spec.weight_init, size, self.units)
+        for block in self.weight_hh.detach().chunk(self.GATES):
+            initialise(block, spec.recurrent_init, self.units, self.units)
+        nn.init.zeros_(self.bias_ih)
+        nn.init.zeros_(self.bias_hh)
+
+    @property
+    def weight_ih(self) -> Tensor:
+        """(gates * H, F)."""
+        return self.kernel.weight_ih_l0  # type: ignore[return-value]
+
+    @property
+    def weight_hh(self) -> Tensor:
+        """(gates * H, H)."""
+        return self.kernel.weight_hh_l0  # type: ignore[return-value]
+
+    @property
+    def bias_ih(self) -> Tensor:
+        """(gates * H,)."""
+        return self.kernel.bias_ih_l0  # type: ignore[return-value]
+
+    @property
+    def bias_hh(self) -> Tensor:
+        """(gates * H,); learns only where it is not the same as bias_ih."""
+        return self.kernel.bias_hh_l0  # type: ignore[return-value]
 
     def state_shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return {key: (self.units,) for key in self.KEYS}
+        return dict.fromkeys(self.KEYS, (self.units,))
 
     @property
     def standard(self) -> bool:
         """Does torch have a kernel for this configuration?"""
-        gate = getattr(self.spec, "gate_activation", "sigmoid")
-        return self.spec.activation == "tanh" and gate == "sigmoid" and not self.spec.layer_norm
+        return self.activation == "tanh" and self.gate_activation == "sigmoid" and self.gains is None
+
+    @property
+    def one_node(self) -> bool:
+        """Does ONNX have a node for this configuration?"""
+        return self.gains is None and {self.activation, self.gate_activation} <= RECURRENT_NODES.keys()
 
     def forward(self, x: Tensor, lengths: Tensor | None, state: LayerState) -> tuple[Tensor, LayerState]:
         before = tuple(state[key] for key in self.KEYS)
-        y, after = self._kernel(x, lengths, before) if self.standard else self._loop(x, lengths, before)
-        return y, dict(zip(self.KEYS, after, strict=True))
+        y, after = self.unroll(x, lengths, before)
+        if lengths is not None:
+            y = torch.where(valid_steps(lengths, x.shape[1])[..., None], y, 0.0)
+        kept = (keep(lengths, new, old) for new, old in zip(after, before, strict=True))
+        return y, dict(zip(self.KEYS, kept, strict=True))
 
-    def _kernel(self, x: Tensor, lengths: Tensor | None, before: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def unroll(self, x: Tensor, lengths: Tensor | None, before: CellState) -> tuple[Tensor, CellState]:
+        """Outputs (B, T, H) and the state behind each row's last valid step; anything at padding and in empty rows."""
+        return self._kernel(x, lengths, before) if self.standard else self._loop(x, lengths, before)
+
+    def _kernel(self, x: Tensor, lengths: Tensor | None, before: CellState) -> tuple[Tensor, CellState]:
         """torch's own kernel, over packed sequences if rows differ in length."""
         initial: Any = tuple(s[None].contiguous() for s in before)
         initial = initial if len(initial) > 1 else initial[0]
         if lengths is None:
             y, final = self.kernel(x, initial)
-        else:  # a packed sequence has no row of length 0: those run one step, which is then taken back
+        else:  # a packed sequence has no row of length 0: such a row runs one step, which the caller takes back
             packed = pack_padded_sequence(x, lengths.clamp(min=1).cpu(), batch_first=True, enforce_sorted=False)
             packed, final = self.kernel(packed, initial)
             y, _ = pad_packed_sequence(packed, batch_first=True, total_length=x.shape[1])
-            y = torch.where(valid_steps(lengths, x.shape[1])[..., None], y, 0.0)
         finals = final if isinstance(final, tuple) else (final,)
-        return y, tuple(keep(lengths, new[0], old) for new, old in zip(finals, before, strict=True))
+        return y, tuple(f[0] for f in finals)
 
-    def _loop(self, x: Tensor, lengths: Tensor | None, before: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def _loop(self, x: Tensor, lengths: Tensor | None, before: CellState) -> tuple[Tensor, CellState]:
         """The cell's formula, step by step; the input's part of all steps is one product."""
-        projected = self.project_input(x)
-        alive = None if lengths is None else valid_steps(lengths, x.shape[1])
-        state, outputs = before, []
-        for t in range(x.shape[1]):
-            new = self.step(projected[:, t], state)
-            if alive is not None:
-                new = tuple(torch.where(alive[:, t, None], n, o) for n, o in zip(new, state, strict=True))
-            state = new
-            outputs.append(state[0])
-        return torch.stack(outputs, dim=1), state
+        state, states = before, []
+        for projected in self.project_input(x).unbind(1):
+            state = self.step(projected, state)
+            states.append(state)
+        stacked = tuple(torch.stack(each, dim=1) for each in zip(*states, strict=True))
+        return stacked[0], behind_last(stacked, lengths)
 
     def project_input(self, x: Tensor) -> Tensor:
         """The part of the gates that comes from the input, (B, T, gates * H)."""
-        return nn.functional.linear(x, self.kernel.weight_ih_l0, self.kernel.bias_ih_l0)
+        if self.gains is None:
+            return F.linear(x, self.weight_ih, self.bias_ih)
+        product = F.linear(x, self.weight_ih)
+        return F.layer_norm(product, product.shape[-1:], self.gains[0], eps=EPSILON) + self.bias_ih
 
     def project_state(self, h: Tensor) -> Tensor:
         """The part of the gates that comes from the hidden state, (B, gates * H)."""
-        return nn.functional.linear(h, self.kernel.weight_hh_l0, self.kernel.bias_hh_l0)
+        if self.gains is None:
+            return F.linear(h, self.weight_hh, self.bias_hh)
+        product = F.linear(h, self.weight_hh)
+        return F.layer_norm(product, product.shape[-1:], self.gains[1], eps=EPSILON) + self.bias_hh
 
-    def step(self, projected: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def step(self, projected: Tensor, state: CellState) -> CellState:
         """One step: the input's part of the gates (B, gates * H) and the state, to the new state."""
         raise NotImplementedError
 
-    def activations(self) -> list[str]:
+    def write_step(self, graph: Graph, projected: str, state: list[str]) -> list[str]:
+        """`step` in ONNX."""
+        raise NotImplementedError
+
+    def node_activations(self) -> list[str]:
         """Names for the ONNX node's `activations`, in the operator's order."""
-        return [self.spec.activation]
+        return [self.activation]
+
+    def node_extras(self, graph: Graph) -> list[str]:
+        """Inputs of the ONNX node behind the states."""
+        return []
 
     def write(self, graph: Graph, x: str, state: Mapping[str, str]) -> tuple[str, dict[str, str]]:
-        one, zero = graph.ints(1), graph.ints(0)
-        before = [graph.add("Unsqueeze", state[key], zero) for key in self.KEYS]  # (1, B, H)
-        weights = [graph.constant(a) for a in self._onnx_weights()]
-        inputs = [graph.add("Transpose", x, perm=[1, 0, 2]), *weights, graph.lengths, *before, *self._onnx_extra(graph)]
-        y, *finals = graph.add_many(self.NODE, 1 + len(self.KEYS), *inputs, **self._onnx_attributes())
-        y = graph.add("Transpose", graph.add("Squeeze", y, one), perm=[1, 0, 2])  # (T, 1, B, H) to (B, T, H)
+        before = [state[key] for key in self.KEYS]
+        y, after = self._write_node(graph, x, before) if self.one_node else self._write_scan(graph, x, before)
         # onnxruntime gives a row of length 0 a zero state, not the one that went in.
-        after = [graph.keep(graph.add("Squeeze", f, zero), state[k]) for f, k in zip(finals, self.KEYS, strict=True)]
-        return y, dict(zip(self.KEYS, after, strict=True))
+        kept = [graph.keep(new, old) for new, old in zip(after, before, strict=True)]
+        return y, dict(zip(self.KEYS, kept, strict=True))
 
-    def _onnx_weights(self) -> list[NDArray[np.float32]]:
+    def _write_node(self, graph: Graph, x: str, before: list[str]) -> tuple[str, list[str]]:
+        one, zero = graph.ints(1), graph.ints(0)
+        states = [graph.add("Unsqueeze", state, zero) for state in before]  # (1, B, H)
+        weights = [graph.constant(a) for a in self._node_weights()]
+        inputs = [graph.add("Transpose", x, perm=[1, 0, 2]), *weights, graph.lengths, *states]
+        outputs = 1 + len(self.KEYS)
+        y, *finals = graph.add_many(self.NODE, outputs, *inputs, *self.node_extras(graph), **self.node_attributes())
+        y = graph.add("Transpose", graph.add("Squeeze", y, one), perm=[1, 0, 2])  # (T, 1, B, H) to (B, T, H)
+        return y, [graph.add("Squeeze", final, zero) for final in finals]
+
+    def _node_weights(self) -> list[NDArray[np.float32]]:
         """W, R and B with the leading axis of directions, gate blocks in the operator's order."""
-        kernel = self.kernel
-        weights = [self._reordered(w)[None] for w in (kernel.weight_ih_l0, kernel.weight_hh_l0)]
-        bias = np.concatenate([self._reordered(kernel.bias_ih_l0), self._reordered(kernel.bias_hh_l0)])[None]
-        return [*weights, bias]
+        weights = [self._reordered(w)[None] for w in (self.weight_ih, self.weight_hh)]
+        return [
+            *weights,
+            np.concatenate([self._reordered(self.bias_ih), self._reordered(self.bias_hh)])[None],
+        ]
 
     def _reordered(self, weight: Tensor) -> NDArray[np.float32]:
         blocks = weight.detach().float().cpu().chunk(self.GATES)
-        return torch.cat([blocks[i] for i in self.ORDER]).numpy()
+        return np.asarray(torch.cat([blocks[i] for i in self.ORDER]).numpy())
 
-    def _onnx_extra(self, graph: Graph) -> list[str]:
-        return []
-
-    def _onnx_attributes(self) -> dict[str, Any]:
-        nodes = [RECURRENT_NODES[name] for name in self.activations()]
-        attributes: dict[str, Any] = {"hidden_size": self.units, "activations": [name for name, _, _ in nodes]}
-        if any(alpha or beta for _, alpha, beta in nodes):
-            attributes["activation_alpha"] = [alpha for _, alpha, _ in nodes]
-            attributes["activation_beta"] = [beta for _, _, beta in nodes]
+    def node_attributes(self) -> dict[str, Any]:
+        """Attributes of the ONNX node; alpha and beta are listed only for activations that have them."""
+        nodes = [RECURRENT_NODES[name] for name in self.node_activations()]
+        attributes: dict[str, Any] = {"hidden_size": self.units, "activations": [n for n, _, _ in nodes]}
+        for key, values in (("alpha", [a for _, a, _ in nodes]), ("beta", [b for _, _, b in nodes])):
+            if given := [v for v in values if v is not None]:
+                attributes[f"activation_{key}"] = given
         return attributes
 
+    def _write_scan(self, graph: Graph, x: str, before: list[str]) -> tuple[str, list[str]]:
+        projected = self._write_projection(graph, x, self.weight_ih, self.bias_ih, 0)
+        alive = graph.add("Cast", graph.add("Unsqueeze", graph.valid(), graph.ints(2)), to=1)  # (B, T, 1)
 
-class SimpleRnn(Recurrent):
-    """h_t = a(W x_t + R h_{t-1} + b)."""
+        def body(states: list[str], slices: list[str]) -> list[str]:
+            there = graph.add("Greater", slices[1], graph.constant(0.5))
+            new = self.write_step(graph, slices[0], states)
+            return [graph.add("Where", there, n, o) for n, o in zip(new, states, strict=True)]
 
-    NODE, KERNEL = "RNN", nn.RNN
+        after, y = graph.scan(before, [projected, alive], body)
+        return y, after
 
-    def step(self, projected: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (ACTIVATIONS[self.spec.activation](projected + self.project_state(state[0])),)
+    def write_recurrent(self, graph: Graph, h: str) -> str:
+        """`project_state` in ONNX."""
+        return self._write_projection(graph, h, self.weight_hh, self.bias_hh, 1)
 
-
-class Lstm(Recurrent):
-    """i, f, o = s(W x_t + R h_{t-1} + b), g = a(...), c_t = f c_{t-1} + i g, h_t = o a(c_t)."""
-
-    KEYS, GATES, NODE, ORDER, KERNEL = ("h", "c"), 4, "LSTM", (0, 3, 1, 2), nn.LSTM
-    spec: LstmSpec | GravesLstmSpec
-
-    def _initialise(self, size: int) -> None:
-        super()._initialise(size)
-        self.kernel.bias_ih_l0.data[self.units : 2 * self.units] = self.spec.forget_bias
-        self.kernel.bias_hh_l0.requires_grad_(False)  # one bias, as DL4J: two would learn twice as fast
-
-    def step(self, projected: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        h, c = state
-        a, s = ACTIVATIONS[self.spec.activation], ACTIVATIONS[self.spec.gate_activation]
-        i, f, g, o = (projected + self.project_state(h)).chunk(4, dim=1)
-        c = s(f) * c + s(i) * a(g)
-        return s(o) * a(c), c
-
-    def activations(self) -> list[str]:
-        return [self.spec.gate_activation, self.spec.activation, self.spec.activation]
+    def _write_projection(self, graph: Graph, x: str, weight: Tensor, bias: Tensor, part: int) -> str:
+        y = graph.add("MatMul", x, graph.constant(weight.detach().cpu().numpy().T))
+        if self.gains is not None:
+            gain = graph.constant(self.gains[part].detach().cpu().numpy())
+            y = graph.add("LayerNormalization", y, gain, axis=-1, epsilon=EPSILON)
+        return graph.add("Add", y, graph.constant(bias.detach().cpu().numpy()))
 
 
-class GravesLstm(Lstm):
-    """LSTM with diagonal peepholes: i and f see c_{t-1}, o sees c_t."""
-
-    spec: GravesLstmSpec
-
-    def __init__(self, name: str, spec: GravesLstmSpec, size: int) -> None:
-        super().__init__(name, spec, size)
-        self.peephole = nn.Parameter(torch.empty(3, spec.units))  # i, o, f: ONNX's order
-        initialise(self.peephole.detach(), "xavier_uniform", spec.units, spec.units)
-
-    @property
-    def standard(self) -> bool:
-        return False
-
-    def step(self, projected: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        h, c = state
-        a, s = ACTIVATIONS[self.spec.activation], ACTIVATIONS[self.spec.gate_activation]
-        to_i, to_o, to_f = self.peephole
-        i, f, g, o = (projected + self.project_state(h)).chunk(4, dim=1)
-        c = s(f + to_f * c) * c + s(i + to_i * c) * a(g)
-        return s(o + to_o * c) * a(c), c
-
-    def _onnx_extra(self, graph: Graph) -> list[str]:
-        return [graph.constant(self.peephole.detach().cpu().numpy().reshape(1, -1))]
-
-
-class Gru(Recurrent):
-    """r, z = s(W x_t + R h_{t-1} + b), n = a(W x_t + b + r (R h_{t-1} + b')), h_t = (1 - z) n + z h_{t-1}."""
-
-    GATES, NODE, ORDER, KERNEL = 3, "GRU", (1, 0, 2), nn.GRU
-    spec: GruSpec
-
-    def step(self, projected: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        (h,) = state
-        a, s = ACTIVATIONS[self.spec.activation], ACTIVATIONS[self.spec.gate_activation]
-        r, z, n = projected.chunk(3, dim=1)
-        recurrent_r, recurrent_z, recurrent_n = self.project_state(h).chunk(3, dim=1)
-        r, z = s(r + recurrent_r), s(z + recurrent_z)
-        n = a(n + r * recurrent_n)
-        return (n + z * (h - n),)
-
-    def activations(self) -> list[str]:
-        return [self.spec.gate_activation, self.spec.activation]
-
-    def _onnx_attributes(self) -> dict[str, Any]:
-        return {**super()._onnx_attributes(), "linear_before_reset": 1}
+def behind_last(states: CellState, lengths: Tensor | None) -> CellState:
+    """The states behind each row's last valid step, of states at every step (B, T, H)."""
+    if lengths is None:
+        return tuple(s[:, -1] for s in states)
+    last = (lengths - 1).clamp(min=0)[:, None, None]
+    return tuple(s.gather(1, last.expand(-1, 1, s.shape[2]))[:, 0] for s in states)

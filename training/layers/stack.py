@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .specs import IllegalStack, LayerSpec, RnnLossSpec, RnnOutputSpec, Shape
+from .specs import CnnToRnnSpec, IllegalStack, LayerSpec, RnnLossSpec, RnnOutputSpec, Shape
 
 
 @dataclass(frozen=True)
@@ -42,20 +42,28 @@ def place(specs: Sequence[LayerSpec], shape: Shape) -> list[Placed]:
     Raises:
         IllegalLayer: a layer can not stand where it stands.
     """
-    names = _names(specs)
-    placed = []
-    for index, (name, spec) in enumerate(zip(names, specs, strict=True)):
+    placed: list[Placed] = []
+    for index, (name, spec) in enumerate(zip(_names(specs), specs, strict=True)):
         last = index == len(specs) - 1
         if isinstance(spec, RnnOutputSpec | RnnLossSpec) != last:
-            raise IllegalLayer(
-                index, "the last layer must be rnn_output or rnn_loss" if last else f"{spec.kind} must be the last layer"
-            )
-        placed.append(Placed(index, name, spec, shape))
+            wanted = "the last layer must be rnn_output or rnn_loss" if last else f"{spec.kind} must be the last layer"
+            raise IllegalLayer(index, wanted)
         try:
+            if adapter := _adapter(spec, shape):
+                placed.append(Placed(index, f"{name}_adapter", adapter, shape))
+                shape = adapter.out_shape(shape)
+            placed.append(Placed(index, name, spec, shape))
             shape = spec.out_shape(shape)
         except IllegalStack as error:
             raise IllegalLayer(index, str(error)) from error
     return placed
+
+
+def _adapter(spec: LayerSpec, shape: Shape) -> CnnToRnnSpec | None:
+    """What has to come between, None if nothing."""
+    if spec.wants == "frames" and shape.frame is None:
+        raise IllegalStack(f"{spec.kind} wants frames. Put rnn_to_cnn with height, width and channels before it.")
+    return CnnToRnnSpec(kind="cnn_to_rnn") if spec.wants == "values" and shape.frame is not None else None
 
 
 def _names(specs: Sequence[LayerSpec]) -> list[str]:

@@ -1,0 +1,133 @@
+"""Layers around a recurrent layer: both directions, and skipping steps by their values."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..graph import Graph
+from ..masks import Packing, valid_steps
+from .base import Layer, LayerState
+from .recurrent import Recurrent
+from .specs import BidirectionalSpec, MaskZeroSpec
+
+
+class Bidirectional(Layer):
+    """Two layers with weights of their own, the second over each row's valid steps in reverse.
+
+    It has no state and can not be stepped: its answers depend on steps to come. Outputs are concatenated, added,
+    multiplied or averaged.
+    """
+
+    streaming = False
+
+    def __init__(self, name: str, spec: BidirectionalSpec, forwards: Recurrent, backwards: Recurrent) -> None:
+        super().__init__(name)
+        self.spec, self.forwards, self.backwards = spec, forwards, backwards
+
+    def forward(self, x: Tensor, lengths: Tensor | None, state: LayerState) -> tuple[Tensor, LayerState]:
+        zeros = {key: x.new_zeros(x.shape[0], *shape) for key, shape in self.forwards.state_shapes().items()}
+        ahead, ahead_state = self.forwards(x, lengths, zeros)
+        back, back_state = self.backwards(reverse(x, lengths), lengths, zeros)
+        if self.spec.last:  # each direction's last output, the same at every step
+            y = self._merge(ahead_state["h"], back_state["h"])
+            return y[:, None].expand(-1, x.shape[1], -1), state
+        return self._merge(ahead, reverse(back, lengths)), state
+
+    def _merge(self, a: Tensor, b: Tensor) -> Tensor:
+        match self.spec.mode:
+            case "concat":
+                return torch.cat([a, b], dim=-1)
+            case "add":
+                return a + b
+            case "mul":
+                return a * b
+            case "average":
+                return (a + b) / 2
+
+    def write(self, graph: Graph, x: str, state: Mapping[str, str]) -> tuple[str, dict[str, str]]:
+        rows = graph.add("Shape", x, start=0, end=1)
+        shape = graph.add("Concat", rows, graph.ints(self.spec.layer.units), axis=0)
+        zeros = graph.add("Expand", graph.constant(0.0), shape)
+        before = dict.fromkeys(self.forwards.state_shapes(), zeros)
+        order = _write_reversed(graph)
+        ahead, ahead_state = self.forwards.write(graph, x, before)
+        back, back_state = self.backwards.write(graph, _write_gather(graph, x, order), before)
+        if self.spec.last:
+            y = graph.add("Unsqueeze", self._write_merge(graph, ahead_state["h"], back_state["h"]), graph.ints(1))
+            steps = graph.add("Concat", graph.ints(1), graph.add("Shape", x, start=1, end=2), graph.ints(1), axis=0)
+            return graph.add("Expand", y, steps), {}
+        return self._write_merge(graph, ahead, _write_gather(graph, back, order)), {}
+
+    def _write_merge(self, graph: Graph, a: str, b: str) -> str:
+        match self.spec.mode:
+            case "concat":
+                return graph.add("Concat", a, b, axis=-1)
+            case "add":
+                return graph.add("Add", a, b)
+            case "mul":
+                return graph.add("Mul", a, b)
+            case "average":
+                return graph.add("Mul", graph.add("Add", a, b), graph.constant(0.5))
+
+
+def reverse(x: Tensor, lengths: Tensor | None) -> Tensor:
+    """Each row's valid steps in reverse; the padding stays where it is."""
+    if lengths is None:
+        return x.flip(1)
+    steps = torch.arange(x.shape[1], device=x.device)
+    order = torch.where(steps < lengths[:, None], lengths[:, None] - 1 - steps, steps)
+    return x.gather(1, order.view(*order.shape, *[1] * (x.ndim - 2)).expand(x.shape))
+
+
+def _write_reversed(graph: Graph) -> str:
+    """The order that reverses each row's valid steps, int64 (B, T)."""
+    lengths = graph.add("Unsqueeze", graph.add("Cast", graph.lengths, to=7), graph.ints(1))
+    mirrored = graph.add("Sub", graph.add("Sub", lengths, graph.index(1)), graph.steps())
+    return graph.add("Where", graph.valid(), mirrored, graph.steps())
+
+
+def _write_gather(graph: Graph, x: str, order: str) -> str:
+    """x (B, T, F) with its steps taken in `order` (B, T)."""
+    expanded = graph.add("Expand", graph.add("Unsqueeze", order, graph.ints(2)), graph.add("Shape", x))
+    return graph.add("GatherElements", x, expanded, axis=1)
+
+
+class MaskZero(Layer):
+    """Runs a recurrent layer over the steps where any input differs from `value`; at the others the state holds.
+
+    The outputs at skipped steps are 0.
+    """
+
+    def __init__(self, name: str, spec: MaskZeroSpec, inner: Recurrent) -> None:
+        super().__init__(name)
+        self.value, self.inner = spec.value, inner
+
+    def state_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return self.inner.state_shapes()
+
+    def forward(self, x: Tensor, lengths: Tensor | None, state: LayerState) -> tuple[Tensor, LayerState]:
+        present = (x != self.value).any(dim=2)
+        if lengths is not None:
+            present = present & valid_steps(lengths, x.shape[1])
+        packing = Packing.of(present)
+        y, state = self.inner(packing.pack(x), packing.lengths, state)
+        return packing.unpack(y), state
+
+    def write(self, graph: Graph, x: str, state: Mapping[str, str]) -> tuple[str, dict[str, str]]:
+        same = graph.add("Equal", x, graph.constant(self.value))
+        differs = graph.add("Cast", graph.add("Not", same), to=1)
+        any_differs = graph.add("ReduceMax", differs, axes=[2], keepdims=0)
+        present = graph.add("And", graph.add("Greater", any_differs, graph.constant(0.5)), graph.valid())
+        n_steps = graph.add("Shape", x, start=1, end=2)
+        behind = graph.add("Where", present, graph.index(0), n_steps)
+        sortable = graph.add("Cast", graph.add("Add", graph.steps(), behind), to=1)  # present steps first, in order
+        _, order = graph.add_many("TopK", 2, sortable, n_steps, axis=1, largest=0, sorted=1)
+        count = graph.add("ReduceSum", graph.add("Cast", present, to=6), graph.ints(1), keepdims=0)
+        with graph.lengths_are(count):
+            y, after = self.inner.write(graph, _write_gather(graph, x, order), state)
+            y = graph.add("Where", graph.add("Unsqueeze", graph.valid(), graph.ints(2)), y, graph.constant(0.0))
+        places = graph.add("Expand", graph.add("Unsqueeze", order, graph.ints(2)), graph.add("Shape", y))
+        zeros = graph.add("Mul", y, graph.constant(np.float32(0)))
+        return graph.add("ScatterElements", zeros, places, y, axis=1), after
