@@ -77,7 +77,7 @@ class StepcastError(Exception):
     def problem(self) -> dict[str, Any]:
         """The application/problem+json document of this error (RFC 9457), `code` and facts included."""
         return {
-            "type": f"https://stepcast.dev/errors/{self.code}",
+            "type": f"urn:stepcast:error:{self.code}",
             "title": self.title,
             "status": self.status,
             "detail": self.message,

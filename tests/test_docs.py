@@ -1,0 +1,85 @@
+"""What the documents show is what happens: README's commands are run, and their answers compared.
+
+STEPCAST_UPDATE_DOCS=1 writes the real answers into README instead.
+"""
+
+import json
+import math
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serving import ROOT, running
+
+from stepcast.errors import every_error
+
+pytestmark = pytest.mark.service
+
+README = ROOT / "README.md"
+_BLOCK = re.compile(r"```console\n(.*?)```", re.DOTALL)
+_CHANGING = {"created_at", "used_at", "expires_at"}
+
+
+def commands(text: str) -> list[tuple[str, str]]:
+    """(command, shown answer) of all console blocks, in order."""
+    found: list[tuple[str, str]] = []
+    for block in _BLOCK.findall(text):
+        for line in block.splitlines():
+            if line.startswith("$ "):
+                found.append((line[2:], ""))
+            elif found:
+                found[-1] = (found[-1][0], found[-1][1] + line)
+    return found
+
+
+def alike(got: Any, shown: Any) -> bool:
+    """Equal, floats within 1e-4, times whatever they are."""
+    if isinstance(got, dict) and isinstance(shown, dict):
+        return got.keys() == shown.keys() and all(k in _CHANGING or alike(got[k], shown[k]) for k in got)
+    if isinstance(got, list) and isinstance(shown, list):
+        return len(got) == len(shown) and all(map(alike, got, shown))
+    if isinstance(got, float) and isinstance(shown, float | int):
+        return math.isclose(got, shown, rel_tol=1e-4, abs_tol=1e-5)
+    return bool(got == shown)
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    """A server on the committed models."""
+    with running(store="memory://", models=ROOT / "models") as server:
+        yield server.url
+
+
+def test_readme_commands_answer_what_readme_shows(url: str) -> None:
+    """Every curl example of README gives the answer that stands below it."""
+    text = README.read_text()
+    examples = commands(text)
+    assert len(examples) >= 7
+    for command, shown in examples:
+        real = command.replace("localhost:8000", url.removeprefix("http://"))
+        done = subprocess.run(["bash", "-c", real], capture_output=True, text=True, timeout=20, check=True)
+        answer = done.stdout.strip()
+        if os.environ.get("STEPCAST_UPDATE_DOCS"):
+            text = text.replace(f"$ {command}\n{shown}\n", f"$ {command}\n{answer}\n")
+            README.write_text(text)
+            continue
+        assert alike(json.loads(answer), json.loads(shown)), f"{command}\n{answer}"
+
+
+def test_relative_links_of_documents_lead_somewhere() -> None:
+    """Every relative link in README and docs/ names a file that is there."""
+    for document in (README, *ROOT.glob("docs/*.md"), ROOT / "CONTRIBUTING.md"):
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text()):
+            assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+def test_every_error_code_is_unique_and_documented() -> None:
+    """Each code belongs to one class and stands in docs/protocol.md."""
+    codes = [error.code for error in every_error()]
+    assert len(codes) == len(set(codes))
+    text = Path(ROOT / "docs" / "protocol.md").read_text()
+    assert [code for code in codes if f"`{code}`" not in text] == []
