@@ -15,6 +15,7 @@ from uvicorn.supervisors import Multiprocess
 from stepcast.errors import ConfigError, ManifestError, StepcastError
 
 from .app import create_app
+from .link import Link
 from .runtime import Runtime, placements
 from .settings import PREFIX, Settings
 
@@ -52,6 +53,7 @@ def serve(arguments: argparse.Namespace) -> int:
         workers=settings.workers,
         loop="uvloop" if sys.platform != "win32" else "asyncio",
         http="httptools",
+        ws=Link,
         ws_max_size=settings.body_limit_bytes,
         access_log=False,
         log_level="warning",

@@ -33,6 +33,7 @@ from .settings import Settings
 from .states import States
 from .store.urls import StoreOptions, open_store
 from .telemetry import Metrics, log
+from .websocket import WebSocketDoor
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -61,7 +62,7 @@ class Server:
         self.rest = Rest(self.states, self.keys)
         self.ready = False
         self.api = self._api()
-        self._door = FastDoor(self.rest, self.api)
+        self._door = FastDoor(self.rest, WebSocketDoor(self.rest), self.api)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._door(scope, receive, send)

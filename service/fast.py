@@ -1,4 +1,4 @@
-"""The hot path of door 1: POST .../step goes straight to Rest.step, everything else to FastAPI.
+"""Who takes a connection: steps go straight to Rest.step, WebSockets to their door, everything else to FastAPI.
 
 The same handler is registered with FastAPI too, so that OpenAPI knows it; what is saved here is FastAPI's routing,
 middleware and dependency machinery, 100 microseconds a request.
@@ -25,10 +25,10 @@ _BODY: Final = "http.response.body"
 
 
 class FastDoor:
-    """ASGI: steps by the short way, the rest to `api`."""
+    """ASGI: steps by the short way, WebSockets to `sockets`, the rest to `api`."""
 
-    def __init__(self, rest: Rest, api: App) -> None:
-        self._rest, self._api = rest, api
+    def __init__(self, rest: Rest, sockets: App, api: App) -> None:
+        self._rest, self._sockets, self._api = rest, sockets, api
         self._limit = rest.settings.body_limit_bytes
         self._short = not rest.settings.cors_origins  # CORS headers are FastAPI's middleware
 
@@ -38,6 +38,9 @@ class FastDoor:
             if parts[-1] == "step" and parts[1:3] == ["v1", "models"] and len(parts) in (5, 7):
                 await self._step(parts, scope, receive, send)
                 return
+        if scope["type"] == "websocket":
+            await self._sockets(scope, receive, send)
+            return
         await self._api(scope, receive, send)
 
     async def _step(self, parts: list[str], scope: Scope, receive: Receive, send: Send) -> None:

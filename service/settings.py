@@ -64,6 +64,9 @@ class Settings(BaseModel):
     examples_limit: int = Field(65_536, ge=1, description="Most examples in one session.")
     checkpoints_limit: int = Field(64, ge=0, description="Most checkpoints per session.")
     frames_limit: int = Field(256, ge=1, description="WebSocket frames in flight per socket before it is not read.")
+    stall_s: float = Field(
+        30.0, gt=0, description="Longest time a WebSocket client may leave its answers unread before it is cut off."
+    )
     log_steps: int = Field(
         0, ge=0, description="Inputs kept per session for version policy 'replay'; 0: none are kept."
     )

@@ -1,0 +1,254 @@
+"""The connection under a WebSocket: uvicorn's handshake, then messages straight between the transport and the door.
+
+uvicorn's own protocol passes every frame through an ASGI queue and writes every answer alone, and at shutdown it closes
+at once with 1012. This one hands whole bursts to the door, writes together what is ready in one tick, and at shutdown
+asks the door to drain first. The door finds it in the ASGI scope, as the extension EXTENSION.
+"""
+
+import asyncio
+from collections import deque
+from typing import Any, Final, Protocol, cast
+
+from uvicorn.config import Config
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from uvicorn.server import ServerState
+
+from . import framing
+from .framing import BadFrame, Framer, Message
+
+EXTENSION: Final = "stepcast.link"
+CLOSE_S: Final = 5.0
+"""How long the peer may take to answer our close frame."""
+BURST: Final = 64
+"""Messages taken from one socket before the others have their turn."""
+AHEAD_BYTES: Final = 64 * 1024
+"""What is read beyond what the door takes, so that pings behind waiting messages are answered."""
+
+
+class Handler(Protocol):
+    """The door's side of a connection."""
+
+    def message(self, opcode: int, payload: bytes) -> None:
+        """Take a TEXT or BINARY message."""
+
+    def full(self) -> bool:
+        """Whether no further message is taken now; `Link.pump` is called when that changes."""
+
+    def drain(self) -> None:
+        """The server stops: answer what was accepted, then `Link.close`."""
+
+    def lost(self) -> None:
+        """The connection is gone."""
+
+
+class Link(WebSocketsSansIOProtocol):
+    """A WebSocket connection; the class for uvicorn's `ws` setting."""
+
+    def __init__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        self.conn.available_extensions = None  # compressing small frames of floats costs more than it saves
+        self._handler: Handler | None = None
+        self._framer = Framer(config.ws_max_size)
+        self._held: deque[Message] = deque()
+        self._held_bytes = 0
+        self._out: list[bytes] = []
+        self._pumping = self._deaf = self._stopped = self._closing = False
+        self._heard = True
+        self._stall_s = 0.0
+        self._stall: asyncio.TimerHandle | None = None
+        self._beats: asyncio.TimerHandle | None = None
+        self._end: asyncio.TimerHandle | None = None
+        self._gone = asyncio.Event()
+
+    # --- for the door -------------------------------------------------------------------------------------------
+
+    def open(self, handler: Handler, stall_s: float) -> None:
+        """Hand the connection to the door; called right after websocket.accept.
+
+        Args:
+            stall_s: How long the peer may leave its answers unread before it is cut off.
+        """
+        self._handler, self._stall_s = handler, stall_s
+        self.stop_keepalive()  # uvicorn's own: it does not know when reading is paused
+        self._beat()
+        self.transport.resume_reading()
+
+    async def closed(self) -> None:
+        """Wait until the connection is gone."""
+        await self._gone.wait()
+
+    async def drained(self) -> None:
+        """Wait until the peer reads its answers, or is gone."""
+        await self.writable.wait()
+
+    def reply(self, opcode: int, payload: bytes) -> None:
+        """Send a message; what is sent in one tick goes out together."""
+        if not self._out:
+            self.loop.call_soon(self._flush)
+        self._out.append(framing.frame(opcode, payload))
+
+    def close(self, code: int, reason: str = "") -> None:
+        """Send what is ready and a close frame; the peer has CLOSE_S to answer it."""
+        if self._closing or self._gone.is_set():
+            return
+        self._out.append(framing.frame(framing.CLOSE, framing.close_payload(code, reason)))
+        self._flush()
+        self._closing = True
+        self._end = self.loop.call_later(CLOSE_S, self.transport.abort)
+        self._read(True)
+
+    def pump(self) -> None:
+        """Hand on the messages that came, as far as the door takes them."""
+        if self._pumping or self._gone.is_set():
+            return
+        self._pumping = True  # the door may call from within
+        try:
+            self._pumping = self._take()
+        except BadFrame as bad:
+            self._deaf = True
+            self.close(bad.code, bad.reason)
+            return
+        if self._pumping:
+            self.loop.call_soon(self._pump_on)
+        self._read(not (self._pumping or self._blocked()) or self._ahead() < AHEAD_BYTES)
+
+    # --- reading ------------------------------------------------------------------------------------------------
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes from the peer: the handshake, then frames."""
+        self._heard = True
+        if self._handler is None:
+            self._shake_hands(data)
+        elif not self._deaf:
+            self._framer.feed(data)
+            self.pump()
+
+    def _shake_hands(self, data: bytes) -> None:
+        if self.handshake_initiated:
+            self._framer.feed(data)
+            return
+        super().data_received(data)
+        if self.handshake_initiated and not self.transport.is_closing():
+            self.transport.pause_reading()  # until the door has the connection
+
+    def _pump_on(self) -> None:
+        self._pumping = False
+        self.pump()
+
+    def _take(self) -> bool:
+        """Take up to BURST messages; whether there may be more to take now."""
+        handler = cast(Handler, self._handler)
+        held = self._held
+        for _ in range(BURST):
+            if held and not self._blocked():
+                opcode, payload = held.popleft()
+                self._held_bytes -= len(payload)
+                handler.message(opcode, payload)
+                continue
+            if self._held_bytes >= AHEAD_BYTES:
+                return False
+            message = self._framer.next()
+            if message is None:
+                return False
+            opcode, payload = message
+            if opcode > framing.BINARY:
+                self._control(opcode, payload)
+            elif self._closing:
+                continue
+            elif held or self._blocked():
+                held.append(message)
+                self._held_bytes += len(payload)
+            else:
+                handler.message(opcode, payload)
+        return True
+
+    def _blocked(self) -> bool:
+        return cast(Handler, self._handler).full() or not self.writable.is_set()
+
+    def _ahead(self) -> int:
+        return self._held_bytes + self._framer.buffered
+
+    def _read(self, wanted: bool) -> None:
+        if self._stopped == wanted and not self.transport.is_closing():
+            self._stopped = not wanted
+            (self.transport.resume_reading if wanted else self.transport.pause_reading)()
+
+    def _control(self, opcode: int, payload: bytes) -> None:
+        if opcode == framing.PING:
+            self.transport.write(framing.frame(framing.PONG, payload))
+        elif opcode == framing.CLOSE:
+            if not self._closing:
+                self.close(framing.close_code(payload))
+            self.transport.close()
+
+    # --- writing ------------------------------------------------------------------------------------------------
+
+    def _flush(self) -> None:
+        if self._out and not self._closing and not self.transport.is_closing():
+            self.transport.write(b"".join(self._out))
+        self._out.clear()
+
+    def pause_writing(self) -> None:
+        """The peer does not read as fast as it asks."""
+        super().pause_writing()
+        self._stall = self.loop.call_later(self._stall_s, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """The peer has read."""
+        super().resume_writing()
+        self._cancel(self._stall)
+        if self._handler is not None:
+            self.pump()
+
+    # --- life ---------------------------------------------------------------------------------------------------
+
+    def _beat(self) -> None:
+        """Ping; cut off a peer that was not heard of since the last one (but not where we do not listen)."""
+        if not self.ping_interval or self._closing:
+            return
+        if not self._heard and not self._stopped:
+            self.close(1011, "nothing was heard, not even a pong")
+            return
+        self._heard = False
+        self.transport.write(framing.frame(framing.PING, b""))
+        self._beats = self.loop.call_later(self.ping_interval, self._beat)
+
+    def shutdown(self) -> None:
+        """uvicorn stops: drain."""
+        if self._handler is None:
+            super().shutdown()
+        else:
+            self._handler.drain()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The connection is gone, whoever ended it."""
+        for timer in (self._stall, self._beats, self._end):
+            self._cancel(timer)
+        self._gone.set()
+        super().connection_lost(exc)
+        if self._handler is not None:
+            self._handler.lost()
+
+    async def send(self, message: Any) -> None:
+        """ASGI's send, used for the handshake alone."""
+        await super().send(message)
+        if self.close_sent:  # the door refused with a response: that completes the handshake, too
+            self.handshake_complete = True
+
+    def handle_connect(self, event: Any) -> None:
+        """Let the door find this link."""
+        super().handle_connect(event)
+        scope = getattr(self, "scope", None)
+        if scope is not None:
+            cast(dict[str, Any], scope["extensions"])[EXTENSION] = self
+
+    @staticmethod
+    def _cancel(timer: asyncio.TimerHandle | None) -> None:
+        if timer is not None:
+            timer.cancel()
