@@ -1,0 +1,1 @@
+"""What README's numbers were made with: `make bench`."""

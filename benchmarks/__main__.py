@@ -1,0 +1,102 @@
+"""python -m benchmarks: starts everything itself, measures in interleaved rounds, checks every answer.
+
+make bench                                   all, about ten minutes
+make bench ARGS="--quick"                    all, short rounds
+make bench ARGS="--only asgi-echo,http-json-redis"
+make bench ARGS="--only growth,lone"         scenarios have names too
+"""
+
+import argparse
+import sys
+import time
+from typing import Any
+
+from . import contenders, machine, model, report, rounds, scenarios, training
+from .load import LoadFailed
+from .requests import WrongAnswer
+from .servers import Park, StartFailed
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="short rounds: a look, not a result")
+    parser.add_argument("--only", default="", help="contenders and scenarios, by name or beginning, with commas")
+    parser.add_argument("--rounds", type=int, help="rounds of all contenders (5; quick: 2)")
+    parser.add_argument("--seconds", type=float, help="seconds per contender and round (2; quick: 0.5)")
+    parser.add_argument("--name", default="latest", help="results/<name>.json and .svg")
+    parser.add_argument("--list", action="store_true", help="print the names")
+    return parser
+
+
+def _chosen(name: str, only: str) -> bool:
+    return not only or any(name.startswith(part) for part in only.split(",") if part)
+
+
+def _run_scenarios(bench: contenders.Bench, only: str, quick: bool) -> list[dict[str, Any]]:
+    found = []
+    for name, scenario in scenarios.SCENARIOS.items():
+        if not _chosen(name, only):
+            continue
+        try:
+            result = scenario(bench, quick)
+        except (StartFailed, LoadFailed) as error:
+            print(f"absent: {name}: {error}", flush=True)
+            found.append({"name": name, "absent": str(error), "checks": []})
+            continue
+        print(f"{name}: {scenarios.plain(result)}", flush=True)
+        found.append({"name": name, **result})
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure; 1 where an answer was wrong."""
+    arguments = _parser().parse_args(argv)
+    chosen = [c for c in contenders.everyone() if _chosen(c.name, arguments.only)]
+    if arguments.list:
+        print("\n".join([c.name for c in contenders.everyone()] + [*scenarios.SCENARIOS, "training"]))
+        return 0
+    quick = arguments.quick
+    facts, started = machine.facts(), time.monotonic()
+    model.ensure()
+    park = Park()
+    try:
+        bench = contenders.Bench(park)
+        results = rounds.run(
+            bench,
+            chosen,
+            arguments.rounds or (2 if quick else 5),
+            arguments.seconds or (0.5 if quick else 2.0),
+            lambda line: print(line, flush=True),
+        )
+        found = _run_scenarios(bench, arguments.only, quick)
+    except WrongAnswer as error:
+        print(f"wrong answer: {error}", file=sys.stderr)
+        return 1
+    finally:
+        park.stop()
+    content = {"facts": facts, **results.plain(), "scenarios": found}
+    if _chosen("training", arguments.only):
+        content["training"] = training.ratios(quick)
+    content["seconds"] = time.monotonic() - started
+    _show(results, found, content)
+    path = report.write(arguments.name, content)
+    if results.measures:
+        report.chart(content, path.with_suffix(".svg"))
+    print(f"{path.relative_to(machine.ROOT)} after {content['seconds']:.0f} s")
+    return 0
+
+
+def _show(results: rounds.Results, found: list[dict[str, Any]], content: dict[str, Any]) -> None:
+    if results.measures:
+        print(report.table(results), report.ratios(results), sep="\n\n")
+    print(report.checks([check for each in found for check in each["checks"]]))
+    for name, why in results.absent.items():
+        print(f"absent: {name}: {why.splitlines()[0][:160]}")
+    for what, value in content.get("training", {}).items():
+        print(f"training, {what}: {value}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,280 @@
+"""Who is measured: each contender starts its server and says what one round of load on it has shown."""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from . import load, requests
+from .bare import Bare, Truth
+from .load import Encode, Sample, Traffic
+from .machine import pinned
+from .servers import Park, Process
+
+SESSIONS = 256
+LANES = 64
+STORES = ("memory", "sqlite", "redis")
+
+
+@dataclass
+class Measure:
+    """One round of one contender."""
+
+    steps_per_s: float
+    p50_ms: float
+    p99_ms: float
+    cpu_us_per_step: float
+    """Processor time of the server (without Redis) per step."""
+    redis_us_per_step: float = 0.0
+    generator_busy: float = 0.0
+    checked: int = 0
+    """Numbers compared with the offline pass."""
+
+
+Run = Callable[[float], Measure]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A name, what it is, and how to make ready for its rounds."""
+
+    name: str
+    kind: str
+    """limit, peer or stepcast."""
+    what: str
+    prepare: Callable[["Bench"], Run]
+    package: str | None = None
+    """A package that must be installed."""
+
+    def missing(self) -> str | None:
+        """Why it is absent, None where it is not."""
+        if self.package is not None and importlib.util.find_spec(self.package) is None:
+            return f"package {self.package!r} is not installed (extra `bench`)"
+        return None
+
+
+@dataclass
+class Bench:
+    """What all contenders share."""
+
+    park: Park
+    truth: Truth = field(default_factory=lambda: Truth(SESSIONS))
+    wide: Truth = field(default_factory=lambda: Truth(1024))
+    """Session s and s + 1024 have the same inputs: this is enough for any number of sessions."""
+
+
+@dataclass
+class Driver:
+    """Loads one server, again and again on the same sessions."""
+
+    bench: Bench
+    server: Process
+    encode: Encode
+    connect: Callable[[int], list[load.Line]]
+    verify: Callable[[load.Answers], int]
+    sessions: int = SESSIONS
+    lanes: int = LANES
+    rows: int = 1
+    """Steps per request."""
+    redis: bool = False
+
+    def __post_init__(self) -> None:
+        self.traffic = Traffic(self.encode, self.sessions, self.lanes)
+
+    def __call__(self, seconds: float) -> Measure:
+        """One closed-loop round."""
+        return self.measured(lambda lines: load.closed_loop(lines, self.traffic, seconds))
+
+    def open(self, rate: float, seconds: float) -> Measure:
+        """One open-loop round."""
+        return self.measured(lambda lines: load.open_loop(lines, self.traffic, rate, seconds))
+
+    def measured(self, run: Callable[[list[load.Line]], Sample]) -> Measure:
+        """Connect, run, check, count."""
+        redis = self.bench.park.redis() if self.redis else None
+        with pinned(self.bench.park.generator_core):
+            lines = self.connect(self.server.port)
+            before = self.server.cpu_s(), redis.cpu_s() if redis else 0.0
+            try:
+                sample = run(lines)
+            finally:
+                load.close(lines)
+            after = self.server.cpu_s(), redis.cpu_s() if redis else 0.0
+            checked = self.verify(sample.answers)
+        steps = len(sample.answers) * self.rows
+        return Measure(
+            sample.rate * self.rows,
+            1e3 * sample.percentile_s(50),
+            1e3 * sample.percentile_s(99),
+            1e6 * (after[0] - before[0]) / steps,
+            1e6 * (after[1] - before[1]) / steps,
+            sample.generator_busy,
+            checked,
+        )
+
+
+def http_lines(lanes: int) -> Callable[[int], list[load.Line]]:
+    """One keep-alive connection per lane."""
+    return lambda port: [load.HttpLine(port, lane) for lane in range(lanes)]
+
+
+def socket_lines(path: str, sockets: int, binary: bool, tagged: bool = True) -> Callable[[int], list[load.Line]]:
+    """LANES lanes over some WebSockets."""
+    return lambda port: [load.SocketLine(port, path, range(i, LANES, sockets), binary, tagged) for i in range(sockets)]
+
+
+# --- limits ---------------------------------------------------------------------------------------------------------
+
+
+def _bare(batch: int) -> Contender:
+    def prepare(bench: Bench) -> Run:
+        bare = Bare(batch)
+
+        def run(seconds: float) -> Measure:
+            with pinned(bench.park.server_core):
+                rate, took = bare.rate(seconds)
+            p50, p99 = np.percentile(took, [50, 99]) * 1e3
+            return Measure(rate, float(p50), float(p99), 1e6 / rate)
+
+        return run
+
+    return Contender(f"bare-{batch}", "limit", f"bare onnxruntime, batch {batch}", prepare)
+
+
+def _echo(name: str, what: str, server: str, path: str, kind: str = "limit") -> Contender:
+    def prepare(bench: Bench) -> Run:
+        encode = requests.http_json(lambda _: path, SESSIONS)
+        if path == "/pydantic":
+            verify: Callable[[load.Answers], int] = len
+        else:
+
+            def verify(answers: load.Answers) -> int:
+                return requests.check_echo(answers, encode, strip=True)
+
+        return Driver(bench, bench.park.peer(server), encode, http_lines(LANES), verify)
+
+    return Contender(name, kind, what, prepare)
+
+
+def _socket_echo(sockets: int, binary: bool) -> Contender:
+    def prepare(bench: Bench) -> Run:
+        make = requests.frames_msgpack if binary else requests.frames_json
+        encode = make("e", SESSIONS, LANES)
+        connect = socket_lines("/", sockets, binary, tagged=False)
+
+        def verify(answers: load.Answers) -> int:
+            return requests.check_echo(answers, encode, strip=False)
+
+        return Driver(bench, bench.park.peer("websocket"), encode, connect, verify)
+
+    kind = "msgpack" if binary else "json"
+    what = f"uvicorn WebSocket echo of {kind} frames, {sockets} sockets x {LANES // sockets} in flight"
+    return Contender(f"ws-echo-{kind}-{sockets}x{LANES // sockets}", "limit", what, prepare)
+
+
+# --- peers ----------------------------------------------------------------------------------------------------------
+
+
+def _by_hand() -> Contender:
+    def prepare(bench: Bench) -> Run:
+        server = bench.park.peer("by_hand", "--redis", bench.park.redis_url())
+        encode = requests.http_json(lambda s: f"/step/h-{s}", SESSIONS, seq=False)
+        return Driver(bench, server, encode, http_lines(LANES), _json(bench), redis=True)
+
+    return Contender("by-hand-redis", "peer", "FastAPI + onnxruntime + Redis by hand", prepare, "fastapi")
+
+
+def _body_peer(name: str, what: str, server: str, path: str, redis: bool) -> Contender:
+    """A service whose body names the session."""
+
+    def prepare(bench: Bench) -> Run:
+        arguments = ("--redis", bench.park.redis_url()) if redis else ()
+        process = bench.park.peer(server, *arguments)
+        texts = requests.json_rows()
+        head = f"POST {path} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n".encode()
+
+        def encode(session: int, k: int) -> bytes:
+            body = b'{"session":"%d","inputs":%s}' % (session, texts[requests.row(session, k)])
+            return head + b"content-length: %d\r\n\r\n" % len(body) + body
+
+        return Driver(bench, process, encode, http_lines(LANES), _json(bench), redis=redis)
+
+    return Contender(name, "peer", what, prepare, server.removesuffix("_app"))
+
+
+# --- Stepcast -------------------------------------------------------------------------------------------------------
+
+
+def _json(bench: Bench) -> Callable[[load.Answers], int]:
+    return lambda answers: requests.check(answers, requests.outputs_json, bench.truth)
+
+
+def _msgpack(bench: Bench) -> Callable[[load.Answers], int]:
+    return lambda answers: requests.check(answers, requests.outputs_msgpack, bench.truth)
+
+
+def http_json(bench: Bench, server: Process, tag: str, *, redis: bool, lanes: int = LANES) -> Driver:
+    """Single steps over HTTP JSON; `tag` names the sessions."""
+    encode = requests.http_json(lambda s: f"/v1/models/bench/sessions/{tag}-{s}/step", SESSIONS)
+    return Driver(bench, server, encode, http_lines(lanes), _json(bench), lanes=lanes, redis=redis)
+
+
+def _http(store: str, kind: str) -> Contender:
+    def prepare(bench: Bench) -> Run:
+        server = bench.park.stepcast(store)
+        if kind == "json":
+            return http_json(bench, server, "j", redis=store == "redis")
+        encode = requests.http_msgpack(lambda s: f"/v1/models/bench/sessions/m-{s}/step", SESSIONS)
+        return Driver(bench, server, encode, http_lines(LANES), _msgpack(bench), redis=store == "redis")
+
+    return Contender(f"http-{kind}-{store}", "stepcast", f"Stepcast, HTTP {kind}, {store}", prepare)
+
+
+def _socket(store: str, kind: str, sockets: int) -> Contender:
+    def prepare(bench: Bench) -> Run:
+        server, tag, binary = bench.park.stepcast(store), f"w{kind[0]}{sockets}", kind == "msgpack"
+        encode = (requests.frames_msgpack if binary else requests.frames_json)(tag, SESSIONS, LANES)
+        connect = socket_lines("/v1/models/bench/stream", sockets, binary)
+        verify = _msgpack(bench) if binary else _json(bench)
+        return Driver(bench, server, encode, connect, verify, redis=store == "redis")
+
+    name = f"ws-{kind}-{sockets}x{LANES // sockets}-{store}"
+    what = f"Stepcast, WebSocket {kind}, {sockets} sockets x {LANES // sockets} in flight, {store}"
+    return Contender(name, "stepcast", what, prepare)
+
+
+def _batch(store: str, groups: int = 2) -> Contender:
+    def prepare(bench: Bench) -> Run:
+        server = bench.park.stepcast(store)
+        encode = requests.batch_msgpack("/v1/models/bench/step", "b", groups, SESSIONS)
+
+        def verify(answers: load.Answers) -> int:
+            return requests.check(answers, requests.outputs_batch, bench.wide, SESSIONS)
+
+        return Driver(
+            bench, server, encode, http_lines(groups), verify, groups, groups, rows=SESSIONS, redis=store == "redis"
+        )
+
+    what = f"Stepcast, batch-step of {SESSIONS} sessions, msgpack, {groups} connections, {store}"
+    return Contender(f"batch-{store}", "stepcast", what, prepare)
+
+
+def everyone() -> list[Contender]:
+    """All contenders, those of one kind of transport next to their limit."""
+    found = [_bare(1), _bare(64), _bare(256)]
+    found += [_echo("asgi-echo", "uvicorn, plain ASGI echo", "asgi", "/")]
+    found += [_http(store, "json") for store in STORES]
+    found += [_http(store, "msgpack") for store in STORES]
+    found += [
+        _echo("fastapi-request", "FastAPI echo, Request", "fastapi_echo", "/request"),
+        _echo("fastapi-pydantic", "FastAPI echo, pydantic", "fastapi_echo", "/pydantic"),
+        _by_hand(),
+        _body_peer("mosec-redis", "mosec + Redis MGET / MSET by hand", "mosec_app", "/inference", redis=True),
+        _body_peer("litserve", "LitServe, states in memory", "litserve_app", "/predict", redis=False),
+    ]
+    found += [_batch(store) for store in STORES]
+    for kind, sockets in (("json", 64), ("json", 4), ("msgpack", 64), ("msgpack", 4)):
+        found.append(_socket_echo(sockets, kind == "msgpack"))
+        found += [_socket(store, kind, sockets) for store in STORES]
+    return found

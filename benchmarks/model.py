@@ -1,0 +1,162 @@
+"""The benchmark's model, F -> layers x LSTM(H) -> O: a model directory, proved by torch, cached under .cache/bench."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .machine import ROOT
+
+REPOSITORY = ROOT / ".cache" / "bench" / "models"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """16 -> 2 x LSTM(128) -> 4 by default."""
+
+    name: str = "bench"
+    features: int = 16
+    hidden: int = 128
+    outputs: int = 4
+    layers: int = 2
+
+    @property
+    def directory(self) -> Path:
+        """Where the model lies."""
+        return REPOSITORY / self.name / "1"
+
+
+def ensure(shape: Shape | None = None) -> Path:
+    """The model's directory, made where it is not there yet."""
+    shape = shape or Shape()
+    if not (shape.directory / "manifest.json").exists():
+        _build(shape)
+    return shape.directory
+
+
+def _build(shape: Shape) -> None:
+    import onnx
+    import torch
+
+    torch.manual_seed(0)
+    lstm = torch.nn.LSTM(shape.features, shape.hidden, shape.layers, batch_first=True)
+    dense = torch.nn.Linear(shape.hidden, shape.outputs)
+    shape.directory.mkdir(parents=True, exist_ok=True)
+    graph = _graph(shape, lstm, dense)
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=9)
+    onnx.checker.check_model(model)
+    onnx.save(model, str(shape.directory / "model.onnx"))
+    np.savez(shape.directory / "golden.npz", **_golden(shape, lstm, dense))
+    (shape.directory / "manifest.json").write_text(json.dumps(_manifest(shape), indent=2))
+
+
+class _Nodes:
+    """Collects nodes and constants of a graph."""
+
+    def __init__(self) -> None:
+        self.nodes: list[Any] = []
+        self.constants: list[Any] = []
+
+    def constant(self, name: str, value: Any) -> str:
+        import onnx
+
+        self.constants.append(onnx.numpy_helper.from_array(np.ascontiguousarray(value), name))
+        return name
+
+    def add(self, kind: str, inputs: list[str], outputs: list[str], **attributes: Any) -> None:
+        import onnx
+
+        self.nodes.append(onnx.helper.make_node(kind, inputs, outputs, **attributes))
+
+
+def _graph(shape: Shape, lstm: Any, dense: Any) -> Any:
+    import onnx
+
+    made = _Nodes()
+    made.constant("none", np.array(0, np.int32))
+    made.constant("first", np.array([0], np.int64))
+    made.constant("second", np.array([1], np.int64))
+    made.add("Greater", ["lengths", "none"], ["alive"])
+    made.add("Unsqueeze", ["alive", "second"], ["alive_rows"])
+    made.add("Transpose", ["x"], ["y0"], perm=[1, 0, 2])
+    for layer in range(shape.layers):
+        _lstm(made, shape, lstm, layer)
+    made.constant("W", dense.weight.detach().numpy().T)
+    made.constant("b", dense.bias.detach().numpy())
+    made.add("MatMul", [f"y{shape.layers}", "W"], ["product"])
+    made.add("Add", ["product", "b"], ["sum"])
+    made.add("Transpose", ["sum"], ["y"], perm=[1, 0, 2])
+
+    def tensor(name: str, *axes: str | int, kind: int = onnx.TensorProto.FLOAT) -> Any:
+        return onnx.helper.make_tensor_value_info(name, kind, list(axes))
+
+    names = [f"lstm_{layer}.{key}" for layer in range(shape.layers) for key in "hc"]
+    inputs = [tensor("x", "B", "T", shape.features), tensor("lengths", "B", kind=onnx.TensorProto.INT32)]
+    inputs += [tensor(f"{name}.in", "B", shape.hidden) for name in names]
+    outputs = [tensor("y", "B", "T", shape.outputs), *(tensor(f"{name}.out", "B", shape.hidden) for name in names)]
+    return onnx.helper.make_graph(made.nodes, shape.name, inputs, outputs, made.constants)
+
+
+def _lstm(made: _Nodes, shape: Shape, lstm: Any, layer: int) -> None:
+    """One LSTM node; torch's gates i,f,g,o become ONNX's i,o,f,c; a row of length 0 keeps its state."""
+
+    def gates(name: str) -> Any:
+        i, f, g, o = np.split(getattr(lstm, f"{name}_l{layer}").detach().numpy(), 4)
+        return np.concatenate([i, o, f, g])
+
+    weights = [
+        made.constant(f"W{layer}", gates("weight_ih")[None]),
+        made.constant(f"R{layer}", gates("weight_hh")[None]),
+        made.constant(f"B{layer}", np.concatenate([gates("bias_ih"), gates("bias_hh")])[None]),
+    ]
+    for key in "hc":
+        made.add("Unsqueeze", [f"lstm_{layer}.{key}.in", "first"], [f"{key}_before{layer}"])
+    states = [f"h_before{layer}", f"c_before{layer}"]
+    outputs = [f"all{layer}", f"h_after{layer}", f"c_after{layer}"]
+    made.add("LSTM", [f"y{layer}", *weights, "lengths", *states], outputs, hidden_size=shape.hidden)
+    made.add("Squeeze", [f"all{layer}", "second"], [f"y{layer + 1}"])
+    for key in "hc":
+        made.add("Squeeze", [f"{key}_after{layer}", "first"], [f"{key}_rows{layer}"])
+        made.add("Where", ["alive_rows", f"{key}_rows{layer}", f"lstm_{layer}.{key}.in"], [f"lstm_{layer}.{key}.out"])
+
+
+def _golden(shape: Shape, lstm: Any, dense: Any) -> dict[str, Any]:
+    """Four rows of lengths 7, 5, 1 and 0 as torch computes them."""
+    import torch
+
+    rows, steps, random = 4, 7, np.random.default_rng(0)
+    x, lengths = random.standard_normal((rows, steps, shape.features), np.float32), np.array([7, 5, 1, 0], np.int32)
+    golden: dict[str, Any] = {"x": x, "lengths": lengths, "y": np.zeros((rows, steps, shape.outputs), np.float32)}
+    before = 0.1 * random.standard_normal((2, shape.layers, rows, shape.hidden), np.float32)
+    after = before.copy()
+    with torch.no_grad():
+        for row in range(3):
+            state = (torch.from_numpy(before[0, :, row : row + 1]), torch.from_numpy(before[1, :, row : row + 1]))
+            y, (h, c) = lstm(torch.from_numpy(x[row : row + 1, : lengths[row]]), state)
+            golden["y"][row, : lengths[row]] = dense(y)[0].numpy()
+            after[0, :, row], after[1, :, row] = h[:, 0].numpy(), c[:, 0].numpy()
+    for layer in range(shape.layers):
+        for i, key in enumerate("hc"):
+            golden[f"state_in.lstm_{layer}.{key}"] = before[i, layer]
+            golden[f"state_out.lstm_{layer}.{key}"] = after[i, layer]
+    return golden
+
+
+def _manifest(shape: Shape) -> dict[str, Any]:
+    names = [(f"lstm_{layer}", key) for layer in range(shape.layers) for key in "hc"]
+    return {
+        "schema_version": 1,
+        "name": shape.name,
+        "version": 1,
+        "features": [{"name": f"f{i}", "missing": "refuse"} for i in range(shape.features)],
+        "outputs": [{"name": f"o{i}"} for i in range(shape.outputs)],
+        "task": "regression",
+        "states": [
+            {"layer": a, "key": k, "input": f"{a}.{k}.in", "output": f"{a}.{k}.out", "shape": [shape.hidden]}
+            for a, k in names
+        ],
+        "sha256": hashlib.sha256((shape.directory / "model.onnx").read_bytes()).hexdigest(),
+    }

@@ -1,0 +1,253 @@
+"""What rates do not show: latency under a schedule, long histories, many sessions, long sequences, several workers."""
+
+import http.client
+import json
+import socket
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from . import load, requests
+from .bare import POOL, Bare, pool
+from .contenders import LANES, SESSIONS, Bench, Driver, Measure, http_json, http_lines
+from .load import Traffic
+from .machine import memory_bytes, pinned
+from .requests import WrongAnswer
+
+Floats = npt.NDArray[np.float32]
+Result = dict[str, Any]
+Scenario = Callable[[Bench, bool], Result]
+
+
+def _check(what: str, value: float, *, at_most: float | None = None, at_least: float | None = None) -> Result:
+    if at_most is not None:
+        return {"what": what, "value": value, "at_most": at_most, "holds": value <= at_most}
+    return {"what": what, "value": value, "at_least": at_least, "holds": value >= (at_least or 0.0)}
+
+
+def _redis_driver(bench: Bench, tag: str, lanes: int = LANES) -> Driver:
+    return http_json(bench, bench.park.stepcast("redis"), tag, redis=True, lanes=lanes)
+
+
+def open_loop(bench: Bench, quick: bool) -> Result:
+    """HTTP JSON on Redis by a Poisson schedule: latency against load."""
+    closed = _redis_driver(bench, "oc")(1.0 if quick else 2.0).steps_per_s
+    seconds = 1.5 if quick else 3.0
+    curve = []
+    for share in (0.5,) if quick else (0.25, 0.5, 0.75, 0.9):
+        driver = _redis_driver(bench, f"o{share}", lanes=SESSIONS)
+        measure = driver.open(share * closed, seconds)
+        curve.append(
+            {"share": share, "steps_per_s": share * closed, "p50_ms": measure.p50_ms, "p99_ms": measure.p99_ms}
+        )
+    half = next(point for point in curve if point["share"] == 0.5)
+    checks = [_check("open loop at half the closed-loop rate, HTTP JSON on Redis: p99 ms", half["p99_ms"], at_most=5.0)]
+    return {"closed_steps_per_s": closed, "curve": curve, "checks": checks}
+
+
+def lone(bench: Bench, quick: bool) -> Result:
+    """One client, one request at a time: its p50 beside what it is made of."""
+    seconds, rounds, ratios, parts = 0.5 if quick else 1.0, 2 if quick else 4, [], {}
+    stepcast = _redis_driver(bench, "lone", lanes=1)
+    encode = requests.http_json(lambda _: "/", SESSIONS)
+    echo = Driver(bench, bench.park.peer("asgi"), encode, http_lines(1), len, lanes=1)
+    for _ in range(rounds):
+        with pinned(bench.park.server_core):
+            run_ms = 1e3 * statistics.median(Bare(1).rate(seconds / 2)[1])
+            redis_ms = 1e3 * _redis_round_trip_s(bench, seconds / 2)
+        echo_ms, ours_ms = echo(seconds).p50_ms, stepcast(seconds).p50_ms
+        ratios.append(ours_ms / (run_ms + echo_ms + redis_ms))
+        parts = {"run_ms": run_ms, "redis_ms": redis_ms, "echo_ms": echo_ms, "stepcast_ms": ours_ms}
+    ratio = statistics.median(ratios)
+    checks = [_check("lone client: p50 / (bare run + ASGI echo + Redis round trip)", ratio, at_most=2.0)]
+    return {"ratios": ratios, "last": parts, "checks": checks}
+
+
+def _redis_round_trip_s(bench: Bench, seconds: float) -> float:
+    """The median time of one PING."""
+    took, stop = [], time.perf_counter() + seconds
+    with socket.create_connection(("127.0.0.1", bench.park.redis().port)) as redis:
+        redis.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        before = time.perf_counter()
+        while before < stop:
+            redis.sendall(b"PING\r\n")
+            redis.recv(64)
+            now = time.perf_counter()
+            took.append(now - before)
+            before = now
+    return statistics.median(took)
+
+
+class _Client:
+    """A blocking client for long calls; msgpack."""
+
+    def __init__(self, port: int) -> None:
+        self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+
+    def call(self, path: str, x: Floats) -> tuple[Floats, float]:
+        """Outputs, and seconds from before the sending to the last byte."""
+        body = msgspec.msgpack.encode({"inputs": x.tobytes(), "shape": list(x.shape)})
+        before = time.perf_counter()
+        self._connection.request("POST", path, body, {"content-type": "application/msgpack"})
+        answer = self._connection.getresponse()
+        data = answer.read()
+        took = time.perf_counter() - before
+        if answer.status != 200:
+            raise load.LoadFailed(f"{path}: {answer.status} {data[:300]!r}")
+        fields = msgspec.msgpack.decode(data)
+        return np.frombuffer(fields["outputs"], "<f4").reshape(fields["shape"]), took
+
+
+def history(bench: Bench, quick: bool) -> Result:
+    """One more step after 100 and after 100,000 steps, beside running the whole history again."""
+    client = _Client(bench.park.stepcast("memory").port)
+    short, long = 100, 10_000 if quick else 100_000
+    rows = pool()[np.arange(long) % POOL]
+    path = "/v1/models/bench/sessions/{}/step"
+    for name, steps in (("short", short), ("long", long)):
+        for at in range(0, steps, 10_000):
+            client.call(path.format(name), rows[None, at : min(steps, at + 10_000)])
+    took: dict[str, list[float]] = {"short": [], "long": []}
+    for i in range(200 if quick else 600):
+        for name in took:
+            took[name].append(client.call(path.format(name), rows[i % POOL])[1])
+    one_short, one_long = (statistics.median(took[name]) for name in ("short", "long"))
+    again_short, again_long = (client.call("/v1/models/bench/predict", rows[:n])[1] for n in (short, long))
+    checks = [_check(f"one more step after {long:,} steps / after {short}", one_long / one_short, at_most=1.1)]
+    return {
+        "one_step_ms": {str(short): 1e3 * one_short, str(long): 1e3 * one_long},
+        "whole_history_ms": {str(short): 1e3 * again_short, str(long): 1e3 * again_long},
+        "checks": checks,
+    }
+
+
+def growth(bench: Bench, quick: bool) -> Result:
+    """100 to 100,000 sessions in random order on Redis; the hot cache holds all, then one in ten."""
+    sizes = (100, 5_000) if quick else (100, 1_000, 10_000, 100_000)
+    seconds, checks, rates = (1.0 if quick else 3.0), [], {}
+    small = sizes[-1] * 4096 // 10
+    for label, hot_bytes in (("all hot", 2 * 2**30), ("one in ten hot", small)):
+        server = bench.park.stepcast("redis", f"-{label.replace(' ', '-')}", hot_bytes=hot_bytes)
+        rows = []
+        for size in sizes:
+            measure = _touched(bench, server, f"{label[:2].strip()}{size}", size, seconds)
+            rows.append({"sessions": size, "steps_per_s": measure.steps_per_s, "p99_ms": measure.p99_ms})
+        rates[label] = {"hot_bytes": hot_bytes, "resident_bytes": memory_bytes(server.pid), "rates": rows}
+        fall = 1 - rows[-1]["steps_per_s"] / max(row["steps_per_s"] for row in rows)
+        limit = 0.2 if label == "all hot" else 0.5
+        checks.append(_check(f"{sizes[0]} to {sizes[-1]:,} sessions, {label}: fall of the rate", fall, at_most=limit))
+        bench.park.stop(f"stepcast-redis-{label.replace(' ', '-')}")
+    return {"growth": rates, "checks": checks}
+
+
+def _touched(bench: Bench, server: Any, tag: str, size: int, seconds: float) -> Measure:
+    """The rate on `size` sessions that all exist, each lane going round its own in random order."""
+    encode = requests.http_json(lambda s: f"/v1/models/bench/sessions/{tag}-{s}/step", size)
+
+    def verify(answers: load.Answers) -> int:
+        same = [(s % 1024, k, body) for s, k, body in answers]
+        return requests.check(same, requests.outputs_json, bench.wide)
+
+    driver = Driver(bench, server, encode, http_lines(LANES), verify, sessions=size, redis=True)
+    driver.traffic = Traffic(encode, size, LANES, shuffled=True)
+    driver.measured(lambda lines: _each_once(lines, driver.traffic, size))
+    return driver(seconds)
+
+
+def _each_once(lines: list[load.Line], traffic: Traffic, size: int) -> load.Sample:
+    """Touch until every session has been touched."""
+    samples: list[load.Sample] = []
+    while not samples or not all(traffic.taken):
+        samples.append(load.closed_loop(lines, traffic, max(0.2, size / 40_000), 0.0))
+    return load.Sample(
+        sum(s.seconds for s in samples),
+        sum(s.answered for s in samples),
+        np.concatenate([s.latencies_s for s in samples]),
+        requests.merge([s.answers for s in samples]),
+    )
+
+
+def long_sequences(bench: Bench, quick: bool) -> Result:
+    """A call of [1, 10000, F] beside one bare run, and what it does to the single steps of others."""
+    steps, rounds = 10_000, 2 if quick else 4
+    x = pool()[np.arange(steps) % POOL][None]
+    server = bench.park.stepcast("memory")
+    client = _Client(server.port)
+    path = "/v1/models/bench/sessions/seq-{}/step"
+    shares, bare_s, call_s = [], 0.0, 0.0
+    for i in range(rounds):
+        with pinned(bench.park.server_core):
+            bare = Bare(1)
+            before = time.perf_counter()
+            expected = bare.step(x)
+            bare_s = time.perf_counter() - before
+        with pinned(bench.park.generator_core):
+            got, call_s = client.call(path.format(i), x)
+        if not np.allclose(got, expected, requests.RTOL, requests.ATOL):
+            raise WrongAnswer("the long call's outputs differ from the bare run's")
+        shares.append(bare_s / call_s)
+    without, beside = _interference(bench, server, path, x, 1.5 if quick else 3.0)
+    checks = [
+        _check("[1, 10000, F] call: bare run's time / its time", statistics.median(shares), at_least=0.9),
+        _check("p99 of single steps at half load, during long calls / without", beside / without, at_most=2.0),
+    ]
+    last = {"bare_s": bare_s, "call_s": call_s, "p99_without_ms": without, "p99_beside_ms": beside}
+    return {"shares": shares, "last": last, "checks": checks}
+
+
+def _interference(bench: Bench, server: Any, path: str, x: Floats, seconds: float) -> tuple[float, float]:
+    """p99 (ms) of single steps at half load without and with long calls one after the other."""
+    half = http_json(bench, server, "lh", redis=False)(1.0).steps_per_s / 2
+    driver = http_json(bench, server, "lo", redis=False, lanes=SESSIONS)
+    without = driver.open(half, seconds).p99_ms
+    stop = threading.Event()
+
+    def keep_calling() -> None:
+        client = _Client(server.port)
+        while not stop.is_set():
+            client.call(path.format("beside"), x)
+
+    caller = threading.Thread(target=keep_calling)
+    caller.start()
+    try:
+        return without, driver.open(half, seconds).p99_ms
+    finally:
+        stop.set()
+        caller.join()
+
+
+def workers(bench: Bench, quick: bool) -> Result:
+    """Two workers on one Redis beside one: processor time per step at equal load, and the throughput of each."""
+    seconds, rounds, found = 1.0 if quick else 3.0, 1 if quick else 3, []
+    servers = {n: bench.park.stepcast("redis", f"-{n}-workers", workers=n) for n in (1, 2)}
+    drivers = {n: http_json(bench, server, f"k{n}", redis=True) for n, server in servers.items()}
+    rates = {n: driver(seconds).steps_per_s for n, driver in drivers.items()}
+    rate = 0.5 * min(rates.values())
+    for _ in range(rounds):
+        cpu = {n: driver.open(rate, seconds).cpu_us_per_step for n, driver in drivers.items()}
+        found.append(cpu[2] / cpu[1])
+    bench.park.stop("stepcast-redis-1-workers", "stepcast-redis-2-workers")
+    ratio = statistics.median(found)
+    checks = [_check("two workers on one Redis: processor time per step / one worker's", ratio, at_most=1.15)]
+    return {"steps_per_s": rates, "at_steps_per_s": rate, "ratios": found, "checks": checks}
+
+
+SCENARIOS: dict[str, Scenario] = {
+    "open-loop": open_loop,
+    "lone": lone,
+    "history": history,
+    "long": long_sequences,
+    "growth": growth,
+    "workers": workers,
+}
+
+
+def plain(result: Result) -> str:
+    """A result without its checks, for the eye."""
+    return json.dumps({k: v for k, v in result.items() if k != "checks"}, default=lambda v: round(float(v), 4))
