@@ -137,7 +137,7 @@ def test_align_end_puts_the_single_label_at_each_last_step(tmp_path: Path, write
 
 
 def test_long_side_gets_no_mask_when_all_of_its_sequences_fill_the_batch() -> None:
-    """DL4J: a mask is null if every sequence of that side has the longest length."""
+    """DL4J's rule; only labels beside masked features say in so many words that all of them are there."""
     x = [np.ones((3, 1), np.float32)] * 2
     y = [np.ones((1, 1), np.float32)] * 2
     batch = align(x, y, "end")
@@ -145,9 +145,10 @@ def test_long_side_gets_no_mask_when_all_of_its_sequences_fill_the_batch() -> No
     assert batch.y_mask is not None
     assert batch.y_mask.int().tolist() == [[0, 0, 1], [0, 0, 1]]
     one_to_many = align(y, x, "start")
-    assert one_to_many.y_mask is None
     assert one_to_many.x_mask is not None
+    assert one_to_many.y_mask is not None
     assert one_to_many.x_mask.int().tolist() == [[1, 0, 0], [1, 0, 0]]
+    assert one_to_many.y_mask.int().tolist() == [[1, 1, 1], [1, 1, 1]]
 
 
 def test_align_end_moves_the_shorter_features_when_labels_are_longer() -> None:

@@ -155,7 +155,7 @@ def _measure(job: Job, stepper: Stepper, streaming: bool, summary: bool, plot: P
     """Test metrics; for a table of series also what they are worth."""
     result = evaluate(stepper, job.source, "test", streaming=streaming, summary=summary)
     print_report(result, job.console)
-    metrics: dict[str, Any] = {"test": result.as_dict()}
+    metrics: dict[str, Any] = {"test": result.summary()}
     if isinstance(job.source, TableSource) and streaming and job.source.feedback:
         measurement = Measurement(stepper, job.source)
         skills = measurement.skills(DISTANCES)

@@ -17,6 +17,7 @@ from stepcast.manifest import Output
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 TINY = 1e-10
+MOST_CLASSES = 40  # Tables and confusion matrices of more classes are no longer read by anybody.
 
 
 class Metrics(Protocol):
@@ -84,6 +85,13 @@ class ClassificationResult:
         """Plain values, ready for JSON."""
         return {"task": "classification", **asdict(self)}
 
+    def summary(self) -> dict[str, Any]:
+        """`as_dict` for a manifest: without what grows with the number of classes where there are many."""
+        values = self.as_dict()
+        if len(self.classes) > MOST_CLASSES:
+            del values["classes"], values["confusion"]
+        return values
+
 
 @dataclass(frozen=True)
 class ColumnResult:
@@ -109,6 +117,10 @@ class RegressionResult:
     def as_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
         return {"task": "regression", **asdict(self)}
+
+    def summary(self) -> dict[str, Any]:
+        """`as_dict`: outputs are few."""
+        return self.as_dict()
 
 
 class ClassificationMetrics:

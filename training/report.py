@@ -13,12 +13,11 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from .metrics import ClassificationResult, ClassResult, ColumnResult, RegressionResult
+from .metrics import MOST_CLASSES, ClassificationResult, ClassResult, ColumnResult, RegressionResult
 
 Result = ClassificationResult | RegressionResult
 COLUMN_FIELDS = ("rows", "mse", "mae", "rmse", "rse", "r2", "correlation")
 CLASS_FIELDS = ("rows", "precision", "recall", "f1", "roc_auc")
-MOST_CLASSES = 40  # A confusion matrix of more classes than this is no longer read by anybody.
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,9 @@ def align(features: Sequence[Array], labels: Sequence[Array], alignment: Alignme
 
     With L_i the longer of an example's two sequences and T the longest of all, padding from L_i to T always goes at
     the end; the shorter of the two starts with the longer one (`start`) or ends with it (`end`). A side whose
-    sequences all have length T gets no mask. A label that is NaN is absent too: its step if all of the step's
-    labels are missing, else only that output, and then `y_mask` is per output.
+    sequences all have length T gets no mask; labels beside masked features get ones, for without a mask they would
+    count where features are only. A label that is NaN is absent too: its step if all of the step's labels are
+    missing, else only that output, and then `y_mask` is per output.
 
     Args:
         features: B arrays [T_i, F].
@@ -42,6 +43,8 @@ def align(features: Sequence[Array], labels: Sequence[Array], alignment: Alignme
     ends = [max(pair) for pair in zip(x_steps, y_steps, strict=True)]
     x, x_mask = _pad(features, ends, alignment)
     y, y_mask = _pad(labels, ends, alignment)
+    if y_mask is None and x_mask is not None:
+        y_mask = np.ones_like(x_mask)
     missing = np.isnan(y)
     if missing.any():
         y, y_mask = np.where(missing, np.float32(0), y), _without(missing, y_mask)

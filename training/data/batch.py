@@ -9,10 +9,11 @@ from torch import Tensor
 class Batch:
     """B sequences of T steps.
 
-    A step is absent (x_mask 0: padding, a gap) or present; a reading inside a present step may still be
-    missing, then it is NaN in `x`. Labels have a mask of their own, per step or per output. No mask means all
-    present. Rows are independent sequences, unless `starts` is False: such a row goes on where the same row
-    of the batch before ended (a lane of a long series), and the trainer carries its state over.
+    A step is absent (x_mask 0: padding, a gap) or present; a reading inside a present step may still be missing, then
+    it is NaN in `x`. Labels have a mask of their own, per step or per output. Without x_mask all steps are present;
+    labels without y_mask are present wherever their step is. Rows are independent sequences, unless `starts` is
+    False: such a row goes on where the same row of the batch before ended (a lane of a long series), and the trainer
+    carries its state over.
     """
 
     x: Tensor  # (B, T, F) float32

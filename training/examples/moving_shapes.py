@@ -17,7 +17,7 @@ from ..data.align import Array, one_hot
 from ..data.in_memory import Examples, InMemory
 from ..data.source import SPLITS
 
-SHAPES = ("disc", "square", "cross", "line")
+SHAPES = ("ring", "square", "cross", "line")
 RADIUS = 3.0
 
 
@@ -100,7 +100,7 @@ class Camera:
     def _draw(self, shape: int, row: float, column: float) -> NDArray[np.float32]:
         down, right = np.abs(self.rows - row), np.abs(self.columns - column)
         inside = (
-            np.hypot(down, right) <= RADIUS,
+            np.abs(np.hypot(down, right) - RADIUS + 0.7) <= 0.7,
             np.maximum(down, right) <= RADIUS - 0.5,
             (np.minimum(down, right) <= 0.7) & (np.maximum(down, right) <= RADIUS),
             (down <= 0.7) & (right <= RADIUS),
