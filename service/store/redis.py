@@ -34,10 +34,10 @@ for i = 1, #KEYS, 2 do
     applied[#applied + 1] = 0
   else
     applied[#applied + 1] = 1
-    if record == '' or expect == '' then redis.call('UNLINK', side) end
     if record == '' then redis.call('UNLINK', main)
     elseif ttl == '' then redis.call('SET', main, record)
     else redis.call('SET', main, record, 'PX', ttl) end
+    if record == '' or expect == '' then redis.call('UNLINK', side) end
     if record ~= '' and sides >= 0 then
       for j = at, at + 2 * sides - 2, 2 do redis.call('HSET', side, ARGV[j], ARGV[j + 1]) end
       if ttl == '' then redis.call('PERSIST', side) else redis.call('PEXPIRE', side, ttl) end
@@ -48,7 +48,8 @@ end
 return applied
 """
 """Per session two KEYS, and in ARGV: token expected ('': none), record ('': forget), ms to live ('': for ever),
-number of side records (-1: none, and none to touch), then name and bytes of each. Returns 1 where it was applied."""
+number of side records (-1: none, and none to touch), then name and bytes of each. Returns 1 where it was applied.
+SET is the first change, since Redis asks for free memory only at a script's first one."""
 _SHA: Final = sha1(COMMIT.encode(), usedforsecurity=False).hexdigest()
 LOAD_SCRIPT: Final[Command] = ("SCRIPT", "LOAD", COMMIT)
 
@@ -62,9 +63,13 @@ class RedisStore:
         self._nodes = nodes
 
     async def open(self) -> None:
-        await self.ping()
-        for node in await self._nodes.primaries():
-            await _warn_of_loss(node)
+        try:
+            await self.ping()
+            for node in await self._nodes.primaries():
+                await _warn_of_loss(node)
+        except BaseException:
+            await self.close()
+            raise
 
     async def close(self) -> None:
         await self._nodes.close()

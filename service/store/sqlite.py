@@ -122,7 +122,7 @@ class SqliteStore:
         await writer.close()
 
     async def ping(self) -> None:
-        await self.commit([])
+        await self._on(self._writer, self._touch)
 
     async def load(self, keys: Sequence[str]) -> list[bytes | None]:
         return await self._on(self._reader, self._load, keys)
@@ -192,13 +192,18 @@ class SqliteStore:
             raise _unavailable(f"{self._path} has schema {version}, this server knows up to {SCHEMA_VERSION}")
         if not version and connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
             raise _unavailable(f"{self._path} is a SQLite file of another program")
-        mode = _patiently(lambda: connection.execute("PRAGMA journal_mode = WAL"), self._busy_timeout_s)
-        if mode.fetchone()[0] != "wal":
-            raise _unavailable(f"{self._path} can not have a write-ahead log. Put it on a local disk")
         if not version:
+            mode = _patiently(lambda: connection.execute("PRAGMA journal_mode = WAL"), self._busy_timeout_s)
+            if mode.fetchone()[0] != "wal":
+                raise _unavailable(f"{self._path} can not have a write-ahead log. Put it on a local disk")
             connection.executescript(_SCHEMA)
-        connection.execute("BEGIN IMMEDIATE")
-        connection.execute("COMMIT")
+        self._touch()
+
+    def _touch(self) -> None:
+        """Write something, as only that shows whether the file can be written."""
+        connection = self._writer.use()
+        with _transaction(connection):
+            connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
     def _load(self, keys: Sequence[str]) -> list[bytes | None]:
         now_ms, execute = self._clock_ms(), self._reader.use().execute
