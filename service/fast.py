@@ -35,7 +35,7 @@ class FastDoor:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["method"] == "POST" and self._short:
             parts = scope["path"].split("/")
-            if parts[-1] == "step" and parts[1:3] == ["v1", "models"] and len(parts) in (5, 7):
+            if parts[-1] == "step" and parts[1:3] == ["v1", "models"] and parts[4:-2] in ([], ["sessions"]):
                 await self._step(parts, scope, receive, send)
                 return
         if scope["type"] == "websocket":

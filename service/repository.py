@@ -20,9 +20,11 @@ class Served:
     proof: Proof
     manifest: Manifest = field(init=False)
     fingerprint: bytes = field(init=False)
+    n_features: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.manifest = self.runtime.manifest
+        self.n_features = self.manifest.n_features
         self.fingerprint = bytes.fromhex(self.manifest.fingerprint)
 
     @property

@@ -237,7 +237,7 @@ class Rest:
         address = self._address(principal, model, session)
         body = await self._body(request)
         if kind in (exchange.SAFETENSORS, exchange.NPZ):
-            asked = wire.state_body(exchange.read(body, kind))
+            asked = wire.state_body(exchange.read(body, kind, self.settings.body_limit_bytes))
         else:
             asked = wire.decode(body, wire.StateBody, kind)
         match = _if_match(request)
@@ -403,8 +403,8 @@ def _number(request: Request, name: str, default: int | None) -> int | None:
     text = request.query_params.get(name)
     if text is None:
         return default
-    if not (text.isascii() and text.isdigit()) or not 0 < int(text) < 2**31:
-        raise InvalidRequest(f"query parameter {name!r} is {text!r}, want a positive integer")
+    if not (text.isascii() and text.isdigit() and len(text) < 10) or not int(text):
+        raise InvalidRequest(f"query parameter {name!r} is {text[:32]!r}, want a positive integer")
     return int(text)
 
 

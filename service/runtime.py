@@ -108,8 +108,10 @@ class Runtime:
 
     def pack(self, state: dict[str, dict[str, npt.NDArray[Any]]]) -> bytes:
         """The inverse of unpack; arrays have the manifest's dtypes and shapes already."""
-        parts = [_byte_rows(state[tensor.layer][tensor.key]) for tensor, _ in self._states]
-        return np.concatenate(parts, axis=1).tobytes() if parts else b""
+        values = [state[tensor.layer][tensor.key] for tensor, _ in self._states]
+        if not values or not len(values[0]):
+            return b""
+        return np.concatenate([_byte_rows(value) for value in values], axis=1).tobytes()
 
     def _is_plain(self) -> bool:
         m = self.manifest

@@ -170,7 +170,7 @@ def _decoder(kind: type[msgspec.Struct], content_type: str) -> Any:
 def _lenient(body: bytes, kind: type[B], first: Exception) -> B:
     """JSON with NaN and Infinity, as Python's json writes it: NaN is a missing reading, infinity is refused."""
     try:
-        plain = json.loads(body, parse_constant=_constant)
+        plain = json.loads(body, parse_constant=_constant, parse_float=_finite)
         return msgspec.json.decode(msgspec.json.encode(plain), type=kind)
     except NonFinite:
         raise
@@ -183,6 +183,13 @@ def _lenient(body: bytes, kind: type[B], first: Exception) -> B:
 def _constant(text: str) -> None:
     if text != "NaN":
         raise NonFinite(f"the body has {text}, inputs are finite numbers or null")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise NonFinite(f"the body has {text[:32]}, inputs are finite numbers or null")
+    return value
 
 
 def step_inputs(body: StepBody, content_type: str, manifest: Manifest, steps_limit: int) -> Inputs:
@@ -276,7 +283,7 @@ def numbers(raw: Any, shape: list[int] | None, content_type: str, path: str) -> 
     if isinstance(raw, msgspec.Raw):
         if content_type == JSON:
             return _from_json(bytes(raw), path)
-        raw = msgspec.msgpack.decode(raw)
+        raw = _unpack(raw, path)
     if isinstance(raw, bytes):
         return _from_bytes(raw, shape, path)
     rank = _depth(raw)
@@ -285,7 +292,14 @@ def numbers(raw: Any, shape: list[int] | None, content_type: str, path: str) -> 
     try:
         return _array(msgspec.convert(raw, _TYPES[rank]), path)
     except msgspec.ValidationError as error:
-        raise InvalidRequest(_at(error, path)) from error
+        raise _refused(error, path) from error
+
+
+def _unpack(raw: msgspec.Raw, path: str) -> Any:
+    try:
+        return msgspec.msgpack.decode(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise Malformed(f"{path} is not msgpack: {error}") from error
 
 
 def _from_json(text: bytes, path: str) -> Floats:
@@ -295,7 +309,7 @@ def _from_json(text: bytes, path: str) -> Floats:
     try:
         values = _BY_RANK[rank].decode(text)
     except msgspec.ValidationError as error:
-        raise InvalidRequest(_at(error, path)) from error
+        raise _refused(error, path) from error
     except msgspec.DecodeError as error:
         raise Malformed(f"{path}: {error}") from error
     if rank == 1:
@@ -344,8 +358,9 @@ def _depth(value: Any) -> int:
     return depth
 
 
-def _at(error: msgspec.ValidationError, path: str) -> str:
-    return str(error).replace("`$", f"`{path}") if "`$" in str(error) else f"{error} - at `{path}`"
+def _refused(error: msgspec.ValidationError, path: str) -> InvalidRequest | NonFinite:
+    text = str(error).replace("`$", f"`{path}") if "`$" in str(error) else f"{error} - at `{path}`"
+    return NonFinite(text) if text.startswith("Number out of range") else InvalidRequest(text)
 
 
 def _to_ntf(values: Floats, rank: int, layout: Format) -> Floats:
@@ -463,24 +478,28 @@ def _tensor(value: Any, dtype: str, shape: tuple[int, ...], path: str) -> npt.ND
             flat: npt.NDArray[Any] = np.frombuffer(value, np.dtype(dtype).newbyteorder("<")).astype(dtype)
             tensor = flat.reshape(-1, *shape)
         else:
-            with np.errstate(over="ignore"):
-                tensor = _plain_numbers(value, path).astype(dtype)
+            tensor = _plain_numbers(value, dtype, path)
     except (ValueError, TypeError) as error:
         raise ShapeMismatch(f"{path} is not an array [N, {', '.join(map(str, shape))}] of {dtype}") from error
-    if tensor.size == 0 and tensor.ndim < len(shape) + 1:
+    if tensor.shape == (0,):  # of no examples: what a session without a state answers
         tensor = tensor.reshape(0, *shape)
-    if tensor.shape[1:] != shape:
+    if tensor.ndim != len(shape) + 1 or tensor.shape[1:] != shape:
         raise ShapeMismatch(f"{path} has shape {list(tensor.shape)}, want [N, {', '.join(map(str, shape))}]")
     if dtype.startswith("float") and not np.isfinite(tensor).all():
         raise NonFinite(f"{path} has values that are not finite")
     return tensor
 
 
-def _plain_numbers(value: Any, path: str) -> npt.NDArray[Any]:
+def _plain_numbers(value: Any, dtype: str, path: str) -> npt.NDArray[Any]:
+    """Nested lists as an array of a dtype that holds their values."""
     given = np.array(value)
-    if given.size and given.dtype.kind not in "biuf":
-        raise ShapeMismatch(f"{path} is ragged, or has values that are not numbers")
-    return given
+    if given.dtype.kind not in "biuf":
+        raise ShapeMismatch(f"{path} is ragged, or has values that are not numbers of {dtype}")
+    with np.errstate(over="ignore", invalid="ignore"):
+        tensor = given.astype(dtype)
+    if not dtype.startswith("float") and not np.array_equal(tensor, given):
+        raise ShapeMismatch(f"{path} has values that {dtype} does not hold")
+    return tensor
 
 
 # --- encoding -------------------------------------------------------------------------------------------------------
