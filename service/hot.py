@@ -1,6 +1,7 @@
 """The hot sessions of this process: copies of records, the least recently used idle ones let go first."""
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from typing import Final
 
 from .calls import Address, Entry
@@ -23,6 +24,9 @@ class HotSessions:
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self._entries.values())
 
     def get(self, key: str) -> Entry | None:
         """The entry of a session, None if it is not hot."""

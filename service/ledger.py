@@ -24,6 +24,21 @@ class Edit:
     sides: dict[str, bytes] | None = None
 
 
+class Overtaken(Exception):
+    """The session is not what it was; see only_from. Never leaves this room's callers."""
+
+
+def only_from(base: Record, edit: Edit) -> Callable[[Record | None], Edit]:
+    """An edit for Ledger.change that raises Overtaken where the session is not `base` any more."""
+
+    def decide(found: Record | None) -> Edit:
+        if found is None or found.token != base.token:
+            raise Overtaken
+        return edit
+
+    return decide
+
+
 def etag(record: Record) -> str:
     """The entity tag of a record: another one after every change."""
     return f'"{record.token.hex()}"'
@@ -98,7 +113,7 @@ class Ledger:
         for _ in range(CHANGE_TRIES):
             (data,) = await self.store.load([address.key])
             found = None if data is None else self.decode(address.key, data)
-            if if_match is not None and if_match != "*" and (found is None or etag(found) != if_match):
+            if if_match is not None and (found is None or if_match not in ("*", etag(found))):
                 raise PreconditionFailed(
                     f"session {address.session!r} has entity tag {etag(found) if found else None}, If-Match was "
                     f"{if_match}. Read it again.",

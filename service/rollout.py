@@ -19,7 +19,7 @@ from stepcast.manifest import Manifest
 from . import record as records
 from . import wire
 from .calls import Address, Floats
-from .ledger import CHANGE_TRIES, Edit
+from .ledger import CHANGE_TRIES, Edit, Overtaken, only_from
 from .record import Record
 from .repository import Served
 from .states import States
@@ -32,10 +32,6 @@ class Free:
     outputs: Floats
     classes: npt.NDArray[np.int64] | None
     state: bytes
-
-
-class _Changed(Exception):
-    """The session was stepped by others while the rollout ran."""
 
 
 async def rollout(states: States, address: Address, body: wire.RolloutBody, content_type: str) -> dict[str, Any]:
@@ -54,7 +50,8 @@ async def rollout(states: States, address: Address, body: wire.RolloutBody, cont
         raise InvalidRequest("a rollout with seq and temperature needs a $.seed, so that a retry draws the same")
     for _ in range(CHANGE_TRIES):
         view = await states.view(address)
-        known = _known(body, content_type, view.served.manifest, max(1, view.record.examples))
+        rows, limit = max(1, view.record.examples), states.settings.body_limit_bytes
+        known = _known(body, content_type, view.served.manifest, rows, limit)
         digest = _digest(body, known)
         stored = _stored(view.record, body, digest, address)
         if stored is not None:
@@ -64,7 +61,7 @@ async def rollout(states: States, address: Address, body: wire.RolloutBody, cont
             return _answer(view.served, free, body, view.record, view.record.step)
         try:
             after = await _commit(states, address, view.record, free, body.steps, digest)
-        except _Changed:
+        except Overtaken:  # stepped by others while the rollout ran
             continue
         return _answer(view.served, free, body, after, after.step)
     raise SessionBusy(f"session {address.session!r} was changed by others {CHANGE_TRIES} times. Retry.")
@@ -142,9 +139,16 @@ class _Feed:
         return np.asarray((weights < draws).sum(axis=1), np.int64)
 
 
-def _known(body: wire.RolloutBody, content_type: str, manifest: Manifest, rows: int) -> Floats:
-    """What the caller knows of the future, (N, H, F), NaN where it knows nothing."""
+def _known(body: wire.RolloutBody, content_type: str, manifest: Manifest, rows: int, limit_bytes: int) -> Floats:
+    """What the caller knows of the future, (N, H, F), NaN where it knows nothing.
+
+    Raises:
+        TooLarge: it or the answer would not fit in a body. ShapeMismatch, NonFinite.
+    """
     want = (rows, body.steps, manifest.n_features)
+    size = 4 * rows * body.steps * max(manifest.n_features, manifest.n_outputs)
+    if size > limit_bytes:
+        raise TooLarge(f"a rollout of {rows} examples by {body.steps} steps takes {size} bytes (limit {limit_bytes})")
     if body.inputs is None:
         return np.full(want, np.nan, np.float32)
     given = wire.numbers(body.inputs, body.shape, content_type, "$.inputs")
@@ -191,13 +195,8 @@ def _stored(record: Record, body: wire.RolloutBody, digest: bytes, address: Addr
 async def _commit(states: States, address: Address, base: Record, free: Free, steps: int, digest: bytes) -> Record:
     last = base.step + steps
     answer = records.encode_answer(last, digest, steps, free.outputs.tobytes())
-
-    def edit(found: Record | None) -> Edit:
-        if found is None or found.token != base.token:
-            raise _Changed
-        return Edit(base.advanced(last, len(free.outputs), free.state, answer, b"", states.ledger.clock()))
-
-    after = await states.ledger.change(address, edit)
+    next_record = base.advanced(last, len(free.outputs), free.state, answer, b"", states.ledger.clock())
+    after = await states.ledger.change(address, only_from(base, Edit(next_record)))
     assert after is not None
     return after
 

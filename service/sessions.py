@@ -22,6 +22,7 @@ from stepcast.errors import (
     NotStreaming,
     QueueFull,
     SessionBusy,
+    ShapeMismatch,
     StateVersionMismatch,
     StepcastError,
     StepConflict,
@@ -37,7 +38,7 @@ from .repository import Repository, Served
 from .settings import Settings
 from .store import Store, Write
 from .telemetry import Metrics, log
-from .versions import migrated
+from .versions import migrated, replayable
 
 
 class Sessions:
@@ -93,14 +94,16 @@ class Sessions:
         """
         self.check_streams(self.repository.live(address.model))
         limits, model = self.settings, address.model
-        entry = self._hot.get(address.key) or self._hot.enter(address)
+        entry = self._hot.get(address.key)
         waiting = self._waiting.get(model, 0)
         if waiting >= limits.queue_limit:
             raise _full(f"model {model!r}", waiting, limits.queue_limit)
-        if len(entry.queue) >= limits.session_queue_limit:
+        if entry is not None and len(entry.queue) >= limits.session_queue_limit:
             raise _full(f"session {address.session!r}", len(entry.queue), limits.session_queue_limit)
         if self.draining:
             raise Draining("the server is shutting down. Connect again.", retry_after_s=1.0)
+        if entry is None:
+            entry = self._hot.enter(address)
         future: Future = asyncio.get_running_loop().create_future()
         deadline = time.monotonic() + (deadline_s or limits.deadline_s)
         entry.queue.append(Step(entry, x, mask, digest, seq, deadline, future))
@@ -153,6 +156,8 @@ class Sessions:
             elif self._start(entry, step):
                 entry.busy = True
                 return
+        if entry.record is None or not entry.stored:  # nothing worth keeping: no session, or one in doubt
+            self._hot.drop(entry)
         self._hot.evict()
 
     def _start(self, entry: Entry, step: Step) -> bool:
@@ -160,8 +165,8 @@ class Sessions:
         assert entry.record is not None
         try:
             decided = self._admit(entry, entry.record, step)
-        except StepcastError as error:
-            self._settle(step, None, error)
+        except Exception as error:
+            self._settle(step, None, _as_ours(error, "the step could not be started"))
             return False
         if isinstance(decided, StepAnswer):
             self.metrics.retries.labels(entry.address.model).inc()
@@ -183,8 +188,20 @@ class Sessions:
         """
         served = entry.served
         if served is None:
-            served = entry.served = self._version_of(entry, record)
-            record = entry.record or record
+            served = self._served_by(entry, record)
+            if served is None:
+                if not step.verified:
+                    return None
+                served, record = self._moved(entry, record)
+            entry.served = served
+        if step.x.shape[2] != served.n_features:  # the door looked at the live version
+            raise ShapeMismatch(
+                f"inputs have {step.x.shape[2]} features, session {entry.address.session!r} is on version "
+                f"{served.version} of model {served.name!r}, which takes {served.n_features}",
+                got=step.x.shape[2],
+                features=served.n_features,
+                version=served.version,
+            )
         expected = record.step + step.calls
         fits = record.examples in (0, step.rows)
         if fits and (step.seq is None or step.seq == expected):
@@ -216,18 +233,22 @@ class Sessions:
             f"{text}. Send seq {expected}.", session=session, step=record.step, seq=step.seq, expected_seq=expected
         )
 
-    def _version_of(self, entry: Entry, record: Record) -> Served:
-        """The served version that made the session's state, or what the version policy says."""
+    def _served_by(self, entry: Entry, record: Record) -> Served | None:
+        """The version that made the session's state; None where it is not served (any more)."""
         served = self.repository.get(entry.address.model, record.version)
         if served is not None and (served.fingerprint == record.fingerprint or not entry.stored):
             return served
+        return None
+
+    def _moved(self, entry: Entry, record: Record) -> tuple[Served, Record]:
+        """What the version policy says of a session whose version is not served."""
         policy = self.settings.version_policy
-        if policy == "pin":
-            raise self.version_mismatch(entry.address, record)
         live = self.repository.live(entry.address.model)
-        entry.record = migrated(record, live, policy)
+        if policy == "pin" or (policy == "replay" and not replayable(record, live)):
+            raise self.version_mismatch(entry.address, record)
+        entry.record = moved = migrated(record, live, policy)
         log.info("session %s moved from version %s to %s by %s", entry.key, record.version, live.version, policy)
-        return live
+        return live, moved
 
     def version_mismatch(self, address: Address, record: Record) -> StateVersionMismatch:
         """The error for a session whose model version is not served."""
@@ -275,7 +296,11 @@ class Sessions:
         """Commit, answer, and let each session go on."""
         now, ready, writes = self._clock(), [], []
         for step in steps:
-            write = self._write(step, now)
+            try:
+                write = self._write(step, now)
+            except Exception:  # a defect here must not leave the whole batch without answers
+                log.exception("a step of session %s could not be written down", step.entry.key)
+                write, step.error = None, Internal("the step could not be stored")
             if write is None:
                 self._fail(step, step.error or SessionBusy("the session was changed while the step ran"))
             else:
@@ -287,12 +312,10 @@ class Sessions:
         try:
             applied = await self.store.commit(writes)
         except Exception as error:
-            if not isinstance(error, StepcastError):
-                log.exception("a commit failed")
-                error = Internal("the step could not be stored")
+            refusal = _as_ours(error, "the step could not be stored")
             for step in ready:
                 self._forget(step.entry)
-                self._fail(step, error)
+                self._fail(step, refusal)
             return
         self.metrics.commit_seconds.observe(time.perf_counter() - started)
         self._count(ready, applied)
@@ -368,15 +391,16 @@ class Sessions:
         entries, self._to_load = self._to_load, []
         try:
             found = await self.store.load([entry.key for entry in entries])
-        except StepcastError as error:
+        except Exception as error:
+            refusal = _as_ours(error, "the session could not be loaded")
             for entry in entries:
-                self._refuse_all(entry, error)
+                self._refuse_all(entry, refusal)
             return
         for entry, data in zip(entries, found, strict=True):
             try:
                 self._loaded(entry, data)
-            except StepcastError as error:
-                self._refuse_all(entry, error)
+            except Exception as error:
+                self._refuse_all(entry, _as_ours(error, "the session could not be loaded"))
 
     def _loaded(self, entry: Entry, data: bytes | None) -> None:
         entry.served = None
@@ -404,6 +428,12 @@ class Sessions:
         self.metrics.waiting.set(sum(self._waiting.values()))
         self.metrics.hot.set(len(self._hot))
         self.metrics.hot_bytes.set(self._hot.bytes)
+
+    def retired(self, served: Served) -> None:
+        """A version is not served any more: hot sessions ask anew which one is theirs."""
+        for entry in self._hot:
+            if entry.served is served:
+                entry.served = None
 
     # --- beside the sessions ------------------------------------------------------------------------------------
 
@@ -439,12 +469,22 @@ class Sessions:
     async def drain(self) -> None:
         """Refuse new steps, answer the accepted ones, then close the store."""
         self.draining = True
-        while any(self._waiting.values()):
-            self._settled.clear()
-            await self._settled.wait()
-        for batcher in list(self._batchers.values()):
-            await batcher.close()
-        await self.store.close()
+        try:
+            while any(self._waiting.values()):
+                self._settled.clear()
+                await self._settled.wait()
+            for batcher in list(self._batchers.values()):
+                await batcher.close()
+        finally:  # also where the time for draining is over: acknowledged steps may wait to be written
+            await self.store.close()
+
+
+def _as_ours(error: Exception, otherwise: str) -> StepcastError:
+    """The error itself if it is one for callers; else it is logged, and `otherwise` is said."""
+    if isinstance(error, StepcastError):
+        return error
+    log.error("%s", otherwise, exc_info=error)
+    return Internal(otherwise)
 
 
 def _full(what: str, waiting: int, limit: int) -> QueueFull:

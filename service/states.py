@@ -18,6 +18,7 @@ from stepcast.errors import (
     InvalidRequest,
     InvalidSessionId,
     LayerNotFound,
+    SessionBusy,
     SessionExists,
     ShapeMismatch,
     StateMismatch,
@@ -29,7 +30,7 @@ from stepcast.errors import (
 from . import record as records
 from . import wire
 from .calls import Address
-from .ledger import Edit, new_session_id
+from .ledger import CHANGE_TRIES, Edit, Overtaken, new_session_id, only_from
 from .record import Record
 from .repository import Served
 from .sessions import Sessions
@@ -179,6 +180,13 @@ class States:
             self._layer(served, layer)
             arrays, examples = wire.layer_arrays(body.state, served.manifest, layer)
             before = found.examples if found else 0
+            if found is not None and before and found.fingerprint != served.fingerprint:
+                raise StateVersionMismatch(
+                    f"session {address.session!r} has a state of version {found.version}, got layer {layer!r} of "
+                    f"version {served.version}. Put all layers, or clear the state.",
+                    session=address.session,
+                    version=found.version,
+                )
             if before not in (0, examples):
                 raise ExamplesMismatch(
                     f"session {address.session!r} has {before} examples, got {examples} for layer {layer!r}. "
@@ -247,25 +255,26 @@ class States:
         self.repository.live(address.model)
         if name is not None:
             check_id(name, "checkpoint")
-        names = set(await self.sessions.store.list_sides(address.key))
-        if len(names) >= self.settings.checkpoints_limit:
-            raise TooLarge(
-                f"session {address.session!r} has {len(names)} checkpoints (limit {self.settings.checkpoints_limit})",
-                limit=self.settings.checkpoints_limit,
-            )
-        chosen = ""
-
-        def edit(found: Record | None) -> Edit:
-            nonlocal chosen
-            record = self._found(address, found)
-            chosen = name or f"step-{record.step}"
-            if chosen in names:
-                raise CheckpointExists(f"session {address.session!r} has a checkpoint {chosen!r}", checkpoint=chosen)
+        for _ in range(CHANGE_TRIES):
+            record = await self.exists(address)
+            chosen = await self._free_name(address, name or f"step-{record.step}")
             after = record.changed(self.ledger.clock(), flags=record.flags | records.HAS_CHECKPOINTS)
-            return Edit(after, {chosen: record.encode()})
+            try:
+                await self._changed(address, only_from(record, Edit(after, {chosen: record.encode()})), None)
+            except Overtaken:  # perhaps by a checkpoint of that name: look again
+                continue
+            return {"session": address.session, "name": chosen, "step": record.step}
+        raise SessionBusy(f"session {address.session!r} was changed by others {CHANGE_TRIES} times. Retry.")
 
-        record = await self._changed(address, edit, None)
-        return {"session": address.session, "name": chosen, "step": record.step}
+    async def _free_name(self, address: Address, name: str) -> str:
+        """A checkpoint's name, if the session has room for one of that name."""
+        names = await self.sessions.store.list_sides(address.key)
+        if name in names:
+            raise CheckpointExists(f"session {address.session!r} has a checkpoint {name!r}", checkpoint=name)
+        limit = self.settings.checkpoints_limit
+        if len(names) >= limit:
+            raise TooLarge(f"session {address.session!r} has {len(names)} checkpoints (limit {limit})", limit=limit)
+        return name
 
     async def checkpoints(self, address: Address) -> list[dict[str, Any]]:
         """A session's checkpoints, by name."""
@@ -274,7 +283,7 @@ class States:
         for name in await self.sessions.store.list_sides(address.key):
             data = await self.sessions.store.load_side(address.key, name)
             if data is not None:
-                found.append({"name": name, "step": records.decode(data).step})
+                found.append({"name": name, "step": self.ledger.decode(address.key, data).step})
         return found
 
     async def rewind(self, address: Address, to: str, if_match: str | None = None) -> Record:
@@ -283,14 +292,17 @@ class States:
         Raises:
             SessionNotFound, CheckpointNotFound, PreconditionFailed.
         """
-        await self.exists(address)
+        before = await self.exists(address)
         data = await self.sessions.store.load_side(address.key, to)
+        missing = CheckpointNotFound(f"session {address.session!r} has no checkpoint {to!r}", checkpoint=to)
         if data is None:
-            raise CheckpointNotFound(f"session {address.session!r} has no checkpoint {to!r}", checkpoint=to)
+            raise missing
         then = self.ledger.decode(address.key, data)
 
         def edit(found: Record | None) -> Edit:
             record = self._found(address, found)
+            if record.incarnation != before.incarnation:  # ended and created anew meanwhile
+                raise missing
             return Edit(
                 replace(
                     then,
@@ -318,7 +330,7 @@ class States:
         Raises:
             VersionInUse: sessions hold it, with their number; not where `force`.
         """
-        self.repository.require(model, version)
+        served = self.repository.require(model, version)
         holding = await self._holding(model, version)
         if holding and not force:
             raise VersionInUse(
@@ -328,6 +340,7 @@ class States:
                 sessions=holding,
             )
         self.repository.retire(model, version)
+        self.sessions.retired(served)
         return {"model": model, "version": version, "sessions": holding}
 
     async def _holding(self, model: str, version: int) -> int:
@@ -336,8 +349,8 @@ class States:
         while True:
             keys, cursor = await self.sessions.store.list_keys("", cursor, 1000)
             mine = [key for key in keys if key.split("/", 2)[1] == model]
-            for data in await self.sessions.store.load(mine):
-                count += data is not None and records.decode(data).version == version
+            for key, data in zip(mine, await self.sessions.store.load(mine), strict=True):
+                count += data is not None and self.ledger.decode(key, data).version == version
             if not cursor:
                 return count
 
@@ -399,6 +412,7 @@ class States:
                 clock=self.ledger.clock,
             )
         step = found.step if body.step is None else body.step
+        same = (step, examples, served.fingerprint) == (found.step, found.examples, found.fingerprint)
         return found.changed(
             self.ledger.clock(),
             version=served.version,
@@ -406,7 +420,7 @@ class States:
             examples=examples,
             state=state,
             step=step,
-            answers=found.answers if (step, examples) == (found.step, found.examples) else (),
+            answers=found.answers if same else (),
             inputs=found.inputs if state == found.state else b"",
         )
 
