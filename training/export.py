@@ -111,17 +111,17 @@ def describe(
 
 
 def state_tensors(network: Network) -> tuple[StateTensor, ...]:
-    """The graph's state tensors in the order of the layers."""
+    """The graph's state tensors in the order of the layers; none if it can not be stepped."""
     return tuple(
         StateTensor(
-            layer=layer.name,
+            layer=layer,
             key=key,
-            input=f"{layer.name}.{key}",
-            output=f"{layer.name}.{key}.out",
+            input=f"{layer}.{key}",
+            output=f"{layer}.{key}.out",
             shape=shape,
         )
-        for layer in network.stack()
-        for key, shape in layer.state_shapes().items()
+        for layer, shapes in network.states().items()
+        for key, shape in shapes.items()
     )
 
 

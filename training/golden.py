@@ -33,11 +33,12 @@ def make_golden(network: Network, source: Source) -> dict[str, Floats]:
     x = torch.where(valid_steps(lengths, steps)[..., None], x[:, steps:], 0.0)
     y, after = cpu(x, valid_steps(lengths, steps), state)
     arrays = {"x": x.numpy(), "lengths": lengths.to(torch.int32).numpy(), "y": y.numpy()}
-    return {**arrays, **_named("state_in", state), **_named("state_out", after)}
+    return {**arrays, **_named("state_in", state, network), **_named("state_out", after, network)}
 
 
-def _named(prefix: str, state: State) -> dict[str, Floats]:
-    return {f"{prefix}.{layer}.{key}": t.numpy() for layer, keys in state.items() for key, t in keys.items()}
+def _named(prefix: str, state: State, network: Network) -> dict[str, Floats]:
+    names = [(layer, key) for layer, shapes in network.states().items() for key in shapes]
+    return {f"{prefix}.{layer}.{key}": state[layer][key].numpy() for layer, key in names}
 
 
 def _readings(source: Source) -> Tensor:

@@ -73,6 +73,11 @@ class Graph:
         self._inputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, ["B", *shape]))
         return name
 
+    def zeros(self, name: str, shape: Sequence[int]) -> str:
+        """Zeros (B, *shape), in place of the state `name` where nothing is carried."""
+        rows = self.add("Shape", self.x, start=0, end=1)
+        return self.add("Expand", self.constant(0.0), self.add("Concat", rows, self.ints(*shape), axis=0))
+
     def output(self, tensor: str, name: str, shape: Sequence[int | str]) -> None:
         """Declare `tensor` as the graph's output `name`."""
         self._nodes.append(helper.make_node("Identity", [tensor], [name], name=f"output_{name}"))

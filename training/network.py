@@ -1,6 +1,6 @@
 """The whole network: readings in, answers out, state carried in the open."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -63,6 +63,10 @@ class Network(nn.Module):
     def stack(self) -> list[Layer]:
         """All layers that may carry state, from below."""
         return [self.observed, *self.layers]
+
+    def states(self) -> dict[str, Mapping[str, tuple[int, ...]]]:
+        """Shapes per row of the state tensors, by layer and key; none if the network can not be stepped."""
+        return {layer.name: shapes for layer in self.stack() if self.streaming and (shapes := layer.state_shapes())}
 
     def initial_state(self, rows: int) -> State:
         """Zeros, the state of sequences that have not begun."""
@@ -151,10 +155,11 @@ class Network(nn.Module):
         value, observed = graph.x, ""
         for layer in self.stack():
             shapes = layer.state_shapes()
-            before = {key: graph.state_input(f"{layer.name}.{key}", shape) for key, shape in shapes.items()}
+            begin = graph.state_input if self.streaming else graph.zeros
+            before = {key: begin(f"{layer.name}.{key}", shape) for key, shape in shapes.items()}
             value, after = layer.write(graph, value, before)
             observed = observed or value
-            for key, shape in shapes.items():
+            for key, shape in self.states().get(layer.name, {}).items():
                 graph.output(after[key], f"{layer.name}.{key}.out", ["B", *shape])
         graph.output(self.head.write(graph, value, observed), "y", ["B", "T", len(self.head.mean)])
 

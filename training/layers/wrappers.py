@@ -47,10 +47,7 @@ class Bidirectional(Layer):
                 return (a + b) / 2
 
     def write(self, graph: Graph, x: str, state: Mapping[str, str]) -> tuple[str, dict[str, str]]:
-        rows = graph.add("Shape", x, start=0, end=1)
-        shape = graph.add("Concat", rows, graph.ints(self.spec.layer.units), axis=0)
-        zeros = graph.add("Expand", graph.constant(0.0), shape)
-        before = dict.fromkeys(self.forwards.state_shapes(), zeros)
+        before = {key: graph.zeros(key, shape) for key, shape in self.forwards.state_shapes().items()}
         order = _write_reversed(graph)
         ahead, ahead_state = self.forwards.write(graph, x, before)
         back, back_state = self.backwards.write(graph, _write_gather(graph, x, order), before)

@@ -1,0 +1,256 @@
+"""Every layer kind: torch, and ONNX in one call, in blocks and step by step; gradients against finite differences."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from networks import CELLS, LENGTHS, OUT, mask_of, network, plain, readings, rich, some_state
+from torch import Tensor
+
+from stepcast.manifest import Feature, Tolerance
+from training.activations import ACTIVATIONS, RECURRENT_NODES
+from training.export import prove, state_tensors
+from training.graph import Graph
+from training.layers.cells import GravesLstm
+from training.layers.recurrent import Recurrent
+from training.network import Network
+
+Layers = list[dict[str, Any]]
+VIDEO = [Feature(name="pixels", width=2 * 8 * 6)]
+TOKENS = [Feature(name="token", missing="zero")]
+
+
+def cases() -> dict[str, tuple[Layers, list[Feature]]]:
+    """Layers and features by a name that tells what is special."""
+    found: dict[str, tuple[Layers, list[Feature]]] = {}
+    for cell in CELLS:
+        one = {"kind": cell, "units": 5}
+        found[cell] = [one, OUT], rich()
+        found[f"{cell}-stacked"] = [one, {"kind": "dropout", "p": 0.5}, {**one, "units": 3}, OUT], rich()
+        found[f"{cell}-layer_norm"] = [{**one, "layer_norm": True}, OUT], rich()
+        found[f"{cell}-mask_zero"] = (
+            [
+                {"kind": "dense", "units": 2, "activation": "relu"},
+                {"kind": "mask_zero", "layer": one},
+                OUT,
+            ],
+            rich(),
+        )
+        for mode in ("concat", "add", "mul", "average"):
+            found[f"{cell}-{mode}"] = [{"kind": "bidirectional", "mode": mode, "layer": one}, OUT], rich()
+        found[f"{cell}-both_last"] = [{"kind": "bidirectional", "last": True, "layer": one}, OUT], rich()
+    for name in sorted(ACTIVATIONS.keys() - {"softmax", "tanh"}):
+        init = {"weight_init": "zero", "recurrent_init": "zero"} if name == "cube" else {}
+        found[f"lstm-{name}"] = [{"kind": "lstm", "units": 3, "activation": name, **init}, OUT], plain()
+        found[f"dense-{name}"] = [{"kind": "dense", "units": 3, "activation": name}, OUT], plain()
+    for name in ("hardsigmoid", "softsign", "hardtanh"):
+        for cell in ("lstm", "graves_lstm", "gru"):
+            found[f"{cell}-gate_{name}"] = [{"kind": cell, "units": 3, "gate_activation": name}, OUT], plain()
+    for pooling in ("max", "avg", "sum", "pnorm"):
+        layer = {"kind": "global_pooling", "pooling": pooling, "p": 3.0}
+        found[f"pooling-{pooling}"] = [{"kind": "gru", "units": 4}, layer, {"kind": "dense", "units": 3}, OUT], rich()
+    found["last_time_step"] = [{"kind": "gru", "units": 4}, {"kind": "last_time_step"}, OUT], rich()
+    conv = {"kind": "conv1d", "units": 4, "kernel": 3, "dilation": 2}
+    found["conv1d"] = [conv, {"kind": "conv1d", "units": 3, "kernel": 1}, {"kind": "lstm", "units": 4}, OUT], rich()
+    found["conv1d-above"] = [{"kind": "lstm", "units": 4}, conv, OUT], rich()
+    found["rnn_loss"] = [{"kind": "lstm", "units": 3}, {"kind": "rnn_loss"}], rich()
+    dense = {"kind": "time_distributed", "layer": {"kind": "dense", "units": 3}}
+    named = {"kind": "rnn_to_feed_forward"}, {"kind": "feed_forward_to_rnn"}
+    found["time_distributed"] = [named[0], dense, named[1], OUT], rich()
+    embedding = {"kind": "embedding", "vocabulary": 7, "units": 5}
+    found["embedding"] = [embedding, {"kind": "lstm", "units": 4}, OUT], TOKENS
+    found["video"] = (
+        [
+            {"kind": "rnn_to_cnn", "height": 8, "width": 6, "channels": 2},
+            {"kind": "conv2d", "units": 3, "kernel": [3, 3], "stride": [2, 1], "padding": [1, 0]},
+            {"kind": "pool2d", "kernel": [2, 2]},
+            {"kind": "pool2d", "kernel": [2, 2], "pooling": "avg", "padding": [1, 1]},
+            {"kind": "lstm", "units": 4},
+            OUT,
+        ],
+        VIDEO,
+    )
+    return found
+
+
+CASES = cases()
+
+
+def built(case: str) -> Network:
+    """The network of a case; what cubes its values runs away within seven steps unless weights are small."""
+    layers, features = CASES[case]
+    return network(layers, features, spread=0.02 if "cube" in case else 0.2)
+
+
+def exported(net: Network, directory: Path) -> None:
+    """Write model.onnx."""
+    graph = Graph(net.observed.n_features)
+    net.write(graph)
+    onnx.save(graph.model(doc=""), directory / "model.onnx")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_layer_agrees_in_torch_and_onnx_however_it_is_stepped(case: str, tmp_path: Path) -> None:
+    """Laws 1, 2 and 7: rows of 7, 6, 0, 3 and 1 steps, from states that are not zero, NaN where allowed."""
+    layers, features = CASES[case]
+    net = built(case)
+    x, state = readings(features), None
+    mask = mask_of()
+    with torch.no_grad():
+        state = some_state(net, x)
+        x = torch.where(mask[..., None], x, 0.0)
+        y, after = net(x, mask, state)
+    golden = {"x": x.numpy(), "lengths": np.array(LENGTHS, np.int32), "y": y.numpy()}
+    for prefix, tensors in (("state_in", state), ("state_out", after)):
+        golden |= {f"{prefix}.{n}.{k}": tensors[n][k].numpy() for n, keys in net.states().items() for k in keys}
+    exported(net, tmp_path)
+    assert np.isfinite(golden["y"]).all()
+    assert net.streaming == (not any(layer["kind"] == "bidirectional" for layer in layers))
+    assert net.streaming or not state_tensors(net)
+    prove(tmp_path, state_tensors(net), golden, net.streaming, Tolerance())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_padding_and_batch_mates_change_nothing(case: str) -> None:
+    """Law 2 in torch: a row alone, without its padding, has the same answers and ends in the same state."""
+    _, features = CASES[case]
+    net, x, mask = built(case), readings(features), mask_of()
+    with torch.no_grad():
+        state = some_state(net, x)
+        y, after = net(x, mask, state)
+        for row in (1, 3):  # one goes on, both are padded
+            own = {n: {k: t[row : row + 1] for k, t in s.items()} for n, s in state.items()}
+            alone, alone_after = net(x[row : row + 1, : LENGTHS[row]], None, own)
+            torch.testing.assert_close(y[row : row + 1, : LENGTHS[row]], alone, rtol=1e-4, atol=1e-5)
+            for name, layer in alone_after.items():
+                for key, tensor in layer.items():
+                    torch.testing.assert_close(after[name][key][row : row + 1], tensor, rtol=1e-4, atol=1e-5)
+    assert not y[~mask].any()
+    for name, keys in net.states().items():
+        for key in keys:
+            assert torch.equal(after[name][key][2], state[name][key][2]), f"{name}.{key} of an empty row moved"
+
+
+def recurrent_ops(model: onnx.ModelProto) -> list[str]:
+    return [n.op_type for n in model.graph.node if n.op_type in ("RNN", "LSTM", "GRU", "Scan")]
+
+
+@pytest.mark.parametrize(
+    ("cell", "op"), [("simple_rnn", "RNN"), ("lstm", "LSTM"), ("graves_lstm", "LSTM"), ("gru", "GRU")]
+)
+def test_recurrent_layer_is_one_node_where_onnx_has_one(cell: str, op: str, tmp_path: Path) -> None:
+    """Not unrolled, not scanned; peepholes are the node's P input."""
+    exported(network([{"kind": cell, "units": 3}, OUT]), tmp_path)
+    model = onnx.load(tmp_path / "model.onnx")
+    assert recurrent_ops(model) == [op]
+    node = next(n for n in model.graph.node if n.op_type == op)
+    assert (len(node.input) > 7) == (cell == "graves_lstm")
+    exported(network([{"kind": cell, "units": 3, "layer_norm": True}, OUT]), tmp_path)
+    assert recurrent_ops(onnx.load(tmp_path / "model.onnx")) == ["Scan"]
+
+
+def test_onnx_nodes_take_every_activation_they_are_trusted_with(tmp_path: Path) -> None:
+    """The list of activations that stay inside the node is not longer than what the node's graph shows."""
+    for name in RECURRENT_NODES:
+        exported(network([{"kind": "lstm", "units": 3, "activation": name}, OUT]), tmp_path)
+        assert recurrent_ops(onnx.load(tmp_path / "model.onnx")) == ["LSTM"], name
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("lengths", [None, LENGTHS])
+def test_fast_path_equals_the_written_formula(cell: str, lengths: tuple[int, ...] | None) -> None:
+    """torch's kernels and the hand-written peephole loop against the cell's `step`: values and all gradients."""
+    net = network([{"kind": cell, "units": 5}, OUT])
+    layer = net.layers[0]
+    assert isinstance(layer, Recurrent)
+    x = torch.randn(6, 7, 4, requires_grad=True)
+    ends = None if lengths is None else torch.tensor(lengths)
+    before = tuple(torch.randn(6, 5, requires_grad=True) for _ in layer.KEYS)
+    inputs = [x, *before, *(p for p in layer.parameters() if p.requires_grad)]
+
+    def run(unroll: Any) -> tuple[list[Tensor], list[Tensor]]:
+        y, after = unroll(x, ends, before)
+        rows = torch.ones(6, dtype=torch.bool) if lengths is None else torch.tensor(lengths) > 0
+        valid = mask_of(lengths or [7] * 6)
+        values = [y[valid], *(a[rows] for a in after)]
+        weights = [torch.linspace(-1, 1, v.numel()).view_as(v) for v in values]
+        loss = sum(((v * w).sum() for v, w in zip(values, weights, strict=True)), torch.zeros(()))
+        return values, list(torch.autograd.grad(loss, inputs))
+
+    for fast, slow in zip(run(layer.unroll), run(layer._loop), strict=True):
+        for a, b in zip(fast, slow, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_peepholes_see_the_old_cell_and_the_new_one() -> None:
+    """DL4J's formula, written out in NumPy: i and f with c_{t-1}, o with c_t."""
+    layer = network([{"kind": "graves_lstm", "units": 2}, OUT], plain(1)).layers[0]
+    assert isinstance(layer, GravesLstm)
+    w, r, b = (t.detach().double().numpy() for t in (layer.weight_ih, layer.weight_hh, layer.bias_ih))
+    b = b + layer.bias_hh.detach().double().numpy()
+    p_i, p_o, p_f = layer.peephole.detach().double().numpy()
+    x, h, c = np.linspace(-2, 2, 5), np.array([0.3, -0.4]), np.array([0.5, 0.1])
+    state = {"h": torch.tensor(h[None]).float(), "c": torch.tensor(c[None]).float()}
+    y, after = layer(torch.tensor(x).float().view(1, 5, 1), None, state)
+
+    def sigmoid(v: Any) -> Any:
+        return 1 / (1 + np.exp(-v))
+
+    for t in range(5):
+        i, f, g, o = np.split(w[:, 0] * x[t] + r @ h + b, 4)
+        c = sigmoid(f + p_f * c) * c + sigmoid(i + p_i * c) * np.tanh(g)
+        h = sigmoid(o + p_o * c) * np.tanh(c)
+        np.testing.assert_allclose(y[0, t].detach().numpy(), h, rtol=1e-5)
+    np.testing.assert_allclose(after["c"][0].detach().numpy(), c, rtol=1e-5)
+
+
+def test_lstm_has_one_bias_that_learns_and_a_forget_bias() -> None:
+    """As in DL4J; torch's second bias stays what it is."""
+    torch.manual_seed(0)
+    layer = network([{"kind": "lstm", "units": 3, "forget_bias": 2.5}, OUT], spread=0).layers[0]
+    assert isinstance(layer, Recurrent)
+    assert layer.bias_ih.tolist() == [0] * 3 + [2.5] * 3 + [0] * 6
+    assert not layer.bias_hh.requires_grad
+
+
+GRADIENT_CASES = [c for c in CASES if not c.startswith(("lstm-", "dense-")) or c in ("lstm-stacked", "lstm-hardtanh")]
+
+
+@pytest.mark.parametrize("case", GRADIENT_CASES)
+def test_gradients_equal_finite_differences_under_masks(case: str) -> None:
+    """Along random directions of all weights and the input together, in float64, with gaps and rows of length 0."""
+    layers, features = CASES[case]
+    net = built(case).double()
+    x = readings(features).double()
+    mask = mask_of().clone()
+    mask[0, 2:4] = False
+    labels = torch.randn(6, 7, 3, dtype=torch.float64)
+    state = {n: {k: t.double() for k, t in s.items()} for n, s in net.initial_state(6).items()}
+    there = ~torch.isnan(x) & mask[..., None]
+    x.requires_grad_(layers[0]["kind"] != "embedding")
+
+    def loss() -> Tensor:
+        z, base, _ = net.train_pass(x, mask, state)
+        total, count = net.head.losses(z, base, labels, mask)
+        return total / count
+
+    leaves = [p for p in net.parameters() if p.requires_grad] + ([x] if x.requires_grad else [])
+    gradients = torch.autograd.grad(loss(), leaves)
+    torch.manual_seed(3)
+    for _ in range(3):
+        directions = [torch.randn_like(leaf) for leaf in leaves]
+        if x.requires_grad:
+            directions[-1] = torch.where(there, directions[-1], 0.0)
+        slope = sum(float((g * d).nan_to_num().sum()) for g, d in zip(gradients, directions, strict=True))
+        step, values = 1e-6, []
+        with torch.no_grad():
+            for sign in (1, -2):
+                for leaf, direction in zip(leaves, directions, strict=True):
+                    leaf += sign * step * direction
+                values.append(float(loss()))
+            for leaf, direction in zip(leaves, directions, strict=True):
+                leaf += step * direction
+        assert slope == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-4, abs=1e-7)
