@@ -1,9 +1,9 @@
 """Durability `interval`: steps are acknowledged at once and written to the store behind a little later.
 
-A crash of the process loses what was acknowledged in the last two intervals at most: a record waits one interval for
-its turn and may take one to be written; where that does not succeed, commits are refused until it does. Creating and
-forgetting a session and its side records are written at once. A session must be stepped by one process at a time:
-where another one wrote it, what is waiting here is dropped, and counted.
+A crash of the process loses what was acknowledged in the last interval at most: what waits is written twice per
+interval, and where that takes too long or fails, commits wait or are refused until it is done. Creating and forgetting
+a session and its side records are written at once. A session must be stepped by one process at a time: where another
+one wrote it, what is waiting here is dropped, and counted.
 """
 
 import asyncio
@@ -46,7 +46,7 @@ class BehindStore:
 
     Args:
         base: Where sessions rest.
-        interval_s: How often what waits is written.
+        interval_s: How long an acknowledged step may wait to be written: the loss window.
         clock: Seconds, monotonic.
     """
 
@@ -60,6 +60,7 @@ class BehindStore:
         self._waiting: dict[str, _Waiting] = {}
         self._flushing: dict[str, _Waiting] = {}
         self._since = inf  # when the oldest of what waits came
+        self._flushing_since = inf  # and of what is being written
         self._known: OrderedDict[str, tuple[bytes, float]] = OrderedDict()  # token and expiry, as the base has it
         self._passing: set[str] = set()  # keys of writes that go straight to the base
         self._one_writer = asyncio.Lock()
@@ -82,7 +83,7 @@ class BehindStore:
         await self._base.close()
 
     async def ping(self) -> None:
-        self._keep_promise()
+        await self._keep_promise()
         await self._base.ping()
 
     async def load(self, keys: Sequence[str]) -> list[bytes | None]:
@@ -96,7 +97,7 @@ class BehindStore:
         return records
 
     async def commit(self, writes: Sequence[Write]) -> list[bool]:
-        self._keep_promise()
+        await self._keep_promise()
         through = {i: write for i, write in enumerate(writes) if self._goes_through(write)}
         applied = [False] * len(writes)
         if through:
@@ -126,21 +127,16 @@ class BehindStore:
 
     async def _tick(self) -> None:
         while True:
-            await asyncio.sleep(self._interval_s)
+            await asyncio.sleep(self._interval_s / 2)
             try:
                 await self.flush()
             except StoreUnavailable as error:
                 _log.warning("%d sessions wait to be stored: %s", len(self._waiting), error)
 
-    def _keep_promise(self) -> None:
-        """Refuse to acknowledge more while what was acknowledged waits longer than promised."""
-        waited_s = self._clock() - self._since
-        if waited_s > 2 * self._interval_s:
-            raise StoreUnavailable(
-                f"{len(self._waiting)} sessions wait to be stored, for {waited_s:.1f} s now, "
-                f"promised are {2 * self._interval_s:g} s.",
-                retry_after_s=self._interval_s,
-            )
+    async def _keep_promise(self) -> None:
+        """Acknowledge no more while something waits longer than promised: write it first, or fail as that fails."""
+        while self._clock() - min(self._since, self._flushing_since) > self._interval_s:
+            await self.flush()
 
     def _goes_through(self, write: Write) -> bool:
         """Whether a write is more than a step: only steps wait."""
@@ -206,8 +202,9 @@ class BehindStore:
     @contextmanager
     def _taken(self, keys: Sequence[str]) -> Iterator[None]:
         """Move sessions from waiting to flushing; those that are still there at the end go back."""
-        since, complete = self._since, len(keys) == len(self._waiting)
+        complete = len(keys) == len(self._waiting)
         self._flushing = {key: self._waiting.pop(key) for key in keys}
+        self._flushing_since = since = self._since
         if complete:
             self._since = inf
         try:
@@ -218,7 +215,7 @@ class BehindStore:
             for key, left in self._flushing.items():
                 newer = self._waiting.setdefault(key, left)
                 newer.replaces |= left.replaces | {left.record[TOKEN]}  # it may have been written
-            self._flushing = {}
+            self._flushing, self._flushing_since = {}, inf
 
     async def _write_out(self) -> None:
         """Write what is being flushed, some sessions at a time, and take each out as its fate is known."""

@@ -28,7 +28,7 @@ class StoreOptions:
 
     Args:
         durability: When a commit is acknowledged: `commit` (the store has it), `replicated` (and so have
-            `replicas` replicas; Redis only), `interval` (at once; the store has it `interval_s` later).
+            `replicas` replicas; Redis only), `interval` (at once; the store has it within `interval_s`).
         interval_s: The loss window of `interval`.
         replicas: How many replicas `replicated` waits for.
         replica_timeout_s: And for how long.
