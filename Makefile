@@ -33,7 +33,9 @@ PIP_INSTALL = -m pip install -qq --disable-pip-version-check -c constraints.txt
 # Tests that render manifests need kubectl; without it they are left out, and that is said.
 KUBECTL := $(shell command -v kubectl 2>/dev/null)
 WORKERS ?= 2
-PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+# One class, or the functions of one file, on one worker: what they share is made once. The long ones come early.
+PYTEST_ARGS = -n $(WORKERS) --dist loadscope --no-loadscope-reorder
+PYTEST = $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
 .PHONY: help install check test test-service demo serve bench chaos lock clean distclean python
@@ -79,7 +81,7 @@ endif
 test-service: $(SERVICE_STAMP)
 	@$(SERVICE_VENV)/bin/python -c "import importlib.util as u; assert u.find_spec('torch') is None, 'torch is installed'"
 	@files=$$(grep -lw 'mark\.service' tests/test_*.py) || { echo "No test is marked service." >&2; exit 1; }; \
-	$(SERVICE_VENV)/bin/python -m pytest -n $(WORKERS) --dist loadgroup -m service $(ARGS) $$files
+	$(SERVICE_VENV)/bin/python -m pytest $(PYTEST_ARGS) -m service $(ARGS) $$files
 
 demo: $(STAMP)
 	$(BIN)/python demo/replay.py $(if $(filter 0,$(TRAIN)),--committed,) $(ARGS)

@@ -309,13 +309,10 @@ def training_image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Image]:
         yield image
 
 
-in_service_image = [pytest.mark.xdist_group("service-image"), pytest.mark.timeout(900)]
-in_training_image = [pytest.mark.slow, pytest.mark.xdist_group("training-image"), pytest.mark.timeout(1800)]
-
-
+# The first test of each class waits for its image.
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 class TestServiceImage:
-    pytestmark = in_service_image
-
     def test_has_no_torch_and_no_trainer(self, service_image: Image) -> None:
         assert service_image.execute("python", "-c", "import service, stepcast, onnxruntime").returncode == 0
         for module in ("torch", "training"):
@@ -360,9 +357,9 @@ class TestServiceImage:
             process.wait()
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
 class TestTrainingImage:
-    pytestmark = in_training_image
-
     def test_has_torch_and_no_server(self, training_image: Image) -> None:
         have = training_image.execute("python", "-c", "import torch, training, stepcast; print(torch.__version__)")
         assert have.returncode == 0, have.stderr
