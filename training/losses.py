@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stepcast.errors import ConfigError
+
 from .activations import ACTIVATIONS
 from .layers.specs import CLASS_LOSSES
 
@@ -89,9 +91,14 @@ class Loss(nn.Module):
             z: (B, T, O) before the activation.
             target: (B, T, O); may be NaN under the mask.
             mask: bool, (B, T) or (B, T, O); None: everything counts.
+
+        Raises:
+            ConfigError: a mask per output for a loss that knows whole steps only.
         """
         if mask is None:
             mask = torch.ones(target.shape[:2], dtype=torch.bool, device=target.device)
+        if mask.ndim == 3 and self.name in WHOLE_STEP_LOSSES:
+            raise ConfigError(f"data: a mask per output, but loss {self.name} takes a step's outputs together")
         per_entry = (mask if mask.ndim == 3 else mask[..., None]).expand(target.shape)
         # `where` on the way in as well: 0 * NaN would come back through the gradient. 1 is harmless in every formula.
         clean = torch.where(per_entry, target, 1.0)
