@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
 
 import uvicorn
 from uvicorn.supervisors import Multiprocess
@@ -18,6 +19,10 @@ from .app import create_app
 from .link import Link
 from .runtime import Runtime, placements
 from .settings import PREFIX, Settings
+
+
+WEBSOCKET: Final = Link
+"""uvicorn's `ws` setting: what carries door 2."""
 
 
 class Uvicorn(uvicorn.Server):
@@ -53,7 +58,7 @@ def serve(arguments: argparse.Namespace) -> int:
         workers=settings.workers,
         loop="uvloop" if sys.platform != "win32" else "asyncio",
         http="httptools",
-        ws=Link,
+        ws=WEBSOCKET,
         ws_max_size=settings.body_limit_bytes,
         access_log=False,
         log_level="warning",

@@ -12,7 +12,8 @@ The rules, which docs/protocol.md tells with examples:
 """
 
 from collections import deque
-from typing import Final, Generic, TypeVar
+from itertools import islice
+from typing import Any, Final, Generic, TypeVar
 
 Q = TypeVar("Q")
 A = TypeVar("A")
@@ -167,3 +168,246 @@ class ServerConversation(Generic[Q, A]):
         while not epochs[0].unanswered and len(epochs) > 1:
             self.answers.append(epochs.popleft().echo)  # type: ignore[arg-type]  # all but the last epoch have one
             self.in_flight -= 1
+
+
+# --- the client's side ----------------------------------------------------------------------------------------------
+
+WINDOW_STEPS: Final = 16
+WINDOW_BYTES: Final = 64 * 1024
+"""What the server keeps of a session's answers: with more in flight, a broken connection could not be resumed."""
+
+_TEMPORARY: Final = frozenset({429, 503, 504})
+_RESETS: Final = frozenset({"state.set", "clear", "rewind", "end"})
+"""Operations that a session can go on from although an earlier step was refused."""
+
+
+class Request:
+    """What a caller asks of a session: an operation and its fields; once it is in `done`, an answer or a problem.
+
+    Args:
+        steps: By how many steps it advances the session; 0: it has no number.
+        answer_bytes: Size of its outputs as the server keeps them; None: not known.
+    """
+
+    __slots__ = (
+        "answer",
+        "answer_bytes",
+        "fields",
+        "hidden",
+        "id",
+        "op",
+        "problem",
+        "seq",
+        "session",
+        "steps",
+        "tries",
+    )
+
+    def __init__(
+        self, session: str, op: str, fields: dict[str, Any], steps: int = 0, answer_bytes: int | None = None
+    ) -> None:
+        self.session, self.op, self.fields, self.steps, self.answer_bytes = session, op, fields, steps, answer_bytes
+        self.id = self.tries = 0
+        self.seq: int | None = None
+        self.hidden = False
+        self.answer: dict[str, Any] | None = None
+        self.problem: dict[str, Any] | None = None
+
+    @property
+    def settled(self) -> bool:
+        """Whether its answer or problem is known."""
+        return self.answer is not None or self.problem is not None
+
+
+class _Session:
+    """The unanswered requests of a session in order; the first `in_flight` of them are on the open socket."""
+
+    __slots__ = ("in_flight", "paused", "refused", "requests", "step")
+
+    def __init__(self) -> None:
+        self.step: int | None = None  # acknowledged; None: not known
+        self.requests: deque[Request] = deque()
+        self.in_flight = 0
+        self.paused = False  # until `retry`
+        self.refused = False  # a numbered request was: no new number before the older ones are answered
+
+
+class ClientConversation:
+    """The client's side, over any number of sockets one after another.
+
+    After every call take what is in `outgoing` (frames to be sent, in this order), `done` (requests with their answer
+    or problem; those of a session in order, each once) and `pauses` (sessions for which `retry` is due after s).
+
+    A number, once given to a request, stays: the server applies it at most once, however often it is sent. Steps that
+    wait behind a refused one are refused too, with step_conflict: they were meant for another state.
+
+    Args:
+        tries: How often a request is sent before a temporary problem (429, 503, 504) becomes the caller's.
+    """
+
+    def __init__(self, tries: int = 8) -> None:
+        self.outgoing: deque[dict[str, Any]] = deque()
+        self.done: list[Request] = []
+        self.pauses: list[tuple[str, float]] = []
+        self.connected = False
+        self._tries = tries
+        self._sessions: dict[str, _Session] = {}
+        self._sent: dict[int, Request] = {}
+        self._last_id = 0
+
+    @property
+    def unanswered(self) -> int:
+        """Requests whose answer is not known."""
+        return sum(len(session.requests) for session in self._sessions.values())
+
+    def ask(self, request: Request) -> None:
+        """Ask something of a session; a step is numbered when it is first sent."""
+        session = self._sessions.setdefault(request.session, _Session())
+        session.requests.append(request)
+        self._send(session)
+
+    def connect(self) -> None:
+        """A socket is open: everything unanswered is sent, what was sent before with the same numbers."""
+        self.connected = True
+        for session in self._sessions.values():
+            self._take_back(session)
+            self._send(session)
+
+    def lose(self) -> None:
+        """The socket is gone: nothing is sent until the next one is open."""
+        self.connected = False
+        self.outgoing.clear()
+        for session in self._sessions.values():
+            self._take_back(session)
+
+    def retry(self, name: str) -> None:
+        """The pause of a session is over."""
+        session = self._sessions.get(name)
+        if session is not None:
+            session.paused = False
+            self._send(session)
+
+    def receive(self, message: dict[str, Any]) -> None:
+        """A message came. One that answers nothing that is waited for is ignored: it is an old one."""
+        request = self._sent.pop(message.get("id") or 0, None)
+        if request is None:
+            return
+        request.problem = message.get("error")
+        request.answer = message if request.problem is None else None
+        session = self._sessions[request.session]
+        self._settle(session)
+        self._send(session)
+
+    def fail(self, problem: dict[str, Any]) -> None:
+        """Give up: `problem` is what becomes of every unanswered request."""
+        for session in self._sessions.values():
+            self._take_back(session)
+            for request in session.requests:
+                request.problem = request.problem or problem
+                if not request.hidden:
+                    self.done.append(request)
+        self._sessions.clear()
+
+    # --- sending ------------------------------------------------------------------------------------------------
+
+    def _send(self, session: _Session) -> None:
+        requests = session.requests
+        if requests and requests[0].seq is None:
+            session.refused = False
+        while self._may_send(session):
+            request = requests[session.in_flight]
+            if request.steps and session.step is None:
+                request = Request(request.session, "info", {})  # to know the number of the first step
+                request.hidden = True
+                requests.appendleft(request)
+            self.outgoing.append(self._frame(session, request))
+            session.in_flight += 1
+
+    def _may_send(self, session: _Session) -> bool:
+        ahead = list(islice(session.requests, session.in_flight + 1))
+        if not self.connected or session.paused or len(ahead) <= session.in_flight:
+            return False
+        request = ahead[-1]
+        if request.settled or (session.refused and request.steps and request.seq is None):
+            return False
+        if not session.in_flight:
+            return True
+        sizes = [r.answer_bytes for r in ahead if r.op == STEP and r.answer_bytes is not None]
+        return len(sizes) == len(ahead) <= WINDOW_STEPS and sum(sizes) <= WINDOW_BYTES
+
+    def _frame(self, session: _Session, request: Request) -> dict[str, Any]:
+        self._last_id += 1
+        request.id = self._last_id
+        request.tries += 1
+        self._sent[request.id] = request
+        frame = {"id": request.id, "session": request.session, "op": request.op, **request.fields}
+        if request.steps and request.seq is None:
+            before = sum(r.steps for r in islice(session.requests, session.in_flight))
+            request.seq = (session.step or 0) + before + request.steps
+        if request.seq is not None:
+            frame["seq"] = request.seq
+        return frame
+
+    def _take_back(self, session: _Session) -> None:
+        """What is in flight is to be sent again; answers that still come to it are not looked at."""
+        for request in islice(session.requests, session.in_flight):
+            self._sent.pop(request.id, None)
+            request.answer = request.problem = None
+        session.in_flight = 0
+
+    # --- answers ------------------------------------------------------------------------------------------------
+
+    def _settle(self, session: _Session) -> None:
+        """Give the caller what is known of the oldest requests, in order."""
+        requests = session.requests
+        while requests and requests[0].settled:
+            request = requests[0]
+            if request.problem is None:
+                session.step = (request.answer or {}).get("step", session.step)
+            elif self._is_temporary(request):
+                self._pause(session, request)
+                return
+            else:
+                self._refuse(session, request)
+            requests.popleft()
+            session.in_flight = max(0, session.in_flight - 1)
+            if request.op == "end" and request.problem is None:
+                session.step = None
+            if not request.hidden:
+                self.done.append(request)
+
+    def _is_temporary(self, request: Request) -> bool:
+        problem = request.problem or {}
+        return 0 < request.tries < self._tries and problem.get("status") in _TEMPORARY
+
+    def _pause(self, session: _Session, request: Request) -> None:
+        """Send the oldest request, and what is behind it, again after a while: what the server asks for, doubling."""
+        wait_s = float((request.problem or {}).get("retry_after_s") or 0.05)
+        self.pauses.append((request.session, min(5.0, wait_s * 2 ** (request.tries - 1))))
+        session.paused = True
+        self._take_back(session)
+
+    def _refuse(self, session: _Session, request: Request) -> None:
+        problem = request.problem or {}
+        code = problem.get("code")
+        if code == "session_not_found" and (request.hidden or (request.op == "end" and request.tries > 1)):
+            request.problem, session.step = None, 0  # a new session; or it was ended, and only that answer was lost
+        elif request.steps or request.hidden:
+            expected = problem.get("expected_seq")
+            session.step = expected - 1 if isinstance(expected, int) else session.step
+            session.refused = True
+            self._refuse_behind(session, problem if request.hidden else _behind(request))
+
+    def _refuse_behind(self, session: _Session, problem: dict[str, Any]) -> None:
+        """Refuse the steps behind a refused one that were not sent, up to an operation that makes a new start."""
+        for request in islice(session.requests, 1, None):
+            if request.op in _RESETS:
+                return
+            if request.steps and request.seq is None:
+                request.problem = problem
+
+
+def _behind(refused: Request) -> dict[str, Any]:
+    problem = refused.problem or {}
+    detail = f"a step of session {refused.session!r} before this one was refused ({problem.get('code')}); not sent"
+    return {"code": "step_conflict", "status": 409, "detail": detail, "session": refused.session}
