@@ -1,7 +1,8 @@
 """The ways into a server, with one face, so that one script can be run through all of them."""
 
 import json
-from typing import Any, Protocol
+from contextlib import ExitStack
+from typing import Any, ClassVar, Protocol
 
 import httpx
 import msgspec
@@ -57,7 +58,7 @@ class Script:
 class HttpDoor:
     """Door 1, with JSON or msgpack bodies for steps."""
 
-    _ROUTES = {
+    _ROUTES: ClassVar[dict[str, tuple[str, str]]] = {
         "step": ("POST", "/step"),
         "state.get": ("GET", "/state"),
         "state.set": ("PUT", "/state"),
@@ -95,7 +96,9 @@ class WebSocketDoor:
     """Door 2: any number of sessions on one socket, JSON or msgpack frames."""
 
     def __init__(self, url: str, model: str, packed: bool) -> None:
-        self._socket = connect(f"ws{url.removeprefix('http')}/v1/models/{model}/stream", max_size=None)
+        self._opened = ExitStack()
+        address = f"ws{url.removeprefix('http')}/v1/models/{model}/stream"
+        self._socket = self._opened.enter_context(connect(address, max_size=None))
         self._packed = packed
         self._number = 0
 
@@ -104,13 +107,13 @@ class WebSocketDoor:
         frame = _encode({"op": op, "id": self._number, "session": session, **fields}, self._packed)
         self._socket.send(frame if self._packed else frame.decode())
         answer = _decode(self._socket.recv(timeout=20), self._packed)
-        assert answer["id"] == self._number
+        assert answer.pop("id") == self._number
         if "error" in answer:
             raise from_problem(answer["error"])
         return answer
 
     def close(self) -> None:
-        self._socket.close()
+        self._opened.close()
 
 
 DOORS = {

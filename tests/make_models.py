@@ -33,8 +33,8 @@ KINDS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
     "graves_lstm": ([{"kind": "graves_lstm", "units": 4}, OUT], {}),
     "bidirectional": ([{"kind": "bidirectional", "mode": "concat", "layer": LSTM}, OUT], {}),
     "last_step": ([LSTM, {"kind": "last_time_step"}, SOFTMAX], {"classes": ("calm", "gust", "storm")}),
-    "pooling": ([LSTM, {"kind": "global_pooling", "mode": "avg"}, SOFTMAX], {"classes": ("calm", "gust", "storm")}),
-    "conv1d": ([{"kind": "conv1d", "filters": 3, "kernel": 3}, LSTM, OUT], {}),
+    "pooling": ([LSTM, {"kind": "global_pooling", "pooling": "avg"}, SOFTMAX], {"classes": ("calm", "gust", "storm")}),
+    "conv1d": ([{"kind": "conv1d", "units": 3, "kernel": 3}, LSTM, OUT], {}),
     "characters": ([LSTM, SOFTMAX], {"classes": ("a", "b", "c"), "feedback": True}),
 }
 

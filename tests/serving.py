@@ -19,6 +19,7 @@ import uvicorn
 
 from service.app import create_app
 from service.settings import Settings
+from service.websocket import Link
 
 ROOT = Path(__file__).parents[1]
 MODELS = ROOT / "tests" / "models"
@@ -29,9 +30,7 @@ class Running:
 
     def __init__(self, **settings: Any) -> None:
         self.app = create_app(Settings.read({}, **{"models": MODELS, "port": 0, **settings}))
-        config = uvicorn.Config(
-            self.app, port=0, log_level="critical", lifespan="on", http="httptools", **_websocket_protocol()
-        )
+        config = uvicorn.Config(self.app, port=0, log_level="critical", lifespan="on", http="httptools", ws=Link)
         self._uvicorn = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._uvicorn.run, daemon=True)
 
@@ -51,13 +50,6 @@ class Running:
         """Stop as SIGTERM does."""
         self._uvicorn.should_exit = True
         self._thread.join(30)
-
-
-def _websocket_protocol() -> dict[str, Any]:
-    """The keyword arguments with which `python -m service serve` serves WebSockets."""
-    from service import __main__ as main
-
-    return {"ws": getattr(main, "WEBSOCKET", "auto")}
 
 
 @contextlib.contextmanager
