@@ -103,6 +103,15 @@ def test_sqlite_keeps_every_acknowledged_commit_when_killed(tmp_path: Path) -> N
     assert len(kept - written) <= 5
 
 
+async def test_sqlite_file_can_be_made_by_many_at_once(tmp_path: Path) -> None:
+    stores = [SqliteStore(tmp_path / "own.db") for _ in range(8)]
+    await asyncio.gather(*(store.open() for store in stores))
+    applied = await asyncio.gather(*(store.commit([Write("k", None, record())]) for store in stores))
+    assert sorted(applied) == [[False]] * 7 + [[True]]
+    for store in stores:
+        await store.close()
+
+
 async def test_sqlite_waits_for_another_process_and_then_gives_up(tmp_path: Path) -> None:
     store = SqliteStore(tmp_path / "own.db", busy_timeout_s=0.2)
     await store.open()

@@ -45,6 +45,7 @@ CREATE TABLE IF NOT EXISTS sides (
 PRAGMA user_version = {SCHEMA_VERSION};
 COMMIT;
 """
+_LOOK: Final = "SELECT user_version, (SELECT count(*) FROM sqlite_master) FROM pragma_user_version"
 _LOAD: Final = "SELECT record FROM sessions WHERE key = ? AND expires_ms > ?"
 _CREATE: Final = """
 INSERT INTO sessions (key, token, expires_ms, record) VALUES (?, ?, ?, ?)
@@ -187,17 +188,22 @@ class SqliteStore:
     def _prepare(self) -> None:
         """Connect the writer; make the tables, or check that they are of a version we know."""
         connection = self._connect(self._writer)
-        version = connection.execute("PRAGMA user_version").fetchone()[0]
+        version, tables = connection.execute(_LOOK).fetchone()
         if version > SCHEMA_VERSION:
             raise _unavailable(f"{self._path} has schema {version}, this server knows up to {SCHEMA_VERSION}")
-        if not version and connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+        if not version and tables:
             raise _unavailable(f"{self._path} is a SQLite file of another program")
+        if connection.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
+            self._switch_to_wal(connection)
         if not version:
-            mode = _patiently(lambda: connection.execute("PRAGMA journal_mode = WAL"), self._busy_timeout_s)
-            if mode.fetchone()[0] != "wal":
-                raise _unavailable(f"{self._path} can not have a write-ahead log. Put it on a local disk")
             connection.executescript(_SCHEMA)
         self._touch()
+
+    def _switch_to_wal(self, connection: sqlite3.Connection) -> None:
+        """A new file, or one that was copied by a tool that leaves the write-ahead log out."""
+        mode = _patiently(lambda: connection.execute("PRAGMA journal_mode = WAL"), self._busy_timeout_s)
+        if mode.fetchone()[0] != "wal":
+            raise _unavailable(f"{self._path} can not have a write-ahead log. Put it on a local disk")
 
     def _touch(self) -> None:
         """Write something, as only that shows whether the file can be written."""
