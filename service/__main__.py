@@ -20,7 +20,6 @@ from .link import Link
 from .runtime import Runtime, placements
 from .settings import PREFIX, Settings
 
-
 WEBSOCKET: Final = Link
 """uvicorn's `ws` setting: what carries door 2."""
 
