@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -35,5 +36,5 @@ def load_checkpoint(directory: Path, device: torch.device) -> dict[str, Any] | N
         return None
     try:
         return torch.load(path, map_location=device, weights_only=True)  # type: ignore[no-any-return]
-    except (RuntimeError, EOFError, OSError) as error:
-        raise ConfigError(f"{path}: not a checkpoint ({error})") from error
+    except (RuntimeError, EOFError, OSError, UnpicklingError) as error:
+        raise ConfigError(f"{path}: not a checkpoint ({str(error).splitlines()[0]})") from error

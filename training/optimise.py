@@ -44,7 +44,7 @@ def layers_of(network: Network) -> list[nn.Module]:
 def decayed(network: Network) -> list[nn.Parameter]:
     """The weights l1 and l2 pull on: matrices and peepholes, not biases and gains."""
     named = [item for layer in layers_of(network) for item in layer.named_parameters()]
-    return [p for name, p in named if p.requires_grad and p.ndim > 1 and "bias" not in name]
+    return [p for name, p in named if p.requires_grad and p.ndim > 1 and "bias" not in name and "gains" not in name]
 
 
 @torch.no_grad()

@@ -35,7 +35,7 @@ def settle(batch: Batch, *, fillable: Tensor, summary: bool) -> Batch:
         labelled = torch.ones_like(x_mask) if y_mask is None else y_mask if y_mask.ndim == 2 else y_mask.any(dim=2)
         if y_mask is None:
             y_mask = x_mask  # labels without a mask of their own count where the input is
-        elif (extra := labelled & ~x_mask).any():
+        elif not summary and (extra := labelled & ~x_mask).any():
             x = torch.where(extra[..., None], torch.where(fillable, torch.nan, 0.0), x)
             x_mask = x_mask | extra
     if summary:

@@ -1,0 +1,369 @@
+"""The training loop: updates, truncation, lanes, resuming, early stopping, penalties, several processes."""
+
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from networks import OUT, echo_source, network, plain, training
+from torch import Tensor, nn
+
+from stepcast.errors import ConfigError
+from stepcast.manifest import Feature, Feedback, Output
+from training.checkpoint import load_checkpoint
+from training.data.batch import Batch
+from training.data.source import Source, Split
+from training.network import Network
+from training.optimise import make_optimiser, normalise_gradients, penalise, rate_factor
+from training.parallel import World
+from training.progress import Progress
+from training.segments import cut, settle
+from training.train import History, Trainer
+
+LSTM: list[dict[str, Any]] = [{"kind": "lstm", "units": 8}, OUT]
+
+
+def echo_network(layers: list[dict[str, Any]] = LSTM, seed: int = 1) -> Network:
+    return network(layers, [Feature(name="x")], outputs=1, seed=seed, spread=0.0)
+
+
+def fit(
+    source: Source,
+    directory: Path | None = None,
+    *,
+    layers: list[dict[str, Any]] = LSTM,
+    resume: bool = False,
+    **config: Any,
+) -> tuple[Network, History]:
+    net = echo_network(layers)
+    trainer = Trainer(net, source, training(**config), seed=3, directory=directory)
+    return net, trainer.fit(resume=resume)
+
+
+def weights(net: Network) -> list[Tensor]:
+    return [p.detach().clone() for p in net.parameters()]
+
+
+def equal(a: Network, b: Network) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(weights(a), weights(b), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("config", "updates"),
+    [({}, 3), ({"backprop": "truncated", "tbptt_forward": 4}, 9), ({"backprop": "truncated", "tbptt_forward": 50}, 3)],
+)
+def test_one_update_per_segment(config: dict[str, Any], updates: int) -> None:
+    """Three batches of ten steps: one update each, or ceil(10 / 4) = 3 each."""
+    assert fit(echo_source(), epochs=1, **config)[1].updates == updates
+
+
+def test_training_learns(tmp_path: Path) -> None:
+    """The loss of the last of 20 epochs is a fraction of the first's, truncated or not, in every precision there is."""
+    for config in ({}, {"backprop": "truncated", "tbptt_forward": 5}, {"precision": "bfloat16"}):
+        losses = fit(echo_source(), epochs=20, learning_rate=0.03, **config)[1].losses
+        assert losses[-1][1] < 0.35 * losses[0][1], config
+
+
+@pytest.mark.parametrize("optimiser", ["adam", "adamw", "sgd", "nesterov", "rmsprop", "adagrad"])
+def test_every_optimiser_learns(optimiser: str) -> None:
+    """Ten epochs lower the validation loss."""
+    losses = fit(echo_source(), epochs=10, optimiser=optimiser, learning_rate=0.02)[1].losses
+    assert losses[-1][1] < losses[0][1]
+
+
+def test_segments_without_labels_are_passed_over_with_their_state() -> None:
+    """Labels at the last steps only: segments before give no update, not even a decay, but their state arrives."""
+    source = echo_source(labelled=[8, 9])
+    config = {"epochs": 1, "backprop": "truncated", "tbptt_forward": 2, "l2": 0.1}
+    assert fit(source, **config)[1].updates == 3  # one for each batch, not five
+    net = echo_network()
+    trainer = Trainer(net, source, training(**config))
+    (batch,) = list(trainer._batches("validation", 0))
+    segments = list(cut(batch, 2))
+    state = net.initial_state(4)
+    for segment in segments[:-1]:
+        state = trainer._advance(segment, state)
+    expected = net(batch.x[:, :8])[1]
+    torch.testing.assert_close(state["lstm_0"]["c"], expected["lstm_0"]["c"], rtol=1e-4, atol=1e-5)
+
+
+def test_training_on_nothing_is_an_error() -> None:
+    """DL4J logs a warning and trains nothing; here it stops."""
+    with pytest.raises(ConfigError, match="nothing can be learned"):
+        fit(echo_source(labelled=[]))
+
+
+def test_resumed_run_equals_an_unbroken_one_bit_for_bit(tmp_path: Path) -> None:
+    """Two epochs, then three more from the checkpoint, dropout and a schedule included; and best.pt is the best."""
+    layers = [LSTM[0], {"kind": "dropout", "p": 0.3}, OUT]
+    config = {"schedule": "cosine", "optimiser": "adam", "backprop": "truncated", "tbptt_forward": 4}
+    unbroken, history = fit(echo_source(), tmp_path / "a", layers=layers, epochs=5, **config)
+    broken = Trainer(
+        echo_network(layers), echo_source(), training(epochs=5, **config), seed=3, directory=tmp_path / "b"
+    )
+    for _ in range(2):
+        loss = broken._epoch(broken.history.epoch, Progress.silent())
+        broken._note(loss, broken.validate("validation") or loss)
+    torch.rand(7)  # whatever else draws random numbers in between
+    resumed, resumed_history = fit(echo_source(), tmp_path / "b", layers=layers, epochs=5, resume=True, **config)
+    assert equal(unbroken, resumed)
+    assert history == resumed_history
+    best = torch.load(tmp_path / "b" / "best.pt", weights_only=True)
+    assert all(torch.equal(best[k], v) for k, v in resumed.state_dict().items())
+    last = load_checkpoint(tmp_path / "a", torch.device("cpu"))
+    other = load_checkpoint(tmp_path / "b", torch.device("cpu"))
+    assert last is not None
+    assert other is not None
+    assert all(torch.equal(last["network"][k], v) for k, v in other["network"].items())
+
+
+def test_seed_decides_everything() -> None:
+    """The same seed gives the same weights, another one others."""
+    assert equal(fit(echo_source())[0], fit(echo_source())[0])
+    assert not equal(fit(echo_source(seed=0))[0], fit(echo_source(seed=1))[0])
+
+
+def test_broken_checkpoint_is_refused(tmp_path: Path) -> None:
+    """Not a traceback, and no pickle is run."""
+    (tmp_path / "last.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises(ConfigError, match=r"last\.pt: not a checkpoint"):
+        fit(echo_source(), tmp_path, resume=True)
+
+
+def test_early_stopping_keeps_the_best_weights(tmp_path: Path) -> None:
+    """A learning rate that ruins everything: patience ends the run, and the weights are the best epoch's."""
+    net, history = fit(echo_source(), epochs=50, optimiser="sgd", learning_rate=3.0, patience=2)
+    assert history.epoch == history.best_epoch + 3 < 50
+    trainer = Trainer(net, echo_source(), training())
+    assert trainer.validate("validation") == pytest.approx(history.best)
+
+
+# --- Masks and labels --------------------------------------------------------------------------------------------
+
+
+def test_one_to_many_runs_on_missing_readings() -> None:
+    """A step with a label is a step even if its input is absent: missing where that is allowed, else zero."""
+    mask = torch.tensor([[True, False, False]])
+    batch = Batch(torch.full((1, 3, 2), 9.0), torch.zeros(1, 3, 1), mask, torch.tensor([[True, True, False]]))
+    settled = settle(batch, fillable=torch.tensor([True, False]), summary=False)
+    assert settled.x_mask is not None
+    assert settled.x_mask.tolist() == [[True, True, False]]
+    torch.testing.assert_close(settled.x[0, :2], torch.tensor([[9.0, 9.0], [torch.nan, 0.0]]), equal_nan=True)
+
+
+def test_many_to_one_counts_the_last_present_step_alone() -> None:
+    """However the label's row is masked; without any mask it is the last step."""
+    mask = torch.tensor([[True, True, False], [True, False, True]])
+    batch = Batch(torch.zeros(2, 3, 1), torch.zeros(2, 3, 1), mask, torch.ones(2, 3, dtype=torch.bool))
+    settled = settle(batch, fillable=torch.tensor([False]), summary=True)
+    assert settled.y_mask is not None
+    assert settled.y_mask.tolist() == [[False, True, False], [False, False, True]]
+    bare = settle(Batch(batch.x, batch.y), fillable=torch.tensor([False]), summary=True)
+    assert bare.y_mask is not None
+    assert bare.y_mask.tolist() == [[False, False, True]] * 2
+
+
+def test_labels_without_a_mask_count_where_the_input_is() -> None:
+    """Padding is never learned from."""
+    mask = torch.tensor([[True, False]])
+    settled = settle(
+        Batch(torch.zeros(1, 2, 1), torch.zeros(1, 2, 1), mask), fillable=torch.tensor([False]), summary=False
+    )
+    assert settled.y_mask is mask
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """Two lanes of 12 steps in windows of 4; the second lane starts anew in the second window."""
+
+    window: int = 4
+    features: tuple[Feature, ...] = (Feature(name="x"),)
+    outputs: tuple[Output, ...] = (Output(name="y"),)
+    task: Literal["regression"] = "regression"
+    classes: None = None
+    readout: Literal["each"] = "each"
+    feedback: tuple[Feedback, ...] = ()
+    description: str = "lanes"
+
+    def batches(self, split: Split, epoch: int = 0) -> Iterator[Batch]:
+        x = torch.linspace(-1, 1, 24).view(2, 12, 1)
+        for start in range(0, 12, self.window):
+            starts = torch.tensor([start == 0, start in (0, 4)])
+            part = x[:, start : start + self.window]
+            yield Batch(part, part.sin(), starts=starts)
+
+
+def test_lanes_carry_their_state_from_batch_to_batch() -> None:
+    """Windows of 4 give the validation loss of two sequences, one of 12 steps and one of 4 and 8."""
+    net = echo_network()
+    trainer = Trainer(net, Lanes(), training())
+    x = torch.linspace(-1, 1, 24).view(2, 12, 1)
+    with torch.no_grad():
+        first, _ = net(x[:1])
+        second = torch.cat([net(x[1:, :4])[0], net(x[1:, 4:])[0]], dim=1)
+    expected = (torch.cat([first, second]) - x.sin()).square().mean()
+    assert trainer.validate("validation") == pytest.approx(float(expected), rel=1e-5)
+
+
+# --- Optimisation ------------------------------------------------------------------------------------------------
+
+
+def with_gradients(layers: list[dict[str, Any]] = LSTM) -> Network:
+    net = network(layers, plain(1), outputs=1)
+    torch.manual_seed(0)
+    for p in net.parameters():
+        p.grad = torch.randn_like(p) if p.requires_grad else None
+    return net
+
+
+def norms(net: Network, per: str) -> list[float]:
+    layers: list[nn.Module] = [*net.layers, net.head]
+    groups = {
+        "layer": [[p.grad for p in layer.parameters() if p.grad is not None] for layer in layers],
+        "parameter": [[p.grad] for layer in layers for p in layer.parameters() if p.grad is not None],
+        "network": [[p.grad for p in net.parameters() if p.grad is not None]],
+    }[per]
+    return [float(torch.cat([g.flatten() for g in group]).norm()) for group in groups]
+
+
+@pytest.mark.parametrize(
+    ("kind", "per"),
+    [("clip_global_norm", "network"), ("clip_l2_per_layer", "layer"), ("clip_l2_per_parameter", "parameter")],
+)
+@pytest.mark.parametrize("limit", [0.5, 4.0])
+def test_clipping_limits_norms_and_keeps_directions(kind: str, per: str, limit: float) -> None:
+    """What is short stays as it is; what is long gets the limit's length."""
+    before, net = norms(with_gradients(), per), with_gradients()
+    normalise_gradients(net, training(gradient=kind, gradient_threshold=limit))
+    assert norms(net, per) == pytest.approx([min(n, limit) for n in before], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "per"), [("renormalize_l2_per_layer", "layer"), ("renormalize_l2_per_parameter", "parameter")]
+)
+def test_renormalising_makes_every_norm_one(kind: str, per: str) -> None:
+    """Short ones too."""
+    net = with_gradients()
+    normalise_gradients(net, training(gradient=kind))
+    assert norms(net, per) == pytest.approx([1.0] * len(norms(net, per)), rel=1e-5)
+
+
+def test_elementwise_clipping() -> None:
+    """Each number on its own."""
+    net, wild = with_gradients(), with_gradients()
+    normalise_gradients(net, training(gradient="clip_elementwise", gradient_threshold=0.3))
+    for p, w in zip(net.parameters(), wild.parameters(), strict=True):
+        if p.grad is not None:
+            assert w.grad is not None
+            assert torch.equal(p.grad, w.grad.clamp(-0.3, 0.3))
+
+
+def test_penalties_pull_on_weights_and_not_on_biases() -> None:
+    """l2 w + l1 sign(w), peepholes included."""
+    layers = [{"kind": "graves_lstm", "units": 3, "layer_norm": True}, OUT]
+    net, before = with_gradients(layers), with_gradients(layers)
+    penalise(net, training(l1=0.1, l2=0.01))
+    for (name, p), q in zip(net.named_parameters(), before.parameters(), strict=True):
+        if p.grad is None:
+            continue
+        assert q.grad is not None
+        pulled = "weight" in name or name.endswith("peephole")
+        extra = 0.01 * p.detach() + 0.1 * p.detach().sign() if pulled else torch.zeros(())
+        torch.testing.assert_close(p.grad, q.grad + extra)
+
+
+def test_schedule_falls_from_the_rate_to_a_hundredth() -> None:
+    """Half a cosine over the epochs; constant is 1."""
+    cosine = training(schedule="cosine", epochs=10)
+    factors = [rate_factor(cosine, epoch) for epoch in range(11)]
+    assert factors == pytest.approx([0.01 + 0.99 * (1 + math.cos(math.pi * e / 10)) / 2 for e in range(11)])
+    assert (factors[0], factors[-1]) == (1.0, pytest.approx(0.01))
+    assert rate_factor(training(), 5) == 1.0
+
+
+def test_only_what_learns_is_optimised() -> None:
+    """An LSTM's second bias is none of it."""
+    net = echo_network()
+    (group,) = make_optimiser(net, training()).param_groups
+    assert len(group["params"]) == sum(p.requires_grad for p in net.parameters()) == len(list(net.parameters())) - 1
+
+
+# --- Telling -----------------------------------------------------------------------------------------------------
+
+
+def test_tensorboard_gets_both_curves(tmp_path: Path) -> None:
+    """Read back from the event file."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with Progress(2, tensorboard=tmp_path) as progress:
+        Trainer(echo_network(), echo_source(), training(epochs=2)).fit(progress=progress)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [e.step for e in events.Scalars("loss/training")] == [1, 2]
+    assert [e.step for e in events.Scalars("loss/validation")] == [1, 2]
+
+
+# --- Several processes -------------------------------------------------------------------------------------------
+
+
+def test_share_splits_rows_and_keeps_empty_processes_in_step() -> None:
+    """Five rows over two processes; one row over two: the second gets it without its label."""
+    batch = Batch(torch.arange(5.0).view(5, 1, 1), torch.zeros(5, 1, 1))
+    rows = [World(rank, 2).share(batch).x.flatten().tolist() for rank in range(2)]
+    assert rows == [[0, 2, 4], [1, 3]]
+    one = replace(batch, x=batch.x[:1], y=batch.y[:1])
+    idle = World(1, 2).share(one)
+    assert idle.y_mask is not None
+    assert not idle.y_mask.any()
+    assert idle.x.shape == (1, 1, 1)
+
+
+PROCESS = """
+import json, sys
+import torch
+sys.path[:0] = [{root!r}, {tests!r}]
+from networks import echo_source, training
+from test_train import echo_network
+from training.parallel import join, leave
+from training.train import Trainer
+world = join("cpu")
+config = training(epochs=3, backprop="truncated", tbptt_forward=4, gradient="clip_global_norm", l2=0.001)
+history = Trainer(echo_network(), echo_source(sequences=9), config, world=world, seed=3).fit()
+if world.leads:
+    print("LOSSES" + json.dumps([world.size, history.losses, history.updates]))
+leave()
+"""
+
+
+def test_two_processes_equal_one_with_the_double_batch() -> None:
+    """torchrun with gloo: each process takes half the rows; nine sequences, so the last batch has a single one."""
+    root = Path(__file__).parents[1]
+    script = PROCESS.format(root=str(root), tests=str(root / "tests"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environment |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", script], env={**environment, "RANK": str(rank)}, stdout=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    outputs = [process.communicate(timeout=100)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    (line,) = [one for one in outputs[0].splitlines() if one.startswith("LOSSES")]
+    size, losses, updates = json.loads(line.removeprefix("LOSSES"))
+    config = {"epochs": 3, "backprop": "truncated", "tbptt_forward": 4, "gradient": "clip_global_norm", "l2": 0.001}
+    alone = fit(echo_source(sequences=9), **config)[1]
+    assert (size, updates) == (2, alone.updates)
+    for (a, b), (c, d) in zip(losses, alone.losses, strict=True):
+        assert a == pytest.approx(c, abs=1e-5)
+        assert b == pytest.approx(d, abs=1e-5)
