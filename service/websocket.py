@@ -19,6 +19,7 @@ from stepcast.errors import (
     Internal,
     InvalidRequest,
     Malformed,
+    NonFinite,
     NotReady,
     RouteNotFound,
     StepcastError,
@@ -214,7 +215,7 @@ class Connection:
         if isinstance(first, Malformed):
             raise _Refused(Head(), first)
         try:
-            head = wire.decode(payload, Head, kind)
+            head = wire.head(payload, Head) if isinstance(first, NonFinite) else wire.decode(payload, Head, kind)
         except StepcastError as error:
             raise _Refused(Head(), error) from error
         if head.op == STEP:

@@ -180,6 +180,18 @@ def _lenient(body: bytes, kind: type[B], first: Exception) -> B:
         raise Malformed(f"the body is not JSON: {first}") from error
 
 
+def head(body: bytes, kind: type[B]) -> B:
+    """The fields of `kind` of a JSON body that has infinite numbers elsewhere.
+
+    Raises:
+        InvalidRequest: one of them is of the wrong type.
+    """
+    try:
+        return msgspec.convert(json.loads(body), kind)
+    except msgspec.ValidationError as error:
+        raise InvalidRequest(str(error)) from error
+
+
 def _constant(text: str) -> None:
     if text != "NaN":
         raise NonFinite(f"the body has {text}, inputs are finite numbers or null")
@@ -233,7 +245,7 @@ class Columns:
         """One session's inputs; NonFinite where they are infinite or a reading is missing that must not."""
         x = self.x[i : i + 1]
         if not self.finite:
-            _check_readings(x, self.manifest)
+            check_readings(x, self.manifest)
         return Inputs(x, None, 1, digest(x, None))
 
     def seq(self, i: int) -> int | None:
@@ -384,7 +396,7 @@ def _check(x: Floats, manifest: Manifest, rank: int, steps_limit: int) -> None:
         raise TooLarge(f"{x.shape[1]} steps in one call (limit {steps_limit}). Send fewer.", limit=steps_limit)
     flat = x.reshape(-1)
     if not math.isfinite(np.dot(flat, flat)):  # cheap, and false alarms are looked at
-        _check_readings(x, manifest)
+        check_readings(x, manifest)
 
 
 def check_infinite(x: Floats) -> None:
@@ -394,7 +406,8 @@ def check_infinite(x: Floats) -> None:
         raise NonFinite(f"inputs are infinite (in float32) at example {n}, step {t}, feature {f}")
 
 
-def _check_readings(x: Floats, manifest: Manifest) -> None:
+def check_readings(x: Floats, manifest: Manifest) -> None:
+    """Raises NonFinite where inputs (N, T, F) are infinite, or missing although the model was not trained so."""
     check_infinite(x)
     for name, cut in manifest.feature_slices().items():
         feature = next(f for f in manifest.features if f.name == name)
@@ -473,7 +486,8 @@ def _same_names(what: str, given: dict[str, Any], want: dict[str, Any]) -> None:
 def _tensor(value: Any, dtype: str, shape: tuple[int, ...], path: str) -> npt.NDArray[Any]:
     try:
         if isinstance(value, np.ndarray):
-            tensor = value.astype(dtype, casting="same_kind")
+            with np.errstate(over="ignore"):
+                tensor = value.astype(dtype, casting="same_kind")
         elif isinstance(value, bytes):
             flat: npt.NDArray[Any] = np.frombuffer(value, np.dtype(dtype).newbyteorder("<")).astype(dtype)
             tensor = flat.reshape(-1, *shape)
