@@ -123,6 +123,7 @@ class Server:
             lifespan=self.lifespan,
             docs_url="/docs" if docs else None,
             redoc_url=None,
+            redirect_slashes=False,
             openapi_url="/openapi.json" if docs else None,
         )
         origins = [origin for origin in self.settings.cors_origins.split(",") if origin]

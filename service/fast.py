@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from fastapi import Response
 
-from stepcast.errors import Internal, StepcastError
+from stepcast.errors import Internal, Malformed, StepcastError
 
 from .rest import Rest, problem, too_large
 from .telemetry import log
@@ -22,6 +22,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 _START: Final = "http.response.start"
 _BODY: Final = "http.response.body"
+_GONE: Final = "http.disconnect"
 
 
 class FastDoor:
@@ -35,7 +36,8 @@ class FastDoor:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["method"] == "POST" and self._short:
             parts = scope["path"].split("/")
-            if parts[-1] == "step" and parts[1:3] == ["v1", "models"] and parts[4:-2] in ([], ["sessions"]):
+            known = len(parts) == 5 or (len(parts) == 7 and parts[4] == "sessions")
+            if known and parts[-1] == "step" and parts[1:3] == ["v1", "models"]:
                 await self._step(parts, scope, receive, send)
                 return
         if scope["type"] == "websocket":
@@ -65,13 +67,17 @@ class FastDoor:
     async def _body(self, receive: Receive) -> bytes:
         message = await receive()
         body: bytes = message.get("body", b"")
-        while message.get("more_body"):
-            if len(body) > self._limit:
-                break
-            message = await receive()
-            body += message.get("body", b"")
+        if message.get("more_body"):
+            parts, size = [body], len(body)
+            while message.get("more_body") and size <= self._limit:
+                message = await receive()
+                parts.append(message.get("body", b""))
+                size += len(parts[-1])
+            body = b"".join(parts)
         if len(body) > self._limit:
             raise too_large(self._limit)
+        if message["type"] == _GONE:
+            raise Malformed("the connection was lost in the body")
         return body
 
 

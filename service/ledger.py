@@ -44,6 +44,12 @@ def etag(record: Record) -> str:
     return f'"{record.token.hex()}"'
 
 
+def _matches(if_match: str, record: Record | None) -> bool:
+    """RFC 9110's If-Match: a list of entity tags, or * for whatever there is."""
+    tags = [tag.strip() for tag in if_match.split(",")]
+    return record is not None and ("*" in tags or etag(record) in tags)
+
+
 def new_session_id() -> str:
     """An id for a session whose client made none: 22 characters, not to be guessed."""
     return secrets.token_urlsafe(16)
@@ -113,7 +119,7 @@ class Ledger:
         for _ in range(CHANGE_TRIES):
             (data,) = await self.store.load([address.key])
             found = None if data is None else self.decode(address.key, data)
-            if if_match is not None and (found is None or if_match not in ("*", etag(found))):
+            if if_match is not None and not _matches(if_match, found):
                 raise PreconditionFailed(
                     f"session {address.session!r} has entity tag {etag(found) if found else None}, If-Match was "
                     f"{if_match}. Read it again.",

@@ -114,7 +114,7 @@ class Record:
     def advanced(self, step: int, examples: int, state: bytes, answer: bytes, inputs: bytes, now_ms: int) -> "Record":
         """The next revision after a step call: `step` is the number of its last step."""
         answers = (*self.answers[1 - KEPT_ANSWERS :], answer)
-        if len(answer) * len(answers) > KEPT_ANSWER_BYTES:
+        if sum(map(len, answers)) > KEPT_ANSWER_BYTES:
             answers = _newest(answers)
         return Record(
             self.version,

@@ -9,8 +9,9 @@ from typing import Any, Final
 
 import numpy as np
 from fastapi import APIRouter, Request, Response
+from starlette.requests import ClientDisconnect
 
-from stepcast.errors import InvalidRequest, StepcastError, TooLarge, UnsupportedMediaType
+from stepcast.errors import InvalidRequest, Malformed, StepcastError, TooLarge, UnsupportedMediaType
 from stepcast.manifest import Manifest
 
 from . import exchange, openapi, wire
@@ -307,11 +308,14 @@ class Rest:
 
     async def _body(self, request: Request) -> bytes:
         limit, size, parts = self.settings.body_limit_bytes, 0, []
-        async for part in request.stream():
-            size += len(part)
-            if size > limit:
-                raise too_large(limit)
-            parts.append(part)
+        try:
+            async for part in request.stream():
+                size += len(part)
+                if size > limit:
+                    raise too_large(limit)
+                parts.append(part)
+        except ClientDisconnect as error:
+            raise Malformed("the connection was lost in the body") from error
         return b"".join(parts)
 
     def _respond(

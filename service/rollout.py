@@ -115,6 +115,7 @@ class _Feed:
             x[absent, cut] = self._fed(link.source, last, cut.stop - cut.start)[absent]
         if not self.manifest.feedback and np.isnan(x).all():
             raise NoFeedback(f"model {self.manifest.name!r} feeds no output back. Give inputs for every step.")
+        wire.check_readings(x[:, None], self.manifest)
         return x
 
     def _fed(self, source: str, last: Floats, width: int) -> Floats:

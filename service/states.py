@@ -293,7 +293,7 @@ class States:
             SessionNotFound, CheckpointNotFound, PreconditionFailed.
         """
         before = await self.exists(address)
-        data = await self.sessions.store.load_side(address.key, to)
+        data = await self.sessions.store.load_side(address.key, check_id(to, "checkpoint"))
         missing = CheckpointNotFound(f"session {address.session!r} has no checkpoint {to!r}", checkpoint=to)
         if data is None:
             raise missing
