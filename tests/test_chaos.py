@@ -1,0 +1,37 @@
+"""The short form of the chaos test; `make chaos` runs the long one (tests/chaos.py)."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from chaos import Count, redis_run, sqlite_run
+
+pytestmark = pytest.mark.service
+
+
+def check(count: Count) -> None:
+    """Every law held, and there was something to hold against."""
+    print(count)
+    assert (count.lost, count.doubled, count.different) == (0, 0, 0)
+    assert count.steps > 200
+    assert count.retries
+    assert count.dropped
+    assert count.repeated
+    assert count.ahead
+    assert count.refused
+
+
+def test_nothing_is_lost_or_doubled_when_servers_and_the_primary_are_killed(tmp_path: Path) -> None:
+    """Three servers on Redis at level `replicated`: one is killed while the primary is replaced by its replica."""
+    count = asyncio.run(redis_run(tmp_path, seed=3, sessions=50, seconds=0, most=400))
+    check(count)
+    assert (count.kills, count.failovers) == (1, 1)
+    assert count.unavailable
+    assert count.conflicts
+
+
+def test_nothing_is_lost_or_doubled_when_the_only_server_is_killed(tmp_path: Path) -> None:
+    """One server on SQLite, killed."""
+    count = asyncio.run(sqlite_run(tmp_path, seed=4, sessions=50, seconds=0, most=400))
+    check(count)
+    assert count.kills == 1
