@@ -1,0 +1,188 @@
+"""Training configurations: what is refused, and the path it is refused with."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from stepcast.errors import ConfigError
+from stepcast.manifest import Feature, Output
+from training.config import Config, load
+from training.data.in_memory import Examples, InMemory
+from training.layers.specs import Shape
+from training.layers.stack import place
+from training.network import Network
+
+RECIPES = sorted((Path(__file__).parents[1] / "training" / "recipes").glob("*.yaml"))
+LSTM = {"kind": "lstm", "units": 4}
+OUT = {"kind": "rnn_output"}
+
+
+def configuration(**parts: Any) -> dict[str, Any]:
+    data = {"kind": "python", "class": "nowhere:Nothing"}
+    return {"name": "test", "data": data, "network": [LSTM, OUT], **parts}
+
+
+def written(directory: Path, tree: Any) -> Path:
+    path = directory / "config.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
+def test_every_recipe_is_a_legal_configuration(recipe: Path) -> None:
+    """Named after its file's subject, with a description."""
+    config = load(recipe)
+    assert config.description
+    assert config.seed is not None
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"network": [LSTM]}, "network[0]: the last layer must be rnn_output or rnn_loss"),
+        ({"network": [OUT, LSTM, OUT]}, "network[0]: rnn_output must be the last layer"),
+        ({"network": [LSTM, {"kind": "lstm", "unit": 3}, OUT]}, "network[1].units: Field required"),
+        ({"network": [{"kind": "lstn", "units": 3}, OUT]}, "network[0]: Input tag 'lstn'"),
+        ({"network": [{**LSTM, "name": "a"}, {**LSTM, "name": "a"}, OUT]}, "network[1]: layer name 'a' is taken"),
+        ({"network": [{"kind": "last_time_step"}, LSTM, OUT]}, "network[1]: a recurrent layer behind the many-to-one"),
+        ({"network": [{"kind": "conv2d", "units": 2, "kernel": [3, 3]}, OUT]}, "network[0]: conv2d wants frames. Put"),
+        (
+            {
+                "network": [
+                    {"kind": "rnn_to_cnn", "height": 4, "width": 4},
+                    {"kind": "conv2d", "units": 2, "kernel": [5, 3]},
+                    OUT,
+                ]
+            },
+            "network[1]: a kernel of (5, 3) is larger than frames of (4, 4)",
+        ),
+        (
+            {"network": [{"kind": "bidirectional", "layer": {"kind": "dense", "units": 3}}, OUT]},
+            "network[0].layer: Input tag 'dense'",
+        ),
+        ({"network": [LSTM, {**OUT, "loss": "mcxent", "activation": "sigmoid"}]}, "network[1]: loss mcxent wants"),
+        ({"network": [LSTM, {**OUT, "loss": "xent", "activation": "softmax"}]}, "network[1]: loss xent wants"),
+        (
+            {"network": [LSTM, {"kind": "global_pooling"}, OUT], "training": {"backprop": "truncated"}},
+            "network[1]: global_pooling can not be trained truncated",
+        ),
+        (
+            {"network": [{"kind": "bidirectional", "layer": LSTM}, OUT], "training": {"backprop": "truncated"}},
+            "network[0]: bidirectional can not be trained truncated",
+        ),
+        (
+            {"network": [LSTM, {"kind": "global_pooling"}, OUT], "training": {"masked_steps": "zero"}},
+            "network[1]: global_pooling has no meaning",
+        ),
+        (
+            {"training": {"backprop": "truncated", "tbptt_forward": 5, "tbptt_backward": 6}},
+            "training: tbptt_backward 6 is more than tbptt_forward 5",
+        ),
+        ({"training": {"tbptt_forward": 5}}, "training: tbptt lengths are set, but backprop is 'standard'"),
+        ({"training": {"epochs": 0}}, "training.epochs: Input should be greater than or equal to 1"),
+        ({"training": {"lerning_rate": 0.1}}, "training.lerning_rate: Extra inputs are not permitted"),
+        ({"data": {"kind": "tabel"}}, "data: Input tag 'tabel'"),
+    ],
+)
+def test_wrong_configuration_is_refused_with_its_path(parts: dict[str, Any], message: str, tmp_path: Path) -> None:
+    """DL4J's illegal stacks, and misspellings."""
+    path = written(tmp_path, configuration(**parts))
+    with pytest.raises(ConfigError) as caught:
+        load(path)
+    assert message in str(caught.value)
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+def source(features: int, classes: int | None = None, outputs: int = 1) -> InMemory:
+    names = None if classes is None else tuple(f"c{i}" for i in range(classes))
+    return InMemory(
+        splits={"train": Examples([], [])},
+        features=tuple(Feature(name=f"f{i}") for i in range(features)),
+        outputs=tuple(Output(name=f"y{i}") for i in range(classes or outputs)),
+        task="regression" if classes is None else "classification",
+        classes=names,
+        batch=1,
+        seed=0,
+    )
+
+
+@pytest.mark.parametrize(
+    ("layers", "data", "message"),
+    [
+        (
+            [{"kind": "rnn_to_cnn", "height": 3, "width": 2}, OUT],
+            source(5),
+            "network[0]: frames of 1 x 3 x 2 need 6 values",
+        ),
+        ([{"kind": "embedding", "vocabulary": 3, "units": 2}, OUT], source(2), "network[0]: embedding takes one token"),
+        (
+            [LSTM, {**OUT, "units": 3}],
+            source(1, outputs=2),
+            "network[1]: rnn_output has 3 units, the data has 2",
+        ),
+        (
+            [LSTM, {"kind": "rnn_loss"}],
+            source(1, outputs=3),
+            "network[1]: rnn_loss has 4 units, the data has 3",
+        ),
+        ([LSTM, OUT], source(1, classes=1), "network[1]: softmax over one output is always 1"),
+        ([LSTM, {**OUT, "residual": True}], source(1), "network[1]: residual: no output has the name of a feature"),
+        ([LSTM, {**OUT, "loss_weights": [1, 2]}], source(1), "network[1]: loss_weights has 2 numbers"),
+    ],
+)
+def test_stack_that_does_not_fit_the_data_is_refused(
+    layers: list[dict[str, Any]], data: InMemory, message: str, tmp_path: Path
+) -> None:
+    """What only shows when the data is open, still before anything is trained."""
+    config = load(written(tmp_path, configuration(network=layers)))
+    with pytest.raises(ConfigError) as caught:
+        Network.of(config.network, data)
+    assert str(caught.value).startswith(message)
+
+
+def test_overrides_reach_into_lists_and_are_checked(tmp_path: Path) -> None:
+    """`--set key=value`, as YAML."""
+    path = written(tmp_path, configuration())
+    config = load(path, ["network.0.units=9", "training.epochs=2", "seed=4"])
+    assert config.network[0].model_dump()["units"] == 9
+    assert (config.training.epochs, config.seed) == (2, 4)
+    for wrong in ("seed", "network.7.units=1", "name.x=1"):
+        with pytest.raises(ConfigError, match="--set"):
+            load(path, [wrong])
+    with pytest.raises(ConfigError, match=r"training\.epochs"):
+        load(path, ["training.epochs=many"])
+
+
+def test_unreadable_files_are_refused(tmp_path: Path) -> None:
+    """Missing, and not YAML."""
+    with pytest.raises(ConfigError, match="can not be read"):
+        load(tmp_path / "none.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [")
+    with pytest.raises(ConfigError, match="no YAML"):
+        load(tmp_path / "broken.yaml")
+
+
+def test_adapters_are_put_in_where_shapes_change() -> None:
+    """Frames become values before a recurrent, dense or output layer; DL4J's named adapters are welcome."""
+    config = configuration(
+        network=[
+            {"kind": "rnn_to_cnn", "height": 6, "width": 5, "channels": 2},
+            {"kind": "conv2d", "units": 3, "kernel": [3, 3]},
+            {"kind": "pool2d", "kernel": [2, 2], "stride": [2, 1]},
+            LSTM,
+            OUT,
+        ]
+    )
+    placed = place(Config.model_validate(config).network, Shape(size=60))
+    assert [(p.index, p.spec.kind) for p in placed] == [
+        (0, "rnn_to_cnn"),
+        (1, "conv2d"),
+        (2, "pool2d"),
+        (3, "cnn_to_rnn"),
+        (3, "lstm"),
+        (4, "rnn_output"),
+    ]
+    assert [p.shape.size for p in placed] == [60, 60, 3 * 4 * 3, 3 * 2 * 2, 12, 4]
+    assert [p.name for p in placed][-2:] == ["lstm_0", "rnn_output_0"]
