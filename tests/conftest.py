@@ -1,7 +1,15 @@
 """Fixtures for all tests: servers from serving.py and redis_servers.py."""
 
 import pytest
-from redis_servers import own_cluster, redis_cluster, redis_factory, redis_pair, redis_sentinel, redis_server
+from redis_servers import (
+    own_cluster,
+    redis_cluster,
+    redis_factory,
+    redis_pair,
+    redis_sentinel,
+    redis_server,
+    redis_watched,
+)
 from serving import http, memory_server, spawn
 
 __all__ = [
@@ -13,6 +21,7 @@ __all__ = [
     "redis_pair",
     "redis_sentinel",
     "redis_server",
+    "redis_watched",
     "spawn",
 ]
 

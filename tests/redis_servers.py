@@ -135,6 +135,26 @@ def start_cluster(factory: RedisFactory) -> list[RedisServer]:
     return servers
 
 
+def start_pair(factory: RedisFactory) -> tuple[RedisServer, RedisServer]:
+    """A primary and its replica, in step."""
+    primary = factory()
+    replica = factory(f"replicaof 127.0.0.1 {primary.port}")
+    eventually(lambda: ",state=online," in primary.cli("INFO", "replication"))
+    return primary, replica
+
+
+def start_sentinel(factory: RedisFactory, primary: RedisServer) -> RedisServer:
+    """A sentinel that watches a primary with a replica under the name pump, and acts after half a second."""
+    sentinel = factory(
+        f"sentinel monitor pump 127.0.0.1 {primary.port} 1",
+        "sentinel down-after-milliseconds pump 500",
+        "sentinel failover-timeout pump 3000",
+        sentinel=True,
+    )
+    eventually(lambda: "num-slaves\n1" in sentinel.cli("SENTINEL", "MASTER", "pump"))
+    return sentinel
+
+
 def cluster_url(servers: list[RedisServer]) -> str:
     """The URL of a cluster, as a user would write it."""
     return "redis+cluster://" + ",".join(server.name for server in servers[:3])
@@ -152,6 +172,14 @@ def redis_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Red
     """A Redis Cluster for all tests that do it no harm; see start_cluster."""
     with ExitStack() as stack:
         yield start_cluster(_factory(stack, tmp_path_factory.mktemp("cluster")))
+
+
+@pytest.fixture(scope="session")
+def redis_watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """A sentinel of a primary and a replica, for all tests that do them no harm; see start_sentinel."""
+    with ExitStack() as stack:
+        factory = _factory(stack, tmp_path_factory.mktemp("watched"))
+        yield start_sentinel(factory, start_pair(factory)[0])
 
 
 @pytest.fixture
@@ -172,20 +200,10 @@ def own_cluster(redis_factory: RedisFactory) -> list[RedisServer]:
 @pytest.fixture
 def redis_pair(redis_factory: RedisFactory) -> tuple[RedisServer, RedisServer]:
     """A primary and its replica, in step; this test may break them."""
-    primary = redis_factory()
-    replica = redis_factory(f"replicaof 127.0.0.1 {primary.port}")
-    eventually(lambda: ",state=online," in primary.cli("INFO", "replication"))
-    return primary, replica
+    return start_pair(redis_factory)
 
 
 @pytest.fixture
 def redis_sentinel(redis_pair: tuple[RedisServer, RedisServer], redis_factory: RedisFactory) -> RedisServer:
-    """A sentinel that watches `redis_pair` under the name pump and acts after half a second."""
-    sentinel = redis_factory(
-        f"sentinel monitor pump 127.0.0.1 {redis_pair[0].port} 1",
-        "sentinel down-after-milliseconds pump 500",
-        "sentinel failover-timeout pump 3000",
-        sentinel=True,
-    )
-    eventually(lambda: "num-slaves\n1" in sentinel.cli("SENTINEL", "MASTER", "pump"))
-    return sentinel
+    """A sentinel that watches `redis_pair` under the name pump."""
+    return start_sentinel(redis_factory, redis_pair[0])

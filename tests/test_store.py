@@ -45,7 +45,7 @@ def _url(kind: str, request: pytest.FixtureRequest, folder: Path) -> str:
     if kind == "redis":
         return str(request.getfixturevalue("redis_server").url)
     if kind == "sentinel":
-        sentinel = request.getfixturevalue("redis_sentinel")
+        sentinel = request.getfixturevalue("redis_watched")
         return f"redis+sentinel://127.0.0.1:1,{sentinel.name}/pump/0"
     if kind == "cluster":
         return "redis+cluster://" + ",".join(s.name for s in request.getfixturevalue("redis_cluster")[:2])

@@ -315,7 +315,7 @@ async def test_redis_slow_is_said_within_the_time_and_does_not_mix_up_replies(re
 
 async def test_redis_that_still_loads_its_file_is_unavailable(redis_factory: RedisFactory) -> None:
     server = redis_factory()
-    store = open_store(server.url, options=StoreOptions(reply_timeout_s=10.0))
+    store = open_store(server.url, options=StoreOptions(connect_timeout_s=10.0, reply_timeout_s=10.0))
     await store.commit([Write(next(_names), None, record()) for _ in range(3000)])
     server.stop()
     with server.config.open("a") as config:
@@ -377,6 +377,24 @@ async def test_rediss_talks_tls_and_checks_the_certificate(redis_server: RedisSe
         await store.close()
         with pytest.raises(StoreUnavailable, match="certificate verify failed"):
             await opened(url)
+
+
+async def test_redis_that_accepts_but_never_answers_is_unavailable_in_time() -> None:
+    """And nothing is left behind: the server sees the connection end."""
+    ended = asyncio.Event()
+
+    async def listen(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(ConnectionError):
+            await reader.read()
+        writer.close()
+        ended.set()
+
+    async with await asyncio.start_server(listen, "127.0.0.1", 0) as other:
+        started = time.monotonic()
+        with pytest.raises(StoreUnavailable, match=r"no connection within 0\.5 s"):
+            await opened(f"redis://127.0.0.1:{other.sockets[0].getsockname()[1]}")
+        assert time.monotonic() - started < 1.0
+        await asyncio.wait_for(ended.wait(), 5)
 
 
 async def test_redis_connection_closed_while_idle_costs_nothing(redis_factory: RedisFactory) -> None:

@@ -152,8 +152,7 @@ async def connect(server: Server, timeouts: Timeouts) -> Wire:
     try:
         async with asyncio.timeout(timeouts.connect_s):
             await loop.create_connection(lambda: wire, server.host, server.port, ssl=server.tls)
-        greeting = server.greeting()
-        replies = await wire.call(greeting)
+            replies = await wire.call(server.greeting())
     except OSError as error:
         wire.close("not connected")
         why = str(error) or f"no connection within {timeouts.connect_s:g} s"
