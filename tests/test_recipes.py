@@ -1,0 +1,159 @@
+"""Every recipe reaches the figure that its file states, and what it exports is what the server proves and serves.
+
+The quick tests train a shortened version of each recipe to a figure of its own, and measure the committed models on
+their whole test split, one step at a time. The slow ones run each recipe as it is.
+"""
+
+import json
+import operator
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from serving import running
+
+from service.runtime import Runtime
+from stepcast.manifest import Manifest, read_manifest
+from training.__main__ import main
+from training.config import load
+from training.evaluate import evaluate
+from training.stepper import Stepper
+
+ROOT = Path(__file__).parents[1]
+RECIPES = ROOT / "training" / "recipes"
+FIGURE = re.compile(r"^# Reaches: (\w+) (>=|<=) ([\d.]+)", re.MULTILINE)
+COMPARE: dict[str, Callable[[float, float], bool]] = {">=": operator.ge, "<=": operator.le}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """What a recipe promises: metric, comparison, number."""
+
+    metric: str
+    sign: str
+    value: float
+
+    @classmethod
+    def of(cls, recipe: str) -> "Figure":
+        """The figure in a recipe's comment."""
+        found = FIGURE.findall((RECIPES / f"{recipe}.yaml").read_text())
+        assert len(found) == 1, f"{recipe}.yaml has to state one figure"
+        metric, sign, value = found[0]
+        return cls(metric, sign, float(value))
+
+    def check(self, metrics: dict[str, float]) -> None:
+        """Fail unless the metric is as promised."""
+        got = metrics[self.metric]
+        assert COMPARE[self.sign](got, self.value), f"{self.metric} is {got}, promised {self.sign} {self.value}"
+
+
+def trained(recipe: str, out: Path, overrides: Sequence[str] = ()) -> Manifest:
+    """Run the recipe's one command and prove the model as the server does."""
+    sets = [argument for override in overrides for argument in ("--set", override)]
+    where = ["--out", str(out / "models"), "--runs", str(out / "runs")]
+    assert main(["train", str(RECIPES / f"{recipe}.yaml"), *where, *sets]) == 0
+    directory = out / "models" / recipe / "1"
+    Runtime(directory, device="cpu").prove()
+    return read_manifest(directory)
+
+
+QUICK = {
+    "control_charts": (
+        Figure("accuracy", ">=", 0.75),  # of six kinds; a trend and a shift are told apart last
+        ["training.epochs=15", "data.options.train=60", "data.options.validation=10", "data.options.test=30"],
+    ),
+    "reviews": (
+        Figure("accuracy", ">=", 0.9),
+        ["training.epochs=3", "data.options.validation=100", "data.options.test=200"],
+    ),
+    "moving_shapes": (
+        Figure("accuracy", ">=", 0.5),  # of four shapes, and of frames that are hidden now and then
+        ["training.epochs=6", "data.options.train=250", "data.options.validation=10", "data.options.test=40"],
+    ),
+    "characters": (
+        Figure("bits", "<=", 3.3),  # letters by their frequency alone take 4.6
+        ["training.epochs=1", "network.0.units=24", "network.1.units=64", "network.3.units=64", "training.threads=1"],
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Manifest]]:
+    """Trains the shortened version of a recipe, once."""
+    done: dict[str, tuple[Path, Manifest]] = {}
+
+    def _quick(recipe: str) -> tuple[Path, Manifest]:
+        if recipe not in done:
+            out = tmp_path_factory.mktemp(recipe)
+            done[recipe] = out / "models", trained(recipe, out, QUICK[recipe][1])
+        return done[recipe]
+
+    return _quick
+
+
+@pytest.mark.parametrize("recipe", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in QUICK])
+def test_shortened_recipe_learns_and_is_proved(quick: Callable[[str], tuple[Path, Manifest]], recipe: str) -> None:
+    """Far better than chance after seconds; the full figure is the slow test's."""
+    _, manifest = quick(recipe)
+    metrics = manifest.provenance.metrics["test"]
+    QUICK[recipe][0].check(metrics)
+    assert manifest.streaming
+    assert manifest.provenance.data.strip()
+    assert len(json.dumps(manifest.model_dump(mode="json"))) < 30_000
+
+
+@pytest.mark.parametrize("recipe", ["control_charts", "moving_shapes", "reviews"])
+def test_committed_model_reaches_the_figure_of_its_recipe(recipe: str) -> None:
+    """The whole test split, stepped through onnxruntime; and it is the recipe of today that made the model."""
+    directory = ROOT / "models" / recipe / "1"
+    manifest = read_manifest(directory)
+    config = load(RECIPES / f"{recipe}.yaml")
+    source = config.data.open(batch=config.training.batch, seed=config.seed, root=RECIPES)
+    assert manifest.provenance.config == config.model_dump(mode="json", by_alias=True, exclude_unset=True)
+    result = evaluate(Stepper.of(directory, manifest), source, "test", summary=manifest.readout == "last")
+    Figure.of(recipe).check(result.as_dict())
+    assert result.as_dict()["accuracy"] == pytest.approx(manifest.provenance.metrics["test"]["accuracy"], abs=2e-3)
+    Runtime(directory, device="cpu").prove()
+    assert sum(path.stat().st_size for path in directory.iterdir()) < 200_000
+
+
+@pytest.mark.xdist_group("characters")
+def test_characters_write_on_in_a_rollout(quick: Callable[[str], tuple[Path, Manifest]]) -> None:
+    """Generation through the server: the most probable character is fed back, as a loop over the graph does it."""
+    models, manifest = quick("characters")
+    classes = manifest.classes or ()
+    prompt = [[[float(classes.index(character))] for character in "The statement"]]
+    with running(store="memory://", models=models) as server:
+        base = f"{server.url}/v1/models/characters/sessions/writer"
+        httpx.post(f"{base}/step", json={"inputs": prompt}).raise_for_status()
+        answer = httpx.post(f"{base}/rollout", json={"steps": 30, "temperature": 0}).raise_for_status().json()
+        drawn = [
+            httpx.post(f"{base}/rollout", json={"steps": 30, "temperature": 1.0, "seed": seed}).json()["classes"]
+            for seed in (1, 1, 2)
+        ]
+    assert "".join(np.ravel(answer["classes"])) == _greedy(models / "characters" / "1", manifest, prompt, 30)
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def _greedy(directory: Path, manifest: Manifest, prompt: list[list[list[float]]], count: int) -> str:
+    """The prompt in one call, then one character at a time."""
+    stepper = Stepper.of(directory, manifest)
+    x = np.array(prompt, np.float32)
+    y, states = stepper.run(x, np.array([x.shape[1]], np.int32), stepper.initial_states(1))
+    text = ""
+    for _ in range(count):
+        y, states = stepper.run(y[:, -1:].argmax(2).astype(np.float32)[..., None], np.ones(1, np.int32), states)
+        text += (manifest.classes or ())[int(y[0, -1].argmax())]
+    return text
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("recipe", QUICK)
+def test_recipe_reaches_the_figure_it_states(tmp_path: Path, recipe: str) -> None:
+    """The recipe as it is, with nothing overridden."""
+    Figure.of(recipe).check(trained(recipe, tmp_path).provenance.metrics["test"])
