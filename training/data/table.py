@@ -129,7 +129,7 @@ class TableSource:
         validation, test = (
             int(self.times.searchsorted(_moment(m))) for m in (self.config.validation, self.config.test)
         )
-        if not 0 < validation <= test <= len(self.times):
+        if not 0 < validation <= test < len(self.times):
             raise ConfigError(
                 f"data: validation {self.config.validation} and test {self.config.test} must lie in this order "
                 f"between {self.times[0]} and {self.times[-1]}"
@@ -229,9 +229,9 @@ def calendar_angles(times: pd.DatetimeIndex, period: Calendar) -> NDArray[np.flo
     day = (times.hour + times.minute / 60 + times.second / 3600) / 24
     part = {
         "hour": day,
-        "week": (times.dayofweek + day) / 7,
-        "year": (times.dayofyear - 1 + day) / 365.25,
-        "season": (times.dayofyear + 9 + day) / 365.25,
+        "week": (times.day_of_week + day) / 7,
+        "year": (times.day_of_year - 1 + day) / 365.25,
+        "season": (times.day_of_year + 9 + day) / 365.25,
     }[period]
     return np.asarray(2 * np.pi * part, dtype=np.float64)
 
@@ -339,7 +339,7 @@ def _on_grid(
     twice = pd.DataFrame({"series": which, "at": at}).duplicated().to_numpy()
     if twice.any():
         row = int(twice.argmax())
-        raise ConfigError(f"{path}:{row + 2}: a second row of series {keys[row]!r} at {times[row]}")
+        raise ConfigError(f"{path}:{row + 2}: a second row of series {str(keys[row])!r} at {times[row]}")
     n_steps = int(at.max()) + 1
     grid = np.full((len(series), n_steps, values.shape[1]), np.nan)
     present = np.zeros((len(series), n_steps), dtype=np.bool_)

@@ -1,0 +1,173 @@
+"""One long CSV to a grid, features, labels, splits and lanes: by literal values."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from stepcast.errors import ConfigError
+from training.data.source import Source
+from training.data.table import TableConfig, TableSource
+
+NAN = float("nan")
+ROWS = """place,when,heat,wind,gust
+b,2020-01-01T00:00:00Z,1,90,
+a,2020-01-01T00:00:00Z,10,0,5
+a,2020-01-01T02:00:00Z,14,180,
+a,2020-01-01T01:00:00Z,,NA,7
+b,2020-01-01T03:00:00Z,999,270,3
+a,2020-01-01T03:00:00Z,12,90,6
+b,2020-01-01T01:00:00Z,2,0,8
+a,2020-01-01T04:00:00Z,20,0,6
+b,2020-01-01T04:00:00Z,5,0,6
+"""
+
+
+def table(directory: Path, text: str = ROWS, **changes: Any) -> TableSource:
+    (directory / "data.csv").write_text(text)
+    settings: dict[str, Any] = {
+        "kind": "table",
+        "path": "data.csv",
+        "series": "place",
+        "time": "when",
+        "every": "1h",
+        "columns": {
+            "heat": {"unit": "K", "target": True, "range": [-100, 100]},
+            "wind": {"turn": 360},
+            "gust": {"missing": "zero", "indicator": True},
+        },
+        "validation": "2020-01-01T03:00",
+        "test": "2020-01-01T04:00",
+        "warm_up": 2,
+    }
+    return TableConfig.model_validate(settings | changes).open(batch=2, seed=0, root=directory)
+
+
+def test_rows_come_onto_the_grid_and_gaps_stay_gaps(tmp_path: Path) -> None:
+    """Any order of rows; an absent hour is absent, an empty cell and one out of range are missing."""
+    source = table(tmp_path)
+    assert isinstance(source, Source)
+    assert source.series == ("a", "b")
+    assert source.grid.present.tolist() == [[True] * 5, [True, True, False, True, True]]
+    np.testing.assert_array_equal(source.x[..., 0], [[10, NAN, 14, 12, 20], [1, 2, NAN, NAN, 5]])
+    np.testing.assert_array_equal(source.x[..., 3], [[5, 7, NAN, 6, 6], [NAN, 8, NAN, 3, 6]])
+    np.testing.assert_allclose(source.x[0, :, 1], [0, NAN, 0, 1, 0], atol=1e-6)  # sine of the direction
+    np.testing.assert_allclose(source.x[0, :, 2], [1, NAN, -1, 0, 1], atol=1e-6)  # its cosine
+
+
+def test_labels_are_the_targets_one_step_later_and_masked_where_unknown(tmp_path: Path) -> None:
+    """Never across the end of a split, never at an absent step, never where the reading is missing."""
+    source = table(tmp_path)
+    np.testing.assert_array_equal(source.y[..., 0], [[NAN, 14, 12, 20, NAN], [2, NAN, NAN, 5, NAN]])
+    batch = source._cut(slice(None), 0, 4)
+    assert batch.x_mask is not None
+    assert batch.y_mask is not None
+    assert batch.x_mask.tolist() == [[True] * 4, [True, True, False, True]]
+    assert batch.y_mask[..., 0].tolist() == [[False, True, True, False], [True, False, False, False]]
+    assert not torch.isnan(batch.y[batch.y_mask]).any()
+
+
+def test_statistics_are_of_the_training_rows_alone(tmp_path: Path) -> None:
+    """Three hours: 10, 14, 1, 2 for heat; sines, cosines and the calendar stay as they are."""
+    features = {f.name: f for f in table(tmp_path, calendar=["hour"]).features}
+    assert list(features) == ["heat", "wind_sin", "wind_cos", "gust", "hour_sin", "hour_cos"]
+    assert (features["heat"].mean, features["heat"].scale) == (6.75, pytest.approx(np.std([10, 14, 1, 2])))
+    assert (features["heat"].unit, features["heat"].missing) == ("K", "hold")
+    assert (features["wind_sin"].mean, features["wind_sin"].scale) == (0, 1)
+    assert features["hour_sin"].missing == "refuse"
+    assert (features["gust"].missing, features["gust"].indicator) == ("zero", True)
+    (output,) = table(tmp_path, target_scale="change").outputs
+    assert (output.name, output.mean, output.scale) == ("heat", 0.0, 1.0)  # the one change there is, 1 to 2
+    (output,) = table(tmp_path).outputs
+    assert (output.mean, output.scale) == (8.0, 6.0)  # of the labels 14 and 2
+
+
+def test_splits_follow_in_time_behind_a_warm_up_that_is_not_scored(tmp_path: Path) -> None:
+    """The test split starts two hours early; labels there are masked."""
+    source = table(tmp_path, test="2020-01-01T03:00")
+    assert source.bounds == {"train": (0, 3), "validation": (3, 3), "test": (3, 5)}
+    assert list(source.batches("validation")) == []
+    (batch,) = source.batches("test")
+    assert batch.x.shape == (2, 4, 4)
+    assert batch.y_mask is not None
+    assert batch.y_mask[..., 0].tolist() == [[False, False, True, False], [False, False, True, False]]
+
+
+def test_training_rows_are_cut_into_lanes_anew_each_epoch(tmp_path: Path) -> None:
+    """Every lane is a contiguous stretch; the same epoch gives the same cut, another one another."""
+    hours = "\n".join(f"2020-01-{1 + h // 24:02}T{h % 24:02}:00:00Z,{h}" for h in range(240))
+    text = f"when,heat\n{hours}\n"
+    settings = {"series": None, "columns": {"heat": {"target": True}}, "validation": "2020-01-09", "test": "2020-01-10"}
+    source = table(tmp_path, text, **settings)
+    source.lanes = 4
+    starts = set()
+    for epoch in range(5):
+        (batch,), (again,) = source.batches("train", epoch), source.batches("train", epoch)
+        assert torch.equal(batch.x, again.x)
+        assert batch.x.shape[0] == 4
+        assert batch.x.shape[1] >= 36
+        lanes = batch.x[..., 0]
+        assert torch.equal(lanes - lanes[:, :1], torch.arange(batch.x.shape[1]).float().expand(4, -1))
+        assert lanes.max() < 192
+        starts.add(float(lanes[0, 0]))
+    assert len(starts) > 1
+
+
+def test_calendar_is_where_the_time_stands(tmp_path: Path) -> None:
+    """Midnight is angle 0, 3 o'clock an eighth; Wednesday two sevenths; season counts from midwinter."""
+    source = table(tmp_path, calendar=["hour", "week", "year", "season"])
+    names = [f.name for f in source.features]
+    values = dict(zip(names, source.x[0, 3], strict=True))
+    assert values["hour_sin"] == pytest.approx(np.sin(2 * np.pi * 3 / 24))
+    assert values["week_cos"] == pytest.approx(np.cos(2 * np.pi * (2 + 3 / 24) / 7), abs=1e-6)
+    assert values["year_cos"] == pytest.approx(np.cos(2 * np.pi * (3 / 24) / 365.25))
+    assert values["season_cos"] == pytest.approx(np.cos(2 * np.pi * (10 + 3 / 24) / 365.25))
+
+
+@pytest.mark.parametrize(
+    ("text", "changes", "message"),
+    [
+        (
+            ROWS.replace("a,2020-01-01T02:00:00Z,14", "a,2020-01-01T02:00:00Z,hot"),
+            {},
+            "data.csv:4: column 'heat' has 'hot'",
+        ),
+        (
+            ROWS.replace("T02:00:00Z,14", "T02:30:00Z,14"),
+            {},
+            "data.csv:4: 2020-01-01 02:30:00+00:00 is not on the grid",
+        ),
+        (ROWS.replace("T02:00:00Z,14", "T01:00:00Z,14"), {}, "data.csv:5: a second row of series 'a'"),
+        (ROWS.replace("2020-01-01T02:00:00Z,14", "yesterday,14"), {}, "data.csv:4: column 'when' has 'yesterday'"),
+        (ROWS, {"columns": {"cold": {"target": True}}}, "no column 'cold' among place, when"),
+        (ROWS, {"validation": "2021-01-01", "test": "2021-01-01"}, "must lie in this order"),
+        (ROWS, {"package": "no_such_package"}, "data.package: 'no_such_package' is not installed"),
+        (ROWS, {"path": "none.csv"}, "none.csv: can not be read"),
+        ("", {}, "no CSV"),
+    ],
+)
+def test_wrong_files_are_refused_with_line_and_column(
+    text: str, changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    """Before anything is trained."""
+    with pytest.raises(ConfigError) as caught:
+        table(tmp_path, text, **changes)
+    assert message in str(caught.value)
+
+
+def test_table_without_a_target_is_refused() -> None:
+    """By pydantic, when the configuration is read."""
+    with pytest.raises(ValueError, match="none of them has target: true"):
+        TableConfig.model_validate(
+            {
+                "kind": "table",
+                "path": "x",
+                "time": "t",
+                "every": "1h",
+                "columns": {"a": {}},
+                "validation": "2020-01-01",
+                "test": "2020-01-02",
+            }
+        )
