@@ -105,7 +105,7 @@ chaos: $(STAMP)
 # themselves: the file fits machines with and without a GPU.
 lock: | python
 	"$(PYTHON)" -m venv --clear $(LOCK_VENV)
-	$(LOCK_VENV)/bin/python -m pip install -qq --disable-pip-version-check -e '.[dev]'
+	$(LOCK_VENV)/bin/python -m pip install -qq --disable-pip-version-check -e '.[dev,bench]'
 	{ echo '# Exact versions that the suite passed with; written by `make lock`.'; \
 	  $(LOCK_VENV)/bin/python -m pip freeze --exclude-editable \
 	    | sed -E 's/\+[A-Za-z0-9.]+$$//' | grep -vE '^(nvidia-|cuda-|triton==)' \
