@@ -17,6 +17,7 @@ from stepcast.errors import ConfigError, ManifestError, StepcastError
 
 from .app import create_app
 from .link import Link
+from .pipe import Pipe
 from .runtime import Runtime, placements
 from .settings import PREFIX, Settings
 
@@ -56,7 +57,7 @@ def serve(arguments: argparse.Namespace) -> int:
         port=settings.port,
         workers=settings.workers,
         loop="uvloop" if sys.platform != "win32" else "asyncio",
-        http="httptools",
+        http=Pipe,
         ws=WEBSOCKET,
         ws_max_size=settings.body_limit_bytes,
         access_log=False,

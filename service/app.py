@@ -62,10 +62,10 @@ class Server:
         self.rest = Rest(self.states, self.keys)
         self.ready = False
         self.api = self._api()
-        self._door = FastDoor(self.rest, WebSocketDoor(self.rest), self.api)
+        self.door = FastDoor(self.rest, WebSocketDoor(self.rest), self.api)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._door(scope, receive, send)
+        await self.door(scope, receive, send)
 
     # --- life ---------------------------------------------------------------------------------------------------
 

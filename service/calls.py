@@ -2,13 +2,13 @@
 
 import asyncio
 from collections import deque
-from dataclasses import dataclass
-from typing import Any, Final, TypeAlias
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from .batcher import Job
+from .batcher import Batcher, Job
 from .record import Record
 from .repository import Served
 
@@ -16,25 +16,21 @@ Floats = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
 Future: TypeAlias = "asyncio.Future[Any]"
 
-_ENTRY_BYTES: Final = 1200
-"""What a hot session costs beside its state and answers, about."""
-
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Which session: tenant, model, id."""
+    """Which session: tenant, model, id; and the store's key."""
 
     namespace: str
     model: str
     session: str
+    key: str = field(init=False, compare=False)
 
-    @property
-    def key(self) -> str:
-        """The store's key."""
-        return f"{self.namespace}/{self.model}/{self.session}"
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "key", f"{self.namespace}/{self.model}/{self.session}")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StepAnswer:
     """The answer to a step call: outputs (N, T, O) float32, NaN where masked, and the number of its last step."""
 
@@ -69,7 +65,7 @@ class Call(Job):
 class Step(Call):
     """A step call: it has its turn in its session."""
 
-    __slots__ = ("answer", "digest", "entry", "next", "seq", "verified")
+    __slots__ = ("answer", "digest", "entry", "next", "seq", "size", "verified")
 
     def __init__(
         self,
@@ -86,32 +82,63 @@ class Step(Call):
         self.verified = False
         self.next: Record | None = None
         self.answer: Floats | None = None
+        self.size = 0  # bytes of the next record
 
     def start(self, state: bytes) -> None:
         """Make ready for a (further) run from `state`."""
         self.state, self.at, self.parts, self.outputs, self.error = state, 0, [], None, None
 
 
+class SingleStep(Step):
+    """A step of one example by one step without a mask, the commonest there is; its inputs stay bytes.
+
+    Made in one go: the chain of constructors above costs as much as the rest of queueing.
+    """
+
+    __slots__ = ("data",)
+
+    def __init__(
+        self, entry: "Entry", data: bytes, digest: bytes, seq: int | None, deadline: float, future: "Future"
+    ) -> None:
+        self.entry, self.data, self.digest, self.seq = entry, data, digest, seq
+        self.deadline, self.future = deadline, future
+        self.rows = self.steps = self.calls = 1
+        self.features = len(data) // 4
+        self.at = self.size = 0
+        self.mask = self.lengths = self.outputs = self.error = self.next = self.answer = None
+        self.verified = False
+        self.state = b""
+
+    @property
+    def x(self) -> Floats:  # type: ignore[override]
+        """The inputs (1, 1, F)."""
+        return np.frombuffer(self.data, np.float32).reshape(1, 1, -1)
+
+    def raw(self) -> bytes:
+        return self.data
+
+    def reply(self) -> Floats:
+        assert self.outputs is not None
+        return self.outputs
+
+    def start(self, state: bytes) -> None:
+        self.state, self.at, self.outputs, self.error = state, 0, None, None
+
+
 class Entry:
     """A hot session: its record as last seen, and the calls that wait for their turn."""
 
-    __slots__ = ("address", "busy", "key", "queue", "record", "served", "size", "stored")
+    __slots__ = ("address", "batcher", "busy", "key", "queue", "record", "served", "size", "stored")
 
     def __init__(self, address: Address) -> None:
         self.address, self.key = address, address.key
         self.record: Record | None = None
         self.stored = False
         self.served: Served | None = None
+        self.batcher: Batcher[Call] | None = None  # of `served`
         self.queue: deque[Step] = deque()
         self.busy = False
         self.size = 0
-
-    def bytes_now(self) -> int:
-        """About how much memory the entry takes."""
-        record = self.record
-        if record is None:
-            return _ENTRY_BYTES
-        return _ENTRY_BYTES + len(record.state) + len(record.inputs) + sum(map(len, record.answers))
 
 
 def compact(x: Floats, mask: Mask) -> tuple[Floats, npt.NDArray[np.int32]]:

@@ -4,14 +4,19 @@ The same handler is registered with FastAPI too, so that OpenAPI knows it; what 
 middleware and dependency machinery, 100 microseconds a request.
 """
 
+import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from fastapi import Response
 
 from stepcast.errors import Internal, Malformed, StepcastError
 
-from .rest import Rest, problem, too_large
+from . import wire
+from .auth import Principal
+from .calls import Address, StepAnswer
+from .rest import Headers, Rest, answer_type, problem, request_type, too_large
+from .states import check_id
 from .telemetry import log
 
 Scope = MutableMapping[str, Any]
@@ -24,17 +29,98 @@ _START: Final = "http.response.start"
 _BODY: Final = "http.response.body"
 _GONE: Final = "http.disconnect"
 
+KNOWN_PATHS: Final = 1 << 16
+
+
+class Caller(NamedTuple):
+    """What a request's headers say."""
+
+    principal: Principal
+    kind: str
+    """Content type of the body."""
+    accepted: str
+    """Content type of the answer."""
+    ok: bytes
+    """The head of a good answer, up to the content length."""
+
 
 class FastDoor:
-    """ASGI: steps by the short way, WebSockets to `sockets`, the rest to `api`."""
+    """ASGI: steps by the short way, WebSockets to `sockets`, the rest to `api`.
+
+    Below ASGI, `caller`, `address` and `step` serve the connection itself (service/pipe.py): None from any of them
+    says that the request is not of the plainest kind, or not a good one, and has to come through ASGI.
+
+    Attributes:
+        short: Whether steps go the short way.
+        heads: What connections remember of heads; they bound it.
+    """
 
     def __init__(self, rest: Rest, sockets: App, api: App) -> None:
         self._rest, self._sockets, self._api = rest, sockets, api
-        self._limit = rest.settings.body_limit_bytes
-        self._short = not rest.settings.cors_origins  # CORS headers are FastAPI's middleware
+        self.limit = rest.settings.body_limit_bytes
+        self.short = not rest.settings.cors_origins  # CORS headers are FastAPI's middleware
+        self.heads: dict[bytes, Any] = {}
+        self._addresses: dict[tuple[str, bytes], Address] = {}
+
+    def caller(self, headers: Headers) -> Caller | None:
+        """Who asks, and in which encoding."""
+        try:
+            principal = self._rest.keys.authenticate(headers)
+            principal.require("step")
+            kind = request_type(headers)
+        except StepcastError:
+            return None
+        accepted = answer_type(headers, kind)
+        ok = b"HTTP/1.1 200 OK\r\ncontent-type: %s\r\ncontent-length: " % accepted.encode()
+        return Caller(principal, kind, accepted, ok)
+
+    def address(self, caller: Caller, path: bytes) -> Address | None:
+        """The session that a path .../step is about."""
+        known = self._addresses.get((caller.principal.namespace, path))
+        if known is not None:
+            return known
+        try:
+            _, v1, models, model, sessions, session, step = path.decode("ascii").split("/")
+            if (v1, models, sessions, step) != ("v1", "models", "sessions", "step"):
+                return None
+            self._rest.repository.live(model)
+            address = Address(caller.principal.namespace, model, check_id(session))
+        except (ValueError, StepcastError):
+            return None
+        if len(self._addresses) >= KNOWN_PATHS:
+            self._addresses.clear()
+        self._addresses[caller.principal.namespace, path] = address
+        return address
+
+    def step(self, caller: Caller, address: Address, body: bytes) -> "asyncio.Future[StepAnswer] | None":
+        """Queue a step; the future has its answer."""
+        sessions = self._rest.sessions
+        try:
+            features = sessions.repository.live(address.model).n_features
+            single = wire.single_reader(features).read(body, caller.kind)
+            if single is None:
+                return None
+            data, seq, digest = single
+            future: asyncio.Future[StepAnswer] = asyncio.get_running_loop().create_future()
+            sessions.single_step(address, data, digest, seq, future)
+        except StepcastError:
+            return None
+        return future
+
+    def encode(self, caller: Caller, answer: StepAnswer) -> bytes:
+        """An answer to such a step."""
+        outputs = answer.outputs[0, 0]
+        return wire.encode({"outputs": outputs, "step": answer.step, "version": answer.version}, caller.accepted)
+
+    def problem(self, error: BaseException) -> Response:
+        """An error as a response."""
+        if not isinstance(error, StepcastError):
+            log.error("a step failed", exc_info=error)
+            error = Internal("the server has a defect; its log tells more")
+        return problem(error, self._rest.metrics)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["method"] == "POST" and self._short:
+        if scope["type"] == "http" and scope["method"] == "POST" and self.short:
             parts = scope["path"].split("/")
             known = len(parts) == 5 or (len(parts) == 7 and parts[4] == "sessions")
             if known and parts[-1] == "step" and parts[1:3] == ["v1", "models"]:
@@ -53,12 +139,8 @@ class FastDoor:
                 data, kind = await self._rest.step(parts[3], parts[5], headers, body)
             else:
                 data, kind = await self._rest.step_many(parts[3], headers, body)
-        except StepcastError as error:
-            await _send(send, problem(error, self._rest.metrics))
-            return
         except Exception as error:
-            log.error("a step failed", exc_info=error)
-            await _send(send, problem(Internal("the server has a defect; its log tells more"), self._rest.metrics))
+            await _send(send, self.problem(error))
             return
         lines = [(b"content-type", kind.encode()), (b"content-length", str(len(data)).encode())]
         await send({"type": _START, "status": 200, "headers": lines})
@@ -69,13 +151,13 @@ class FastDoor:
         body: bytes = message.get("body", b"")
         if message.get("more_body"):
             parts, size = [body], len(body)
-            while message.get("more_body") and size <= self._limit:
+            while message.get("more_body") and size <= self.limit:
                 message = await receive()
                 parts.append(message.get("body", b""))
                 size += len(parts[-1])
             body = b"".join(parts)
-        if len(body) > self._limit:
-            raise too_large(self._limit)
+        if len(body) > self.limit:
+            raise too_large(self.limit)
         if message["type"] == _GONE:
             raise Malformed("the connection was lost in the body")
         return body

@@ -6,6 +6,8 @@ from typing import Final
 
 from .calls import Address, Entry
 
+_ENTRY_BYTES: Final = 1100
+"""What a hot session costs beside its state and answers, about."""
 _LOOK_AHEAD: Final = 64
 """Busy sessions passed over in one search for an idle one; keeps eviction short when all are busy."""
 
@@ -41,9 +43,9 @@ class HotSessions:
         """Mark an entry as the most recently used."""
         self._entries.move_to_end(entry.key)
 
-    def measure(self, entry: Entry) -> None:
-        """Take an entry's present size into account."""
-        size = entry.bytes_now()
+    def measure(self, entry: Entry, record_bytes: int) -> None:
+        """Take an entry's present size into account: its record's length as the store has it, and the rest."""
+        size = _ENTRY_BYTES + record_bytes
         self.bytes += size - entry.size
         entry.size = size
 

@@ -68,9 +68,12 @@ def decode_answer(entry: bytes) -> Answer:
     return Answer(seq, digest, steps, entry[ANSWER_BYTES:])
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Record:
-    """A session at one moment. Never changed: every change makes the next revision."""
+    """A session at one moment. Never changed: every change makes the next revision.
+
+    Not declared frozen: one is made at every step, and a frozen one of 13 fields takes five times as long.
+    """
 
     version: int
     fingerprint: bytes

@@ -10,7 +10,7 @@ is loaded first.
 
 import asyncio
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Sequence
 
 import numpy as np
@@ -30,7 +30,7 @@ from stepcast.errors import (
 
 from . import record as records
 from .batcher import Batcher
-from .calls import Address, Call, Entry, Floats, Future, Mask, Step, StepAnswer
+from .calls import Address, Call, Entry, Floats, Future, Mask, SingleStep, Step, StepAnswer
 from .hot import HotSessions
 from .ledger import Ledger
 from .record import Record
@@ -63,7 +63,7 @@ class Sessions:
         self._batchers: dict[tuple[str, int], Batcher[Call]] = {}
         self._to_load: list[Entry] = []
         self._loading: set[asyncio.Task[None]] = set()
-        self._waiting: dict[str, int] = {}
+        self._waiting: Counter[str] = Counter()
         self._settled = asyncio.Event()
         self.draining = False
 
@@ -92,10 +92,29 @@ class Sessions:
         Raises:
             ModelNotFound, NotStreaming, QueueFull, Draining: refused at once. Other errors come through the future.
         """
-        self.check_streams(self.repository.live(address.model))
+        entry, deadline = self._enter(address, deadline_s)
+        future: Future = asyncio.get_running_loop().create_future()
+        self._queue(Step(entry, x, mask, digest, seq, deadline, future))
+        return future
+
+    def single_step(self, address: Address, data: bytes, digest: bytes, seq: int | None, future: Future) -> None:
+        """Queue a step of one example by one step, as `step` does.
+
+        Args:
+            data: The inputs, float32 and finite, as many as the live version takes.
+            future: Gets the answer; or what stands for a future.
+        """
+        entry, deadline = self._enter(address, None)
+        self._queue(SingleStep(entry, data, digest, seq, deadline, future))
+
+    def _enter(self, address: Address, deadline_s: float | None) -> tuple[Entry, float]:
+        """The session's entry, and when its call must have begun; raises where the call can not be queued."""
+        served = self.repository.live(address.model)
+        if not served.manifest.streaming:
+            self.check_streams(served)
         limits, model = self.settings, address.model
         entry = self._hot.get(address.key)
-        waiting = self._waiting.get(model, 0)
+        waiting = self._waiting[model]
         if waiting >= limits.queue_limit:
             raise _full(f"model {model!r}", waiting, limits.queue_limit)
         if entry is not None and len(entry.queue) >= limits.session_queue_limit:
@@ -104,13 +123,14 @@ class Sessions:
             raise Draining("the server is shutting down. Connect again.", retry_after_s=1.0)
         if entry is None:
             entry = self._hot.enter(address)
-        future: Future = asyncio.get_running_loop().create_future()
-        deadline = time.monotonic() + (deadline_s or limits.deadline_s)
-        entry.queue.append(Step(entry, x, mask, digest, seq, deadline, future))
-        self._waiting[model] = waiting + 1
+        return entry, time.monotonic() + (deadline_s or limits.deadline_s)
+
+    def _queue(self, step: Step) -> None:
+        entry = step.entry
+        entry.queue.append(step)
+        self._waiting[entry.address.model] += 1
         if not entry.busy:
             self._next(entry)
-        return future
 
     def check_streams(self, served: Served) -> None:
         """Raises NotStreaming where the model can not be stepped."""
@@ -177,7 +197,8 @@ class Sessions:
             entry.record = None
             return False
         self._hot.used(entry)
-        self._batcher(decided).submit(step)
+        assert entry.batcher is not None
+        entry.batcher.submit(step)
         return True
 
     def _admit(self, entry: Entry, record: Record, step: Step) -> Served | StepAnswer | None:
@@ -193,12 +214,12 @@ class Sessions:
                 if not step.verified:
                     return None
                 served, record = self._moved(entry, record)
-            entry.served = served
-        if step.x.shape[2] != served.n_features:  # the door looked at the live version
+            entry.served, entry.batcher = served, self._batcher(served)
+        if step.features != served.n_features:  # the door looked at the live version
             raise ShapeMismatch(
-                f"inputs have {step.x.shape[2]} features, session {entry.address.session!r} is on version "
+                f"inputs have {step.features} features, session {entry.address.session!r} is on version "
                 f"{served.version} of model {served.name!r}, which takes {served.n_features}",
-                got=step.x.shape[2],
+                got=step.features,
                 features=served.n_features,
                 version=served.version,
             )
@@ -337,21 +358,23 @@ class Sessions:
         step.next = record.advanced(last, step.rows, step.state, answer, inputs, max(now, record.used_ms))
         expect = record.token if entry.stored else None
         touch = bool(record.flags & records.HAS_CHECKPOINTS)
-        return Write(entry.key, expect, step.next.encode(), self.ledger.ttl_s(record), None, touch)
+        data = step.next.encode()
+        step.size = len(data)
+        return Write(entry.key, expect, data, self.ledger.ttl_s(record), None, touch)
 
     def _logged(self, record: Record, step: Step) -> bytes:
         """The input log after this step; it is exact for one example without masks, others are not kept."""
         if step.rows != 1 or step.mask is not None:
             return b""
-        row = step.x.shape[2] * 4
-        return (record.inputs + step.x.tobytes())[-self.settings.log_steps * row :]
+        row = step.features * 4
+        return (record.inputs + step.raw())[-self.settings.log_steps * row :]
 
     def _committed(self, step: Step) -> None:
         entry, record = step.entry, step.next
         assert record is not None
         assert step.answer is not None
         entry.record, entry.stored = record, True
-        self._hot.measure(entry)
+        self._hot.measure(entry, step.size)
         self._settle(step, StepAnswer(step.answer, record.step, record.version))
         self._next(entry)
 
@@ -408,7 +431,7 @@ class Sessions:
             entry.record, entry.stored = self._blank(entry), False
         else:
             entry.record, entry.stored = self.ledger.decode(entry.key, data), True
-        self._hot.measure(entry)
+        self._hot.measure(entry, len(data or b""))
         self._next(entry)
 
     def _blank(self, entry: Entry) -> Record:
@@ -449,14 +472,14 @@ class Sessions:
         Raises:
             NonFinite, DeadlineExceeded, QueueFull, Draining.
         """
-        waiting = self._waiting.get(served.name, 0)
+        waiting = self._waiting[served.name]
         if waiting >= self.settings.queue_limit:
             raise _full(f"model {served.name!r}", waiting, self.settings.queue_limit)
         if self.draining:
             raise Draining("the server is shutting down. Connect again.", retry_after_s=1.0)
         deadline = time.monotonic() + self.settings.deadline_s
         call = Call(x, mask, state, deadline, asyncio.get_running_loop().create_future())
-        self._waiting[served.name] = waiting + 1
+        self._waiting[served.name] += 1
         try:
             self._batcher(served).submit(call)
             await call.future

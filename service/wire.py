@@ -131,6 +131,62 @@ class Inputs:
     digest: bytes
 
 
+class _SingleJson(msgspec.Struct, forbid_unknown_fields=True):
+    """The plainest step: one example, one step, no mask."""
+
+    inputs: list[float]
+    seq: Positive | None = None
+
+
+class _SingleMsgpack(msgspec.Struct, forbid_unknown_fields=True):
+    inputs: bytes
+    seq: Positive | None = None
+
+
+Single = tuple[bytes, int | None, bytes]
+"""Inputs as float32, seq, and the payload's digest."""
+
+
+class SingleReader:
+    """Decodes the plainest steps in one go.
+
+    Args:
+        features: F of the model.
+    """
+
+    def __init__(self, features: int) -> None:
+        self._size = 4 * features
+        self._pack = struct.Struct(f"<{features}f").pack
+        self._json = msgspec.json.Decoder(_SingleJson).decode
+        self._msgpack = msgspec.msgpack.Decoder(_SingleMsgpack).decode
+
+    def read(self, body: bytes, content_type: str) -> Single | None:
+        """The step, None where it is not of the plainest kind or not a good one: `decode` and `step_inputs` tell."""
+        try:
+            if content_type == JSON:
+                asked: Any = self._json(body)
+                data = self._pack(*asked.inputs)  # refuses another number of them, and what float32 does not hold
+            else:
+                asked = self._msgpack(body)
+                data = asked.inputs
+                if len(data) != self._size or not _is_finite(data):
+                    return None
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, struct.error, OverflowError):
+            return None
+        return data, asked.seq, blake2b(data, digest_size=8).digest()
+
+
+@functools.cache
+def single_reader(features: int) -> SingleReader:
+    """The reader for models of F features."""
+    return SingleReader(features)
+
+
+def _is_finite(data: bytes) -> bool:
+    flat = np.frombuffer(data, np.float32)
+    return math.isfinite(np.dot(flat, flat))
+
+
 # --- decoding -------------------------------------------------------------------------------------------------------
 
 _BY_RANK: Final[dict[int, "msgspec.json.Decoder[Any]"]] = {

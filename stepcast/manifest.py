@@ -173,7 +173,7 @@ class Manifest(_Strict):
                 raise ValueError(f"feedback[{number}].source {link.source!r} is not an output")
         return self
 
-    @property
+    @cached_property
     def n_features(self) -> int:
         """F: input values per row and step."""
         return sum(f.width for f in self.features)

@@ -18,6 +18,7 @@ import pytest
 import uvicorn
 
 from service.app import create_app
+from service.pipe import Pipe
 from service.settings import Settings
 from service.websocket import Link
 
@@ -30,7 +31,7 @@ class Running:
 
     def __init__(self, **settings: Any) -> None:
         self.app = create_app(Settings.read({}, **{"models": MODELS, "port": 0, **settings}))
-        config = uvicorn.Config(self.app, port=0, log_level="critical", lifespan="on", http="httptools", ws=Link)
+        config = uvicorn.Config(self.app, port=0, log_level="critical", lifespan="on", http=Pipe, ws=Link)
         self._uvicorn = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._uvicorn.run, daemon=True)
 

@@ -1,0 +1,188 @@
+"""The connection under HTTP: uvicorn's, with a short way for single steps.
+
+A keep-alive client sends the same head again and again, only the session and the numbers change. So a head is read
+once and remembered, and a step that came whole, on a connection that is otherwise idle, goes from the transport to the
+door and back without a parser, an ASGI scope, a task or a queue. Whatever is not exactly that takes uvicorn's way, from
+its first byte: httptools stays the judge of everything unusual.
+"""
+
+import asyncio
+import functools
+import re
+from typing import Any, Final, NamedTuple
+
+from fastapi import Response
+from uvicorn.config import Config
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.server import ServerState
+
+from .calls import StepAnswer
+from .fast import Caller, FastDoor
+
+KNOWN_HEADS: Final = 1024
+LONGEST_HEAD: Final = 4096
+AHEAD_BYTES: Final = 64 * 1024
+"""What a client may send before its step is answered, until it is not read any more."""
+
+_POST: Final = b"POST /v1/models/"
+_VERSION: Final = b" HTTP/1.1\r\n"
+_FIELD: Final = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*([\x20-\x7e\x80-\xff]*)")
+_NEVER: Final = frozenset({b"transfer-encoding", b"expect", b"upgrade", b"connection", b"te", b"trailer"})
+
+
+class Head(NamedTuple):
+    """What a head says beside its path."""
+
+    length: int
+    caller: Caller
+
+
+class Pipe(HttpToolsProtocol):
+    """An HTTP connection; the class for uvicorn's `http` setting."""
+
+    def __init__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        self._door = _door(self.app) if self.limit_concurrency is None and not self.root_path else None
+        self._between = True  # no message has begun in the parser
+        self._stepping = False  # a step of ours is under way
+        self._ahead = b""  # what came meanwhile
+        self._last = False  # the server stops: close after this answer
+        self._answered_at = 0.0
+
+    # --- uvicorn's protocol -------------------------------------------------------------------------------------
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes from the client."""
+        if self._stepping:
+            self._ahead += data
+            if len(self._ahead) > AHEAD_BYTES:
+                self.flow.pause_reading()
+        elif not (self._between and self._door is not None and self._step(self._door, data)):
+            super().data_received(data)
+
+    def on_message_begin(self) -> None:
+        """The parser begins a message."""
+        self._between = False
+        super().on_message_begin()
+
+    def on_message_complete(self) -> None:
+        """The parser has a whole message."""
+        self._between = True
+        super().on_message_complete()
+
+    def shutdown(self) -> None:
+        """The server stops: answer what was accepted, then close."""
+        if self._stepping:
+            self._last = True
+        else:
+            super().shutdown()
+
+    def timeout_keep_alive_handler(self) -> None:
+        """A timer of an idle connection: it is not set anew at every step, so it may be early."""
+        self.timeout_keep_alive_task = None
+        if self._stepping:
+            return
+        rest_s = self._answered_at + self.timeout_keep_alive - self.loop.time()
+        if rest_s > 0:
+            self.timeout_keep_alive_task = self.loop.call_later(rest_s, self.timeout_keep_alive_handler)
+        else:
+            super().timeout_keep_alive_handler()
+
+    # --- the short way ------------------------------------------------------------------------------------------
+
+    def _step(self, door: FastDoor, data: bytes) -> bool:
+        """Take a step, if this is one that came whole and nothing else is under way."""
+        if not data.startswith(_POST) or self.flow.write_paused:
+            return False
+        if self.cycle is not None and not self.cycle.response_complete:
+            return False
+        path_end = data.find(_VERSION)
+        end = data.find(b"\r\n\r\n", path_end, path_end + LONGEST_HEAD)
+        if path_end < 0 or end < 0:
+            return False
+        head = door.heads.get(lines := data[path_end + 11 : end + 2]) or _learn(door, lines)
+        if head is None or len(data) != end + 4 + head.length:
+            return False
+        address = door.address(head.caller, data[5:path_end])
+        if address is None:
+            return False
+        future = door.step(head.caller, address, data[end + 4 :])
+        if future is None:
+            return False
+        self._stepping = True
+        future.add_done_callback(functools.partial(self._answer, door, head.caller))
+        return True
+
+    def _answer(self, door: FastDoor, caller: Caller, future: "asyncio.Future[StepAnswer]") -> None:
+        """Write the answer, then go on with what came meanwhile."""
+        self._stepping = False
+        self.server_state.total_requests += 1
+        error = future.exception()
+        if self.transport.is_closing():
+            return
+        if error is None:
+            body = door.encode(caller, future.result())
+            if self._last:
+                self._write(Response(body, 200, None, caller.accepted))
+            else:
+                self.transport.write(b"%s%d\r\n\r\n%s" % (caller.ok, len(body), body))
+        else:
+            self._write(door.problem(error))
+        self._answered_at = self.loop.time()
+        if self._last:
+            self.transport.close()
+            return
+        if self.timeout_keep_alive_task is None:
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
+        if self._ahead:
+            data, self._ahead = self._ahead, b""
+            self.flow.resume_reading()
+            self.data_received(data)
+
+    def _write(self, response: Response) -> None:
+        lines = [STATUS_LINE[response.status_code]]
+        lines += [b"%s: %s\r\n" % field for field in response.raw_headers]
+        if self._last:
+            lines.append(b"connection: close\r\n")
+        self.transport.write(b"".join((*lines, b"\r\n", response.body)))
+
+
+def _door(app: Any) -> FastDoor | None:
+    """The door of our application, which uvicorn may have wrapped; None where steps may not go the short way."""
+    while app is not None and not hasattr(app, "door"):
+        app = getattr(app, "app", None)
+    door: FastDoor | None = app.door if app is not None else None
+    return door if door is not None and door.short else None
+
+
+def _learn(door: FastDoor, lines: bytes) -> Head | None:
+    """Read a head, request line left out, and remember it; None where it asks for anything unusual."""
+    fields: dict[bytes, bytes] = {}
+    for line in lines[:-2].split(b"\r\n"):
+        found = _FIELD.fullmatch(line)
+        if found is None:
+            return None
+        name = found[1].lower()
+        if name in _NEVER and (name, found[2].lower()) != (b"connection", b"keep-alive"):
+            return None
+        if name in fields:
+            return None
+        fields[name] = found[2].rstrip(b" \t")
+    length = fields.get(b"content-length", b"")
+    if not length.isdigit() or len(length) > 9 or int(length) > door.limit:
+        return None
+    caller = door.caller(fields)
+    if caller is None:
+        return None
+    if len(door.heads) >= KNOWN_HEADS:
+        door.heads.clear()
+    head = door.heads[lines] = Head(int(length), caller)
+    return head
