@@ -1,5 +1,6 @@
 """The sources of the worked examples: the formulas they claim, lanes that go on, and files that are refused."""
 
+import re
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -8,9 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from stepcast.errors import ConfigError
 from training.data.characters import UNKNOWN, Characters
+from training.data.csv_sequences import CsvSequencesConfig
+from training.data.python_class import PythonConfig
 from training.data.source import SPLITS, Source
 from training.data.tokens import Tokens
 from training.data.word_vectors import WordVectors, learn_word_vectors, read_word_vectors, write_word_vectors
@@ -158,6 +162,8 @@ def test_characters_that_training_never_saw_are_unknown(tmp_path: Path) -> None:
     assert source.features[0].width == len(source.classes)
     batch = next(source.batches("validation"))
     assert torch.equal(batch.x[:, 1:], batch.y[:, :-1])
+    few = Characters(batch=3, seed=1, root=tmp_path, path="text.txt", steps=16, alphabet=4)
+    assert few.classes == (" ", "e", "o", UNKNOWN)  # the three most frequent
 
 
 def test_unreadable_or_short_text_is_refused(tmp_path: Path) -> None:
@@ -247,3 +253,29 @@ def test_lines_that_can_not_be_used_are_refused(texts: Path, text: str, message:
     (texts / "test.tsv").write_text(text)
     with pytest.raises(ConfigError, match=message):
         Tokens(batch=1, seed=1, root=texts, vectors="words.vec", train="train.tsv", test="test.tsv")
+
+
+def test_python_source_of_the_documents_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The class in docs/data.md, as a user would put it into a module."""
+    text = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "echo_source.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = PythonConfig.model_validate({"kind": "python", "class": "echo_source:Echo", "options": {"steps": 5}})
+    batch = next(config.open(batch=8, seed=1, root=tmp_path).batches("train"))
+    assert torch.equal(batch.y[:, 1:], batch.x[:, :-1])
+    assert batch.y_mask is not None
+    assert batch.y_mask.tolist() == [[False, True, True, True, True]] * 8
+
+
+def test_configuration_of_the_documents_is_accepted() -> None:
+    """The YAML in docs/data.md is what the classes take, and its table names every key."""
+    text = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
+    blocks = [yaml.safe_load(block)["data"] for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)]
+    kinds = {"csv_sequences": CsvSequencesConfig, "python": PythonConfig}
+    assert {block["kind"] for block in blocks} == set(kinds)
+    for block in blocks:
+        kinds[block["kind"]].model_validate(block)
+    section = text[text.index("## csv_sequences") : text.index("### Alignment")]
+    missing = [key for key in CsvSequencesConfig.model_fields if not re.search(rf"\b{key}\b", section)]
+    assert missing == []

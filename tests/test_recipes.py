@@ -152,7 +152,7 @@ def _greedy(directory: Path, manifest: Manifest, prompt: list[list[list[float]]]
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("recipe", QUICK)
 def test_recipe_reaches_the_figure_it_states(tmp_path: Path, recipe: str) -> None:
     """The recipe as it is, with nothing overridden."""

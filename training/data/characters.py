@@ -1,6 +1,7 @@
 """One long text, character by character: the next one is the label."""
 
 import pydoc_data.topics
+from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +19,7 @@ from .batch import Batch
 from .plan import epoch_order
 from .source import SPLITS, Split
 
-UNKNOWN = "\ufffd"  # stands for every character that the training text does not have
+UNKNOWN = "\ufffd"  # stands for every character that is not in the alphabet
 
 
 class Characters:
@@ -34,6 +35,8 @@ class Characters:
         root: What `path` is relative to.
         path: A UTF-8 text file; None takes what Python's `help()` has to say about the language itself.
         steps: Characters per window.
+        alphabet: Most classes, the unknown one included: the most frequent characters of the training part. An
+            embedding needs a vocabulary of this size.
         held_out: Share of the text, at its end, for validation, and as much again for test.
         encoding: How a character goes in.
 
@@ -52,6 +55,7 @@ class Characters:
         root: Path,
         path: str | None = None,
         steps: int = 64,
+        alphabet: int = 128,
         held_out: float = 0.05,
         encoding: Literal["index", "one_hot"] = "index",
     ) -> None:
@@ -59,7 +63,7 @@ class Characters:
         self._batch, self._seed, self._steps, self._encoding = batch, seed, steps, encoding
         ends = [0, round(len(text) * (1 - 2 * held_out)), round(len(text) * (1 - held_out)), len(text)]
         parts = [text[start:end] for start, end in pairwise(ends)]
-        self.classes = (*sorted(set(parts[0])), UNKNOWN)
+        self.classes = (*sorted(char for char, _ in Counter(parts[0]).most_common(alphabet - 1)), UNKNOWN)
         self._texts = {split: self._indices(part) for split, part in zip(SPLITS, parts, strict=True)}
         if len(parts[0]) < batch * (steps + 1) or min(map(len, parts)) < 2:
             raise ConfigError(f"data.options: {len(text)} characters are too few for {batch} lanes of {steps} steps")
@@ -67,7 +71,7 @@ class Characters:
         self.features = (Feature(name="character", width=width),)
         self.outputs = tuple(Output(name=character) for character in self.classes)
         self.feedback = (Feedback(source="class", feature="character"),)
-        self.description = f"{path or 'pydoc_data.topics'}: {len(text)} characters, {len(self.classes)} different ones"
+        self.description = f"{path or 'pydoc_data.topics'}: {len(text)} characters, {len(self.classes)} classes"
 
     def batches(self, split: Split, epoch: int = 0) -> Iterator[Batch]:
         """See `Source.batches`. The split's last few characters, fewer than there are lanes, are left out."""
