@@ -76,7 +76,8 @@ class Link(WebSocketsSansIOProtocol):
         """
         self._handler, self._stall_s = handler, stall_s
         self.stop_keepalive()  # uvicorn's own: it does not know when reading is paused
-        self._beat()
+        if self.ping_interval:
+            self._beats = self.loop.call_later(self.ping_interval, self._beat)
         self.transport.resume_reading()
 
     async def closed(self) -> None:
@@ -210,14 +211,14 @@ class Link(WebSocketsSansIOProtocol):
 
     def _beat(self) -> None:
         """Ping; cut off a peer that was not heard of since the last one (but not where we do not listen)."""
-        if not self.ping_interval or self._closing:
+        if self._closing:
             return
         if not self._heard and not self._stopped:
             self.close(1011, "nothing was heard, not even a pong")
             return
         self._heard = False
         self.transport.write(framing.frame(framing.PING, b""))
-        self._beats = self.loop.call_later(self.ping_interval, self._beat)
+        self._beats = self.loop.call_later(cast(float, self.ping_interval), self._beat)
 
     def shutdown(self) -> None:
         """uvicorn stops: drain."""
