@@ -5,6 +5,7 @@ its adjective, "not", "never" and "hardly" turn that round, and the review is wh
 alone do not tell: their order does.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from stepcast.manifest import Output
 from ..data.in_memory import InMemory
 from ..data.source import SPLITS
 from ..data.tokens import Line, examples, tokens_of, word_feature
-from ..data.word_vectors import learn_word_vectors, read_word_vectors
+from ..data.word_vectors import WordVectors, learn_word_vectors, read_word_vectors, write_word_vectors
 
 GOOD = ("good", "great", "bright", "sharp", "fast", "solid", "lovely", "superb", "quiet", "handy", "light", "smooth")
 BAD = ("bad", "awful", "dim", "blurry", "slow", "flimsy", "ugly", "dreadful", "noisy", "clumsy", "heavy", "rough")
@@ -33,7 +34,8 @@ class Reviews(InMemory):
         batch: Reviews per batch.
         seed: Of the reviews, of their order, and of the vectors if they are learned.
         root: What `vectors` is relative to.
-        vectors: A word2vec file; None learns vectors from the training reviews.
+        vectors: A word2vec file; None learns vectors from the training reviews. The recipe's was made so:
+            `write_vectors(Path("training/recipes/reviews.vec"))`.
         size: Numbers per vector, if they are learned.
         train: Reviews to train on.
         validation: Reviews to validate with.
@@ -57,10 +59,7 @@ class Reviews(InMemory):
         rng = np.random.default_rng([seed, 2013])
         counts = dict(zip(SPLITS, (train, validation, test), strict=True))
         lines = {split: [review(rng) for _ in range(count)] for split, count in counts.items()}
-        if vectors is None:
-            words = learn_word_vectors([tokens_of(text) for _, text in lines["train"]], size, seed)
-        else:
-            words = read_word_vectors(root / vectors)
+        words = _learn(lines["train"], size, seed) if vectors is None else read_word_vectors(root / vectors)
         super().__init__(
             splits={split: examples(some, words, CLASSES, 64) for split, some in lines.items()},
             features=(word_feature(words),),
@@ -73,6 +72,16 @@ class Reviews(InMemory):
             bucket=bucket,
             description=f"{train} made-up reviews with {len(words.words)} word vectors",
         )
+
+
+def write_vectors(path: Path, *, seed: int = 1, size: int = 16, reviews: int = 3000) -> None:
+    """Learn vectors from reviews of their own and write them in word2vec's text format."""
+    rng = np.random.default_rng([seed, 2013])
+    write_word_vectors(path, _learn([review(rng) for _ in range(reviews)], size, seed))
+
+
+def _learn(lines: Sequence[Line], size: int, seed: int) -> WordVectors:
+    return learn_word_vectors([tokens_of(text) for _, text in lines], size, seed)
 
 
 def review(rng: np.random.Generator) -> Line:
