@@ -1,7 +1,9 @@
 """What /docs and /openapi.json say about each route of /v1; the handlers take raw requests."""
 
 import re
-from typing import Any, Final
+from typing import Annotated, Any, Final
+
+from fastapi import Path
 
 _NUMBER: Final = {"anyOf": [{"type": "number"}, {"type": "null"}]}
 _FLAG: Final = {"anyOf": [{"type": "integer", "enum": [0, 1]}, {"type": "boolean"}]}
@@ -34,6 +36,12 @@ def _maybe(schema: dict[str, Any]) -> dict[str, Any]:
 _SHAPE: Final = _maybe({"type": "array", "items": {"type": "integer"}})
 _FORMAT: Final = {"type": "string", "enum": ["NWC", "NCW"], "default": "NWC"}
 _ID: Final = {"type": "string", "pattern": "^[A-Za-z0-9._:@~-]{1,256}$"}
+
+Model = Annotated[str, Path(description="name of a served model")]
+Session = Annotated[str, Path(description="1 to 256 of letters, digits and ._:@~-", json_schema_extra=_ID)]
+Layer = Annotated[str, Path(description="name of a state layer, as GET state has it")]
+Version = Annotated[int, Path(ge=1)]
+
 _STATE: Final = {
     "type": "object",
     "description": "layer, then key: [N, H]",
@@ -98,7 +106,7 @@ _BODIES: Final[dict[tuple[str, str], dict[str, Any]]] = {
     ),
     ("POST", "/models/{model}/sessions/{session}/fork"): _object({"to": _maybe(_ID)}),
     ("POST", "/models/{model}/sessions/{session}/checkpoints"): _object({"name": _maybe(_ID)}),
-    ("POST", "/models/{model}/sessions/{session}/rewind"): _object({"to": {"type": "string"}}, ("to",)),
+    ("POST", "/models/{model}/sessions/{session}/rewind"): _object({"to": _ID}, ("to",)),
     ("POST", "/models/{model}/sessions/{session}/rollout"): _object(
         {
             "steps": _COUNT,
@@ -187,13 +195,6 @@ _QUERIES: Final[dict[tuple[str, str], list[tuple[str, dict[str, Any], str]]]] = 
 }
 
 _TAGGED: Final = ("PUT", "DELETE")
-_PATHS: Final = {
-    "model": {"type": "string"},
-    "session": _ID,
-    "layer": {"type": "string"},
-    "version": {"type": "integer", "minimum": 1},
-}
-
 PROBLEM_SCHEMA: Final = _object(
     {
         "type": {"type": "string"},
@@ -215,16 +216,16 @@ def operation_id(method: str, path: str) -> str:
 
 
 def describe(method: str, path: str, text: str) -> dict[str, Any]:
-    """Keyword arguments for add_api_route: body, answers, errors and query parameters of a route."""
+    """Keyword arguments for add_api_route: body, answers, errors, query and header parameters of a route.
+
+    Path parameters are in the handlers' signatures, as Model, Session, Layer and Version.
+    """
     extra: dict[str, Any] = {}
     body = _BODIES.get((method, path))
     if body is not None:
         content = {"application/json": {"schema": body}, "application/msgpack": {"schema": {"type": "string"}}}
         extra["requestBody"] = {"required": bool(body.get("required")), "content": content}
     extra["parameters"] = [
-        {"name": name, "in": "path", "required": True, "schema": _PATHS[name]} for name in re.findall(r"{(\w+)}", path)
-    ]
-    extra["parameters"] += [
         {"name": name, "in": "query", "required": False, "schema": schema, "description": what}
         for name, schema, what in _QUERIES.get((method, path), [])
     ]

@@ -122,7 +122,7 @@ class Rest:
         accepted = answer_type(headers, kind)
         return wire.encode({"outputs": outputs, "steps": steps, "errors": errors}, accepted), accepted
 
-    async def predict(self, request: Request, model: str) -> Response:
+    async def predict(self, request: Request, model: openapi.Model) -> Response:
         """The stateless full forward pass over whole sequences (output())."""
         headers, kind, _ = self._open(request, "step")
         version = _number(request, "version", None)
@@ -167,19 +167,19 @@ class Rest:
             "description": live.manifest.description,
         }
 
-    async def model(self, request: Request, model: str) -> Response:
+    async def model(self, request: Request, model: openapi.Model) -> Response:
         """The live version's manifest, with the versions there are."""
         headers, kind, _ = self._open(request, "read")
         manifest = self.repository.live(model).manifest
         versions = self.repository.versions(model)
         return self._respond({**_plain(manifest), "versions": versions}, headers, kind)
 
-    async def version(self, request: Request, model: str, version: int) -> Response:
+    async def version(self, request: Request, model: openapi.Model, version: openapi.Version) -> Response:
         """One version's manifest."""
         headers, kind, _ = self._open(request, "read")
         return self._respond(_plain(self.repository.require(model, version).manifest), headers, kind)
 
-    async def retire(self, request: Request, model: str, version: int) -> Response:
+    async def retire(self, request: Request, model: openapi.Model, version: openapi.Version) -> Response:
         """Stop serving a version; refused while sessions hold it, unless ?force=true."""
         headers, kind, _ = self._open(request, "admin")
         force = request.query_params.get("force", "false").lower() in ("1", "true", "yes")
@@ -187,7 +187,7 @@ class Rest:
 
     # --- sessions -----------------------------------------------------------------------------------------------
 
-    async def create(self, request: Request, model: str) -> Response:
+    async def create(self, request: Request, model: openapi.Model) -> Response:
         """Create a session."""
         headers, kind, principal = self._open(request, "step")
         body = await self._body(request)
@@ -195,7 +195,7 @@ class Rest:
         address, record = await self.states.create(principal.namespace, model, asked)
         return self._respond(self.states.info(address, record), headers, kind, 201, record)
 
-    async def list_sessions(self, request: Request, model: str) -> Response:
+    async def list_sessions(self, request: Request, model: openapi.Model) -> Response:
         """Ids of sessions, a page at a time."""
         headers, kind, principal = self._open(request, "read")
         query = request.query_params
@@ -205,20 +205,22 @@ class Rest:
         )
         return self._respond({"sessions": found, "cursor": cursor or None}, headers, kind)
 
-    async def info(self, request: Request, model: str, session: str) -> Response:
+    async def info(self, request: Request, model: openapi.Model, session: openapi.Session) -> Response:
         """A session's step, examples, version, size and times."""
         headers, kind, principal = self._open(request, "read")
         address = self._address(principal, model, session)
         record = await self.states.exists(address)
         return self._respond(self.states.info(address, record), headers, kind, 200, record)
 
-    async def end(self, request: Request, model: str, session: str) -> Response:
+    async def end(self, request: Request, model: openapi.Model, session: openapi.Session) -> Response:
         """End and forget a session."""
         _, _, principal = self._open(request, "step")
         await self.states.end(self._address(principal, model, session), _if_match(request))
         return Response(status_code=204)
 
-    async def get_state(self, request: Request, model: str, session: str, layer: str | None = None) -> Response:
+    async def get_state(
+        self, request: Request, model: openapi.Model, session: openapi.Session, layer: str | None = None
+    ) -> Response:
         """The state of all layers, or of one (rnnGetPreviousState)."""
         headers, kind, principal = self._open(request, "read")
         address = self._address(principal, model, session)
@@ -230,7 +232,9 @@ class Rest:
             return Response(data, 200, {"etag": etag(view.record)}, accepted)
         return self._respond(answer, headers, kind, 200, view.record)
 
-    async def put_state(self, request: Request, model: str, session: str, layer: str | None = None) -> Response:
+    async def put_state(
+        self, request: Request, model: openapi.Model, session: openapi.Session, layer: str | None = None
+    ) -> Response:
         """Set the state of all layers, or of one (rnnSetPreviousState)."""
         headers = _headers(request)
         kind = request_type(headers, files=layer is None)
@@ -248,14 +252,14 @@ class Rest:
             record = await self.states.put_layer(address, layer, asked, match)
         return self._respond(self.states.info(address, record), headers, kind, 200, record)
 
-    async def clear_state(self, request: Request, model: str, session: str) -> Response:
+    async def clear_state(self, request: Request, model: openapi.Model, session: openapi.Session) -> Response:
         """Forget the state (rnnClearPreviousState)."""
         headers, kind, principal = self._open(request, "step")
         address = self._address(principal, model, session)
         record = await self.states.clear(address, _if_match(request))
         return self._respond(self.states.info(address, record), headers, kind, 200, record)
 
-    async def fork(self, request: Request, model: str, session: str) -> Response:
+    async def fork(self, request: Request, model: openapi.Model, session: openapi.Session) -> Response:
         """A child with the same state."""
         headers, kind, principal = self._open(request, "step")
         body = await self._body(request)
@@ -263,7 +267,7 @@ class Rest:
         child, record = await self.states.fork(self._address(principal, model, session), asked.to)
         return self._respond(self.states.info(child, record), headers, kind, 201, record)
 
-    async def checkpoint(self, request: Request, model: str, session: str) -> Response:
+    async def checkpoint(self, request: Request, model: openapi.Model, session: openapi.Session) -> Response:
         """Name the session as it is now."""
         headers, kind, principal = self._open(request, "step")
         body = await self._body(request)
@@ -271,13 +275,13 @@ class Rest:
         made = await self.states.checkpoint(self._address(principal, model, session), asked.name)
         return self._respond(made, headers, kind, 201)
 
-    async def checkpoints(self, request: Request, model: str, session: str) -> Response:
+    async def checkpoints(self, request: Request, model: openapi.Model, session: openapi.Session) -> Response:
         """A session's checkpoints."""
         headers, kind, principal = self._open(request, "read")
         found = await self.states.checkpoints(self._address(principal, model, session))
         return self._respond({"checkpoints": found}, headers, kind)
 
-    async def rewind(self, request: Request, model: str, session: str) -> Response:
+    async def rewind(self, request: Request, model: openapi.Model, session: openapi.Session) -> Response:
         """Go back to a checkpoint."""
         headers, kind, principal = self._open(request, "step")
         asked = wire.decode(await self._body(request), wire.RewindBody, kind)
@@ -285,7 +289,7 @@ class Rest:
         record = await self.states.rewind(address, asked.to, _if_match(request))
         return self._respond(self.states.info(address, record), headers, kind, 200, record)
 
-    async def rollout(self, request: Request, model: str, session: str) -> Response:
+    async def rollout(self, request: Request, model: openapi.Model, session: openapi.Session) -> Response:
         """Run free, feeding predictions back."""
         headers, kind, principal = self._open(request, "step")
         asked = wire.decode(await self._body(request), wire.RolloutBody, kind)
@@ -340,29 +344,33 @@ class Rest:
                 **openapi.describe(method, path, handler.__doc__ or ""),
             )
 
-        async def step(request: Request, model: str, session: str) -> Response:
+        async def step(request: Request, model: openapi.Model, session: openapi.Session) -> Response:
             """Advance a session by one or more steps (rnnTimeStep)."""
             data, kind = await self.step(model, session, _headers(request), await self._body(request))
             return Response(data, 200, None, kind)
 
-        async def step_many(request: Request, model: str) -> Response:
+        async def step_many(request: Request, model: openapi.Model) -> Response:
             """Advance many sessions by one step each."""
             data, kind = await self.step_many(model, _headers(request), await self._body(request))
             return Response(data, 200, None, kind)
 
-        async def get_layer(request: Request, model: str, session: str, layer: str) -> Response:
+        async def get_layer(
+            request: Request, model: openapi.Model, session: openapi.Session, layer: openapi.Layer
+        ) -> Response:
             """The state of one layer (rnnGetPreviousState)."""
             return await self.get_state(request, model, session, layer)
 
-        async def put_layer(request: Request, model: str, session: str, layer: str) -> Response:
+        async def put_layer(
+            request: Request, model: openapi.Model, session: openapi.Session, layer: openapi.Layer
+        ) -> Response:
             """Set the state of one layer (rnnSetPreviousState)."""
             return await self.put_state(request, model, session, layer)
 
-        async def get_state(request: Request, model: str, session: str) -> Response:
+        async def get_state(request: Request, model: openapi.Model, session: openapi.Session) -> Response:
             """The state of all layers (rnnGetPreviousState)."""
             return await self.get_state(request, model, session)
 
-        async def put_state(request: Request, model: str, session: str) -> Response:
+        async def put_state(request: Request, model: openapi.Model, session: openapi.Session) -> Response:
             """Set the state of all layers (rnnSetPreviousState)."""
             return await self.put_state(request, model, session)
 

@@ -211,6 +211,8 @@ def decode(body: bytes, kind: type[B], content_type: str) -> B:
         decoded: B = _decoder(kind, content_type).decode(body)
         return decoded
     except msgspec.ValidationError as error:
+        if content_type == JSON and "got `float`" in str(error):
+            return _lenient(body, kind, error)
         raise InvalidRequest(str(error)) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         if content_type == JSON:
@@ -224,7 +226,10 @@ def _decoder(kind: type[msgspec.Struct], content_type: str) -> Any:
 
 
 def _lenient(body: bytes, kind: type[B], first: Exception) -> B:
-    """JSON with NaN and Infinity, as Python's json writes it: NaN is a missing reading, infinity is refused."""
+    """JSON with NaN and Infinity, as Python's json writes it, and with integers such as 5.0, as others do.
+
+    NaN is a missing reading, infinity is refused.
+    """
     try:
         plain = json.loads(body, parse_constant=_constant, parse_float=_finite)
         return msgspec.json.decode(msgspec.json.encode(plain), type=kind)
@@ -257,7 +262,8 @@ def _finite(text: str) -> float:
     value = float(text)
     if math.isinf(value):
         raise NonFinite(f"the body has {text[:32]}, inputs are finite numbers or null")
-    return value
+    whole = abs(value) <= 2**53 and value.is_integer() and not text.startswith("-")
+    return int(value) if whole else value
 
 
 def step_inputs(body: StepBody, content_type: str, manifest: Manifest, steps_limit: int) -> Inputs:
