@@ -31,6 +31,7 @@ from .rest import Rest, problem
 from .sessions import Sessions
 from .settings import Settings
 from .states import States
+from .store.behind import BehindStore
 from .store.urls import StoreOptions, open_store
 from .telemetry import Metrics, log
 from .websocket import WebSocketDoor
@@ -77,6 +78,8 @@ class Server:
             ManifestError: there is no model to serve. StoreUnavailable: the store can not be opened.
         """
         await self.store.open()
+        if self.store.volatile:
+            log.warning("store %s is volatile: a restart forgets every session", self.settings.store)
         await asyncio.to_thread(self.repository.scan)
         if not self.repository.names():
             raise ManifestError(f"no model in {str(self.settings.models)!r} can be served: {self.repository.failures}")
@@ -153,6 +156,8 @@ class Server:
 
     async def _metrics(self) -> Response:
         self.sessions.gauge()
+        if isinstance(self.store, BehindStore):
+            self.metrics.dropped.set(self.store.dropped)
         return Response(self.metrics.text(), media_type=telemetry.CONTENT_TYPE)
 
     async def _on_ours(self, _: Request, error: Exception) -> Response:

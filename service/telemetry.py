@@ -50,6 +50,11 @@ class Metrics:
         self.waiting = Gauge("stepcast_waiting_steps", "Step calls accepted and not answered.", registry=self.registry)
         self.hot = Gauge("stepcast_hot_sessions", "Sessions kept ready in this process.", registry=self.registry)
         self.hot_bytes = Gauge("stepcast_hot_bytes", "Memory of those sessions, about.", registry=self.registry)
+        self.dropped = Gauge(
+            "stepcast_dropped_sessions",
+            "At durability 'interval': sessions whose unwritten steps were lost to another writer.",
+            registry=self.registry,
+        )
         self.sockets = Gauge("stepcast_open_websockets", "WebSocket connections.", registry=self.registry)
         self.ready = Gauge("stepcast_ready", "1 while the server takes requests.", registry=self.registry)
 
