@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -70,19 +71,22 @@ class Process:
     def __init__(self, store: str, *arguments: str, models: Path = MODELS, port: int = 0, **env: str) -> None:
         command = [sys.executable, "-m", "service", "serve", "--models", str(models), "--store", store]
         environ = {**os.environ, **{f"STEPCAST_{k.upper()}": v for k, v in env.items()}, "PYTHONUNBUFFERED": "1"}
+        errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - the process writes to it as long as it lives
         self.process = subprocess.Popen(
             [*command, "--port", str(port), *arguments],
             cwd=ROOT,
             env=environ,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=errors,
             text=True,
         )
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if "http://" not in line:
             self.kill()
-            raise RuntimeError(f"the server did not start: {line!r}")
+            errors.seek(0)
+            raise RuntimeError(f"the server did not start: {errors.read()[-2000:]}")
+        errors.close()
         self.url = line[line.index("http://") :].strip()
 
     def kill(self) -> None:

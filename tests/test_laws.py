@@ -118,7 +118,7 @@ def test_law1_stepping_equals_one_call_equals_torch(
 ) -> None:
     """Stepping T times, in blocks, and in one call give torch's outputs and final states."""
     script, arrays = opened(model), golden(model)
-    for row, length in rows_of(model):
+    for row, length in (rows_of(model)[0], rows_of(model)[-2]):  # one that goes on, one that begins
         session = f"{name}-{row}"
         script.put(session, shaped(recorded(model, "state_in", row), model))
         x, parts = arrays["x"][row : row + 1, :length], []
@@ -283,7 +283,7 @@ def test_law4_killed_between_steps_a_session_goes_on(
     row, length = max(rows_of(KIND), key=lambda pair: pair[1])
     x, parts = arrays["x"][row : row + 1, :length], []
     for step in range(length):
-        process = spawn(url) if step % 3 == 0 else process  # noqa: F821
+        process = spawn(url) if step % 4 == 0 else process  # noqa: F821
         door = HttpDoor(process.url, KIND, packed=False)
         script = Script(door)
         if step == 0:
@@ -296,7 +296,7 @@ def test_law4_killed_between_steps_a_session_goes_on(
         if step == length - 1:
             states_close(script.state(name), recorded(KIND, "state_out", row), KIND)
         door.close()
-        if step % 3 == 2:
+        if step % 4 == 3:
             process.kill()
     close(np.concatenate(parts), arrays["y"][row, :length], KIND)
 
