@@ -110,7 +110,7 @@ def test_resumed_run_equals_an_unbroken_one_bit_for_bit(tmp_path: Path) -> None:
         echo_network(layers), echo_source(), training(epochs=5, **config), seed=3, directory=tmp_path / "b"
     )
     for _ in range(2):
-        loss = broken._epoch(broken.history.epoch, Progress.silent())
+        loss = broken.epoch(broken.history.epoch, Progress.silent())
         broken._note(loss, broken.validate("validation") or loss)
     torch.rand(7)  # whatever else draws random numbers in between
     resumed, resumed_history = fit(echo_source(), tmp_path / "b", layers=layers, epochs=5, resume=True, **config)

@@ -95,14 +95,14 @@ class Trainer:
             self._resume(self.directory)
         while self.history.epoch < self.config.epochs and not self._out_of_patience():
             started = time.monotonic()
-            train_loss = self._epoch(self.history.epoch, progress)
+            train_loss = self.epoch(self.history.epoch, progress)
             validation_loss = self.validate("validation")
             self._note(train_loss, train_loss if validation_loss is None else validation_loss)
             progress.epoch(self.history.epoch, train_loss, validation_loss, time.monotonic() - started)
         self._take_best()
         return self.history
 
-    def _epoch(self, epoch: int, progress: Progress) -> float:
+    def epoch(self, epoch: int, progress: Progress) -> float:
         """One pass over the training data: truncated backpropagation through time. Returns the mean loss."""
         config = self.config
         self.network.train()

@@ -1,0 +1,137 @@
+"""How fast training is: against a bare torch loop, peepholes against none, bucketed lengths against padded ones.
+
+`python -m benchmarks` prints these ratios. Rivals take turns, so that a busy machine slows both; the fastest turn of
+each counts.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stepcast.manifest import Feature, Output
+
+from .config import TrainingConfig
+from .data.in_memory import Examples, InMemory
+from .layers.specs import GravesLstmSpec, LstmSpec, RnnOutputSpec
+from .network import Network
+from .progress import Progress
+from .train import Trainer
+
+SYMBOLS, UNITS, ROWS, STEPS, SEGMENT = 64, 200, 32, 200, 50  # of a small character model
+CLIP, RATE = 1.0, 1e-3
+
+
+def compare(quick: bool = False) -> dict[str, float]:
+    """Ratios by what they compare; above 1, the first is faster.
+
+    Args:
+        quick: Fewer turns, to see that it runs.
+    """
+    turns = 2 if quick else 10
+    source = _symbols()
+    ours, bare = _epoch("lstm", source), _bare_epoch(source)
+    peepholes, one_layer = _epoch("graves_lstm", source, layers=1), _epoch("lstm", source, layers=1)
+    padded, bucketed = (_epoch("lstm", _lengths(bucket, quick), layers=1) for bucket in (0, 16))
+    return {
+        "LSTM with TBPTT / bare torch.nn.LSTM loop (wanted: 0.95)": _faster(ours, bare, turns),
+        "GravesLSTM / LSTM (wanted: 0.6)": _faster(peepholes, one_layer, turns),
+        "length-bucketed epoch / padded epoch (wanted: 1.5)": _faster(bucketed, padded, max(2, turns // 3)),
+    }
+
+
+def _faster(one: Callable[[], Any], other: Callable[[], Any], turns: int) -> float:
+    """How many times faster `one` is than `other`, both warm."""
+    seconds: dict[int, list[float]] = {0: [], 1: []}
+    for turn in range(turns + 1):
+        for which, run in enumerate((one, other)):
+            started = time.process_time()
+            run()
+            if turn:  # the first turn warms up
+                seconds[which].append(time.process_time() - started)
+    return round(min(seconds[1]) / min(seconds[0]), 3)
+
+
+def _symbols() -> InMemory:
+    """One batch of one-hot symbols; the label is the next one."""
+    symbols = np.random.default_rng(0).integers(0, SYMBOLS, (ROWS, STEPS + 1))
+    one_hot = np.eye(SYMBOLS, dtype=np.float32)[symbols]
+    return _source(Examples(list(one_hot[:, :-1]), list(one_hot[:, 1:])))
+
+
+def _lengths(bucket: int, quick: bool) -> InMemory:
+    """Sequences of 5 to 400 steps, most of them short, as sentences are."""
+    random = np.random.default_rng(0)
+    lengths = np.clip(random.lognormal(3.5, 0.9, 128 if quick else 512).astype(int), 5, 400)
+    one_hot = [np.eye(SYMBOLS, dtype=np.float32)[random.integers(0, SYMBOLS, n + 1)] for n in lengths]
+    return _source(Examples([s[:-1] for s in one_hot], [s[1:] for s in one_hot]), bucket)
+
+
+def _source(examples: Examples, bucket: int = 0) -> InMemory:
+    classes = tuple(f"symbol {i}" for i in range(SYMBOLS))
+    return InMemory(
+        splits={"train": examples},
+        features=(Feature(name="symbol", width=SYMBOLS),),
+        outputs=tuple(Output(name=name) for name in classes),
+        task="classification",
+        classes=classes,
+        batch=ROWS,
+        seed=0,
+        alignment="start",
+        bucket=bucket,
+    )
+
+
+def _epoch(kind: str, source: InMemory, layers: int = 2) -> Callable[[], float]:
+    """One epoch of ours: two layers, clipping, Adam."""
+    spec = (
+        GravesLstmSpec(kind="graves_lstm", units=UNITS) if kind == "graves_lstm" else LstmSpec(kind="lstm", units=UNITS)
+    )
+    network = Network.of([spec] * layers + [RnnOutputSpec(kind="rnn_output")], source)
+    config = TrainingConfig(
+        backprop="truncated",
+        tbptt_forward=SEGMENT,
+        gradient="clip_global_norm",
+        gradient_threshold=CLIP,
+        learning_rate=RATE,
+    )
+    trainer, silent = Trainer(network, source, config), Progress.silent()
+    return lambda: trainer.epoch(0, silent)
+
+
+class _Bare(nn.Module):
+    """What one would write without this package."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(SYMBOLS, UNITS, num_layers=2, batch_first=True)
+        self.out = nn.Linear(UNITS, SYMBOLS)
+
+    def forward(self, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        h, state = self.lstm(x, state)
+        return self.out(h), state
+
+
+def _bare_epoch(source: InMemory) -> Callable[[], None]:
+    """The same batch, segments, clipping and optimiser in a bare loop."""
+    net = _Bare()
+    optimiser = torch.optim.Adam(net.parameters(), RATE)
+
+    def run() -> None:
+        for batch in source.batches("train"):
+            labels = batch.y.argmax(dim=2)
+            state = torch.zeros(2, ROWS, UNITS), torch.zeros(2, ROWS, UNITS)
+            for start in range(0, STEPS, SEGMENT):
+                part = slice(start, start + SEGMENT)
+                optimiser.zero_grad(set_to_none=True)
+                z, (h, c) = net(batch.x[:, part], state)
+                F.cross_entropy(z.flatten(0, 1), labels[:, part].flatten()).backward()  # type: ignore[no-untyped-call]
+                nn.utils.clip_grad_norm_(net.parameters(), CLIP)
+                optimiser.step()
+                state = h.detach(), c.detach()
+
+    return run
