@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
@@ -206,17 +207,17 @@ def forecasts(stream: Stream, month: Month) -> Iterator[tuple[int, Floats]]:
 def hour_table(month: Month, hour: int, forecast: Floats) -> Group:
     """One hour's forecast against what came."""
     when = month.hours[hour] + np.timedelta64(1, "h")
-    table = Table(title=f"{str(when).replace('T', ' ')}:00 UTC  forecast / truth", width=WIDTH)
+    table = Table(title=f"{str(when).replace('T', ' ')}:00 UTC  forecast / truth", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("airport")
     for name, unit in zip(month.targets, month.units, strict=True):
-        table.add_column(f"{name} ({unit})", justify="right")
+        table.add_column(f"{name}\n{unit}", justify="right")
     for row, airport in enumerate(month.airports):
         cells = [f"{number(f)} / {number(t)}" for f, t in zip(forecast[row], month.truth[row, hour], strict=True)]
         table.add_row(airport, *cells)
     done = (hour + 1 - WARM_UP_HOURS) / (len(month.hours) - WARM_UP_HOURS)
     bar = "━" * round(40 * done)
     steps = hour + 1
-    return Group(table, Text(f"{bar:<40} step {steps} of session {SESSION!r}: 3 examples, one state each"))
+    return Group(table, Text(f"{bar:<40} step {steps} of {SESSION!r}"))
 
 
 def number(value: Any) -> str:
@@ -228,9 +229,9 @@ def skill_table(month: Month, score: Score) -> Table:
     """Forecast against truth over the whole replay, beside persistence."""
     ours, theirs = score.rmse()
     table = Table(
-        title=f"{len(score.forecast)} hours, {len(month.airports)} airports: next hour's forecast", width=WIDTH
+        title=f"{len(score.forecast)} hours, {len(month.airports)} airports: next hour's forecast", box=SIMPLE_HEAD
     )
-    for name in ("target", "RMSE of the forecast", "RMSE of persistence", "ratio", "skill"):
+    for name in ("target", "RMSE, forecast", "RMSE, persistence", "ratio", "skill"):
         table.add_column(name, justify="left" if name == "target" else "right")
     ratios = ours / theirs
     for i, (name, unit) in enumerate(zip(month.targets, month.units, strict=True)):
