@@ -11,6 +11,7 @@ from rich.console import Console
 from sklearn import metrics as sk
 
 from stepcast.manifest import Output
+from training.data.batch import Batch
 from training.metrics import (
     ClassificationMetrics,
     ClassificationResult,
@@ -18,7 +19,7 @@ from training.metrics import (
     RegressionResult,
     metrics_for,
 )
-from training.report import Forecast, print_report, write_report
+from training.report import Forecast, forecast_of, print_report, write_report
 
 CLASSES = ("a", "b", "c", "d")
 
@@ -258,3 +259,15 @@ def test_forecast_is_drawn_with_gaps(tmp_path: Path) -> None:
     assert [path.name for path in paths] == ["metrics.json", "forecast.png", "report.html"]
     assert paths[1].read_bytes().startswith(b"\x89PNG")
     assert json.loads(paths[0].read_text())["average"]["mae"] == 0
+
+
+@pytest.mark.parametrize("per_output", [False, True])
+def test_forecast_is_the_longest_row_with_gaps_where_nothing_counts(per_output: bool) -> None:
+    """Row 1 has two labels, row 0 has one; masks per step and per output."""
+    y = torch.arange(12.0).reshape(2, 3, 2)
+    mask = torch.tensor([[True, False, False], [True, False, True]])
+    batch = Batch(y, y, y_mask=mask[..., None].expand(2, 3, 2) if per_output else mask)
+    forecast = forecast_of((Output(name="t", unit="K"), Output(name="u")), batch, y.numpy() + 1)
+    assert forecast.names == ("t [K]", "u")
+    np.testing.assert_array_equal(forecast.actual, [[6, 7], [np.nan, np.nan], [10, 11]])
+    np.testing.assert_array_equal(forecast.predicted, [[7, 8], [np.nan, np.nan], [11, 12]])

@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+import yaml
 from serving import running
 
 from service.runtime import Runtime
@@ -149,6 +150,46 @@ def _greedy(directory: Path, manifest: Manifest, prompt: list[list[list[float]]]
         y, states = stepper.run(y[:, -1:].argmax(2).astype(np.float32)[..., None], np.ones(1, np.int32), states)
         text += (manifest.classes or ())[int(y[0, -1].argmax())]
     return text
+
+
+def test_numbered_files_are_trained_on_exported_and_reported(tmp_path: Path) -> None:
+    """The documents' many-to-one layout from end to end: a label file of one row beside each series, a header each."""
+    rng = np.random.default_rng(0)
+    for number in range(60):
+        slope = rng.uniform(-1, 1)
+        values = slope * np.arange(rng.integers(5, 12)) + 100
+        (tmp_path / f"x_{number}.csv").write_text("value\n" + "".join(f"{value:.4f}\n" for value in values))
+        (tmp_path / f"y_{number}.csv").write_text(f"slope\n{slope:.4f}\n")
+    files = {"features": "x_%d.csv", "labels": "y_%d.csv"}
+    recipe = {
+        "name": "slopes",
+        "data": {
+            "kind": "csv_sequences",
+            "task": "regression",
+            "alignment": "end",
+            "skip_rows": 1,
+            "output_names": ["slope"],
+            "bucket": 2,
+            "train": {**files, "numbers": [0, 39]},
+            "validation": {**files, "numbers": [40, 49]},
+            "test": {**files, "numbers": [50, 59]},
+        },
+        "network": [{"kind": "lstm", "units": 12}, {"kind": "rnn_output"}],
+        "training": {"epochs": 40, "batch": 8, "learning_rate": 0.02, "threads": 1},
+    }
+    path = tmp_path / "slopes.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    where = ["--out", str(tmp_path / "models"), "--runs", str(tmp_path / "runs")]
+    assert main(["train", str(path), *where]) == 0
+    manifest = read_manifest(tmp_path / "models" / "slopes" / "1")
+    assert manifest.readout == "last"
+    assert manifest.provenance.metrics["test"]["average"]["r2"] > 0.8
+    Runtime(tmp_path / "models" / "slopes" / "1", device="cpu").prove()
+    assert main(["evaluate", str(path), *where, "--report", str(tmp_path / "report")]) == 0
+    assert {file.name for file in (tmp_path / "report").iterdir()} == {"metrics.json", "forecast.png", "report.html"}
+    metrics = json.loads((tmp_path / "report" / "metrics.json").read_text())
+    assert metrics["columns"][0]["rows"] == 10
+    assert metrics["average"]["r2"] == pytest.approx(manifest.provenance.metrics["test"]["average"]["r2"])
 
 
 @pytest.mark.slow

@@ -11,17 +11,17 @@ import torch
 from rich.console import Console
 
 from stepcast.errors import ConfigError, ManifestError
-from stepcast.manifest import read_manifest
+from stepcast.manifest import Manifest, read_manifest
 
 from .config import Config, load
 from .data.source import Source
 from .data.table import TableSource
-from .evaluate import evaluate
+from .evaluate import answers, evaluate
 from .export import describe, load_weights, next_version, publish, stage, state_tensors
 from .network import Network
 from .parallel import join, leave
 from .progress import Progress
-from .report import print_report, write_report
+from .report import Forecast, forecast_of, print_report, write_report
 from .skill import Measurement, skill_table
 from .stepper import Stepper
 from .train import Trainer
@@ -147,8 +147,17 @@ def evaluate_model(job: Job) -> int:
         result = evaluate(stepper, job.source, job.arguments.split, streaming=manifest.streaming, summary=summary)
         print_report(result, job.console)
         if job.arguments.report:
-            write_report(job.arguments.report, result)
+            write_report(job.arguments.report, result, _forecast(job, stepper, manifest))
     return 0
+
+
+def _forecast(job: Job, stepper: Stepper, manifest: Manifest) -> Forecast | None:
+    """What is drawn of a regression: a series of the split's first batch."""
+    if manifest.task == "classification":
+        return None
+    summary = manifest.readout == "last"
+    found = answers(stepper, job.source, job.arguments.split, streaming=manifest.streaming, summary=summary)
+    return forecast_of(manifest.outputs, *next(found))
 
 
 def _measure(job: Job, stepper: Stepper, streaming: bool, summary: bool, plot: Path | None = None) -> dict[str, Any]:

@@ -13,11 +13,15 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from stepcast.manifest import Output
+
+from .data.batch import Batch
 from .metrics import MOST_CLASSES, ClassificationResult, ClassResult, ColumnResult, RegressionResult
 
 Result = ClassificationResult | RegressionResult
 COLUMN_FIELDS = ("rows", "mse", "mae", "rmse", "rse", "r2", "correlation")
 CLASS_FIELDS = ("rows", "precision", "recall", "f1", "roc_auc")
+MOST_STEPS = 500  # of a forecast; more can not be told apart on a page
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,22 @@ class Forecast:
     names: tuple[str, ...]
     predicted: NDArray[np.float64]
     actual: NDArray[np.float64]
+
+
+def forecast_of(outputs: Sequence[Output], batch: Batch, predicted: NDArray[np.float32]) -> Forecast:
+    """The stretch of a batch's longest row, at most `MOST_STEPS` of it, with gaps where nothing counts.
+
+    Args:
+        outputs: For their names and units.
+        batch: As the source gave it.
+        predicted: (B, T, O).
+    """
+    shape = (*batch.y.shape[:2], 1)
+    present = np.ones(shape, np.bool_) if batch.y_mask is None else batch.y_mask.numpy().reshape(*shape[:2], -1)
+    row = int(present.any(axis=2).sum(axis=1).argmax())
+    names = tuple(f"{output.name} [{output.unit}]" if output.unit else output.name for output in outputs)
+    both = (np.where(present[row], values[row], np.nan)[:MOST_STEPS] for values in (predicted, batch.y.numpy()))
+    return Forecast(names, *(values.astype(np.float64) for values in both))
 
 
 def print_report(result: Result, console: Console) -> None:
