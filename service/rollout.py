@@ -106,7 +106,7 @@ class _Feed:
             absent = np.isnan(x[:, cut]).all(axis=1)
             if not absent.any():
                 continue
-            if last is None:
+            if last is None or np.isnan(last[absent]).any():
                 raise NoFeedback(
                     f"there is no last answer to feed {link.feature!r} at step {step}. Step the session first, or "
                     "give the first step's inputs.",
@@ -163,10 +163,21 @@ def _known(body: wire.RolloutBody, content_type: str, manifest: Manifest, rows: 
 
 
 def _last_outputs(record: Record, rows: int) -> Floats | None:
-    if not record.answers:
-        return None
-    answer = records.decode_answer(record.answers[-1])
-    return np.frombuffer(answer.outputs, np.float32).reshape(rows, answer.steps, -1)[:, -1].copy()
+    """Each row's last kept output (N, O), NaN where all were masked; None where no answer is kept."""
+    last: Floats | None = None
+    for entry in reversed(record.answers):
+        answer = records.decode_answer(entry)
+        y = np.frombuffer(answer.outputs, np.float32).reshape(rows, answer.steps, -1)
+        if last is None:
+            last = y[:, -1].copy()
+        if y.shape[2] != last.shape[1]:  # of another model version
+            break
+        for t in range(answer.steps - 1, -1, -1):
+            masked = np.isnan(last).any(axis=1)
+            if not masked.any():
+                return last
+            last[masked] = y[masked, t]
+    return last
 
 
 def _digest(body: wire.RolloutBody, known: Floats) -> bytes:
