@@ -16,6 +16,7 @@ from training.data.characters import UNKNOWN, Characters
 from training.data.csv_sequences import CsvSequencesConfig
 from training.data.python_class import PythonConfig
 from training.data.source import SPLITS, Source
+from training.data.table import TableConfig
 from training.data.tokens import Tokens
 from training.data.word_vectors import WordVectors, learn_word_vectors, read_word_vectors, write_word_vectors
 from training.examples.control_charts import KINDS, ControlCharts, chart
@@ -269,13 +270,15 @@ def test_python_source_of_the_documents_works(tmp_path: Path, monkeypatch: pytes
 
 
 def test_configuration_of_the_documents_is_accepted() -> None:
-    """The YAML in docs/data.md is what the classes take, and its table names every key."""
+    """The YAML in docs/data.md is what the classes take, and its tables name every key."""
     text = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
     blocks = [yaml.safe_load(block)["data"] for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)]
-    kinds = {"csv_sequences": CsvSequencesConfig, "python": PythonConfig}
+    kinds = {"csv_sequences": CsvSequencesConfig, "table": TableConfig, "python": PythonConfig}
     assert {block["kind"] for block in blocks} == set(kinds)
     for block in blocks:
         kinds[block["kind"]].model_validate(block)
-    section = text[text.index("## csv_sequences") : text.index("### Alignment")]
-    missing = [key for key in CsvSequencesConfig.model_fields if not re.search(rf"\b{key}\b", section)]
-    assert missing == []
+    sections = {"csv_sequences": ("## csv_sequences", "### Alignment"), "table": ("## table", "## python")}
+    for kind, (start, end) in sections.items():
+        section = text[text.index(start) : text.index(end)]
+        missing = [key for key in kinds[kind].model_fields if not re.search(rf"\b{key}\b", section)]
+        assert missing == []
