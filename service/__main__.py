@@ -1,4 +1,4 @@
-"""python -m service serve | check: the commands of the server."""
+"""python -m service serve | check | import-onnx: the commands of the server."""
 
 import argparse
 import logging
@@ -16,6 +16,7 @@ from uvicorn.supervisors import Multiprocess
 from stepcast.errors import ConfigError, ManifestError, StepcastError
 
 from .app import create_app
+from .importer import import_onnx
 from .link import Link
 from .pipe import Pipe
 from .runtime import Runtime, placements
@@ -93,6 +94,24 @@ def check(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def take_in(arguments: argparse.Namespace) -> int:
+    """Take a foreign graph into the repository, and say how it was read."""
+    made = import_onnx(
+        Path(arguments.file), Path(arguments.models), arguments.name, arguments.version, arguments.manifest
+    )
+    manifest = made.manifest
+    print(f"{made.directory}: {manifest.n_features} features, {manifest.n_outputs} outputs")
+    for what, tensor in (("input", manifest.input), ("output", manifest.output)):
+        print(f"{what} {tensor.name!r}: batch axis {tensor.batch_axis}, time axis {tensor.time_axis}")
+    for state in manifest.states:
+        shape = ", ".join(map(str, state.shape))
+        print(
+            f"state {state.layer}.{state.key}: {state.input!r} -> {state.output!r}, [{shape}], axis {state.batch_axis}"
+        )
+    print("golden.npz was recorded from this graph: compare it with your training framework before you trust it")
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m service", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -107,6 +126,13 @@ def _parser() -> argparse.ArgumentParser:
     prove.add_argument("directory", metavar="MODEL_DIR")
     prove.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     prove.set_defaults(run=check)
+    take = commands.add_parser("import-onnx", help="take in a recurrent ONNX graph made by others")
+    take.add_argument("file", metavar="FILE")
+    take.add_argument("--name", required=True, help="the model's name")
+    take.add_argument("--version", type=int, help="default: the next free one")
+    take.add_argument("--models", default=str(fields["models"].default), help="model repository to write to")
+    take.add_argument("--manifest", type=Path, help="JSON of manifest fields that can not be guessed")
+    take.set_defaults(run=take_in)
     return parser
 
 

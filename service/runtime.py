@@ -32,6 +32,23 @@ _ORT_TYPES: Final = {
 
 
 @dataclass(frozen=True, slots=True)
+class Port:
+    """An input or output of a graph; axes of no fixed size have a name, or None."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str | None, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name!r} {self.dtype} [{', '.join(map(str, self.shape))}]"
+
+    @property
+    def fixed_rows(self) -> bool:
+        """Whether one axis at most is of no fixed size: a state's, not a sequence's."""
+        return sum(not isinstance(size, int) for size in self.shape) <= 1
+
+
+@dataclass(frozen=True, slots=True)
 class Proof:
     """What running golden.npz showed: the largest absolute errors."""
 
@@ -167,7 +184,7 @@ class Runtime:
         each = np.full(rows, steps, np.int32) if lengths is None else lengths
         y = np.zeros((rows, steps, self.manifest.n_outputs), np.float32)
         new = np.array(states)
-        stepwise = self.manifest.input.time_axis is None
+        stepwise = self.manifest.input.time_axis is None or self.manifest.output.time_axis is None
         spans = [(t, t + 1) for t in range(steps)] if stepwise else [(0, steps)]
         for start, stop in spans:
             for length in np.unique(each[each > start]):
@@ -212,6 +229,26 @@ def _open_session(path: Path, device: str, threads: int, profile: Path | None) -
     if device == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
         raise ManifestError(f"{path}: device is 'cuda', but onnxruntime fell back to {session.get_providers()}")
     return session
+
+
+def signature(path: Path) -> tuple[list[Port], list[Port]]:
+    """Inputs and outputs of a graph.
+
+    Raises:
+        ManifestError: onnxruntime can not load it.
+    """
+    session = _open_session(path, "cpu", 1, None)
+    names = {name: dtype for dtype, name in _ORT_TYPES.items()}
+
+    def port(given: Any) -> Port:
+        return Port(given.name, names.get(given.type, given.type), tuple(given.shape))
+
+    return [port(i) for i in session.get_inputs()], [port(o) for o in session.get_outputs()]
+
+
+def runtime_version() -> str:
+    """onnxruntime's version."""
+    return str(ort.__version__)
 
 
 def _check_signature(manifest: Manifest, session: ort.InferenceSession) -> None:
