@@ -58,9 +58,9 @@ class StepcastError(Exception):
         facts: The same facts as fields of the problem document.
     """
 
-    code: ClassVar[str] = "internal"
+    code: ClassVar[str] = "error"
     status: ClassVar[int] = 500
-    title: ClassVar[str] = "Internal error"
+    title: ClassVar[str] = "Error"
     close_code: ClassVar[int] = 1011
 
     def __init__(self, message: str, **facts: Any) -> None:

@@ -8,18 +8,21 @@ import math
 import os
 import re
 import subprocess
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from serving import ROOT, running
+from websockets.sync.client import connect
 
 from stepcast.errors import every_error
 
 pytestmark = pytest.mark.service
 
 README = ROOT / "README.md"
+PROTOCOL = ROOT / "docs" / "protocol.md"
 _BLOCK = re.compile(r"```console\n(.*?)```", re.DOTALL)
 _CHANGING = {"created_at", "used_at", "expires_at"}
 
@@ -47,6 +50,14 @@ def alike(got: Any, shown: Any) -> bool:
     return bool(got == shown)
 
 
+def frames(text: str) -> list[tuple[list[str], list[str]]]:
+    """(sent, shown answers) of every `frames` block."""
+    blocks = re.findall(r"```frames\n(.*?)```", text, re.DOTALL)
+    return [
+        tuple([line[2:] for line in block.splitlines() if line.startswith(arrow)] for arrow in "→←") for block in blocks
+    ]
+
+
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
     """A server on the committed models."""
@@ -68,6 +79,55 @@ def test_readme_commands_answer_what_readme_shows(url: str) -> None:
             README.write_text(text)
             continue
         assert alike(json.loads(answer), json.loads(shown)), f"{command}\n{answer}"
+
+
+def test_protocol_commands_answer_what_the_page_shows(url: str) -> None:
+    """Every curl example of docs/protocol.md works, and gives the answer below it where there is one."""
+    text = PROTOCOL.read_text()
+    variables = re.findall(r"^([MX]=.*?)(?:   #.*)?$", text, re.MULTILINE)
+    assert len(variables) == 2
+    examples = commands(text)
+    assert len(examples) >= 20
+    for command, shown in examples:
+        real = "\n".join(["set -o pipefail", *variables, command]).replace(
+            "localhost:8000", url.removeprefix("http://")
+        )
+        done = subprocess.run(["bash", "-c", real], capture_output=True, text=True, timeout=20, check=False)
+        assert done.returncode == 0, command
+        if os.environ.get("STEPCAST_UPDATE_DOCS") and shown:
+            text = text.replace(f"$ {command}\n{shown}\n", f"$ {command}\n{done.stdout.strip()}\n")
+            PROTOCOL.write_text(text)
+        elif shown:
+            assert alike(json.loads(done.stdout), json.loads(shown)), f"{command}\n{done.stdout}"
+
+
+def test_protocol_frames_are_answered_as_the_page_shows(url: str) -> None:
+    """Every block of frames, on a socket of its own."""
+    text = PROTOCOL.read_text()
+    (x,) = re.findall(r"^X='(.*?)'", text, re.MULTILINE)
+    for sent, shown in frames(text):
+        with connect(f"ws{url.removeprefix('http')}/v1/models/weather/stream") as socket:
+            for frame in sent:
+                socket.send(frame.replace(": X", f": {x}"))
+            answers = [json.loads(socket.recv(timeout=20)) for _ in sent]
+        by_id = {answer["id"]: answer for answer in answers}
+        assert [alike(by_id[json.loads(line)["id"]], json.loads(line)) for line in shown] == [True] * len(sent), answers
+
+
+def test_error_table_is_that_of_the_classes() -> None:
+    """Code and status of every class a caller can meet, once."""
+    rows = re.findall(r"^\| `(\w+)` \| (\d{3}) \|", PROTOCOL.read_text(), re.MULTILINE)
+    classes = {(error.code, str(error.status)) for error in every_error()}
+    assert len(rows) == len(set(rows))
+    assert set(rows) == classes
+
+
+def test_every_route_is_documented(url: str) -> None:
+    """Each path of the OpenAPI document stands in docs/protocol.md."""
+    with urllib.request.urlopen(f"{url}/openapi.json") as response:
+        paths = json.load(response)["paths"]
+    text = PROTOCOL.read_text()
+    assert [path for path in paths if f"{path}`" not in text and f"{path}?" not in text] == []
 
 
 def test_relative_links_of_documents_lead_somewhere() -> None:
