@@ -1,16 +1,18 @@
 """Training configurations: what is refused, and the path it is refused with."""
 
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 
 from stepcast.errors import ConfigError
 from stepcast.manifest import Feature, Output
-from training.config import Config, load
+from training.activations import ACTIVATIONS
+from training.config import Config, TrainingConfig, load
 from training.data.in_memory import Examples, InMemory
-from training.layers.specs import Shape
+from training.layers.specs import LayerSpec, LossName, Shape
 from training.layers.stack import place
 from training.network import Network
 
@@ -162,6 +164,14 @@ def test_unreadable_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "broken.yaml").write_text("a: [")
     with pytest.raises(ConfigError, match="no YAML"):
         load(tmp_path / "broken.yaml")
+
+
+def test_documentation_names_every_kind_activation_and_loss() -> None:
+    """docs/models.md is complete."""
+    text = (Path(__file__).parents[1] / "docs" / "models.md").read_text()
+    kinds = {k for spec in get_args(get_args(LayerSpec)[0]) for k in get_args(spec.model_fields["kind"].annotation)}
+    names = kinds | set(ACTIVATIONS) | set(get_args(LossName)) | set(TrainingConfig.model_fields)
+    assert not [name for name in sorted(names) if not re.search(rf"\b{name}\b", text)]
 
 
 def test_adapters_are_put_in_where_shapes_change() -> None:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from networks import OUT, echo_source, network, plain, training
+from networks import CELLS, OUT, echo_source, network, plain, training
 from torch import Tensor, nn
 
 from stepcast.errors import ConfigError
@@ -125,6 +125,22 @@ def test_resumed_run_equals_an_unbroken_one_bit_for_bit(tmp_path: Path) -> None:
     assert all(torch.equal(last["network"][k], v) for k, v in other["network"].items())
 
 
+@pytest.mark.parametrize("cell", CELLS)
+def test_narrow_numbers_train_every_cell(cell: str) -> None:
+    """bfloat16 on a CPU: the loss falls, states and weights stay float32."""
+    layers = [{"kind": cell, "units": 8}, {"kind": "dense", "units": 4}, OUT]
+    config = {"precision": "bfloat16", "backprop": "truncated", "tbptt_forward": 4, "learning_rate": 0.03}
+    net, history = fit(echo_source(), layers=layers, epochs=6, **config)
+    assert history.losses[-1][1] < history.losses[0][1]
+    assert {p.dtype for p in net.parameters()} == {torch.float32}
+
+
+def test_float16_is_refused_on_a_cpu() -> None:
+    """It would neither be fast nor scale its gradients."""
+    with pytest.raises(ConfigError, match=r"training\.precision: float16 needs CUDA"):
+        fit(echo_source(), precision="float16")
+
+
 def test_seed_decides_everything() -> None:
     """The same seed gives the same weights, another one others."""
     assert equal(fit(echo_source())[0], fit(echo_source())[0])
@@ -169,6 +185,13 @@ def test_many_to_one_counts_the_last_present_step_alone() -> None:
     bare = settle(Batch(batch.x, batch.y), fillable=torch.tensor([False]), summary=True)
     assert bare.y_mask is not None
     assert bare.y_mask.tolist() == [[False, False, True]] * 2
+
+
+def test_features_and_labels_of_different_length_are_an_error() -> None:
+    """DL4J warns and trains nothing."""
+    batch = Batch(torch.zeros(2, 3, 1), torch.zeros(2, 1, 1))
+    with pytest.raises(ConfigError, match=r"features of \(2, 3\) rows and steps, labels of \(2, 1\)"):
+        settle(batch, fillable=torch.tensor([False]), summary=False)
 
 
 def test_labels_without_a_mask_count_where_the_input_is() -> None:

@@ -6,6 +6,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from stepcast.errors import ConfigError
+
 from .data.batch import Batch
 
 
@@ -29,7 +31,13 @@ def settle(batch: Batch, *, fillable: Tensor, summary: bool) -> Batch:
         batch: As the source gave it.
         fillable: (F,) bool, features that may be missing.
         summary: Is the network many-to-one?
+
+    Raises:
+        ConfigError: features and labels have different numbers of rows or steps.
     """
+    if batch.x.shape[:2] != batch.y.shape[:2]:
+        got = f"features of {tuple(batch.x.shape[:2])} rows and steps, labels of {tuple(batch.y.shape[:2])}"
+        raise ConfigError(f"data: {got}. Pad them to one length and mask what is not there.")
     x, x_mask, y_mask = batch.x, batch.x_mask, batch.y_mask
     if x_mask is not None:
         labelled = torch.ones_like(x_mask) if y_mask is None else y_mask if y_mask.ndim == 2 else y_mask.any(dim=2)

@@ -74,6 +74,8 @@ class Trainer:
     ) -> None:
         self.world, self.source, self.config = world or World(), source, config
         self.seed, self.directory = seed, directory
+        if config.precision == "float16" and self.world.device.type == "cpu":
+            raise ConfigError("training.precision: float16 needs CUDA. On a CPU take bfloat16 or float32.")
         self.network = network.to(self.world.device)
         self.network.masked_steps = config.masked_steps
         self.objective = self.world.wrap(Objective(self.network))

@@ -80,7 +80,8 @@ class GravesLstm(Lstm):
     def unroll(self, x: Tensor, lengths: Tensor | None, before: CellState) -> tuple[Tensor, CellState]:
         if not self.standard:
             return self._loop(x, lengths, before)
-        projected = self.project_input(x).transpose(0, 1) + self.bias_hh
+        # Under autocast the projection is narrow; the loop is not.
+        projected = self.project_input(x).transpose(0, 1).to(self.bias_hh.dtype) + self.bias_hh
         hs, cs = PeepholeLstm.apply(projected, *before, self.weight_hh, self.peephole)  # type: ignore[no-untyped-call]
         states = hs.transpose(0, 1), cs.transpose(0, 1)
         return states[0], behind_last(states, lengths)
