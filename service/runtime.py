@@ -219,9 +219,11 @@ def _open_session(path: Path, device: str, threads: int, profile: Path | None) -
     cuda = "CUDAExecutionProvider" in ort.get_available_providers()
     if device == "cuda" and not cuda:
         raise ManifestError(f"device is 'cuda', onnxruntime has {ort.get_available_providers()}. Install service-gpu.")
-    providers = (
-        ["CPUExecutionProvider"] if device == "cpu" or not cuda else ["CUDAExecutionProvider", "CPUExecutionProvider"]
-    )
+    providers = ["CPUExecutionProvider"]
+    if cuda and device != "cpu":
+        if hasattr(ort, "preload_dlls"):
+            ort.preload_dlls()  # CUDA's libraries from their own packages, where they are not on the system's path
+        providers.insert(0, "CUDAExecutionProvider")
     try:
         session = ort.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # onnxruntime's exceptions have no common base but this
