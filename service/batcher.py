@@ -82,7 +82,7 @@ class Batcher(Generic[J]):
     def __init__(
         self,
         run: Run,
-        finish: Callable[[list[J]], Awaitable[None] | None],
+        finish: Callable[[list[J]], Awaitable[object] | None],
         observe: Callable[[int, float], None],
         *,
         batch_rows: int,
@@ -94,7 +94,7 @@ class Batcher(Generic[J]):
         self._short: deque[J] = deque()
         self._long: deque[J] = deque()
         self._task: asyncio.Task[None] | None = None
-        self._unfinished: set[asyncio.Task[None]] = set()
+        self._unfinished: set[asyncio.Future[object]] = set()
         self._pool: ThreadPoolExecutor | None = None
         self._run_s = 50e-6  # moving averages: a run's fixed cost is not told apart from its cells'
         self._cell_s = 20e-6
@@ -159,12 +159,11 @@ class Batcher(Generic[J]):
         rows = sum(job.rows for job in jobs)
         started = time.perf_counter()
         if self._expected_s(rows, chunk) <= self._inline_s:
-            self._advance(jobs, chunk)
+            busy = self._timed(jobs, chunk)
         else:
-            await asyncio.get_running_loop().run_in_executor(self._executor(), self._advance, jobs, chunk)
-        took = time.perf_counter() - started
-        self._learn(rows, chunk, took)
-        self._observe(rows, took)
+            busy = await asyncio.get_running_loop().run_in_executor(self._executor(), self._timed, jobs, chunk)
+        self._learn(rows, chunk, busy)
+        self._observe(rows, time.perf_counter() - started)
         done = [job for job in jobs if job.error is not None or job.at >= job.steps]
         self._long.extend(job for job in jobs if job.error is None and job.at < job.steps)
         if done:
@@ -175,11 +174,17 @@ class Batcher(Generic[J]):
     def _expected_s(self, rows: int, steps: int) -> float:
         return self._run_s if steps == 1 else rows * steps * self._cell_s
 
-    def _learn(self, rows: int, steps: int, took: float) -> None:
+    def _learn(self, rows: int, steps: int, busy: float) -> None:
         if steps == 1:
-            self._run_s += 0.1 * (took - self._run_s)
+            self._run_s += 0.1 * (busy - self._run_s)
         else:
-            self._cell_s += 0.3 * (took / (rows * steps) - self._cell_s)
+            self._cell_s += 0.3 * (busy / (rows * steps) - self._cell_s)
+
+    def _timed(self, jobs: Sequence[J], chunk: int) -> float:
+        """Run; the processor time it took: other processes on this core must not drive runs into the thread."""
+        started = time.thread_time()
+        self._advance(jobs, chunk)
+        return time.thread_time() - started
 
     def _executor(self) -> ThreadPoolExecutor:
         if self._pool is None:

@@ -1,6 +1,5 @@
 """The nouns of stepping: which session, a call on its way, a hot session; and masks as compaction."""
 
-import asyncio
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -14,7 +13,8 @@ from .repository import Served
 
 Floats = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
-Future: TypeAlias = "asyncio.Future[Any]"
+Future: TypeAlias = Any
+"""An asyncio.Future, or what answers done, set_result and set_exception as one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class Call(Job):
         super().__init__(x, lengths, state, deadline)
 
     def abandoned(self) -> bool:
-        return self.future.done()
+        return bool(self.future.done())
 
     def reply(self) -> Floats:
         """Outputs (N, calls, O), NaN where the mask was 0."""
@@ -98,7 +98,7 @@ class SingleStep(Step):
     __slots__ = ("data",)
 
     def __init__(
-        self, entry: "Entry", data: bytes, digest: bytes, seq: int | None, deadline: float, future: "Future"
+        self, entry: "Entry", data: bytes, digest: bytes, seq: int | None, deadline: float, future: Future
     ) -> None:
         self.entry, self.data, self.digest, self.seq = entry, data, digest, seq
         self.deadline, self.future = deadline, future
@@ -135,7 +135,7 @@ class Entry:
         self.record: Record | None = None
         self.stored = False
         self.served: Served | None = None
-        self.batcher: Batcher[Call] | None = None  # of `served`
+        self.batcher: Batcher[Job] | None = None  # of `served`
         self.queue: deque[Step] = deque()
         self.busy = False
         self.size = 0

@@ -17,6 +17,7 @@ from stepcast.manifest import Manifest
 from . import exchange, openapi, wire
 from .auth import Keys, Principal
 from .calls import Address
+from .columns import ManySteps
 from .ledger import etag
 from .record import Record
 from .rollout import rollout
@@ -25,6 +26,7 @@ from .telemetry import Metrics
 from .wire import JSON, MSGPACK
 
 PROBLEM: Final = "application/problem+json"
+KNOWN_ADDRESSES: Final = 1 << 16
 Headers = dict[bytes, bytes]
 
 
@@ -75,6 +77,7 @@ class Rest:
         self.states, self.keys = states, keys
         self.sessions, self.repository = states.sessions, states.repository
         self.settings, self.metrics = states.settings, states.sessions.metrics
+        self._addresses: dict[tuple[str, str, str], Address] = {}
 
     # --- stepping -----------------------------------------------------------------------------------------------
 
@@ -101,26 +104,32 @@ class Rest:
         asked = wire.decode(body, wire.BatchBody, kind)
         served = self.repository.live(model)
         columns = wire.batch_inputs(asked, kind, served.manifest)
-        futures: dict[int, Awaitable[Any]] = {}
-        errors: dict[str, Any] = {}
+        many = ManySteps(len(asked.sessions), served.manifest.n_outputs)
+        good = []
         for i, session in enumerate(asked.sessions):
             try:
-                row = columns.row(i)
-                address = Address(principal.namespace, model, check_id(session))
-                futures[i] = self.sessions.step(address, row.x, None, row.digest, columns.seq(i))
+                good.append((i, self.address(principal.namespace, model, session), *columns.row(i)))
             except StepcastError as error:
-                errors[str(i)] = error.problem()
-        outputs = np.full((len(asked.sessions), served.manifest.n_outputs), np.nan, np.float32)
-        steps: list[int | None] = [None] * len(asked.sessions)
-        for i, future in futures.items():
-            try:
-                answer = await future
-            except StepcastError as error:
-                errors[str(i)] = error.problem()
-            else:
-                outputs[i], steps[i] = answer.outputs[0, 0], answer.step
+                many.refuse(i, error)
+        self.sessions.step_many(many, good)
+        await many.done
         accepted = answer_type(headers, kind)
-        return wire.encode({"outputs": outputs, "steps": steps, "errors": errors}, accepted), accepted
+        errors = {str(i): error.problem() for i, error in sorted(many.errors.items())}
+        return wire.encode({"outputs": many.outputs, "steps": many.steps, "errors": errors}, accepted), accepted
+
+    def address(self, namespace: str, model: str, session: str) -> Address:
+        """A session's address; those of late are kept ready.
+
+        Raises:
+            InvalidSessionId.
+        """
+        known = self._addresses.get((namespace, model, session))
+        if known is None:
+            known = Address(namespace, model, check_id(session))
+            if len(self._addresses) >= KNOWN_ADDRESSES:
+                self._addresses.clear()
+            self._addresses[namespace, model, session] = known
+        return known
 
     async def predict(self, request: Request, model: openapi.Model) -> Response:
         """The stateless full forward pass over whole sequences (output())."""

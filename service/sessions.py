@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable, Sequence
 import numpy as np
 
 from stepcast.errors import (
+    DeadlineExceeded,
     Draining,
     ExamplesMismatch,
     Internal,
@@ -29,8 +30,9 @@ from stepcast.errors import (
 )
 
 from . import record as records
-from .batcher import Batcher
+from .batcher import Batcher, Job
 from .calls import Address, Call, Entry, Floats, Future, Mask, SingleStep, Step, StepAnswer
+from .columns import Cell, Column, ManySteps, Row
 from .hot import HotSessions
 from .ledger import Ledger
 from .record import Record
@@ -60,7 +62,7 @@ class Sessions:
         self.ledger = Ledger(store, settings.ttl_s, clock, self._replaced)
         self._clock = clock
         self._hot = HotSessions(settings.hot_bytes)
-        self._batchers: dict[tuple[str, int], Batcher[Call]] = {}
+        self._batchers: dict[tuple[str, int], Batcher[Job]] = {}
         self._to_load: list[Entry] = []
         self._loading: set[asyncio.Task[None]] = set()
         self._waiting: Counter[str] = Counter()
@@ -93,7 +95,7 @@ class Sessions:
             ModelNotFound, NotStreaming, QueueFull, Draining: refused at once. Other errors come through the future.
         """
         entry, deadline = self._enter(address, deadline_s)
-        future: Future = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[StepAnswer] = asyncio.get_running_loop().create_future()
         self._queue(Step(entry, x, mask, digest, seq, deadline, future))
         return future
 
@@ -106,6 +108,36 @@ class Sessions:
         """
         entry, deadline = self._enter(address, None)
         self._queue(SingleStep(entry, data, digest, seq, deadline, future))
+
+    def step_many(self, many: ManySteps, asked: Sequence[tuple[int, Address, bytes, int | None, bytes]]) -> None:
+        """Queue single steps of sessions of one model, as `single_step` does; refusals go to `many` too.
+
+        Args:
+            asked: Place in `many`, session, inputs (float32, checked, as many as the live version takes), seq, digest.
+        """
+        if not asked:
+            return
+        served = self.repository.live(asked[0][1].model)
+        limits, waiting = self.settings, self._waiting[served.name] + len(asked)
+        together = served.manifest.streaming and not (self.draining or limits.log_steps or waiting > limits.queue_limit)
+        rows: list[Row] = []
+        for place, address, data, seq, digest in asked:
+            entry = self._hot.get(address.key)
+            if together and entry is not None and _goes_plainly(entry, served, seq):
+                assert entry.record is not None
+                entry.busy = True
+                self._hot.used(entry)
+                rows.append(Row(place, entry, entry.record, data, digest, seq))
+                continue
+            try:
+                self.single_step(address, data, digest, seq, Cell(many, place))
+            except StepcastError as error:
+                many.refuse(place, error)
+        deadline = time.monotonic() + limits.deadline_s
+        for start in range(0, len(rows), limits.batch_rows):
+            column = Column(many, rows[start : start + limits.batch_rows], deadline)
+            self._waiting[served.name] += column.rows
+            self._batcher(served).submit(column)
 
     def _enter(self, address: Address, deadline_s: float | None) -> tuple[Entry, float]:
         """The session's entry, and when its call must have begun; raises where the call can not be queued."""
@@ -281,7 +313,7 @@ class Sessions:
             versions=self.repository.versions(address.model),
         )
 
-    def _batcher(self, served: Served) -> Batcher[Call]:
+    def _batcher(self, served: Served) -> Batcher[Job]:
         batcher = self._batchers.get((served.name, served.version))
         if batcher is None:
             rows = self.metrics.batch_rows.labels(served.name)
@@ -303,15 +335,22 @@ class Sessions:
 
     # --- committing ---------------------------------------------------------------------------------------------
 
-    def _finish(self, calls: list[Call]) -> Awaitable[None] | None:
+    def _finish(self, jobs: list[Job]) -> Awaitable[object] | None:
         """Take what a run made: calls beside the sessions are answered, steps are committed first."""
         steps: list[Step] = []
-        for call in calls:
-            if isinstance(call, Step):
-                steps.append(call)
-            elif not call.future.done():
-                call.future.set_result(None)
-        return self._commit(steps) if steps else None
+        waits: list[Awaitable[None]] = []
+        for job in jobs:
+            if isinstance(job, Step):
+                steps.append(job)
+            elif isinstance(job, Column):
+                waits.append(self._commit_column(job))
+            elif isinstance(job, Call) and not job.future.done():
+                job.future.set_result(None)
+        if steps:
+            waits.append(self._commit(steps))
+        if len(waits) > 1:
+            return asyncio.gather(*waits)
+        return waits[0] if waits else None
 
     async def _commit(self, steps: list[Step]) -> None:
         """Commit, answer, and let each session go on."""
@@ -345,6 +384,60 @@ class Sessions:
                 self._committed(step)
             else:
                 self._again(step)
+
+    async def _commit_column(self, column: Column) -> None:
+        """Commit the rows of a batch step and let each session go on; what can not go together goes alone."""
+        rows = column.sessions
+        if column.error is not None and not isinstance(column.error, DeadlineExceeded):
+            for row in rows:  # one of them is guilty: alone, the others are not held up by it
+                self._alone(column, row)
+            return
+        started = time.perf_counter()
+        try:
+            if column.error is not None:
+                raise column.error
+            applied = await self.store.commit(column.writes(self._clock(), self.ledger.ttl_s))
+        except Exception as error:
+            refusal = _as_ours(error, "the step could not be stored")
+            for row in rows:
+                self._forget(row.entry)
+                self._leave(column.model)
+                column.many.refuse(row.place, refusal)
+                self._next(row.entry)
+            return
+        self.metrics.commit_seconds.observe(time.perf_counter() - started)
+        self.metrics.calls.labels(column.model).inc(sum(applied))
+        self.metrics.steps.labels(column.model).inc(sum(applied))
+        good = [i for i, ok in enumerate(applied) if ok]
+        self._column_committed(column, good)
+        for row, ok in zip(rows, applied, strict=True):
+            if not ok:
+                self.metrics.conflicts.labels(column.model).inc()
+                self._forget(row.entry)
+                self._alone(column, row)
+
+    def _column_committed(self, column: Column, good: list[int]) -> None:
+        assert column.outputs is not None
+        rows = [column.sessions[i] for i in good]
+        for row in rows:
+            entry = row.entry
+            entry.record = row.next
+            self._hot.measure(entry, row.size)
+            if entry.queue:
+                self._next(entry)
+            else:
+                entry.busy = False
+        self._waiting[column.model] -= len(rows) - 1
+        self._leave(column.model)
+        self._hot.evict()
+        column.many.answer([row.place for row in rows], column.outputs[good, 0], [row.next.step for row in rows])
+
+    def _alone(self, column: Column, row: Row) -> None:
+        """Step one of many by itself, before the calls that wait for its session."""
+        cell = Cell(column.many, row.place)
+        step = SingleStep(row.entry, row.data, row.digest, row.seq, column.deadline, cell)
+        row.entry.queue.appendleft(step)
+        self._next(row.entry)
 
     def _write(self, step: Step, now: int) -> Write | None:
         """The write that commits a step; None where it failed, was refused, or nobody waits for it any more."""
@@ -516,4 +609,17 @@ def _full(what: str, waiting: int, limit: int) -> QueueFull:
         waiting=waiting,
         limit=limit,
         retry_after_s=0.05,
+    )
+
+
+def _goes_plainly(entry: Entry, served: Served, seq: int | None) -> bool:
+    """Whether a session is hot, idle, of one example, on this version, and where the caller thinks it is."""
+    record = entry.record
+    return (
+        record is not None
+        and not entry.busy
+        and entry.stored
+        and entry.served is served
+        and record.examples == 1
+        and (seq is None or seq == record.step + 1)
     )

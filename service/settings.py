@@ -7,9 +7,10 @@ the nearest known one: refusing to start is better than starting wrong.
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
 
 from stepcast.errors import ConfigError
 
@@ -50,7 +51,7 @@ class Settings(BaseModel):
         0.004, gt=0, description="About how long one chunk of a long sequence may run before single steps go on."
     )
     inline_s: float = Field(
-        0.002, ge=0, description="Runs expected to be shorter than this are made on the event loop, others in a thread."
+        0.003, ge=0, description="Runs expected to be shorter than this are made on the event loop, others in a thread."
     )
     queue_limit: int = Field(8192, ge=1, description="Steps waiting per model before 429.")
     session_queue_limit: int = Field(256, ge=1, description="Steps waiting per session before 429.")
@@ -107,3 +108,24 @@ class Settings(BaseModel):
         except ValidationError as error:
             lines = [f"{PREFIX}{str(e['loc'][0]).upper()}: {e['msg']}, got {e['input']!r}" for e in error.errors()]
             raise ConfigError("; ".join(lines)) from error
+
+    @classmethod
+    def table(cls) -> str:
+        """All settings as a table in Markdown: docs/settings.md holds it."""
+        lines = ["| variable | default | takes | meaning |", "|---|---|---|---|"]
+        for name, field in cls.model_fields.items():
+            words = [PREFIX + name.upper(), str(field.default), _takes(field), field.description or ""]
+            variable, default, takes, meaning = (word.replace("|", "\\|") for word in words)
+            lines.append(f"| `{variable}` | {f'`{default}`' if default else 'empty'} | {takes} | {meaning} |")
+        return "\n".join(lines) + "\n"
+
+
+def _takes(field: FieldInfo) -> str:
+    if get_origin(field.annotation) is Literal:
+        return ", ".join(f"`{value}`" for value in get_args(field.annotation))
+    words = {int: "integer", float: "number", str: "text", Path: "path", bool: "`true`, `false`"}
+    signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+    bounds = [
+        f"{sign} {getattr(part, key)}" for part in field.metadata for key, sign in signs.items() if hasattr(part, key)
+    ]
+    return ", ".join([words[field.annotation or str], *bounds])

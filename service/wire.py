@@ -299,20 +299,19 @@ class Columns:
     """Checked columns of a batch step: `x` (K, 1, F) float32; each row is a session's step."""
 
     x: Floats
+    raw: bytes
+    """The same as bytes."""
     seqs: list[int | None] | None
     manifest: Manifest
     finite: bool
 
-    def row(self, i: int) -> Inputs:
-        """One session's inputs; NonFinite where they are infinite or a reading is missing that must not."""
-        x = self.x[i : i + 1]
+    def row(self, i: int) -> Single:
+        """One session's step; NonFinite where inputs are infinite or a reading is missing that must not."""
         if not self.finite:
-            check_readings(x, self.manifest)
-        return Inputs(x, None, 1, digest(x, None))
-
-    def seq(self, i: int) -> int | None:
-        """The number that this session's step shall have."""
-        return None if self.seqs is None else self.seqs[i]
+            check_readings(self.x[i : i + 1], self.manifest)
+        size = len(self.raw) // len(self.x)
+        data = self.raw[i * size : (i + 1) * size]
+        return data, None if self.seqs is None else self.seqs[i], blake2b(data, digest_size=8).digest()
 
 
 def batch_inputs(body: BatchBody, content_type: str, manifest: Manifest) -> Columns:
@@ -333,7 +332,7 @@ def batch_inputs(body: BatchBody, content_type: str, manifest: Manifest) -> Colu
         raise ShapeMismatch(f"$.seq has {len(body.seq)} numbers for {count} sessions")
     flat = values.reshape(-1)
     finite = math.isfinite(np.dot(flat, flat))
-    return Columns(values.reshape(count, 1, -1), body.seq, manifest, finite)
+    return Columns(values.reshape(count, 1, -1), values.tobytes(), body.seq, manifest, finite)
 
 
 def state_body(fields: dict[str, Any]) -> StateBody:
