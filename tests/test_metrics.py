@@ -271,3 +271,19 @@ def test_forecast_is_the_longest_row_with_gaps_where_nothing_counts(per_output: 
     assert forecast.names == ("t [K]", "u")
     np.testing.assert_array_equal(forecast.actual, [[6, 7], [np.nan, np.nan], [10, 11]])
     np.testing.assert_array_equal(forecast.predicted, [[7, 8], [np.nan, np.nan], [11, 12]])
+
+
+def test_many_classes_are_told_in_numbers_only(tmp_path: Path) -> None:
+    """Characters: no table of a hundred rows in the terminal, none in a manifest, no plot; metrics.json has them."""
+    names = [f"class {number}" for number in range(100)]
+    metrics = ClassificationMetrics(names)
+    metrics.update(np.eye(100), np.eye(100))
+    result = metrics.result()
+    console = Console(width=120, record=True, file=io.StringIO())
+    print_report(result, console)
+    assert "class 1" not in console.export_text()
+    assert result.summary() == {k: v for k, v in result.as_dict().items() if k not in ("classes", "confusion")}
+    paths = write_report(tmp_path, result)
+    assert [path.name for path in paths] == ["metrics.json", "report.html"]
+    assert len(json.loads(paths[0].read_text())["classes"]) == 100
+    assert _result().summary() == _result().as_dict()

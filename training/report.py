@@ -88,7 +88,8 @@ def _tables(result: Result) -> Iterator[tuple[str, tuple[str, ...], list[tuple[s
         yield "Outputs", ("output", *COLUMN_FIELDS), [_row(column, COLUMN_FIELDS) for column in columns]
         return
     yield "Classification", ("metric", "value"), list(_summary(result))
-    yield "Classes", ("class", *CLASS_FIELDS), [_row(one, CLASS_FIELDS) for one in result.classes]
+    if len(result.classes) <= MOST_CLASSES:  # metrics.json has them all
+        yield "Classes", ("class", *CLASS_FIELDS), [_row(one, CLASS_FIELDS) for one in result.classes]
 
 
 def _summary(result: ClassificationResult) -> Iterator[tuple[str, str]]:
