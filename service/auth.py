@@ -64,7 +64,7 @@ class Keys:
         """
         if not self.needed:
             return ANYBODY
-        given = headers.get(b"x-api-key") or headers.get(b"authorization", b"").removeprefix(b"Bearer ")
+        given = headers.get(b"x-api-key") or _bearer(headers.get(b"authorization", b""))
         found = None
         for key, principal in self._keys:
             if hmac.compare_digest(key, given):
@@ -72,3 +72,8 @@ class Keys:
         if found is None:
             raise Unauthorized("an API key is needed: Authorization: Bearer KEY, or X-API-Key: KEY")
         return found
+
+
+def _bearer(header: bytes) -> bytes:
+    scheme, _, key = header.partition(b" ")
+    return key.strip() if scheme.lower() == b"bearer" else b""
