@@ -1,0 +1,119 @@
+"""A session's bytes are what service/record.py's first lines say, by value."""
+
+import struct
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service import record as records
+from service.record import BadRecord, Record, decode, encode_answer
+
+pytestmark = pytest.mark.service
+
+WHOLE = Record(
+    version=3,
+    fingerprint=bytes.fromhex("0011223344556677"),
+    examples=2,
+    step=1000,
+    state=b"ssssssss",
+    answers=(encode_answer(999, b"digest-1", 1, b"aaaa"), encode_answer(1000, b"digest-2", 2, b"bbbbbbbb")),
+    inputs=b"iiii",
+    incarnation=b"INCARNAT",
+    revision=42,
+    created_ms=1_700_000_000_000,
+    used_ms=1_700_000_000_001,
+    ttl_s=60,
+    flags=1,
+)
+BYTES = (
+    b"\x01\x01"
+    + struct.pack("<HI", 2, 2)
+    + b"INCARNAT"
+    + struct.pack("<QQQQ", 42, 1000, 1_700_000_000_000, 1_700_000_000_001)
+    + struct.pack("<II", 3, 60)
+    + bytes.fromhex("0011223344556677")
+    + struct.pack("<II", 8, 4)
+    + b"ssssssss"
+    + b"iiii"
+    + struct.pack("<Q8sII", 999, b"digest-1", 1, 4)
+    + b"aaaa"
+    + struct.pack("<Q8sII", 1000, b"digest-2", 2, 8)
+    + b"bbbbbbbb"
+)
+
+
+def test_the_layout_is_the_documented_one() -> None:
+    """Every field at its offset; the header is 72 bytes; the token is bytes 8 to 24."""
+    assert WHOLE.encode() == BYTES
+    assert decode(BYTES) == WHOLE
+    assert records.HEADER_BYTES == 72
+    assert BYTES[72:80] == b"ssssssss"
+    assert BYTES[records.TOKEN] == WHOLE.token == b"INCARNAT" + (42).to_bytes(8, "little")
+
+
+def test_the_documented_offsets_are_those_of_the_layout() -> None:
+    """The table in the module's docstring speaks of the struct that packs."""
+    lines = [line.split() for line in (records.__doc__ or "").splitlines() if line.startswith("    ")]
+    table = [
+        (int(words[0]), int(words[1]))
+        for words in lines
+        if len(words) > 2 and words[0].isdigit() and words[1].isdigit()
+    ]
+    offsets = [offset for offset, _ in table if offset < 72]
+    sizes = [size for offset, size in table if offset < 72]
+    assert offsets == [sum(sizes[:i]) for i in range(len(sizes))]
+    assert sum(sizes) == records.HEADER_BYTES
+
+
+def test_a_record_that_lies_is_refused() -> None:
+    """Another layout, cut anywhere, longer than it says."""
+    for wrong in (b"", b"\x02" + BYTES[1:], BYTES + b"x", BYTES[:2] + b"\xff\xff" + BYTES[4:]):
+        with pytest.raises(BadRecord):
+            decode(wrong)
+    for cut in range(len(BYTES)):
+        with pytest.raises(BadRecord):
+            decode(BYTES[:cut])
+
+
+@given(st.binary(max_size=200))
+def test_bytes_of_others_are_refused_or_read(data: bytes) -> None:
+    """Whatever lies in a store, decoding ends in a record of the same bytes or in BadRecord."""
+    try:
+        found = decode(b"\x01" + data)
+    except BadRecord:
+        return
+    assert found.encode() == b"\x01" + data
+
+
+def test_an_advance_is_the_next_revision_with_its_answer() -> None:
+    """Step, state and answer change; what a session is stays."""
+    answer = encode_answer(1001, b"digest-3", 1, b"cccc")
+    after = WHOLE.advanced(1001, 2, b"tttttttt", answer, b"", 1_700_000_000_002)
+    assert after == replace(
+        WHOLE, step=1001, state=b"tttttttt", answers=(*WHOLE.answers, answer), inputs=b"", revision=43,
+        used_ms=1_700_000_000_002,
+    )  # fmt: skip
+    assert after.answer(1001) == records.Answer(1001, b"digest-3", 1, b"cccc")
+    assert after.answer(7) is None
+
+
+@given(st.lists(st.integers(0, 40_000), min_size=1, max_size=40))
+def test_kept_answers_are_the_newest_within_their_bounds(sizes: list[int]) -> None:
+    """At most 16, at most 64 KiB of them, the latest always."""
+    session = records.new_record(1, b"f" * 8)
+    made = []
+    for number, size in enumerate(sizes, 1):
+        made.append(encode_answer(number, b"d" * 8, 1, bytes(size)))
+        session = session.advanced(number, 1, b"", made[-1], b"", 0)
+    kept = session.answers
+    assert kept == tuple(made[-len(kept) :])
+    assert 1 <= len(kept) <= 16
+    assert len(kept) == 1 or sum(map(len, kept)) <= 64 * 1024
+    assert decode(session.encode()) == session
+
+
+def test_incarnations_are_never_used_twice() -> None:
+    """A session that is ended and made again has another token at the same revision."""
+    assert len({records.new_record(1, b"f" * 8).token for _ in range(1000)}) == 1000
