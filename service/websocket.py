@@ -7,8 +7,10 @@ is ready in that tick.
 
 import asyncio
 import functools
+import struct
 from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any, Final
+from hashlib import blake2b
+from typing import Any, Final, Literal
 from urllib.parse import parse_qs, urlsplit
 
 import msgspec
@@ -27,7 +29,7 @@ from stepcast.errors import (
 from stepcast.protocol import MARKER, STEP, ServerConversation, Ticket
 
 from . import framing, wire
-from .auth import Principal
+from .auth import ROLES, Principal
 from .calls import Address, StepAnswer
 from .link import EXTENSION, Link
 from .rest import Headers, Rest, problem
@@ -134,8 +136,57 @@ _FRAMES: Final[dict[str, type[msgspec.Struct]]] = {
 _READS: Final = frozenset({"info", "state.get", "checkpoints", MARKER})
 
 
+class _PlainJson(msgspec.Struct, forbid_unknown_fields=True):
+    """The plainest step: one example, one step, no reading missing."""
+
+    inputs: list[float]
+    seq: wire.Positive | None = None
+    id: Id = None
+    session: str | None = None
+    op: Literal["step"] = STEP
+
+
+class _PlainMsgpack(msgspec.Struct, forbid_unknown_fields=True):
+    """The same with its inputs as bytes."""
+
+    inputs: bytes
+    seq: wire.Positive | None = None
+    id: Id = None
+    session: str | None = None
+    op: Literal["step"] = STEP
+
+
+_plain_json: Final = msgspec.json.Decoder(_PlainJson).decode
+_plain_msgpack: Final = msgspec.msgpack.Decoder(_PlainMsgpack).decode
+
+
+class Single:
+    """The plainest step on its way. It stands for the future of its answer: it takes it without a turn of the loop."""
+
+    __slots__ = ("_connection", "_done", "address", "data", "frame", "kind", "ticket")
+
+    def __init__(self, connection: "Connection", frame: Any, data: bytes, kind: str, address: Address) -> None:
+        self._connection, self._done = connection, False
+        self.frame, self.data, self.kind, self.address = frame, data, kind, address
+        self.ticket: Any = None
+
+    def done(self) -> bool:
+        """Whether it is settled; a client that is gone changes nothing, what was accepted is applied."""
+        return self._done
+
+    def set_result(self, made: StepAnswer) -> None:
+        """The answer is here."""
+        self._done = True
+        self._connection.stepped(self, made)
+
+    def set_exception(self, error: BaseException) -> None:
+        """The step was refused."""
+        self._done = True
+        self._connection.refused(self, error)
+
+
 class Asked:
-    """A decoded frame: what is asked, in which encoding, of which session."""
+    """A decoded frame of any other kind: what is asked, in which encoding, of which session."""
 
     __slots__ = ("address", "frame", "kind", "rank")
 
@@ -165,10 +216,13 @@ class Connection:
     def __init__(self, rest: Rest, link: Link, principal: Principal, model: str, session: str | None) -> None:
         self._rest, self._link, self._principal = rest, link, principal
         self._model, self._session = model, session
-        self._talk: ServerConversation[Asked, Answer] = ServerConversation(rest.settings.frames_limit)
+        self._talk: ServerConversation[Asked | Single, Answer] = ServerConversation(rest.settings.frames_limit)
         self._slow = asyncio.Semaphore(SLOW_OPERATIONS)
         self._tasks: set[asyncio.Task[None]] = set()
         self._addresses: dict[str | None, Address] = {}
+        features = rest.repository.live(model).n_features
+        self._pack, self._inputs_bytes = struct.Struct(f"<{features}f").pack, 4 * features
+        self._may_step = ROLES.index(principal.role) >= ROLES.index("step")
         self._alive = True
 
     # --- for the link -------------------------------------------------------------------------------------------
@@ -180,10 +234,11 @@ class Connection:
     def message(self, opcode: int, payload: bytes) -> None:
         """Take a frame."""
         kind = JSON if opcode == framing.TEXT else MSGPACK
-        try:
-            self._take(self._decode(payload, kind), kind)
-        except _Refused as refused:
-            self._refuse(refused, kind)
+        if not self._take_plain(payload, kind):
+            try:
+                self._take(self._decode(payload, kind), kind)
+            except _Refused as refused:
+                self._refuse(refused, kind)
         self._go_on()
 
     def drain(self) -> None:
@@ -200,6 +255,27 @@ class Connection:
         self._alive = False
 
     # --- frames in ----------------------------------------------------------------------------------------------
+
+    def _take_plain(self, payload: bytes, kind: str) -> bool:
+        """Take a step of the plainest kind; False: it is none, or not a good one, and goes the long way."""
+        try:
+            if kind == JSON:
+                frame: Any = _plain_json(payload)
+                data = self._pack(*frame.inputs)  # refuses another number of them, and what float32 does not hold
+            else:
+                frame = _plain_msgpack(payload)
+                data = frame.inputs
+                if len(data) != self._inputs_bytes or not wire.is_finite(data):
+                    return False
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, struct.error, OverflowError):
+            return False
+        address = self._addresses.get(frame.session)
+        if address is None or not self._may_step or self._talk.draining:
+            return False
+        if self._rest.repository.live(self._model).n_features * 4 != self._inputs_bytes:
+            return False  # another version went live meanwhile
+        self._talk.ask(address.session, Single(self, frame, data, kind, address), True)
+        return True
 
     def _decode(self, payload: bytes, kind: str) -> Any:
         try:
@@ -273,10 +349,13 @@ class Connection:
         talk, link = self._talk, self._link
         while talk.ready:
             ticket = talk.ready.popleft()
-            if ticket.request.frame.op == STEP:
-                self._step(ticket, ticket.request)
+            asked = ticket.request
+            if isinstance(asked, Single):
+                self._step_plainly(ticket, asked)
+            elif asked.frame.op == STEP:
+                self._step(ticket, asked)
             elif self._alive:
-                task = asyncio.get_running_loop().create_task(self._operate(ticket, ticket.request))
+                task = asyncio.get_running_loop().create_task(self._operate(ticket, asked))
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
         for opcode, payload in talk.answers:
@@ -288,11 +367,33 @@ class Connection:
     def _done(self, ticket: "_Ticket", answer: Answer) -> None:
         if not self._alive:
             return
-        was_full = self._talk.full
+        if self._talk.full:  # there is room now; but first let the caller go on
+            asyncio.get_running_loop().call_soon(self._link.pump)
         self._talk.finish(ticket, answer)
         self._go_on()
-        if was_full:
-            self._link.pump()
+
+    def _step_plainly(self, ticket: "_Ticket", single: Single) -> None:
+        single.ticket = ticket
+        digest = blake2b(single.data, digest_size=8).digest()
+        try:
+            self._rest.sessions.single_step(single.address, single.data, digest, single.frame.seq, single)
+        except Exception as error:
+            self._talk.finish(ticket, self._failed(single, error))
+
+    def stepped(self, single: Single, made: StepAnswer) -> None:
+        """The answer of the plainest step."""
+        answer = {
+            "id": single.frame.id,
+            "session": single.address.session,
+            "outputs": made.outputs[0, 0],
+            "step": made.step,
+            "version": made.version,
+        }
+        self._done(single.ticket, _encode(answer, single.kind))
+
+    def refused(self, single: Single, error: BaseException) -> None:
+        """What became of the plainest step instead of an answer."""
+        self._done(single.ticket, self._failed(single, error))
 
     def _step(self, ticket: "_Ticket", asked: Asked) -> None:
         """Queue a step; its answer comes by _stepped."""
@@ -306,10 +407,9 @@ class Connection:
             self._talk.finish(ticket, self._failed(asked, error))
             return
         asked.rank = inputs.rank
-        future.add_done_callback(functools.partial(self._stepped, ticket))
+        future.add_done_callback(functools.partial(self._stepped, ticket, asked))
 
-    def _stepped(self, ticket: "_Ticket", future: "asyncio.Future[StepAnswer]") -> None:
-        asked = ticket.request
+    def _stepped(self, ticket: "_Ticket", asked: Asked, future: "asyncio.Future[StepAnswer]") -> None:
         error = future.exception()
         if error is not None:
             self._done(ticket, self._failed(asked, error))
@@ -337,7 +437,7 @@ class Connection:
                 answer = self._failed(asked, error)
         self._done(ticket, answer)
 
-    def _failed(self, asked: Asked, error: BaseException) -> Answer:
+    def _failed(self, asked: Asked | Single, error: BaseException) -> Answer:
         if not isinstance(error, StepcastError):
             log.error("a frame failed", exc_info=error)
             error = Internal("the server has a defect; its log tells more")
@@ -357,7 +457,7 @@ class _Refused(Exception):
         self.head, self.error = head, error
 
 
-_Ticket = Ticket[Asked, Answer]
+_Ticket = Ticket[Asked | Single, Answer]
 
 
 # --- operations other than steps ------------------------------------------------------------------------------------

@@ -169,7 +169,7 @@ class SingleReader:
             else:
                 asked = self._msgpack(body)
                 data = asked.inputs
-                if len(data) != self._size or not _is_finite(data):
+                if len(data) != self._size or not is_finite(data):
                     return None
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, struct.error, OverflowError):
             return None
@@ -182,7 +182,8 @@ def single_reader(features: int) -> SingleReader:
     return SingleReader(features)
 
 
-def _is_finite(data: bytes) -> bool:
+def is_finite(data: bytes) -> bool:
+    """Whether float32 numbers are all finite; may say no where their squares are not."""
     flat = np.frombuffer(data, np.float32)
     return math.isfinite(np.dot(flat, flat))
 

@@ -21,6 +21,9 @@ A = TypeVar("A")
 MARKER: Final = "marker"
 STEP: Final = "step"
 
+IDLE_LANES: Final = 1024
+"""Sessions without a frame in flight that a socket remembers; making them anew for every frame costs time."""
+
 # --- the server's side ----------------------------------------------------------------------------------------------
 
 
@@ -158,7 +161,7 @@ class ServerConversation(Generic[Q, A]):
             self.answers.append(ticket.answer)  # type: ignore[arg-type]  # answered
             ticket.epoch.unanswered -= 1
             self.in_flight -= 1
-        if not tickets:
+        if not tickets and len(self._lanes) > IDLE_LANES:
             del self._lanes[lane.session]
         if len(self._epochs) > 1:
             self._echo()
