@@ -29,6 +29,7 @@ from serving import MODELS
 
 from service import wire
 from service.calls import Address
+from service.columns import ManySteps
 from service.ledger import etag
 from service.repository import Repository
 from service.rollout import rollout
@@ -285,6 +286,39 @@ class Machine(RuleBasedStateMachine):
             close(answer.outputs, want)
             known = known.answered(payload, answer.outputs)
         self.set(name, known)
+
+    @rule(names=st.lists(sessions, min_size=1, max_size=4), replica=replicas, seed=seeds, numbered=st.booleans())
+    def batch_step(self, names: list[str], replica: int, seed: int, numbered: bool) -> None:
+        """Several sessions in one call, one perhaps twice; each is stepped or refused as if it had been alone."""
+        made = [self.inputs(5 * seed + 1 + i, 1, 1, False) for i in range(len(names))]
+        x = [np.nan_to_num(inputs) for inputs, _, _ in made]
+        seqs = [self.known.get(name, Known()).step + 1 if numbered else None for name in names]
+
+        async def together() -> ManySteps:
+            many = ManySteps(len(names), runtime().manifest.n_outputs)
+            columns = zip(range(len(names)), map(address, names), x, seqs, strict=True)
+            asked = [(i, to, data.tobytes(), seq, wire.digest(data, None)) for i, to, data, seq in columns]
+            self.replicas[replica].sessions.step_many(many, asked)
+            await many.done
+            return many
+
+        many = self.do(together())
+        for i, (name, (_, mask, _), seq) in enumerate(zip(names, made, seqs, strict=True)):
+            before, payload = self.known.get(name, Known()), (x[i].tobytes(), mask.tobytes(), x[i].shape)
+            try:
+                after, want = before.stepped(x[i], mask, seq, payload)
+            except StepcastError as refusal:
+                wanted = refusal
+            else:
+                wanted = None
+            if wanted is not None:
+                assert type(many.errors[i]) is type(wanted)
+                continue
+            assert (many.steps[i], i in many.errors) == (after.step, False)
+            assert want is not None
+            close(many.outputs[i], want[0, 0])
+            self.set(name, after.answered(payload, many.outputs[i][None, None]))
+            self.sent[name].append((after.step, payload))
 
     @rule(name=sessions, replica=replicas, seed=seeds)
     def cancelled(self, name: str, replica: int, seed: int) -> None:
