@@ -11,7 +11,17 @@ import numpy as np
 from fastapi import APIRouter, Request, Response
 from starlette.requests import ClientDisconnect
 
-from stepcast.errors import InvalidRequest, Malformed, StepcastError, TooLarge, UnsupportedMediaType
+from stepcast.errors import (
+    InvalidRequest,
+    Malformed,
+    NonFinite,
+    SessionNotFound,
+    ShapeMismatch,
+    StateVersionMismatch,
+    StepcastError,
+    TooLarge,
+    UnsupportedMediaType,
+)
 from stepcast.manifest import Manifest
 
 from . import exchange, openapi, wire
@@ -88,13 +98,32 @@ class Rest:
         kind = request_type(headers)
         asked = wire.decode(body, wire.StepBody, kind)
         manifest = self.repository.live(model).manifest
-        inputs = wire.step_inputs(asked, kind, manifest, self.settings.steps_limit)
-        self.check_examples(len(inputs.x))
         address = Address(principal.namespace, model, check_id(session))
+        try:
+            inputs = wire.step_inputs(asked, kind, manifest, self.settings.steps_limit)
+        except (ShapeMismatch, NonFinite) as error:
+            inputs = await self._of_its_version(address, asked, kind, error)
+        self.check_examples(len(inputs.x))
         answer = await self.sessions.step(address, inputs.x, inputs.mask, inputs.digest, asked.seq)
         outputs = wire.by_rank(answer.outputs, inputs.rank, asked.format)
         accepted = answer_type(headers, kind)
         return wire.encode({"outputs": outputs, "step": answer.step, "version": answer.version}, accepted), accepted
+
+    async def _of_its_version(
+        self, address: Address, asked: wire.StepBody, kind: str, refusal: StepcastError
+    ) -> wire.Inputs:
+        """Inputs that the live version does not take, as the version takes them that the session is on.
+
+        Raises:
+            StepcastError: the refusal, where the session is on the live version too.
+        """
+        if len(self.repository.versions(address.model)) == 1:
+            raise refusal
+        try:
+            served = (await self.states.view(address)).served
+        except (SessionNotFound, StateVersionMismatch):
+            raise refusal from None
+        return wire.step_inputs(asked, kind, served.manifest, self.settings.steps_limit)
 
     async def step_many(self, model: str, headers: Headers, body: bytes) -> tuple[bytes, str]:
         """Advance many sessions by one step each; errors per item."""
