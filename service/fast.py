@@ -4,7 +4,6 @@ The same handler is registered with FastAPI too, so that OpenAPI knows it; what 
 middleware and dependency machinery, 100 microseconds a request.
 """
 
-import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Final, NamedTuple
 
@@ -14,7 +13,7 @@ from stepcast.errors import Internal, Malformed, StepcastError
 
 from . import wire
 from .auth import Principal
-from .calls import Address, StepAnswer
+from .calls import Address, Future, StepAnswer
 from .rest import Headers, Rest, answer_type, problem, request_type, too_large
 from .states import check_id
 from .telemetry import log
@@ -47,8 +46,8 @@ class Caller(NamedTuple):
 class FastDoor:
     """ASGI: steps by the short way, WebSockets to `sockets`, the rest to `api`.
 
-    Below ASGI, `caller`, `address` and `step` serve the connection itself (service/pipe.py): None from any of them
-    says that the request is not of the plainest kind, or not a good one, and has to come through ASGI.
+    Below ASGI, `caller`, `address` and `step` serve the connection itself (service/pipe.py): None or False from
+    any of them says that the request is not of the plainest kind, or not a good one, and has to come through ASGI.
 
     Attributes:
         short: Whether steps go the short way.
@@ -92,20 +91,19 @@ class FastDoor:
         self._addresses[caller.principal.namespace, path] = address
         return address
 
-    def step(self, caller: Caller, address: Address, body: bytes) -> "asyncio.Future[StepAnswer] | None":
-        """Queue a step; the future has its answer."""
+    def step(self, caller: Caller, address: Address, body: bytes, future: Future) -> bool:
+        """Queue a step; the future, or what stands for one, gets its answer. False: it has to come through ASGI."""
         sessions = self._rest.sessions
         try:
             features = sessions.repository.live(address.model).n_features
             single = wire.single_reader(features).read(body, caller.kind)
             if single is None:
-                return None
+                return False
             data, seq, digest = single
-            future: asyncio.Future[StepAnswer] = asyncio.get_running_loop().create_future()
             sessions.single_step(address, data, digest, seq, future)
         except StepcastError:
-            return None
-        return future
+            return False
+        return True
 
     def encode(self, caller: Caller, answer: StepAnswer) -> bytes:
         """An answer to such a step."""

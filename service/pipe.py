@@ -7,7 +7,6 @@ its first byte: httptools stays the judge of everything unusual.
 """
 
 import asyncio
-import functools
 import re
 from typing import Any, Final, NamedTuple
 
@@ -37,6 +36,39 @@ class Head(NamedTuple):
     caller: Caller
 
 
+class Turn:
+    """Stands for the future of a step: writes its answer without a turn of the loop."""
+
+    __slots__ = ("_caller", "_done", "_door", "_pipe")
+
+    def __init__(self, pipe: "Pipe", door: FastDoor, caller: Caller) -> None:
+        self._pipe, self._door, self._caller = pipe, door, caller
+        self._done = False
+
+    def done(self) -> bool:
+        """Whether the step is settled; a client that is gone changes nothing, what was accepted is applied."""
+        return self._done
+
+    def set_result(self, answer: StepAnswer) -> None:
+        """The step was made."""
+        self._done = True
+        caller = self._caller
+        try:
+            body = self._door.encode(caller, answer)
+        except Exception as error:
+            self.set_exception(error)
+            return
+        if self._pipe.last:
+            self._pipe.settle(_response(Response(body, 200, None, caller.accepted), last=True))
+        else:
+            self._pipe.settle(b"%s%d\r\n\r\n%s" % (caller.ok, len(body), body))
+
+    def set_exception(self, error: BaseException) -> None:
+        """The step was refused."""
+        self._done = True
+        self._pipe.settle(_response(self._door.problem(error), self._pipe.last))
+
+
 class Pipe(HttpToolsProtocol):
     """An HTTP connection; the class for uvicorn's `http` setting."""
 
@@ -52,14 +84,14 @@ class Pipe(HttpToolsProtocol):
         self._between = True  # no message has begun in the parser
         self._stepping = False  # a step of ours is under way
         self._ahead = b""  # what came meanwhile
-        self._last = False  # the server stops: close after this answer
+        self.last = False  # the server stops: close after this answer
         self._answered_at = 0.0
 
     # --- uvicorn's protocol -------------------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
         """Bytes from the client."""
-        if self._stepping:
+        if self._stepping or self._ahead:
             self._ahead += data
             if len(self._ahead) > AHEAD_BYTES:
                 self.flow.pause_reading()
@@ -79,7 +111,7 @@ class Pipe(HttpToolsProtocol):
     def shutdown(self) -> None:
         """The server stops: answer what was accepted, then close."""
         if self._stepping:
-            self._last = True
+            self.last = True
         else:
             super().shutdown()
 
@@ -112,47 +144,44 @@ class Pipe(HttpToolsProtocol):
         address = door.address(head.caller, data[5:path_end])
         if address is None:
             return False
-        future = door.step(head.caller, address, data[end + 4 :])
-        if future is None:
-            return False
-        self._stepping = True
-        future.add_done_callback(functools.partial(self._answer, door, head.caller))
-        return True
+        self._stepping = True  # before the step: its answer may be there at once
+        if door.step(head.caller, address, data[end + 4 :], Turn(self, door, head.caller)):
+            return True
+        self._stepping = False
+        return False
 
-    def _answer(self, door: FastDoor, caller: Caller, future: "asyncio.Future[StepAnswer]") -> None:
+    def settle(self, answer: bytes) -> None:
         """Write the answer, then go on with what came meanwhile."""
         self._stepping = False
         self.server_state.total_requests += 1
-        error = future.exception()
         if self.transport.is_closing():
             return
-        if error is None:
-            body = door.encode(caller, future.result())
-            if self._last:
-                self._write(Response(body, 200, None, caller.accepted))
-            else:
-                self.transport.write(b"%s%d\r\n\r\n%s" % (caller.ok, len(body), body))
-        else:
-            self._write(door.problem(error))
-        self._answered_at = self.loop.time()
-        if self._last:
+        self.transport.write(answer)
+        if self.last:
             self.transport.close()
             return
+        self._answered_at = self.loop.time()
         if self.timeout_keep_alive_task is None:
             self.timeout_keep_alive_task = self.loop.call_later(
                 self.timeout_keep_alive, self.timeout_keep_alive_handler
             )
         if self._ahead:
-            data, self._ahead = self._ahead, b""
+            self.loop.call_soon(self._go_on)
+
+    def _go_on(self) -> None:
+        data, self._ahead = self._ahead, b""
+        if data and not self.transport.is_closing():
             self.flow.resume_reading()
             self.data_received(data)
 
-    def _write(self, response: Response) -> None:
-        lines = [STATUS_LINE[response.status_code]]
-        lines += [b"%s: %s\r\n" % field for field in response.raw_headers]
-        if self._last:
-            lines.append(b"connection: close\r\n")
-        self.transport.write(b"".join((*lines, b"\r\n", response.body)))
+
+def _response(response: Response, last: bool) -> bytes:
+    """A response as bytes; the last one of its connection says so."""
+    lines = [STATUS_LINE[response.status_code]]
+    lines += [b"%s: %s\r\n" % field for field in response.raw_headers]
+    if last:
+        lines.append(b"connection: close\r\n")
+    return b"".join((*lines, b"\r\n", response.body))
 
 
 def _door(app: Any) -> FastDoor | None:
