@@ -101,6 +101,8 @@ class Link(WebSocketsSansIOProtocol):
         self._out.append(framing.frame(framing.CLOSE, framing.close_payload(code, reason)))
         self._flush()
         self._closing = True
+        self._held.clear()
+        self._held_bytes = 0
         self._end = self.loop.call_later(CLOSE_S, self.transport.abort)
         self._read(True)
 

@@ -33,6 +33,7 @@ class Running:
     def __init__(self, **settings: Any) -> None:
         self.app = create_app(Settings.read({}, **{"models": MODELS, "port": 0, **settings}))
         config = uvicorn.Config(self.app, port=0, log_level="critical", lifespan="on", http=Pipe, ws=Link)
+        self.uvicorn_config = config
         self._uvicorn = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._uvicorn.run, daemon=True)
 

@@ -420,6 +420,25 @@ def test_pings_are_answered_while_the_socket_waits_for_compute() -> None:
         peer.close()
 
 
+def test_peer_that_is_not_heard_of_is_closed_and_one_that_answers_pings_stays() -> None:
+    """Pings go out all the time; silence for two intervals ends the connection with 1011."""
+    server = Running(store="memory://")
+    server.uvicorn_config.ws_ping_interval = 0.2
+    server.start()
+    try:
+        with connect(url(server, MODEL)) as lively:
+            silent = Raw(server)
+            frames = [silent.receive() for _ in range(2)]
+            assert frames[0] == (PING, b"")
+            assert frames[1][0] == CLOSE
+            assert struct.unpack("!H", frames[1][1][:2]) == (1011,)
+            silent.close()
+            time.sleep(0.6)
+            assert ask(lively, session="lively", inputs=X)["step"] == 1
+    finally:
+        server.stop()
+
+
 @hypothesis_settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(
