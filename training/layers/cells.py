@@ -81,7 +81,7 @@ class GravesLstm(Lstm):
         if not self.standard:
             return self._loop(x, lengths, before)
         # Under autocast the projection is narrow; the loop is not.
-        projected = self.project_input(x).transpose(0, 1).to(self.bias_hh.dtype) + self.bias_hh
+        projected = self.project_input(x.transpose(0, 1)).to(self.bias_hh.dtype) + self.bias_hh
         hs, cs = PeepholeLstm.apply(projected, *before, self.weight_hh, self.peephole)  # type: ignore[no-untyped-call]
         states = hs.transpose(0, 1), cs.transpose(0, 1)
         return states[0], behind_last(states, lengths)
