@@ -145,7 +145,9 @@ class Runtime:
                 raise NonFinite("the model's outputs are not finite; nothing was committed")
         if self._all_float32:
             flat = states.reshape(-1).view(np.float32)
-            finite = np.isfinite(np.dot(flat, flat)) or np.isfinite(flat).all()  # the product overflows first, cheaply
+            with np.errstate(over="ignore"):
+                square = np.dot(flat, flat)
+            finite = np.isfinite(square) or np.isfinite(flat).all()  # the product overflows first, cheaply
         else:
             finite = all(
                 np.isfinite(np.ascontiguousarray(states[:, cut]).view(tensor.dtype)).all()
