@@ -7,7 +7,7 @@
 #   make demo          train, serve and replay real weather; TRAIN=0 takes the committed model
 #   make serve         the server on models/; ARGS="--port 9000"
 #   make bench         the numbers of README; ARGS="--quick" for a look
-#   make chaos         kill -9 at random moments, then count; ARGS="--seconds 45 --sessions 200 --seed 1"
+#   make chaos         kill -9 at random moments, then count; ARGS="--seconds 30 --sessions 200 --seed 1"
 #   make lock          write constraints.txt anew from the newest versions
 #   make clean         remove caches and build output
 #   make distclean     remove .venv and .cache too
