@@ -82,29 +82,21 @@ QUICK = {
 }
 
 
-@pytest.fixture(scope="module")
-def quick(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Manifest]]:
-    """Trains the shortened version of a recipe, once."""
-    done: dict[str, tuple[Path, Manifest]] = {}
-
-    def _quick(recipe: str) -> tuple[Path, Manifest]:
-        if recipe not in done:
-            out = tmp_path_factory.mktemp(recipe)
-            done[recipe] = out / "models", trained(recipe, out, QUICK[recipe][1])
-        return done[recipe]
-
-    return _quick
-
-
-@pytest.mark.parametrize("recipe", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in QUICK])
-def test_shortened_recipe_learns_and_is_proved(quick: Callable[[str], tuple[Path, Manifest]], recipe: str) -> None:
-    """Far better than chance after seconds; the full figure is the slow test's."""
-    _, manifest = quick(recipe)
-    metrics = manifest.provenance.metrics["test"]
-    QUICK[recipe][0].check(metrics)
+def shortened(recipe: str, out: Path) -> Manifest:
+    """Train the shortened version of a recipe and check its figure."""
+    figure, overrides = QUICK[recipe]
+    manifest = trained(recipe, out, overrides)
+    figure.check(manifest.provenance.metrics["test"])
     assert manifest.streaming
     assert manifest.provenance.data.strip()
     assert len(json.dumps(manifest.model_dump(mode="json"))) < 30_000
+    return manifest
+
+
+@pytest.mark.parametrize("recipe", ["control_charts", "moving_shapes", "reviews"])
+def test_shortened_recipe_learns_and_is_proved(tmp_path: Path, recipe: str) -> None:
+    """Far better than chance after seconds; the full figure is the slow test's."""
+    shortened(recipe, tmp_path)
 
 
 @pytest.mark.parametrize("recipe", ["control_charts", "moving_shapes", "reviews"])
@@ -122,10 +114,9 @@ def test_committed_model_reaches_the_figure_of_its_recipe(recipe: str) -> None:
     assert sum(path.stat().st_size for path in directory.iterdir()) < 200_000
 
 
-@pytest.mark.xdist_group("characters")
-def test_characters_write_on_in_a_rollout(quick: Callable[[str], tuple[Path, Manifest]]) -> None:
+def test_characters_learn_and_write_on_in_a_rollout(tmp_path: Path) -> None:
     """Generation through the server: the most probable character is fed back, as a loop over the graph does it."""
-    models, manifest = quick("characters")
+    manifest, models = shortened("characters", tmp_path), tmp_path / "models"
     classes = manifest.classes or ()
     prompt = [[[float(classes.index(character))] for character in "The statement"]]
     with running(store="memory://", models=models) as server:
