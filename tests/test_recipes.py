@@ -24,6 +24,8 @@ from training.config import load
 from training.evaluate import evaluate
 from training.stepper import Stepper
 
+pytestmark = pytest.mark.timeout(300)  # seconds on an idle machine, more where other tests run beside
+
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "training" / "recipes"
 FIGURE = re.compile(r"^# Reaches: (\w+) (>=|<=) ([\d.]+)", re.MULTILINE)
