@@ -177,10 +177,13 @@ class Sessions:
         self._leave(step.entry.address.model)
         if step.future.done():
             return
-        if answer is not None:
-            step.future.set_result(answer)
-        elif error is not None:
-            step.future.set_exception(error)
+        try:
+            if answer is not None:
+                step.future.set_result(answer)
+            elif error is not None:
+                step.future.set_exception(error)
+        except Exception:  # what stands for a future writes to a socket: others of the batch must not suffer
+            log.exception("an answer for session %s could not be given", step.entry.key)
 
     def _leave(self, model: str) -> None:
         self._waiting[model] -= 1

@@ -177,6 +177,29 @@ async def test_calls_behind_a_commit_of_unknown_outcome_see_what_was_applied() -
     assert (await states.view(at("a"))).record.step == 4
 
 
+class Broken:
+    """Stands for a future, and can not take what it is given."""
+
+    def done(self) -> bool:
+        return False
+
+    def set_result(self, answer: Any) -> None:
+        raise ConnectionError("gone")
+
+    set_exception = set_result
+
+
+async def test_a_caller_that_can_not_be_answered_harms_nobody_else() -> None:
+    """The others of its batch are answered, its session goes on, and what it asked for was done once."""
+    states = rooms(MemoryStore())
+    await asyncio.gather(send(states, "a"), send(states, "b"))
+    broken: Any = Broken()
+    states.sessions.single_step(at("a"), X.tobytes(), wire.digest(X, None), 2, broken)
+    answers = await asyncio.gather(send(states, "b", seq=2), send(states, "a", seq=3))
+    assert [answer.step for answer in answers] == [2, 3]
+    assert hot(states) == (2, 0)
+
+
 # --- limits and hot copies --------------------------------------------------------------------------------------------
 
 
