@@ -286,7 +286,9 @@ class Session:
             mask = self.numbers.random((self.examples, steps)) < 0.6
         if self.model == "stacked" and self.random.random() < 0.2:
             x[0, -1, 0] = np.nan  # a missing reading; null on the wire
-        body = {"inputs": x, "seq": step + steps, **({} if mask.all() else {"mask": mask.astype(int)})}
+        plain = x.shape[:2] == (1, 1) and bool(mask.all()) and self.random.random() < 0.7
+        inputs = x[0, 0] if plain else x  # the shortest form has a short way through the server
+        body = {"inputs": inputs, "seq": step + steps, **({} if mask.all() else {"mask": mask.astype(int)})}
         return Call(step + steps, orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY), x, mask)
 
     async def drop(self, call: Call) -> None:
@@ -359,7 +361,8 @@ class Session:
         self.count.doubled += max(0, document["step"] - self.step)
         x = np.concatenate([call.x for call in self.calls], axis=1)
         mask = np.concatenate([call.mask for call in self.calls], axis=1)
-        got = np.concatenate([np.array(call.outputs, np.float32) for call in self.calls], axis=1)
+        outputs = [np.array(call.outputs, np.float32).reshape(*call.x.shape[:2], -1) for call in self.calls]
+        got = np.concatenate(outputs, axis=1)
         tolerance = self.runtime.manifest.tolerance
         same = np.isnan(got[~mask]).all()
         for n in range(self.examples):
