@@ -27,6 +27,9 @@ log = logging.getLogger("stepcast.batcher")
 UNFINISHED_RUNS: Final = 2
 """Batches that may wait for `finish` (their commit) while the next one runs; more would only make batches small."""
 
+FULL_ROWS: Final = 16
+"""Runs of this many single steps and more tell what one row costs; in smaller ones the fixed cost hides it."""
+
 
 class Job:
     """N rows that advance together by up to T steps.
@@ -97,6 +100,7 @@ class Batcher(Generic[J]):
         self._unfinished: set[asyncio.Future[object]] = set()
         self._pool: ThreadPoolExecutor | None = None
         self._run_s = 50e-6  # moving averages: a run's fixed cost is not told apart from its cells'
+        self._row_s = 10e-6
         self._cell_s = 20e-6
 
     def submit(self, job: J) -> None:
@@ -172,11 +176,15 @@ class Batcher(Generic[J]):
             await asyncio.wait(self._unfinished, return_when=asyncio.FIRST_COMPLETED)
 
     def _expected_s(self, rows: int, steps: int) -> float:
-        return self._run_s if steps == 1 else rows * steps * self._cell_s
+        if steps > 1:
+            return rows * steps * self._cell_s
+        return max(self._run_s, rows * self._row_s)
 
     def _learn(self, rows: int, steps: int, busy: float) -> None:
         if steps == 1:
             self._run_s += 0.1 * (busy - self._run_s)
+            if rows >= FULL_ROWS:
+                self._row_s += 0.1 * (busy / rows - self._row_s)
         else:
             self._cell_s += 0.3 * (busy / (rows * steps) - self._cell_s)
 

@@ -103,6 +103,11 @@ class Repository:
         """
         return sorted(self._of(name))
 
+    def mixed(self, name: str) -> bool:
+        """Whether served versions of a model take different numbers of features."""
+        versions = self._served.get(name, {})
+        return len(versions) > 1 and len({served.n_features for served in versions.values()}) > 1
+
     def live(self, name: str) -> Served:
         """The highest served version.
 

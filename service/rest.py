@@ -97,33 +97,31 @@ class Rest:
         principal.require("step")
         kind = request_type(headers)
         asked = wire.decode(body, wire.StepBody, kind)
-        manifest = self.repository.live(model).manifest
         address = Address(principal.namespace, model, check_id(session))
-        try:
-            inputs = wire.step_inputs(asked, kind, manifest, self.settings.steps_limit)
-        except (ShapeMismatch, NonFinite) as error:
-            inputs = await self._of_its_version(address, asked, kind, error)
+        inputs = await self.inputs(address, asked, kind)
         self.check_examples(len(inputs.x))
         answer = await self.sessions.step(address, inputs.x, inputs.mask, inputs.digest, asked.seq)
         outputs = wire.by_rank(answer.outputs, inputs.rank, asked.format)
         accepted = answer_type(headers, kind)
         return wire.encode({"outputs": outputs, "step": answer.step, "version": answer.version}, accepted), accepted
 
-    async def _of_its_version(
-        self, address: Address, asked: wire.StepBody, kind: str, refusal: StepcastError
-    ) -> wire.Inputs:
-        """Inputs that the live version does not take, as the version takes them that the session is on.
+    async def inputs(self, address: Address, asked: wire.StepBody, kind: str) -> wire.Inputs:
+        """A step's inputs as the live version takes them or, where it does not, as the session's own version does.
 
         Raises:
-            StepcastError: the refusal, where the session is on the live version too.
+            ShapeMismatch, NonFinite, and what else wire.step_inputs raises.
         """
-        if len(self.repository.versions(address.model)) == 1:
-            raise refusal
+        limit, live = self.settings.steps_limit, self.repository.live(address.model)
         try:
-            served = (await self.states.view(address)).served
-        except (SessionNotFound, StateVersionMismatch):
-            raise refusal from None
-        return wire.step_inputs(asked, kind, served.manifest, self.settings.steps_limit)
+            return wire.step_inputs(asked, kind, live.manifest, limit)
+        except (ShapeMismatch, NonFinite) as refusal:
+            if len(self.repository.versions(address.model)) == 1:
+                raise
+            try:
+                served = (await self.states.view(address)).served
+            except (SessionNotFound, StateVersionMismatch):
+                raise refusal from None
+            return wire.step_inputs(asked, kind, served.manifest, limit)
 
     async def step_many(self, model: str, headers: Headers, body: bytes) -> tuple[bytes, str]:
         """Advance many sessions by one step each; errors per item."""

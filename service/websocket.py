@@ -188,10 +188,10 @@ class Single:
 class Asked:
     """A decoded frame of any other kind: what is asked, in which encoding, of which session."""
 
-    __slots__ = ("address", "frame", "kind", "rank")
+    __slots__ = ("address", "alone", "frame", "kind", "rank")
 
-    def __init__(self, frame: Any, kind: str, address: Address) -> None:
-        self.frame, self.kind, self.address = frame, kind, address
+    def __init__(self, frame: Any, kind: str, address: Address, alone: bool) -> None:
+        self.frame, self.kind, self.address, self.alone = frame, kind, address, alone
         self.rank = 0  # of a step's inputs, once they are looked at
 
 
@@ -272,7 +272,8 @@ class Connection:
         address = self._addresses.get(frame.session)
         if address is None or not self._may_step or self._talk.draining:
             return False
-        if self._rest.repository.live(self._model).n_features * 4 != self._inputs_bytes:
+        repository = self._rest.repository
+        if repository.live(self._model).n_features * 4 != self._inputs_bytes or repository.mixed(self._model):
             return False  # another version went live meanwhile
         self._talk.ask(address.session, Single(self, frame, data, kind, address), True)
         return True
@@ -321,7 +322,9 @@ class Connection:
             address = self._addresses.get(frame.session) or self._address(frame.session)
         except StepcastError as error:
             raise _Refused(frame, error) from error
-        self._talk.ask(address.session, Asked(frame, kind, address), frame.op == STEP)
+        # Where versions take different features, a step has to look at its session first: it waits for earlier frames.
+        alone = frame.op != STEP or self._rest.repository.mixed(self._model)
+        self._talk.ask(address.session, Asked(frame, kind, address, alone), not alone)
 
     def _address(self, session: str | None) -> Address:
         """The address that a frame's `session` means."""
@@ -352,7 +355,7 @@ class Connection:
             asked = ticket.request
             if isinstance(asked, Single):
                 self._step_plainly(ticket, asked)
-            elif asked.frame.op == STEP:
+            elif not asked.alone:
                 self._step(ticket, asked)
             elif self._alive:
                 task = asyncio.get_running_loop().create_task(self._operate(ticket, asked))
@@ -414,7 +417,19 @@ class Connection:
         if error is not None:
             self._done(ticket, self._failed(asked, error))
             return
-        made = future.result()
+        self._done(ticket, self._answer(asked, future.result()))
+
+    async def _step_alone(self, asked: Asked) -> Answer:
+        """A step whose inputs may be another version's than the live one's."""
+        rest, frame = self._rest, asked.frame
+        inputs = await rest.inputs(asked.address, frame, asked.kind)
+        rest.check_examples(len(inputs.x))
+        asked.rank = inputs.rank
+        return self._answer(
+            asked, await rest.sessions.step(asked.address, inputs.x, inputs.mask, inputs.digest, frame.seq)
+        )
+
+    def _answer(self, asked: Asked, made: StepAnswer) -> Answer:
         answer = {
             "id": asked.frame.id,
             "session": asked.address.session,
@@ -422,7 +437,7 @@ class Connection:
             "step": made.step,
             "version": made.version,
         }
-        self._done(ticket, _encode(answer, asked.kind))
+        return _encode(answer, asked.kind)
 
     async def _operate(self, ticket: "_Ticket", asked: Asked) -> None:
         """Do an operation other than a step; not before the client has read what is ready."""
@@ -431,8 +446,11 @@ class Connection:
             if not self._alive:
                 return
             try:
-                fields = await _OPERATIONS[asked.frame.op](self._rest.states, asked)
-                answer = _encode({"id": asked.frame.id, **fields, "session": asked.address.session}, asked.kind)
+                if asked.frame.op == STEP:
+                    answer = await self._step_alone(asked)
+                else:
+                    fields = await _OPERATIONS[asked.frame.op](self._rest.states, asked)
+                    answer = _encode({"id": asked.frame.id, **fields, "session": asked.address.session}, asked.kind)
             except Exception as error:
                 answer = self._failed(asked, error)
         self._done(ticket, answer)

@@ -13,9 +13,11 @@ import foreign
 import httpx
 import numpy as np
 import pytest
+from doors import WebSocketDoor
 from serving import MODELS, running
 
 from service.importer import import_onnx
+from stepcast.errors import ShapeMismatch
 from stepcast.manifest import GOLDEN_FILE, MANIFEST_FILE, read_manifest
 
 X = np.random.default_rng(5).normal(size=(20, 3)).round(3).tolist()
@@ -262,3 +264,9 @@ def test_a_session_on_a_version_with_other_features_is_told_so(models: Path, tmp
         assert answer["errors"]["0"]["code"] == "shape_mismatch"
         assert answer["steps"] == [None, 1]
         assert step(client, "a", X[1])["step"] == 2  # its own features are taken
+        socket = WebSocketDoor(str(client.base_url).rstrip("/"), "m", packed=False)
+        assert socket.call("step", "a", inputs=X[1], seq=3)["step"] == 3
+        assert socket.call("step", "b", inputs=four)["version"] == 2
+        with pytest.raises(ShapeMismatch):
+            socket.call("step", "a", inputs=four)
+        socket.close()
