@@ -34,14 +34,15 @@ def table(results: Results) -> str:
 
 
 def ratios(results: Results) -> str:
-    """The promised ratios: median, min and max over the rounds."""
-    lines = [f"{'ratio':<54}{'median':>8}{'min':>8}{'max':>8}{'want':>8}"]
+    """The promised ratios: median, min and max over the rounds, and by processor time per step."""
+    lines = [f"{'ratio':<54}{'median':>8}{'min':>8}{'max':>8}{'by cpu':>8}{'want':>8}"]
     for target in RATIOS:
         found = results.ratio(target)
         if found is None:
             continue
         verdict = "" if found[0] >= target.least else "  missed"
-        lines.append(f"{target.what:<54}" + "".join(f"{v:>8.2f}" for v in (*found, target.least)) + verdict)
+        numbers = (*found, results.cpu_ratio(target) or 0.0, target.least)
+        lines.append(f"{target.what:<54}" + "".join(f"{number:>8.2f}" for number in numbers) + verdict)
     return "\n".join(lines)
 
 

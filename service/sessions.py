@@ -107,7 +107,18 @@ class Sessions:
             future: Gets the answer; or what stands for a future.
         """
         entry, deadline = self._enter(address, None)
-        self._queue(SingleStep(entry, data, digest, seq, deadline, future))
+        step = SingleStep(entry, data, digest, seq, deadline, future)
+        served = entry.served
+        if served is None or len(data) != 4 * served.n_features or not _goes_plainly(entry, served, seq):
+            self._queue(step)
+            return
+        assert entry.record is not None  # what _queue would come to, by way of _next, _start and _admit
+        assert entry.batcher is not None
+        step.state = entry.record.state
+        entry.busy = True
+        self._waiting[address.model] += 1
+        self._hot.used(entry)
+        entry.batcher.submit(step)
 
     def step_many(self, many: ManySteps, asked: Sequence[tuple[int, Address, bytes, int | None, bytes]]) -> None:
         """Queue single steps of sessions of one model, as `single_step` does; refusals go to `many` too.
