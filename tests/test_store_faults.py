@@ -26,7 +26,7 @@ from service.store.memory import MemoryStore
 from service.store.redis_nodes import slot_of
 from service.store.sqlite import SqliteStore
 from service.store.urls import StoreOptions, open_store
-from stepcast.errors import StoreUnavailable
+from stepcast.errors import InvalidRequest, StoreUnavailable
 
 pytestmark = [pytest.mark.anyio, pytest.mark.service]
 
@@ -666,3 +666,15 @@ async def test_behind_loses_no_acknowledged_step_over_an_unsteady_base(seed: int
 async def _created(store: Store, key: str) -> None:
     if await store.load([key]) == [None]:
         await store.commit([Write(key, None, record(0))])
+
+
+async def test_a_cursor_that_is_none_is_refused_by_redis(redis_server: RedisServer) -> None:
+    """A cursor that no page gave is an error of the caller's, not of the server's."""
+    store = open_store(redis_server.url)
+    await store.open()
+    try:
+        for cursor in ("zzz", "1:", "-1:0", "é", "1:" + "9" * 30):
+            with pytest.raises(InvalidRequest, match="was not given by this server"):
+                await store.list_keys("", cursor, 10)
+    finally:
+        await store.close()

@@ -7,6 +7,7 @@ The braces put both into one slot of a cluster. One script does compare-and-set 
 """
 
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from hashlib import sha1
 from typing import Any, Final
@@ -15,6 +16,7 @@ from service.record import TOKEN
 from service.store import Write
 from service.store.redis_nodes import Job, Node, Nodes, Refused
 from service.store.redis_wire import Command
+from stepcast.errors import InvalidRequest
 
 _log = logging.getLogger(__name__)
 
@@ -22,6 +24,7 @@ _PER_COMMAND: Final = 16
 """Writes per command: one command of 64 records costs more, in allocations here and in a longer pause there."""
 _LOADS_PER_COMMAND: Final = 128
 _SCANS_PER_PAGE: Final = 10
+_CURSOR: Final = re.compile(r"([0-9]{1,4}):([0-9]{1,20})")
 _PREFIX: Final = "stepcast:{"
 
 COMMIT: Final = f"""
@@ -91,8 +94,7 @@ class RedisStore:
     async def list_keys(self, prefix: str, cursor: str, limit: int) -> tuple[list[str], str]:
         """A key may be listed twice, and missed if a failover happens between the pages."""
         nodes = await self._nodes.primaries()
-        at, _, place = cursor.partition(":")
-        index, place = int(at or 0), place or "0"
+        index, place = _place(cursor)
         found: dict[str, None] = {}
         for _ in range(_SCANS_PER_PAGE):
             if index >= len(nodes) or len(found) >= limit:
@@ -131,6 +133,14 @@ class RedisStore:
         """The reply to `command` if the session is there, else None."""
         exists, reply = await self._nodes.run([Job(key, ("EXISTS", _main(key))), Job(key, command)])
         return reply if exists else None
+
+
+def _place(cursor: str) -> tuple[int, str]:
+    """The node's index and its own cursor."""
+    match = _CURSOR.fullmatch(cursor or "0:0")
+    if match is None:
+        raise InvalidRequest(f"cursor {cursor[:64]!r} was not given by this server. Start without one.")
+    return int(match[1]), match[2]
 
 
 def _main(key: str) -> str:
