@@ -582,9 +582,9 @@ async def test_behind_keeps_its_promise_when_the_base_is_away(redis_factory: Red
     now += 59
     assert await store.commit([Write(key, token(datas[1]), datas[2])]) == [True]
     now += 2
-    with pytest.raises(StoreUnavailable, match="no (reply|connection)"):
+    with pytest.raises(StoreUnavailable, match=r"no (reply|connection)"):
         await store.commit([Write(key, token(datas[2]), datas[3])])
-    with pytest.raises(StoreUnavailable, match="no (reply|connection)"):
+    with pytest.raises(StoreUnavailable, match=r"no (reply|connection)"):
         await store.ping()
     assert await store.load([key]) == [datas[2]]
     server.resume()  # the first flush may arrive only now
