@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -30,7 +31,13 @@ class Process:
         environ |= {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "NO_COLOR": "1"}
         with pinned(core), log.open("wb") as out:
             self._process = subprocess.Popen(
-                list(command), cwd=ROOT, env=environ, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
+                list(command),
+                cwd=ROOT,
+                env=environ,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
             )
 
     @property
@@ -58,7 +65,7 @@ class Process:
         return cpu_s(self.pid)
 
     def stop(self) -> None:
-        """End it: SIGTERM, then SIGKILL."""
+        """End it: SIGTERM, then SIGKILL; what it started and left behind goes too."""
         if self._process.poll() is None:
             self._process.terminate()
             try:
@@ -66,6 +73,8 @@ class Process:
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
 
 
 class Park:
