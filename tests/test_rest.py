@@ -836,7 +836,7 @@ def _npy() -> bytes:
         (b"\x80\x04\x95pickled", "malformed"),
         (gzip.compress(b"{}"), "malformed"),
     ],
-    ids=lambda value: repr(value[:24]) if isinstance(value, bytes) else value,
+    ids=lambda value: value if isinstance(value, str) else "content",  # zip and gzip write the time into theirs
 )
 def test_broken_npz_is_refused(http: httpx.Client, at: str, content: bytes, code: str) -> None:
     """Neither archives that lie nor zip bombs nor pickles do more than a 4xx."""
