@@ -1,6 +1,7 @@
 """Training configurations: what is refused, and the path it is refused with."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -8,17 +9,18 @@ import pytest
 import yaml
 
 from stepcast.errors import ConfigError
-from stepcast.manifest import Feature, Output
+from stepcast.manifest import Feature, Feedback, Output
 from training.activations import ACTIVATIONS
 from training.config import Config, TrainingConfig, load
 from training.data.in_memory import Examples, InMemory
 from training.layers.specs import LayerSpec, LossName, Shape
-from training.layers.stack import place
+from training.layers.stack import TokenReader, place
 from training.network import Network
 
 RECIPES = sorted((Path(__file__).parents[1] / "training" / "recipes").glob("*.yaml"))
 LSTM = {"kind": "lstm", "units": 4}
 OUT = {"kind": "rnn_output"}
+LAST, AGAIN = {"kind": "last_time_step"}, {"kind": "duplicate_to_time_series"}
 
 
 def configuration(**parts: Any) -> dict[str, Any]:
@@ -77,6 +79,27 @@ def test_every_recipe_is_a_legal_configuration(recipe: Path) -> None:
         (
             {"network": [LSTM, {"kind": "global_pooling"}, OUT], "training": {"masked_steps": "zero"}},
             "network[1]: global_pooling has no meaning",
+        ),
+        (
+            {"network": [LSTM, {"kind": "duplicate_to_time_series"}, LSTM, OUT]},
+            "network[1]: duplicate_to_time_series copies the answer of a many-to-one readout, and there is none below",
+        ),
+        (
+            {"network": [LSTM, LAST, AGAIN, AGAIN, OUT]},
+            "network[3]: duplicate_to_time_series copies the answer of a many-to-one readout, and there is none below",
+        ),
+        ({"network": [LSTM, LAST, {"kind": "reverse"}, OUT]}, "network[2]: reverse behind the many-to-one readout"),
+        (
+            {"network": [{"kind": "reverse"}, LSTM, OUT], "training": {"backprop": "truncated"}},
+            "network[0]: reverse can not be trained truncated",
+        ),
+        (
+            {"network": [{"kind": "reverse"}, LSTM, OUT], "training": {"masked_steps": "zero"}},
+            "network[0]: reverse has no meaning under masked_steps 'zero'",
+        ),
+        (
+            {"network": [LSTM, LAST, AGAIN, LSTM, OUT], "training": {"masked_steps": "zero"}},
+            "network[2]: duplicate_to_time_series has no meaning under masked_steps 'zero'",
         ),
         (
             {"training": {"backprop": "truncated", "tbptt_forward": 5, "tbptt_backward": 6}},
@@ -142,6 +165,29 @@ def test_stack_that_does_not_fit_the_data_is_refused(
     with pytest.raises(ConfigError) as caught:
         Network.of(config.network, data)
     assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize("below", [[], [{"kind": "mask"}, {"kind": "reverse"}]], ids=["alone", "moved"])
+def test_embedding_knows_every_class_that_is_fed_back(below: list[dict[str, Any]]) -> None:
+    """A rollout would step with a token that has no vector; without feedback more classes than tokens are no harm."""
+    layers = [*below, {"kind": "embedding", "vocabulary": 5, "units": 2}, LSTM, OUT]
+    specs = Config.model_validate(configuration(network=layers)).network
+    feedback = (Feedback(source="class", feature="f0"),)
+    with pytest.raises(ConfigError) as caught:
+        Network.of(specs, replace(source(1, classes=6), feedback=feedback))
+    assert str(caught.value) == (
+        f"network[{len(below)}]: embedding has a vocabulary of 5, the data feeds 6 classes back as 'f0'. "
+        "Set vocabulary: 6."
+    )
+    for fine in (source(1, classes=6), replace(source(1, classes=5), feedback=feedback)):
+        assert Network.of(specs, fine).reads_tokens == TokenReader(len(below), 5)
+
+
+def test_only_an_embedding_of_the_data_itself_reads_tokens() -> None:
+    """Behind a layer that computes something, what comes in is no token of the data."""
+    embedding = {"kind": "embedding", "vocabulary": 5, "units": 2}
+    specs = Config.model_validate(configuration(network=[{"kind": "dense", "units": 1}, embedding, OUT])).network
+    assert Network.of(specs, source(1)).reads_tokens is None
 
 
 def test_overrides_reach_into_lists_and_are_checked(tmp_path: Path) -> None:

@@ -16,7 +16,9 @@ from training.export import prove, state_tensors
 from training.graph import Graph
 from training.layers.cells import GravesLstm
 from training.layers.recurrent import Recurrent
+from training.masks import Packing
 from training.network import Network
+from training.stepper import Stepper
 
 Layers = list[dict[str, Any]]
 VIDEO = [Feature(name="pixels", width=2 * 8 * 6)]
@@ -53,6 +55,16 @@ def cases() -> dict[str, tuple[Layers, list[Feature]]]:
         layer = {"kind": "global_pooling", "pooling": pooling, "p": 3.0}
         found[f"pooling-{pooling}"] = [{"kind": "gru", "units": 4}, layer, {"kind": "dense", "units": 3}, OUT], rich()
     found["last_time_step"] = [{"kind": "gru", "units": 4}, {"kind": "last_time_step"}, OUT], rich()
+    gru, again = {"kind": "gru", "units": 4}, {"kind": "duplicate_to_time_series"}
+    found["reverse"] = [{"kind": "reverse"}, gru, OUT], rich()
+    found["reverse-back"] = [{"kind": "reverse"}, gru, {"kind": "reverse"}, {"kind": "lstm", "units": 3}, OUT], rich()
+    decoder = {"kind": "graves_lstm", "units": 3}
+    found["encoder_decoder"] = [gru, {"kind": "last_time_step"}, again, decoder, OUT], rich()
+    pooled = {"kind": "global_pooling", "pooling": "avg"}
+    found["encoder_decoder-pooled"] = [gru, pooled, {"kind": "dense", "units": 3}, again, decoder, pooled, OUT], rich()
+    both = {"kind": "bidirectional", "last": True, "layer": gru}
+    found["encoder_decoder-both"] = [both, again, decoder, OUT], rich()
+    found["mask"] = [{"kind": "mask"}, gru, {"kind": "mask"}, {"kind": "last_time_step"}, {"kind": "mask"}, OUT], rich()
     conv = {"kind": "conv1d", "units": 4, "kernel": 3, "dilation": 2}
     found["conv1d"] = [conv, {"kind": "conv1d", "units": 3, "kernel": 1}, {"kind": "lstm", "units": 4}, OUT], rich()
     found["conv1d-above"] = [{"kind": "lstm", "units": 4}, conv, OUT], rich()
@@ -73,10 +85,15 @@ def cases() -> dict[str, tuple[Layers, list[Feature]]]:
         ],
         VIDEO,
     )
+    frames = {"kind": "rnn_to_cnn", "height": 8, "width": 6, "channels": 2}
+    conv2d = {"kind": "conv2d", "units": 2, "kernel": [3, 3], "stride": [2, 2]}
+    found["video-mask"] = [frames, {"kind": "mask"}, conv2d, {"kind": "mask"}, OUT], VIDEO
+    found["video-moved"] = [{"kind": "last_time_step"}, frames, again, {"kind": "reverse"}, conv2d, gru, OUT], VIDEO
     return found
 
 
 CASES = cases()
+WHOLE = {"bidirectional", "reverse", "duplicate_to_time_series"}  # kinds that have to see the end of a row first
 
 
 def built(case: str) -> Network:
@@ -100,7 +117,7 @@ def test_layer_agrees_in_torch_and_onnx_however_it_is_stepped(case: str, tmp_pat
     x, state = readings(features), None
     mask = mask_of()
     with torch.no_grad():
-        state = some_state(net, x)
+        state = some_state(net, x) if net.streaming else net.initial_state(6)  # a graph without states begins at zero
         x = torch.where(mask[..., None], x, 0.0)
         y, after = net(x, mask, state)
     golden = {"x": x.numpy(), "lengths": np.array(LENGTHS, np.int32), "y": y.numpy()}
@@ -108,7 +125,7 @@ def test_layer_agrees_in_torch_and_onnx_however_it_is_stepped(case: str, tmp_pat
         golden |= {f"{prefix}.{n}.{k}": tensors[n][k].numpy() for n, keys in net.states().items() for k in keys}
     exported(net, tmp_path)
     assert np.isfinite(golden["y"]).all()
-    assert net.streaming == (not any(layer["kind"] == "bidirectional" for layer in layers))
+    assert net.streaming == WHOLE.isdisjoint(layer["kind"] for layer in layers)
     assert net.streaming or not state_tensors(net)
     prove(tmp_path, state_tensors(net), golden, net.streaming, Tolerance())
 
@@ -132,6 +149,82 @@ def test_padding_and_batch_mates_change_nothing(case: str) -> None:
     for name, keys in net.states().items():
         for key in keys:
             assert torch.equal(after[name][key][2], state[name][key][2]), f"{name}.{key} of an empty row moved"
+
+
+@pytest.mark.parametrize("case", [c for c, (layers, _) in CASES.items() if WHOLE & {one["kind"] for one in layers}])
+def test_whole_rows_of_one_step_and_of_none_agree(case: str, tmp_path: Path) -> None:
+    """What can not be stepped is called with T=1 too; a batch may have empty rows only."""
+    net = built(case)
+    exported(net, tmp_path)
+    x = readings(CASES[case][1], steps=1).nan_to_num()
+    for lengths in ([1, 0, 1, 1, 0, 1], [0] * 6):
+        with torch.no_grad():
+            y, _ = net(x, mask_of(lengths, 1))
+        golden = {"x": x.numpy(), "lengths": np.array(lengths, np.int32), "y": y.numpy()}
+        prove(tmp_path, (), golden, net.streaming, Tolerance())
+        assert np.isfinite(Stepper(tmp_path, ()).run(golden["x"], golden["lengths"], {})[0]).all()
+
+
+# Present: 1 2 3 4; 5 7 (a gap between); nothing; 9.
+STEPS = [[1, 2, 3, 4], [5, 0, 7, 0], [0, 0, 0, 0], [0, 0, 0, 9]]
+THERE = [[1, 1, 1, 1], [1, 0, 1, 0], [0, 0, 0, 0], [0, 0, 0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("kinds", "expected"),
+    [
+        (["reverse"], [[4, 3, 2, 1], [7, 0, 5, 0], [0, 0, 0, 0], [0, 0, 0, 9]]),
+        (["reverse", "reverse"], STEPS),
+        (["last_time_step", "duplicate_to_time_series"], [[4, 4, 4, 4], [7, 0, 7, 0], [0, 0, 0, 0], [0, 0, 0, 9]]),
+        (
+            ["reverse", "last_time_step", "duplicate_to_time_series"],
+            [[1, 1, 1, 1], [5, 0, 5, 0], [0, 0, 0, 0], [0, 0, 0, 9]],
+        ),
+        (["mask"], STEPS),
+    ],
+    ids=["reverse", "back", "duplicate", "first", "mask"],
+)
+def test_steps_move_among_the_present_ones_only(kinds: list[str], expected: list[list[int]], tmp_path: Path) -> None:
+    """Literal arrays through masks with gaps; the graph gets the present steps in front, as the server gives them."""
+    specs = [{"kind": kind} for kind in kinds]
+    net = network([*specs, {"kind": "rnn_loss"}], plain(1), outputs=1)
+    x, mask = torch.tensor(STEPS).float()[..., None], torch.tensor(THERE).bool()
+    y, _ = net(torch.where(mask[..., None], x, torch.nan), mask)
+    assert y[..., 0].tolist() == expected
+    exported(net, tmp_path)
+    packing = Packing.of(mask)
+    assert packing.lengths is not None
+    packed = packing.pack(x).numpy()
+    got, _ = Stepper(tmp_path, ()).run(packed, packing.lengths.numpy().astype(np.int32), {})
+    assert packing.unpack(torch.from_numpy(got))[..., 0].tolist() == expected
+
+
+def test_mask_makes_padding_zero_in_torch_and_onnx(tmp_path: Path) -> None:
+    """By itself, before anything else takes the padding away: 9 stands behind rows of 2 and 0 steps."""
+    net = network([{"kind": "mask"}, {"kind": "rnn_loss"}], plain(1), outputs=1)
+    x, lengths = torch.tensor([[1.0, 2, 9], [9, 9, 9], [3, 4, 5]])[..., None], torch.tensor([2, 0, 3])
+    masked, _ = net.layers[0](x, lengths, {})
+    assert masked[..., 0].tolist() == [[1, 2, 0], [0, 0, 0], [3, 4, 5]]
+    assert net.layers[0](x, None, {})[0] is x
+    exported(net, tmp_path)
+    got, _ = Stepper(tmp_path, ()).run(x.numpy(), lengths.numpy().astype(np.int32), {})
+    assert got[..., 0].tolist() == masked[..., 0].tolist()
+
+
+def test_decoder_reads_nothing_but_the_last_summary() -> None:
+    """An encoder and a decoder by hand: the decoder's input is the encoder's last state at each of the row's steps."""
+    net, x = built("encoder_decoder"), readings(rich())
+    encoder, _, _, decoder = net.layers
+    with torch.no_grad():
+        y, _ = net(x, mask_of())
+        for row, length in enumerate(LENGTHS):
+            if length == 0:
+                continue
+            state = net.initial_state(1)
+            seen, _ = net.observed(x[row : row + 1, :length], None, state["observed"])
+            _, last = encoder(seen, None, state[encoder.name])
+            told, _ = decoder(last["h"][:, None].repeat(1, length, 1), None, state[decoder.name])
+            torch.testing.assert_close(y[row, :length], net.head.answer(net.head(told), None)[0])
 
 
 def recurrent_ops(model: onnx.ModelProto) -> list[str]:

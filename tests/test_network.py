@@ -38,6 +38,16 @@ GAPS = torch.tensor(
 )
 BIDIRECTIONAL: list[dict[str, Any]] = [{"kind": "bidirectional", "layer": {"kind": "lstm", "units": 4}}, OUT]
 POOLED: list[dict[str, Any]] = [{"kind": "gru", "units": 4}, {"kind": "global_pooling", "pooling": "avg"}, OUT]
+KINDS = ("stack", "bidirectional", "pooled", "decoder")
+DECODER: list[dict[str, Any]] = [
+    {"kind": "reverse"},
+    {"kind": "lstm", "units": 4},
+    {"kind": "last_time_step"},
+    {"kind": "duplicate_to_time_series"},
+    {"kind": "mask"},
+    {"kind": "gru", "units": 3},
+    OUT,
+]
 
 
 def loss_and_gradients(net: Network, x: Tensor, mask: Tensor | None, y: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -47,7 +57,7 @@ def loss_and_gradients(net: Network, x: Tensor, mask: Tensor | None, y: Tensor) 
     return loss.detach(), list(torch.autograd.grad(loss, [p for p in net.parameters() if p.requires_grad]))
 
 
-@pytest.mark.parametrize("layers", [LAYERS, BIDIRECTIONAL, POOLED], ids=["stack", "bidirectional", "pooled"])
+@pytest.mark.parametrize("layers", [LAYERS, BIDIRECTIONAL, POOLED, DECODER], ids=KINDS)
 @pytest.mark.parametrize("rule", ["hold", "zero"])
 @pytest.mark.parametrize("rubbish", [7.5, float("nan"), float("inf")])
 def test_what_stands_under_a_mask_reaches_nothing(layers: list[dict[str, Any]], rule: Any, rubbish: float) -> None:
@@ -69,7 +79,7 @@ def test_what_stands_under_a_mask_reaches_nothing(layers: list[dict[str, Any]], 
         assert torch.isfinite(a).all()
 
 
-@pytest.mark.parametrize("layers", [LAYERS, BIDIRECTIONAL, POOLED], ids=["stack", "bidirectional", "pooled"])
+@pytest.mark.parametrize("layers", [LAYERS, BIDIRECTIONAL, POOLED, DECODER], ids=KINDS)
 def test_masks_of_ones_equal_no_masks_bit_for_bit(layers: list[dict[str, Any]]) -> None:
     """Outputs, states, losses and gradients."""
     net, x, y = network(layers, rich()), readings(rich()), torch.randn(6, 7, 3)

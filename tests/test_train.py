@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 import torch
 from networks import CELLS, OUT, echo_source, network, plain, training
@@ -18,14 +19,16 @@ from torch import Tensor, nn
 
 from stepcast.errors import ConfigError
 from stepcast.manifest import Feature, Feedback, Output
+from training.__main__ import main
 from training.checkpoint import load_checkpoint
 from training.data.batch import Batch
+from training.data.in_memory import Examples, InMemory
 from training.data.source import Source, Split
 from training.network import Network
 from training.optimise import make_optimiser, normalise_gradients, penalise, rate_factor
 from training.parallel import World
 from training.progress import Progress
-from training.segments import cut, settle
+from training.segments import check_tokens, cut, settle
 from training.train import History, Trainer
 
 LSTM: list[dict[str, Any]] = [{"kind": "lstm", "units": 8}, OUT]
@@ -333,6 +336,62 @@ def test_tensorboard_gets_both_curves(tmp_path: Path) -> None:
     assert [e.step for e in events.Scalars("loss/validation")] == [1, 2]
 
 
+# --- Tokens ------------------------------------------------------------------------------------------------------
+
+
+def tokens(*rows: list[float], **feature: Any) -> InMemory:
+    """Rows of token numbers, each labelled 1 at every step."""
+    x = [np.array(row, np.float32)[:, None] for row in rows]
+    examples = Examples(x, [np.ones_like(row) for row in x])
+    return InMemory(
+        splits={"train": examples, "validation": examples},
+        features=(Feature(name="word", **feature),),
+        outputs=(Output(name="y"),),
+        task="regression",
+        batch=len(rows),
+        seed=0,
+        alignment="start",
+    )
+
+
+def embed(source: Source) -> History:
+    """One epoch of an embedding of five tokens."""
+    layers = [{"kind": "embedding", "vocabulary": 5, "units": 2}, *LSTM]
+    net = network(layers, source.features, outputs=1, spread=0.0)
+    return Trainer(net, source, training(epochs=1)).fit()
+
+
+@pytest.mark.parametrize("wrong", [5.0, -1.0, 1e9, math.nan, math.inf])
+def test_token_outside_the_vocabulary_is_an_error_in_training(wrong: float) -> None:
+    """The network would take the nearest one and learn from another text than the one that was given."""
+    with pytest.raises(ConfigError, match=r"feature 'word' is .* at step 1 of row 0 of a batch, .* are 0 to 4\. Enl"):
+        embed(tokens([4, wrong, 0]))
+
+
+def test_token_outside_the_vocabulary_is_an_error_in_validation() -> None:
+    """The loss that decides which weights are kept is not measured on other tokens either."""
+    source, bad = tokens([4, 1, 0]), tokens([4, 1, 7])
+    with pytest.raises(ConfigError, match="is 7 at step 2"):
+        embed(replace(source, splits={**source.splits, "validation": bad.splits["validation"]}))
+
+
+def test_normalised_tokens_are_an_error() -> None:
+    """A reader's default for numbers makes other numbers of them."""
+    with pytest.raises(ConfigError, match=r"is 0, to the network -2 at step 0 .* Do not normalise tokens\."):
+        embed(tokens([0, 2, 4], mean=2.0))
+
+
+def test_tokens_of_the_vocabulary_padding_and_missing_ones_train() -> None:
+    """Nothing is looked at under the mask; a missing token is what the feature's policy says."""
+    assert embed(tokens([0, 4, 3], [1])).updates == 1
+    assert embed(tokens([0, math.nan, 3], missing="zero")).updates == 1
+    x, mask = torch.tensor([[[2.0], [99.0]]]), torch.tensor([[True, False]])
+    batch = Batch(x, torch.zeros(1, 2, 1), mask)
+    check_tokens(batch, vocabulary=5, feature=Feature(name="word"))
+    with pytest.raises(ConfigError, match="is 99 at step 1"):
+        check_tokens(replace(batch, x_mask=None), vocabulary=5, feature=Feature(name="word"))
+
+
 # --- Several processes -------------------------------------------------------------------------------------------
 
 
@@ -346,6 +405,21 @@ def test_share_splits_rows_and_keeps_empty_processes_in_step() -> None:
     assert idle.y_mask is not None
     assert not idle.y_mask.any()
     assert idle.x.shape == (1, 1, 1)
+
+
+@pytest.mark.parametrize(("rank", "lines"), [(None, 1), ("0", 1), ("1", 0)])
+def test_one_process_prints_what_the_data_is(
+    rank: str | None, lines: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Every process opens the source, torchrun's first one says so; an error is told by each."""
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    recipe = Path(__file__).parents[1] / "training" / "recipes" / "control_charts.yaml"
+    assert main(["export", str(recipe), "--runs", str(tmp_path)]) == 2
+    out, error = capsys.readouterr()
+    assert out.count("control_charts: ") == lines
+    assert "Train first" in error
 
 
 PROCESS = """

@@ -19,7 +19,7 @@ from .data.table import TableSource
 from .evaluate import answers, evaluate
 from .export import describe, load_weights, next_version, publish, stage, state_tensors
 from .network import Network
-from .parallel import join, leave
+from .parallel import join, leading, leave
 from .progress import Progress
 from .report import Forecast, forecast_of, print_report, write_report
 from .skill import Measurement, skill_table
@@ -48,7 +48,7 @@ class Job:
 def main(argv: list[str] | None = None) -> int:
     """Run a command; 2 for a wrong configuration, 1 for a model that could not be proved."""
     arguments = _parser().parse_args(argv)
-    console = Console()
+    console = Console(quiet=not leading())
     try:
         return COMMANDS[arguments.command](_job(arguments, console))
     except (ConfigError, ManifestError) as error:

@@ -64,6 +64,10 @@ class TrainingConfig(_Strict):
         return self
 
 
+# Under masked_steps 'zero' each run of present steps is a row of its own; these kinds mean the whole row.
+RUN_BOUND = ("global_pooling", "conv1d", "reverse", "duplicate_to_time_series")
+
+
 class Config(_Strict):
     """A whole run."""
 
@@ -92,7 +96,7 @@ def _conflicts(placed: Sequence[Placed], training: TrainingConfig) -> Iterator[s
         summary = not one.shape.summary and one.spec.out_shape(one.shape).summary
         if training.backprop == "truncated" and (not one.spec.streams or summary):
             yield f"{where} can not be trained truncated. Set training.backprop: standard."
-        if training.masked_steps == "zero" and one.spec.kind in ("global_pooling", "conv1d"):
+        if training.masked_steps == "zero" and one.spec.kind in RUN_BOUND:
             yield f"{where} has no meaning under masked_steps 'zero'"
 
 

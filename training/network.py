@@ -16,7 +16,7 @@ from .layers.base import Layer, LayerState, State
 from .layers.observed import Observed
 from .layers.output import Head
 from .layers.specs import IllegalStack, LayerSpec, RnnLossSpec, RnnOutputSpec, Shape
-from .layers.stack import IllegalLayer, place
+from .layers.stack import IllegalLayer, place, token_reader
 from .masks import MaskedSteps, moves_of
 
 
@@ -42,6 +42,7 @@ class Network(nn.Module):
         assert isinstance(head, RnnOutputSpec | RnnLossSpec)
         self.head = Head(head, below.size or 0, features, outputs, classification)
         self.summary = below.summary
+        self.reads_tokens = token_reader(placed)
         self.streaming = all(p.spec.streams for p in placed)
         # Truncated backpropagation cuts below and inside the topmost recurrent layer, never above it.
         self.top = max((i + 1 for i, p in enumerate(placed[:-1]) if p.spec.recurrent), default=0)
@@ -54,11 +55,24 @@ class Network(nn.Module):
             ConfigError: the data does not fit the layers; with the layer's path.
         """
         try:
-            return cls(specs, source.features, source.outputs, source.task == "classification")
+            network = cls(specs, source.features, source.outputs, source.task == "classification")
+            network._check_feedback(source)
         except IllegalLayer as error:
             raise ConfigError(f"network[{error.index}]: {error}") from error
         except IllegalStack as error:
             raise ConfigError(f"network[{len(specs) - 1}]: {error}") from error
+        return network
+
+    def _check_feedback(self, source: Source) -> None:
+        """In a rollout a class becomes the next token: an embedding has to know all of them."""
+        reader, classes = self.reads_tokens, source.classes or ()
+        fed = [f.feature for f in source.feedback if f.source == "class"]
+        if reader and fed and len(classes) > reader.vocabulary:
+            raise IllegalLayer(
+                reader.index,
+                f"embedding has a vocabulary of {reader.vocabulary}, the data feeds {len(classes)} classes back as "
+                f"{fed[0]!r}. Set vocabulary: {len(classes)}.",
+            )
 
     def stack(self) -> list[Layer]:
         """All layers that may carry state, from below."""

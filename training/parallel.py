@@ -47,13 +47,18 @@ class World:
         if self.size == 1:
             return module
         devices = [self.device] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(module, device_ids=devices, find_unused_parameters=True)
+        return nn.parallel.DistributedDataParallel(module, device_ids=devices)
 
 
 def rows_of(batch: Batch, rows: Tensor) -> Batch:
     """Some rows of a batch."""
     picked = [None if t is None else t[rows] for t in (batch.x_mask, batch.y_mask, batch.starts)]
     return Batch(batch.x[rows], batch.y[rows], *picked)
+
+
+def leading() -> bool:
+    """Is this the process that prints, going by torchrun's environment alone? For use before `join`."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def join(device: str) -> World:

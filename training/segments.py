@@ -1,4 +1,4 @@
-"""Cuts batches into segments of time, and settles which steps run and which labels count."""
+"""Checks what a source gave, settles which steps run and which labels count, and cuts batches into segments."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from stepcast.errors import ConfigError
+from stepcast.manifest import Feature
 
 from .data.batch import Batch
 
@@ -50,6 +51,38 @@ def settle(batch: Batch, *, fillable: Tensor, summary: bool) -> Batch:
         last = last_steps(x_mask, x.shape[0], x.shape[1], x.device)
         y_mask = last if y_mask is None else y_mask & (last if y_mask.ndim == 2 else last[..., None])
     return replace(batch, x=x, x_mask=x_mask, y_mask=y_mask)
+
+
+def check_tokens(batch: Batch, *, vocabulary: int, feature: Feature) -> None:
+    """See that every token that is there is one the embedding has a vector for.
+
+    The network itself takes the nearest token, so that no request can make it fail; in training data another number
+    is a mistake.
+
+    Args:
+        batch: As the source gave it; its only feature is the token.
+        vocabulary: Tokens are 0 to `vocabulary` - 1.
+        feature: The manifest's description of the token.
+
+    Raises:
+        ConfigError: a token of a present step is none, with row and step.
+    """
+    given = batch.x[..., 0]
+    token = ((given - feature.mean) / feature.scale).round()
+    wrong = ~((token >= 0) & (token < vocabulary))  # NaN too
+    if feature.missing != "refuse":
+        wrong &= ~torch.isnan(given)
+    if batch.x_mask is not None:
+        wrong &= batch.x_mask
+    if wrong.any():
+        row, step = wrong.nonzero()[0].tolist()
+        scaled = feature.mean != 0 or feature.scale != 1
+        advice = "Do not normalise tokens." if scaled else "Enlarge vocabulary, or correct the data."
+        got = f"{given[row, step]:g}, to the network {token[row, step]:g}" if scaled else f"{given[row, step]:g}"
+        raise ConfigError(
+            f"data: feature {feature.name!r} is {got} at step {step} of row {row} of a batch, "
+            f"the embedding's tokens are 0 to {vocabulary - 1}. {advice}"
+        )
 
 
 def last_steps(mask: Tensor | None, rows: int, n_steps: int, device: torch.device) -> Tensor:

@@ -21,7 +21,7 @@ from .network import Network, detached, restarted
 from .optimise import make_optimiser, normalise_gradients, penalise, rate_factor
 from .parallel import World
 from .progress import Progress
-from .segments import cut, labelled, settle, to_device
+from .segments import check_tokens, cut, labelled, settle, to_device
 
 VALIDATION_BLOCK = 1024  # steps per pass where nothing has to be remembered for gradients
 
@@ -161,7 +161,10 @@ class Trainer:
         return losses.value if losses.count else None
 
     def _batches(self, split: Split, epoch: int) -> Iterator[Batch]:
+        reader = self.network.reads_tokens
         for batch in self.source.batches(split, epoch):
+            if reader:  # before rows are shared out, so that all processes stop, not one
+                check_tokens(batch, vocabulary=reader.vocabulary, feature=self.source.features[0])
             mine = to_device(self.world.share(batch), self.world.device)
             yield settle(mine, fillable=self.fillable, summary=self.network.summary)
 

@@ -6,6 +6,7 @@ from .convolution import Conv1D, Conv2D, Pool2D, ToFrames, ToValues
 from .feedforward import Dense, Dropout, Embedding, Identity
 from .pooling import GlobalPooling
 from .recurrent import Recurrent
+from .sequence import DuplicateToTimeSeries, Mask, Reverse
 from .specs import (
     BidirectionalSpec,
     CellSpec,
@@ -14,6 +15,7 @@ from .specs import (
     Conv2DSpec,
     DenseSpec,
     DropoutSpec,
+    DuplicateToTimeSeriesSpec,
     EmbeddingSpec,
     GlobalPoolingSpec,
     GravesLstmSpec,
@@ -21,8 +23,10 @@ from .specs import (
     IdentityAdapterSpec,
     LastTimeStepSpec,
     LstmSpec,
+    MaskSpec,
     MaskZeroSpec,
     Pool2DSpec,
+    ReverseSpec,
     RnnLossSpec,
     RnnOutputSpec,
     RnnToCnnSpec,
@@ -63,6 +67,12 @@ def build(placed: Placed) -> Layer:
             return ToFrames(name, (spec.channels, spec.height, spec.width))
         case CnnToRnnSpec():
             return ToValues(name, size)
+        case ReverseSpec():
+            return Reverse(name)
+        case DuplicateToTimeSeriesSpec():
+            return DuplicateToTimeSeries(name)
+        case MaskSpec():
+            return Mask(name, 3 if placed.shape.frame else 1)
         case LastTimeStepSpec() | IdentityAdapterSpec():
             return Identity(name)
         case RnnOutputSpec() | RnnLossSpec():

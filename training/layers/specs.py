@@ -210,6 +210,48 @@ class GlobalPoolingSpec(_Spec):
         return replace(shape, summary=True)
 
 
+class ReverseSpec(_Spec):
+    """Each row's present steps in reverse (DL4J: ReverseTimeSeriesVertex)."""
+
+    wants = "either"
+    kind: Literal["reverse"]
+
+    def out_shape(self, shape: Shape) -> Shape:
+        if shape.summary:
+            raise IllegalStack("reverse behind the many-to-one readout has no steps left to turn around")
+        return shape
+
+    @property
+    def streams(self) -> bool:
+        return False
+
+
+class DuplicateToTimeSeriesSpec(_Spec):
+    """The many-to-one readout's answer to the whole row, copied to every present step: what a decoder reads."""
+
+    wants = "either"
+    kind: Literal["duplicate_to_time_series"]
+
+    def out_shape(self, shape: Shape) -> Shape:
+        if not shape.summary:
+            raise IllegalStack(
+                "duplicate_to_time_series copies the answer of a many-to-one readout, and there is none below. "
+                "Put last_time_step before it."
+            )
+        return replace(shape, summary=False)
+
+    @property
+    def streams(self) -> bool:
+        return False
+
+
+class MaskSpec(_Spec):
+    """Zeros at absent steps (DL4J: MaskLayer). Layers see present steps only, so it changes no answer."""
+
+    wants = "either"
+    kind: Literal["mask"]
+
+
 class EmbeddingSpec(_Spec):
     """A learned vector for each of `vocabulary` tokens; the input is one token's number per step."""
 
@@ -386,6 +428,9 @@ LayerSpec = Annotated[
     | TimeDistributedSpec
     | LastTimeStepSpec
     | GlobalPoolingSpec
+    | ReverseSpec
+    | DuplicateToTimeSeriesSpec
+    | MaskSpec
     | DenseSpec
     | EmbeddingSpec
     | Conv1DSpec

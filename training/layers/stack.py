@@ -4,7 +4,20 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .specs import CnnToRnnSpec, IllegalStack, LayerSpec, RnnLossSpec, RnnOutputSpec, Shape
+from .specs import (
+    CnnToRnnSpec,
+    DuplicateToTimeSeriesSpec,
+    EmbeddingSpec,
+    IdentityAdapterSpec,
+    IllegalStack,
+    LastTimeStepSpec,
+    LayerSpec,
+    MaskSpec,
+    ReverseSpec,
+    RnnLossSpec,
+    RnnOutputSpec,
+    Shape,
+)
 
 
 @dataclass(frozen=True)
@@ -57,6 +70,23 @@ def place(specs: Sequence[LayerSpec], shape: Shape) -> list[Placed]:
         except IllegalStack as error:
             raise IllegalLayer(index, str(error)) from error
     return placed
+
+
+@dataclass(frozen=True)
+class TokenReader:
+    """An embedding of the data's own tokens: its place in `network:`, and how many tokens it knows."""
+
+    index: int
+    vocabulary: int
+
+
+def token_reader(placed: Sequence[Placed]) -> TokenReader | None:
+    """The embedding that reads the data itself: below it values may move, but do not change."""
+    moves = ReverseSpec | DuplicateToTimeSeriesSpec | MaskSpec | LastTimeStepSpec | IdentityAdapterSpec
+    above = next((p for p in placed if not isinstance(p.spec, moves)), None)
+    if above is None or not isinstance(above.spec, EmbeddingSpec):
+        return None
+    return TokenReader(above.index, above.spec.vocabulary)
 
 
 def _adapter(spec: LayerSpec, shape: Shape) -> CnnToRnnSpec | None:

@@ -10,6 +10,7 @@ from ..graph import Graph
 from ..masks import Packing, valid_steps
 from .base import Layer, LayerState
 from .recurrent import Recurrent
+from .sequence import reverse, write_reverse
 from .specs import BidirectionalSpec, MaskZeroSpec
 
 
@@ -48,14 +49,13 @@ class Bidirectional(Layer):
 
     def write(self, graph: Graph, x: str, state: Mapping[str, str]) -> tuple[str, dict[str, str]]:
         before = {key: graph.zeros(key, shape) for key, shape in self.forwards.state_shapes().items()}
-        order = _write_reversed(graph)
         ahead, ahead_state = self.forwards.write(graph, x, before)
-        back, back_state = self.backwards.write(graph, _write_gather(graph, x, order), before)
+        back, back_state = self.backwards.write(graph, write_reverse(graph, x), before)
         if self.spec.last:
             y = graph.add("Unsqueeze", self._write_merge(graph, ahead_state["h"], back_state["h"]), graph.ints(1))
             steps = graph.add("Concat", graph.ints(1), graph.add("Shape", x, start=1, end=2), graph.ints(1), axis=0)
             return graph.add("Expand", y, steps), {}
-        return self._write_merge(graph, ahead, _write_gather(graph, back, order)), {}
+        return self._write_merge(graph, ahead, write_reverse(graph, back)), {}
 
     def _write_merge(self, graph: Graph, a: str, b: str) -> str:
         match self.spec.mode:
@@ -67,22 +67,6 @@ class Bidirectional(Layer):
                 return graph.add("Mul", a, b)
             case "average":
                 return graph.add("Mul", graph.add("Add", a, b), graph.constant(0.5))
-
-
-def reverse(x: Tensor, lengths: Tensor | None) -> Tensor:
-    """Each row's valid steps in reverse; the padding stays where it is."""
-    if lengths is None:
-        return x.flip(1)
-    steps = torch.arange(x.shape[1], device=x.device)
-    order = torch.where(steps < lengths[:, None], lengths[:, None] - 1 - steps, steps)
-    return x.gather(1, order.view(*order.shape, *[1] * (x.ndim - 2)).expand(x.shape))
-
-
-def _write_reversed(graph: Graph) -> str:
-    """The order that reverses each row's valid steps, int64 (B, T)."""
-    lengths = graph.add("Unsqueeze", graph.add("Cast", graph.lengths, to=7), graph.ints(1))
-    mirrored = graph.add("Sub", graph.add("Sub", lengths, graph.index(1)), graph.steps())
-    return graph.add("Where", graph.valid(), mirrored, graph.steps())
 
 
 def _write_gather(graph: Graph, x: str, order: str) -> str:
