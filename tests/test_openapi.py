@@ -1,6 +1,7 @@
 """What /openapi.json says is what the server does: schemathesis calls every operation with good and bad data."""
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -9,7 +10,7 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from schemathesis.generation import GenerationMode
-from serving import MODELS, Running
+from serving import MODELS, Running, running
 
 from service.app import create_app
 from service.settings import Settings
@@ -64,6 +65,13 @@ def check_operation(operation: Any, mode: GenerationMode, url: str) -> None:
         case.call_and_validate(base_url=url)
 
     check()
+
+
+@pytest.fixture(scope="module")
+def memory_server() -> Iterator[Running]:
+    """A server of this file's own: what is tried on it includes removing versions."""
+    with running(store="memory://") as server:
+        yield server
 
 
 def test_the_server_gives_this_document(http: httpx.Client) -> None:
