@@ -86,7 +86,9 @@ class Process:
         if "http://" not in line:
             self.kill()
             errors.seek(0)
-            raise RuntimeError(f"the server did not start: {errors.read()[-2000:]}")
+            said = errors.read()[-2000:]
+            errors.close()
+            raise RuntimeError(f"the server did not start: {said}")
         errors.close()
         self.url = line[line.index("http://") :].strip()
 
