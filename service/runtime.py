@@ -5,6 +5,8 @@ what a session's record holds, so gathering a batch is joining bytes.
 """
 
 import json
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -16,9 +18,15 @@ import onnxruntime as ort
 from stepcast.errors import ManifestError, NonFinite
 from stepcast.manifest import GOLDEN_FILE, ITEM_BYTES, MODEL_FILE, Manifest, StateTensor, read_manifest
 
+from .resident import CanNotReside, Ints, ResidentStates, StatesOf
+
+log = logging.getLogger("stepcast.runtime")
+
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 Lengths = npt.NDArray[np.int32]
+
+Run = Callable[[Floats, Lengths | None, Bytes], tuple[Floats, Bytes]]
 
 RECURRENT: Final = ("LSTM", "GRU", "RNN")
 _ORT_TYPES: Final = {
@@ -73,6 +81,8 @@ class Runtime:
 
     def __init__(self, directory: Path, *, device: str = "auto", threads: int = 1, profile: Path | None = None) -> None:
         self.directory = directory
+        self._threads = threads
+        self.resident: ResidentStates | None = None
         self.manifest: Manifest = read_manifest(directory)
         self._session = _open_session(directory / MODEL_FILE, device, threads, profile)
         _check_signature(self.manifest, self._session)
@@ -107,13 +117,80 @@ class Runtime:
         self._check_finite(y, lengths, new)
         return y, new
 
+    def run_resident(self, x: Floats, lengths: Lengths | None, tags: Ints, states_of: StatesOf) -> tuple[Floats, Bytes]:
+        """As `run`, for rows whose states may be on the device already.
+
+        A tag names one state of one row for as long as this process lives. The caller keeps it beside the state's
+        bytes and drops it together with them (a state that was loaded or set has tag 0). It need not tell whether a
+        result was committed: of a refused one it forgets the tag, and what it goes back to is uploaded. Without
+        residency all of this does nothing but `run`.
+
+        Args:
+            x, lengths: As for `run`.
+            tags: (B,) int64, changed in place when the run has succeeded: from those of the states before, 0 where
+                there is none, to those of the new states.
+            states_of: Takes numbers of rows (M,) and gives their packed states (M, state_row_bytes) uint8; called
+                for the rows that are not on the device, if any.
+
+        Returns:
+            As `run`. The new states are valid until the next call.
+
+        Raises:
+            NonFinite: as `run`; the batch's states have left the device, and no tag has changed.
+        """
+        if self.resident is not None and len(x) <= self.resident.capacity:
+            return self.resident.run(x, lengths, tags, states_of, self._check_finite)
+        y, new = self.run(x, lengths, states_of(np.arange(len(x))))
+        tags[:] = 0
+        return y, new
+
+    def reside(self, budget_bytes: int, *, grain: int | None = None) -> bool:
+        """Keep states of hot rows on the device from now on; a table of up to budget_bytes is allocated.
+
+        Returns:
+            Whether it was possible and reproduced golden.npz. If not, the log says why, and all runs are plain ones.
+        """
+        model = self.directory / MODEL_FILE
+        try:
+            self.resident = ResidentStates(
+                model,
+                self.manifest,
+                lambda graph: _open_session(graph, self.device, self._threads, None),
+                device=self.device,
+                budget_bytes=budget_bytes,
+                initial=self.initial(1),
+                grain=grain,
+            )
+            _Prover(self, self._run_tagged()).prove()
+        except Exception as error:  # onnxruntime's exceptions have no common base but this
+            self.resident = None
+            why = error if isinstance(error, CanNotReside | ManifestError) else f"{type(error).__name__}: {error}"
+            log.warning("%s: states do not stay on the device: %s", model, why)
+            return False
+        log.info("%s: states of %d rows stay on the device", model, self.resident.capacity)
+        return True
+
+    def _run_tagged(self) -> Run:
+        """`run` by way of the table, for one batch after the other with the same rows, in which each goes on."""
+        before, tags = b"", np.zeros(0, np.int64)
+
+        def run(x: Floats, lengths: Lengths | None, states: Bytes) -> tuple[Floats, Bytes]:
+            nonlocal before, tags
+            if states.tobytes() != before:
+                tags = np.zeros(len(x), np.int64)
+            y, new = self.run_resident(x, lengths, tags, lambda rows: states[rows])
+            before = new.tobytes()
+            return y, new.copy()
+
+        return run
+
     def prove(self) -> Proof:
         """Reproduce golden.npz in one call and, where the model streams, one step at a time.
 
         Raises:
             ManifestError: golden.npz is missing or wrong, or an output or state is off by more than the tolerance.
         """
-        return _Prover(self).prove()
+        return _Prover(self, self.run).prove()
 
     def unpack(self, states: bytes, rows: int) -> dict[str, dict[str, npt.NDArray[Any]]]:
         """Packed state as {layer: {key: array (rows, *shape)}}."""
@@ -209,7 +286,8 @@ class Runtime:
         return y.reshape(rows, steps, spec.n_outputs), self._packed(new, rows)
 
 
-def _open_session(path: Path, device: str, threads: int, profile: Path | None) -> ort.InferenceSession:
+def _open_session(model: Path | bytes, device: str, threads: int, profile: Path | None) -> ort.InferenceSession:
+    path = "a wrapped graph" if isinstance(model, bytes) else str(model)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -221,13 +299,15 @@ def _open_session(path: Path, device: str, threads: int, profile: Path | None) -
     cuda = "CUDAExecutionProvider" in ort.get_available_providers()
     if device == "cuda" and not cuda:
         raise ManifestError(f"device is 'cuda', onnxruntime has {ort.get_available_providers()}. Install service-gpu.")
-    providers = ["CPUExecutionProvider"]
+    providers: list[Any] = ["CPUExecutionProvider"]
     if cuda and device != "cpu":
         if hasattr(ort, "preload_dlls"):
             ort.preload_dlls()  # CUDA's libraries from their own packages, where they are not on the system's path
-        providers.insert(0, "CUDAExecutionProvider")
+        # TF32 has 10 bits of mantissa: golden.npz would not be reproduced within float32's tolerance
+        providers.insert(0, ("CUDAExecutionProvider", {"use_tf32": "0"}))
     try:
-        session = ort.InferenceSession(str(path), options, providers=providers)
+        source = model if isinstance(model, bytes) else path
+        session = ort.InferenceSession(source, options, providers=providers)
     except Exception as error:  # onnxruntime's exceptions have no common base but this
         raise ManifestError(f"{path}: onnxruntime can not load it: {error}") from error
     if device == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
@@ -307,8 +387,8 @@ def _from_graph(y: Floats, batch_axis: int, time_axis: int | None) -> Floats:
 class _Prover:
     """Compares a runtime with the arrays that torch recorded when the model was exported."""
 
-    def __init__(self, runtime: Runtime) -> None:
-        self.runtime = runtime
+    def __init__(self, runtime: Runtime, run: Run) -> None:
+        self.runtime, self.run = runtime, run
         path = runtime.directory / GOLDEN_FILE
         try:
             with np.load(path, allow_pickle=False) as file:
@@ -323,7 +403,7 @@ class _Prover:
 
     def prove(self) -> Proof:
         rows, steps = self.x.shape[:2]
-        whole = self.runtime.run(self.x, self.lengths, self._states("state_in"))
+        whole = self.run(self.x, self.lengths, self._states("state_in"))
         output_error, state_error = self._compare(*whole, "one call")
         streams = self.runtime.manifest.streaming
         if streams:
@@ -348,7 +428,7 @@ class _Prover:
         states, parts = self._states("state_in"), []
         for step in range(self.x.shape[1]):
             alive = (self.lengths > step).astype(np.int32)
-            y, states = self.runtime.run(np.ascontiguousarray(self.x[:, step : step + 1]), alive, states)
+            y, states = self.run(np.ascontiguousarray(self.x[:, step : step + 1]), alive, states)
             parts.append(y)
         y_all = np.concatenate(parts, axis=1) if parts else self.golden["y"]
         return y_all, states

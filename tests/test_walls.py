@@ -10,8 +10,8 @@ import pytest
 from serving import ROOT
 
 DOORS = {
-    "onnxruntime": ["service/runtime.py", "training/"],
-    "onnx": ["training/"],
+    "onnxruntime": ["service/runtime.py", "service/resident.py", "training/"],
+    "onnx": ["service/resident.py", "training/"],
     "torch": ["training/"],
     "pandas": ["training/"],
     "sklearn": ["training/"],

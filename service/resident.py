@@ -1,0 +1,414 @@
+"""States that stay on the device: a table of packed rows, gathered and scattered inside the graph.
+
+Without it every run copies the states of its rows to the device. Here the table is an input and an output of the graph,
+bound to the same memory, so that onnxruntime changes it in place (its ScatterND copies the rest only if the two
+differ). The new states come back to the host in the same run, as one packed array: they are what the store commits.
+
+Residency is an optimisation and nothing else. A row is found by its tag, a number that the run which made the state
+gave out and that is never given out again; a row that is not found is uploaded. So nothing is ever invalidated: whoever
+refuses a result forgets its tag, and the state from before, whose tag has left the table, is uploaded next time.
+
+No CUDA graphs: capturing one runs the model several times (onnxruntime issue 32243), and a state that is changed in
+place would advance each time.
+"""
+
+import itertools
+import math
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from stepcast.manifest import Manifest
+
+Floats = npt.NDArray[np.float32]
+Bytes = npt.NDArray[np.uint8]
+Lengths = npt.NDArray[np.int32]
+Ints = npt.NDArray[np.int64]
+StatesOf = Callable[[Ints], Bytes]
+"""Takes numbers of rows in the batch, gives their packed states (len, row_bytes) uint8."""
+Check = Callable[[Floats, Lengths | None, Bytes], None]
+"""Raises where (y, lengths, new states) must not be committed."""
+OpenSession = Callable[[bytes], ort.InferenceSession]
+
+SLOT_BITS: Final = 24
+MOST_SLOTS: Final = (1 << SLOT_BITS) - 1
+GRAIN: Final = 8
+"""Floats that one thread of onnxruntime's CUDA ScatterND copies: it has a thread per index, however long its row."""
+
+_RUNS = itertools.count(1)  # of all tables, so that a tag of one is never found in another
+
+
+class CanNotReside(Exception):
+    """Why a model's states can not stay on the device; it runs as any other."""
+
+
+class Slots:
+    """Which row's state each slot of the table holds; the one unused for longest gives way.
+
+    Args:
+        capacity: Slots; a batch may have no more rows.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._tags = np.zeros(capacity, np.int64)
+        self._used = np.zeros(capacity, np.int64)  # the number of the last claim
+        self._owner = np.zeros(capacity, np.int64)
+        self._claims = 0
+        self._oldest: Ints = np.arange(capacity)  # in order, as of claim `_listed`; from `_next` on they may give way
+        self._listed = self._next = 0
+
+    def claim(self, tags: Ints) -> tuple[Ints, Ints]:
+        """A slot for each row. Until `keep`, the slots hold nothing that anybody can find.
+
+        Args:
+            tags: (B,) what `keep` gave for the rows' states; 0 is never found. B is at most the capacity.
+
+        Returns:
+            The slots (B,), all different, and the numbers of the rows whose state is not in theirs.
+        """
+        self._claims += 1
+        slots = tags & MOST_SLOTS
+        slots[slots >= len(self._tags)] = 0  # another table's tag; the comparison below does not find it
+        found = (tags > 0) & (self._tags[slots] == tags)
+        rows = np.flatnonzero(found)
+        self._owner[slots[rows]] = rows  # of rows with the same tag (a fork's), one has the slot, the others are copies
+        found[rows] = self._owner[slots[rows]] == rows
+        self._used[slots[found]] = self._claims
+        missing = np.flatnonzero(~found)
+        slots[missing] = self._free(len(missing))
+        self._tags[slots] = 0
+        return slots, missing
+
+    def keep(self, slots: Ints) -> Ints:
+        """Say that claimed slots hold their rows' new states; the tags (B,) of these."""
+        run = next(_RUNS) % (1 << (63 - SLOT_BITS))
+        tags: Ints = slots | (run << SLOT_BITS)
+        self._tags[slots] = tags
+        return tags
+
+    def _free(self, count: int) -> Ints:
+        """`count` slots, those unused for longest, but none of this claim's."""
+        taken: list[Ints] = []
+        while count:
+            if self._next >= len(self._oldest):
+                self._list(count)
+            slots = self._oldest[self._next : self._next + count]
+            self._next += len(slots)
+            slots = slots[self._used[slots] <= self._listed]  # the others were used since the list was made
+            self._used[slots] = self._claims
+            taken.append(slots)
+            count -= len(slots)
+        return np.concatenate(taken) if taken else np.empty(0, np.int64)
+
+    def _list(self, count: int) -> None:
+        """List a sixteenth of all slots, the oldest in order: one look at all of them serves many evictions."""
+        size = min(len(self._used), max(count, len(self._used) // 16))
+        oldest = np.argpartition(self._used, size - 1)[:size]
+        self._oldest = oldest[np.argsort(self._used[oldest], kind="stable")]
+        self._listed, self._next = self._claims - 1, 0
+
+
+class ResidentStates:
+    """The table of one model version, and the graph around the model that uses it.
+
+    Args:
+        model: model.onnx.
+        manifest: Of the same directory.
+        open_session: Opens a graph on the device.
+        device: cuda, or cpu where tests prove the graph.
+        budget_bytes: The table's size; what is not in it is uploaded when it is stepped.
+        initial: The packed state of a row without history.
+        grain: Floats per index of the scatter; None: what the device likes.
+
+    Raises:
+        CanNotReside: the graph is not of a form that can be wrapped, or there is no room for one row.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        manifest: Manifest,
+        open_session: OpenSession,
+        *,
+        device: str,
+        budget_bytes: int,
+        initial: bytes,
+        grain: int | None = None,
+    ) -> None:
+        _check_manifest(manifest)
+        self._manifest, self._device = manifest, device
+        self._row_bytes = manifest.state_row_bytes
+        self._floats = self._row_bytes // 4
+        self.capacity = min(budget_bytes // self._row_bytes, MOST_SLOTS)
+        if self.capacity < 1:
+            raise CanNotReside(f"resident_bytes is {budget_bytes}, one row's state takes {self._row_bytes}")
+        grain = grain or (GRAIN if device == "cuda" else self._floats)
+        self._grain = math.gcd(grain, self._floats)
+        pieces = self._floats // self._grain
+        self._session = open_session(resident_model(model, manifest, pieces))
+        self._uploads = open_session(_upload_model(self._floats, pieces))
+        self._slots = Slots(self.capacity)
+        self._lanes: dict[int, _Lane] = {}
+        self._lock = threading.Lock()
+        shape = ((self.capacity + 1) * pieces, self._grain)  # the last row is scratch, for padding
+        self._table = ort.OrtValue.ortvalue_from_shape_and_type(shape, np.float32, device, 0)
+        self._initial = np.frombuffer(initial, np.uint8)
+        self._upload(np.array([self.capacity]), self._initial[None])
+        self.uploaded = 0  # rows, so far
+
+    def run(
+        self, x: Floats, lengths: Lengths | None, tags: Ints, states_of: StatesOf, check: Check
+    ) -> tuple[Floats, Bytes]:
+        """Advance B rows by up to T steps; see Runtime.run_resident. B is at most the capacity."""
+        with self._lock:
+            slots, missing = self._slots.claim(tags)
+            if len(missing):
+                self._upload(slots[missing], states_of(missing))
+                self.uploaded += len(missing)
+            y, new = self._advance(x, lengths, slots)
+            check(y, lengths, new)
+            tags[:] = self._slots.keep(slots)
+            return y, new
+
+    def _upload(self, slots: Ints, states: Bytes) -> None:
+        """Write packed states (M, row_bytes) into their slots; in buckets of rows, as in `_advance`."""
+        bucket = _bucket(len(slots))
+        rows = np.empty((bucket, self._floats), np.float32)
+        rows.view(np.uint8)[: len(slots)] = states
+        rows.view(np.uint8)[len(slots) :] = self._initial
+        binding = self._uploads.io_binding()
+        binding.bind_ortvalue_input(_TABLE, self._table)
+        binding.bind_cpu_input(_SLOTS, _padded(slots, bucket, self.capacity))
+        binding.bind_cpu_input(_STATES, rows)
+        binding.bind_ortvalue_output(_TABLE_OUT, self._table)
+        binding.synchronize_inputs()
+        self._uploads.run_with_iobinding(binding)
+
+    def _advance(self, x: Floats, lengths: Lengths | None, slots: Ints) -> tuple[Floats, Bytes]:
+        rows, steps = x.shape[:2]
+        bucket = _bucket(rows)
+        lane = self._lanes.get(bucket) if steps == 1 else None
+        if lane is None:
+            lane = _Lane(self._session, self._manifest, self._table, bucket, steps)
+            if steps == 1:
+                self._lanes[bucket] = lane
+        lane.x[:rows] = x
+        lane.lengths[:rows] = steps if lengths is None else lengths
+        lane.slots[:rows] = slots
+        lane.x[rows:], lane.lengths[rows:], lane.slots[rows:] = 0, 0, self.capacity
+        lane.run()
+        return lane.y[:rows].copy(), lane.new[:rows].view(np.uint8)
+
+
+class _Lane:
+    """Buffers and bindings for runs of one shape, padded to a power of two of rows so that shapes are few."""
+
+    def __init__(
+        self, session: ort.InferenceSession, manifest: Manifest, table: ort.OrtValue, rows: int, steps: int
+    ) -> None:
+        assert manifest.lengths is not None  # _check_manifest
+        self._session = session
+        self.x = np.zeros((rows, steps, manifest.n_features), np.float32)
+        self.lengths = np.zeros(rows, np.int32)
+        self.slots = np.zeros(rows, np.int64)
+        self.y = np.zeros((rows, steps, manifest.n_outputs), np.float32)
+        self.new = np.zeros((rows, manifest.state_row_bytes // 4), np.float32)
+        self._inputs = {
+            name: ort.OrtValue.ortvalue_from_numpy(value)
+            for name, value in ((manifest.input.name, self.x), (manifest.lengths, self.lengths), (_SLOTS, self.slots))
+        }
+        self._binding = session.io_binding()
+        self._binding.bind_ortvalue_input(_TABLE, table)
+        self._binding.bind_ortvalue_output(_TABLE_OUT, table)
+        self._binding.bind_ortvalue_output(manifest.output.name, ort.OrtValue.ortvalue_from_numpy(self.y))
+        self._binding.bind_ortvalue_output(_NEW, ort.OrtValue.ortvalue_from_numpy(self.new))
+
+    def run(self) -> None:
+        """x, lengths and slots through the graph; y, new states and the table change."""
+        for name, value in self._inputs.items():
+            self._binding.bind_ortvalue_input(name, value)  # anew each time: this is what copies it to the device
+        self._binding.synchronize_inputs()
+        self._session.run_with_iobinding(self._binding)
+
+
+def _bucket(rows: int) -> int:
+    return 1 << (rows - 1).bit_length()
+
+
+def _padded(slots: Ints, size: int, filler: int) -> Ints:
+    padded = np.full(size, filler, np.int64)
+    padded[: len(slots)] = slots
+    return padded
+
+
+_NAME: Final = "stepcast/"  # of what is added to a graph; a slash begins no name that exporters give
+_TABLE, _TABLE_OUT, _SLOTS = f"{_NAME}table", f"{_NAME}table_out", f"{_NAME}slots"
+_STATES, _NEW = f"{_NAME}states", f"{_NAME}new"
+
+
+def _check_manifest(m: Manifest) -> None:
+    axes = {(port.batch_axis, port.time_axis) for port in (m.input, m.output)}
+    why = {
+        "it has no state": not m.states,
+        "it takes no lengths": m.lengths is None,
+        "it takes constants": bool(m.constants),
+        "its states are not all float32": any(s.dtype != "float32" for s in m.states),
+        "its axes are not batch, then time": axes != {(0, 1)} or any(s.batch_axis for s in m.states),
+    }
+    for reason, applies in why.items():
+        if applies:
+            raise CanNotReside(reason)
+
+
+def packed_model(path: Path, manifest: Manifest) -> Any:
+    """The model with one input and one output for all states: packed rows (B, S) float32, in the manifest's order.
+
+    Returns:
+        An onnx.ModelProto.
+
+    Raises:
+        CanNotReside: package onnx is missing, or the graph is too old or of fixed batch size.
+    """
+    try:
+        import onnx
+        from onnx import helper
+    except ImportError as error:
+        raise CanNotReside("package 'onnx' is not installed. Install service-gpu.") from error
+    model = onnx.load(str(path))
+    graph = model.graph
+    opset = max((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), default=0)
+    if opset < 13:
+        raise CanNotReside(f"its opset is {opset}, the least is 13")
+    inputs = {port.name: port for port in graph.input}
+    outputs = {port.name: port for port in graph.output}
+    for name in (manifest.input.name, *(s.input for s in manifest.states)):
+        if inputs[name].type.tensor_type.shape.dim[0].HasField("dim_value"):
+            raise CanNotReside(f"input {name!r} has a fixed batch size")
+    states = manifest.states
+    before = [helper.make_node("Split", [_STATES, f"{_NAME}sizes"], [f"{_NAME}{s.input}" for s in states], axis=1)]
+    after = []
+    graph.initializer.append(_constant(f"{_NAME}sizes", [s.size for s in states]))
+    for state in states:
+        graph.input.remove(inputs[state.input])
+        if state.output != manifest.output.name:
+            graph.output.remove(outputs[state.output])
+        graph.initializer.append(_constant(f"{_NAME}{state.input}/shape", [-1, *state.shape]))
+        graph.initializer.append(_constant(f"{_NAME}{state.output}/shape", [-1, state.size]))
+        before.append(
+            helper.make_node("Reshape", [f"{_NAME}{state.input}", f"{_NAME}{state.input}/shape"], [state.input])
+        )
+        after.append(
+            helper.make_node("Reshape", [state.output, f"{_NAME}{state.output}/shape"], [f"{_NAME}{state.output}"])
+        )
+    after.append(helper.make_node("Concat", [f"{_NAME}{s.output}" for s in states], [_NEW], axis=1))
+    nodes = [*before, *graph.node, *after]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    floats = sum(s.size for s in states)
+    graph.input.append(helper.make_tensor_value_info(_STATES, onnx.TensorProto.FLOAT, [None, floats]))
+    graph.output.append(helper.make_tensor_value_info(_NEW, onnx.TensorProto.FLOAT, [None, floats]))
+    return model
+
+
+def resident_model(path: Path, manifest: Manifest, pieces: int) -> bytes:
+    """The model around a table: states are gathered from it by slot, and new ones scattered into it.
+
+    The table is (rows x pieces, floats per piece): one index per piece, so that a GPU's threads share a row.
+
+    Raises:
+        CanNotReside: as in `packed_model`, or no new state depends on an old one.
+    """
+    model = packed_model(path, manifest)
+    from onnx import TensorProto, helper
+
+    graph = model.graph
+    if not _depends(graph, _NEW, _STATES):  # else nothing would keep the scatter from running before the gather
+        raise CanNotReside("its new states do not depend on the old ones")
+    floats = sum(s.size for s in manifest.states)
+    shape = [None, floats // pieces]
+    graph.input.remove(next(port for port in graph.input if port.name == _STATES))
+    graph.input.append(helper.make_tensor_value_info(_TABLE, TensorProto.FLOAT, shape))
+    graph.input.append(helper.make_tensor_value_info(_SLOTS, TensorProto.INT64, [None]))
+    graph.output.append(helper.make_tensor_value_info(_TABLE_OUT, TensorProto.FLOAT, shape))
+    constants, indices = _indices(pieces)
+    graph.initializer.extend([*constants, _constant(f"{_NAME}packed", [-1, floats])])
+    gather = [
+        helper.make_node("Gather", [_TABLE, f"{_NAME}indices"], [f"{_NAME}found"], axis=0),
+        helper.make_node("Reshape", [f"{_NAME}found", f"{_NAME}packed"], [_STATES]),
+    ]
+    nodes = [*indices, *gather, *graph.node, *_scatter(_NEW, pieces, floats, graph.initializer)]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    return bytes(model.SerializeToString())
+
+
+def _upload_model(floats: int, pieces: int) -> bytes:
+    """(table, slots (M,), states (M, S)) -> the table with these rows."""
+    from onnx import TensorProto, helper
+
+    constants, indices = _indices(pieces)
+    nodes = [*indices, *_scatter(_STATES, pieces, floats, constants)]
+    shape = [None, floats // pieces]
+    ports = [
+        helper.make_tensor_value_info(_TABLE, TensorProto.FLOAT, shape),
+        helper.make_tensor_value_info(_SLOTS, TensorProto.INT64, [None]),
+        helper.make_tensor_value_info(_STATES, TensorProto.FLOAT, [None, floats]),
+    ]
+    out = helper.make_tensor_value_info(_TABLE_OUT, TensorProto.FLOAT, shape)
+    graph = helper.make_graph(nodes, "upload", ports, [out], constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    return bytes(model.SerializeToString())
+
+
+def _indices(pieces: int) -> tuple[list[Any], list[Any]]:
+    """Constants and nodes that make the indices (B, pieces) of slots (B,): slot x pieces + 0, 1, 2..."""
+    from onnx import helper
+
+    constants = [
+        _constant(f"{_NAME}last", [1]),
+        _constant(f"{_NAME}pieces", [pieces]),
+        _constant(f"{_NAME}range", list(range(pieces))),
+    ]
+    nodes = [
+        helper.make_node("Unsqueeze", [_SLOTS, f"{_NAME}last"], [f"{_NAME}column"]),
+        helper.make_node("Mul", [f"{_NAME}column", f"{_NAME}pieces"], [f"{_NAME}first"]),
+        helper.make_node("Add", [f"{_NAME}first", f"{_NAME}range"], [f"{_NAME}indices"]),
+    ]
+    return constants, nodes
+
+
+def _scatter(rows: str, pieces: int, floats: int, constants: Any) -> list[Any]:
+    """Nodes that write rows (B, S) into the table; their constants are appended."""
+    from onnx import helper
+
+    constants.append(_constant(f"{_NAME}innermost", [2]))
+    constants.append(_constant(f"{_NAME}cut", [-1, pieces, floats // pieces]))
+    return [
+        helper.make_node("Unsqueeze", [f"{_NAME}indices", f"{_NAME}innermost"], [f"{_NAME}places"]),
+        helper.make_node("Reshape", [rows, f"{_NAME}cut"], [f"{_NAME}cuts"]),
+        helper.make_node("ScatterND", [_TABLE, f"{_NAME}places", f"{_NAME}cuts"], [_TABLE_OUT]),
+    ]
+
+
+def _constant(name: str, values: list[int]) -> Any:
+    from onnx import numpy_helper
+
+    return numpy_helper.from_array(np.array(values, np.int64), name)
+
+
+def _depends(graph: Any, value: str, on: str) -> bool:
+    """Whether a value is computed from another."""
+    makers = {output: node for node in graph.node for output in node.output}
+    seen, waiting = {value}, [value]
+    while waiting:
+        node = makers.get(waiting.pop())
+        for name in [] if node is None else node.input:
+            if name not in seen:
+                seen.add(name)
+                waiting.append(name)
+    return on in seen
