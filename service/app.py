@@ -48,7 +48,12 @@ class Server:
         self.settings = settings
         self.metrics = Metrics()
         self.keys = Keys(settings.api_keys)
-        self.repository = Repository(settings.models, device=settings.device, threads=settings.threads)
+        self.repository = Repository(
+            settings.models,
+            device=settings.device,
+            threads=settings.threads,
+            resident_bytes=settings.resident_bytes,
+        )
         timeout = settings.store_timeout_s
         options = StoreOptions(
             interval_s=settings.flush_interval_s,

@@ -43,9 +43,9 @@ class Repository:
     and not served, the others go on.
     """
 
-    def __init__(self, root: Path, *, device: str, threads: int) -> None:
+    def __init__(self, root: Path, *, device: str, threads: int, resident_bytes: int = 0) -> None:
         self.root = root
-        self._device, self._threads = device, threads
+        self._device, self._threads, self._resident_bytes = device, threads, resident_bytes
         self._served: dict[str, dict[int, Served]] = {}
         self._retired: set[tuple[str, int]] = set()
         self.failures: dict[str, str] = {}
@@ -82,6 +82,8 @@ class Repository:
                     f"{directory}: manifest.json is of {runtime.manifest.name}/{runtime.manifest.version}"
                 )
             served = Served(runtime, runtime.prove())
+            if runtime.device == "cuda" and self._resident_bytes:
+                runtime.reside(self._resident_bytes)
         except ManifestError as error:
             if self.failures.get(str(directory)) != str(error):
                 log.error("not served: %s", error)

@@ -45,6 +45,12 @@ class Settings(BaseModel):
         "auto", description="Where models run; auto takes CUDA when it is there."
     )
     threads: int = Field(1, ge=1, description="onnxruntime's threads within one operator.")
+    resident_bytes: int = Field(
+        2**30,
+        ge=0,
+        description="GPU memory per model version for states that stay there between steps, bytes; 0: none stay. "
+        "Without CUDA it means nothing.",
+    )
 
     batch_rows: int = Field(256, ge=1, description="Most rows (examples) in one run.")
     chunk_s: float = Field(
