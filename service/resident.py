@@ -31,8 +31,8 @@ Lengths = npt.NDArray[np.int32]
 Ints = npt.NDArray[np.int64]
 StatesOf = Callable[[Ints], Bytes]
 """Takes numbers of rows in the batch, gives their packed states (len, row_bytes) uint8."""
-Check = Callable[[Floats, Lengths | None, Bytes], None]
-"""Raises where (y, lengths, new states) must not be committed."""
+Check = Callable[[Floats, Lengths | None, Floats], None]
+"""Raises where (y, lengths, one number per row that is finite if the row's new state is) must not be committed."""
 OpenSession = Callable[[bytes], ort.InferenceSession]
 
 SLOT_BITS: Final = 24
@@ -170,10 +170,11 @@ class ResidentStates:
             if len(missing):
                 self._upload(slots[missing], states_of(missing))
                 self.uploaded += len(missing)
-            y, new = self._advance(x, lengths, slots)
-            check(y, lengths, new)
+            lane, rows = self._advance(x, lengths, slots), len(x)
+            y = lane.y[:rows].copy()
+            check(y, lengths, lane.sound[:rows])
             tags[:] = self._slots.keep(slots)
-            return y, new
+            return y, lane.new[:rows].view(np.uint8)
 
     def _upload(self, slots: Ints, states: Bytes) -> None:
         """Write packed states (M, row_bytes) into their slots; in buckets of rows, as in `_advance`."""
@@ -189,7 +190,8 @@ class ResidentStates:
         binding.synchronize_inputs()
         self._uploads.run_with_iobinding(binding)
 
-    def _advance(self, x: Floats, lengths: Lengths | None, slots: Ints) -> tuple[Floats, Bytes]:
+    def _advance(self, x: Floats, lengths: Lengths | None, slots: Ints) -> "_Lane":
+        """Run the rows in their slots; the lane holds what came out."""
         rows, steps = x.shape[:2]
         bucket = _bucket(rows)
         lane = self._lanes.get(bucket) if steps == 1 else None
@@ -202,7 +204,7 @@ class ResidentStates:
         lane.slots[:rows] = slots
         lane.x[rows:], lane.lengths[rows:], lane.slots[rows:] = 0, 0, self.capacity
         lane.run()
-        return lane.y[:rows].copy(), lane.new[:rows].view(np.uint8)
+        return lane
 
 
 class _Lane:
@@ -218,6 +220,7 @@ class _Lane:
         self.slots = np.zeros(rows, np.int64)
         self.y = np.zeros((rows, steps, manifest.n_outputs), np.float32)
         self.new = np.zeros((rows, manifest.state_row_bytes // 4), np.float32)
+        self.sound = np.zeros((rows, 1), np.float32)
         self._inputs = {
             name: ort.OrtValue.ortvalue_from_numpy(value)
             for name, value in ((manifest.input.name, self.x), (manifest.lengths, self.lengths), (_SLOTS, self.slots))
@@ -225,11 +228,11 @@ class _Lane:
         self._binding = session.io_binding()
         self._binding.bind_ortvalue_input(_TABLE, table)
         self._binding.bind_ortvalue_output(_TABLE_OUT, table)
-        self._binding.bind_ortvalue_output(manifest.output.name, ort.OrtValue.ortvalue_from_numpy(self.y))
-        self._binding.bind_ortvalue_output(_NEW, ort.OrtValue.ortvalue_from_numpy(self.new))
+        for name, value in ((manifest.output.name, self.y), (_NEW, self.new), (_SOUND, self.sound)):
+            self._binding.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_numpy(value))
 
     def run(self) -> None:
-        """x, lengths and slots through the graph; y, new states and the table change."""
+        """x, lengths and slots through the graph; y, new, sound and the table change."""
         for name, value in self._inputs.items():
             self._binding.bind_ortvalue_input(name, value)  # anew each time: this is what copies it to the device
         self._binding.synchronize_inputs()
@@ -248,7 +251,7 @@ def _padded(slots: Ints, size: int, filler: int) -> Ints:
 
 _NAME: Final = "stepcast/"  # of what is added to a graph; a slash begins no name that exporters give
 _TABLE, _TABLE_OUT, _SLOTS = f"{_NAME}table", f"{_NAME}table_out", f"{_NAME}slots"
-_STATES, _NEW = f"{_NAME}states", f"{_NAME}new"
+_STATES, _NEW, _SOUND = f"{_NAME}states", f"{_NAME}new", f"{_NAME}sound"
 
 
 def _check_manifest(m: Manifest) -> None:
@@ -318,13 +321,14 @@ def packed_model(path: Path, manifest: Manifest) -> Any:
 def resident_model(path: Path, manifest: Manifest, pieces: int) -> bytes:
     """The model around a table: states are gathered from it by slot, and new ones scattered into it.
 
+    A further output (B, 1) is finite where a row's new state is, so that the host need not look through the states.
     The table is (rows x pieces, floats per piece): one index per piece, so that a GPU's threads share a row.
 
     Raises:
         CanNotReside: as in `packed_model`, or no new state depends on an old one.
     """
     model = packed_model(path, manifest)
-    from onnx import TensorProto, helper
+    from onnx import TensorProto, helper, numpy_helper
 
     graph = model.graph
     if not _depends(graph, _NEW, _STATES):  # else nothing would keep the scatter from running before the gather
@@ -336,12 +340,15 @@ def resident_model(path: Path, manifest: Manifest, pieces: int) -> bytes:
     graph.input.append(helper.make_tensor_value_info(_SLOTS, TensorProto.INT64, [None]))
     graph.output.append(helper.make_tensor_value_info(_TABLE_OUT, TensorProto.FLOAT, shape))
     constants, indices = _indices(pieces)
-    graph.initializer.extend([*constants, _constant(f"{_NAME}packed", [-1, floats])])
+    graph.output.append(helper.make_tensor_value_info(_SOUND, TensorProto.FLOAT, [None, 1]))
+    zeros = numpy_helper.from_array(np.zeros((floats, 1), np.float32), f"{_NAME}zeros")
+    graph.initializer.extend([*constants, _constant(f"{_NAME}packed", [-1, floats]), zeros])
     gather = [
         helper.make_node("Gather", [_TABLE, f"{_NAME}indices"], [f"{_NAME}found"], axis=0),
         helper.make_node("Reshape", [f"{_NAME}found", f"{_NAME}packed"], [_STATES]),
     ]
-    nodes = [*indices, *gather, *graph.node, *_scatter(_NEW, pieces, floats, graph.initializer)]
+    sound = helper.make_node("MatMul", [_NEW, f"{_NAME}zeros"], [_SOUND])  # 0 x inf and 0 x NaN are NaN
+    nodes = [*indices, *gather, *graph.node, *_scatter(_NEW, pieces, floats, graph.initializer), sound]
     del graph.node[:]
     graph.node.extend(nodes)
     return bytes(model.SerializeToString())

@@ -84,7 +84,7 @@ class Runtime:
         self._threads = threads
         self.resident: ResidentStates | None = None
         self.manifest: Manifest = read_manifest(directory)
-        self._session = _open_session(directory / MODEL_FILE, device, threads, profile)
+        self._session = open_session(directory / MODEL_FILE, device, threads, profile)
         _check_signature(self.manifest, self._session)
         self.device = "cuda" if "CUDAExecutionProvider" in self._session.get_providers() else "cpu"
         self.row_bytes = self.manifest.state_row_bytes
@@ -139,7 +139,7 @@ class Runtime:
             NonFinite: as `run`; the batch's states have left the device, and no tag has changed.
         """
         if self.resident is not None and len(x) <= self.resident.capacity:
-            return self.resident.run(x, lengths, tags, states_of, self._check_finite)
+            return self.resident.run(x, lengths, tags, states_of, self._check_resident)
         y, new = self.run(x, lengths, states_of(np.arange(len(x))))
         tags[:] = 0
         return y, new
@@ -155,7 +155,7 @@ class Runtime:
             self.resident = ResidentStates(
                 model,
                 self.manifest,
-                lambda graph: _open_session(graph, self.device, self._threads, None),
+                lambda graph: open_session(graph, self.device, self._threads),
                 device=self.device,
                 budget_bytes=budget_bytes,
                 initial=self.initial(1),
@@ -215,11 +215,13 @@ class Runtime:
             and (m.output.batch_axis, m.output.time_axis) == (0, 1)
         )
 
+    def _check_resident(self, y: Floats, lengths: Lengths | None, sound: Floats) -> None:
+        _check_outputs(y, lengths)
+        if not np.isfinite(sound).all():
+            raise NonFinite("the model's state would not be finite; nothing was committed")
+
     def _check_finite(self, y: Floats, lengths: Lengths | None, states: Bytes) -> None:
-        if not np.isfinite(y).all():
-            valid = y if lengths is None else y[np.arange(y.shape[1]) < lengths[:, None]]
-            if not np.isfinite(valid).all():
-                raise NonFinite("the model's outputs are not finite; nothing was committed")
+        _check_outputs(y, lengths)
         if self._all_float32:
             flat = states.reshape(-1).view(np.float32)
             with np.errstate(over="ignore"):
@@ -286,7 +288,14 @@ class Runtime:
         return y.reshape(rows, steps, spec.n_outputs), self._packed(new, rows)
 
 
-def _open_session(model: Path | bytes, device: str, threads: int, profile: Path | None) -> ort.InferenceSession:
+def open_session(
+    model: Path | bytes, device: str, threads: int = 1, profile: Path | None = None
+) -> ort.InferenceSession:
+    """A graph on a device; the arguments are Runtime's.
+
+    Raises:
+        ManifestError: onnxruntime can not load it, or the device is not there.
+    """
     path = "a wrapped graph" if isinstance(model, bytes) else str(model)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -321,7 +330,7 @@ def signature(path: Path) -> tuple[list[Port], list[Port]]:
     Raises:
         ManifestError: onnxruntime can not load it.
     """
-    session = _open_session(path, "cpu", 1, None)
+    session = open_session(path, "cpu")
     names = {name: dtype for dtype, name in _ORT_TYPES.items()}
 
     def port(given: Any) -> Port:
@@ -353,6 +362,13 @@ def _check_signature(manifest: Manifest, session: ort.InferenceSession) -> None:
     extra = sorted(set(inputs) - set(want_in))
     if extra:
         raise ManifestError(f"model.onnx has inputs that manifest.json does not speak of: {extra}")
+
+
+def _check_outputs(y: Floats, lengths: Lengths | None) -> None:
+    if not np.isfinite(y).all():
+        valid = y if lengths is None else y[np.arange(y.shape[1]) < lengths[:, None]]
+        if not np.isfinite(valid).all():
+            raise NonFinite("the model's outputs are not finite; nothing was committed")
 
 
 def _layout(manifest: Manifest) -> list[tuple[StateTensor, slice]]:

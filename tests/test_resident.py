@@ -132,7 +132,7 @@ def test_the_table_is_changed_in_place_and_nowhere_else(device: str, grain: int 
         assert after[16].tobytes() == rows.runtime.initial(1), "padding steps the scratch row by nothing"
     assert rows.resident._table.data_ptr() == address
     for lane in rows.resident._lanes.values():
-        outputs = dict(zip(("table", "y", "new"), lane._binding.get_outputs(), strict=True))
+        outputs = dict(zip(("table", "y", "new", "sound"), lane._binding.get_outputs(), strict=True))
         assert outputs["table"].data_ptr() == address
 
 
