@@ -4,6 +4,7 @@ make bench                                   all, about ten minutes
 make bench ARGS="--quick"                    all, short rounds
 make bench ARGS="--only asgi-echo,http-json-redis"
 make bench ARGS="--only growth,lone"         scenarios have names too
+make bench ARGS="--only cuda"                needs a GPU; python -m benchmarks.device --device cpu tries it without
 """
 
 import argparse

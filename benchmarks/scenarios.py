@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from . import load, requests
+from . import device, load, requests
 from .bare import POOL, Bare, pool
 from .contenders import LANES, SESSIONS, Bench, Driver, Measure, http_json, http_lines
 from .load import Traffic
@@ -245,6 +245,7 @@ SCENARIOS: dict[str, Scenario] = {
     "long": long_sequences,
     "growth": growth,
     "workers": workers,
+    "cuda": device.cuda,
 }
 
 

@@ -5,13 +5,16 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks import load, model, requests
+from benchmarks import device, load, model, requests
 from benchmarks.bare import Truth
 from benchmarks.rounds import Results
+from benchmarks.scenarios import SCENARIOS
+from benchmarks.servers import StartFailed
 from benchmarks.targets import Target
 
 STALL_S = 0.3
@@ -75,3 +78,29 @@ def test_a_ratio_with_an_absent_contender_is_not_made_up() -> None:
     results = Results([], {}, {"mosec-redis": "package 'mosec' is not installed"})
     assert results.ratio(Target("x", "http-json-redis", "mosec-redis", 1.5)) is None
     assert all("median" not in ratio for ratio in results.plain()["ratios"])
+
+
+def test_the_device_benchmark_compares_equal_outputs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its small form on the CPU: rates and a ratio per number of sessions, or the first wrong output."""
+    monkeypatch.setattr(model, "REPOSITORY", tmp_path)
+    assert device.main(["--device", "cpu", "--seconds", "0.02"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:3] for line in lines[1:5:2]] == [["bench-tiny", "1", "bare"], ["bench-tiny", "3", "bare"]]
+    assert "bench-tiny on cpu, 3 sessions: states in the table / bare loop: " in lines[-1]
+    step = device.Resident.step
+    monkeypatch.setattr(device.Resident, "step", lambda self, x: step(self, x) + 0.01)
+    assert device.main(["--device", "cpu", "--seconds", "0.02"]) == 1
+    assert "wrong answer: resident outputs differ from the bare loop's by 0.01" in capsys.readouterr().out
+
+
+def test_the_device_benchmark_is_absent_without_a_device(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It says so, and no number is made up."""
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
+    assert device.main([]) == 0
+    assert capsys.readouterr().out.startswith("absent: no CUDA device")
+    with pytest.raises(StartFailed, match="no CUDA device"):
+        SCENARIOS["cuda"](None, True)  # type: ignore[arg-type]
