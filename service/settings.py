@@ -48,7 +48,7 @@ class Settings(BaseModel):
     resident_bytes: int = Field(
         2**30,
         ge=0,
-        description="GPU memory per model version for states that stay there between steps, bytes; 0: none stay. "
+        description="GPU memory per model version and worker for states that stay there between steps, bytes; 0: none. "
         "Without CUDA it means nothing.",
     )
 
