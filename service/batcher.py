@@ -43,6 +43,9 @@ class Job:
     After the run: `outputs` (N, T, O) float32 and `state`, or `error`.
     """
 
+    whole = False
+    """Whether the job is a run of its own: `begin` says that its time has come, `go` makes it, once."""
+
     __slots__ = ("at", "deadline", "error", "features", "lengths", "outputs", "parts", "rows", "state", "steps", "x")
 
     def __init__(self, x: Floats, lengths: Lengths | None, state: bytes, deadline: float) -> None:
@@ -56,13 +59,16 @@ class Job:
         self.outputs: Floats | None = None
         self.error: StepcastError | None = None
 
-    def raw(self) -> bytes:
-        """The inputs as bytes."""
-        return self.x.tobytes()
-
     def abandoned(self) -> bool:
         """Whether nobody waits for the answer any more."""
         return False
+
+    def begin(self) -> None:
+        """The job was taken from the queue."""
+
+    def go(self) -> None:
+        """Run by itself; nothing changes if that raises."""
+        raise TypeError(f"{type(self).__name__} is no run of its own")
 
 
 J = TypeVar("J", bound=Job)
@@ -121,7 +127,9 @@ class Batcher(Generic[J]):
         try:
             while self._short or self._long:
                 if self._short:
-                    await self._round(self._take(self._short), 1)
+                    jobs = self._take(self._short)
+                    if jobs:
+                        await self._round(jobs, 1)
                 if self._long:
                     await self._long_round()
                 await asyncio.sleep(0)  # sockets are read and answers written between runs
@@ -133,14 +141,17 @@ class Batcher(Generic[J]):
         now, rows = time.monotonic(), 0
         jobs: list[J] = []
         gone: list[J] = []
-        while queue and (not jobs or rows + queue[0].rows <= self._batch_rows):
+        while queue and (not jobs or (not queue[0].whole and rows + queue[0].rows <= self._batch_rows)):
             job = queue.popleft()
+            job.begin()
             if job.at == 0 and (job.deadline < now or job.abandoned()):
                 job.error = DeadlineExceeded("the step waited longer than its deadline for its run; it was not applied")
                 gone.append(job)
             else:
                 jobs.append(job)
                 rows += job.rows
+                if job.whole:
+                    break
         if gone:
             self._finished(gone)
         return jobs
@@ -158,18 +169,17 @@ class Batcher(Generic[J]):
 
     async def _round(self, jobs: list[J], chunk: int) -> None:
         """Run jobs by up to `chunk` steps; those that are done go to `finish`, the rest to the queue's end."""
-        if not jobs:
-            return
         rows = sum(job.rows for job in jobs)
-        started = time.perf_counter()
         if self._expected_s(rows, chunk) <= self._inline_s:
             busy = self._timed(jobs, chunk)
         else:
             busy = await asyncio.get_running_loop().run_in_executor(self._executor(), self._timed, jobs, chunk)
         self._learn(rows, chunk, busy)
-        self._observe(rows, time.perf_counter() - started)
-        done = [job for job in jobs if job.error is not None or job.at >= job.steps]
-        self._long.extend(job for job in jobs if job.error is None and job.at < job.steps)
+        self._observe(rows, busy)
+        done = jobs
+        if chunk > 1 or jobs[0].steps > 1:
+            done = [job for job in jobs if job.error is not None or job.at >= job.steps]
+            self._long.extend(job for job in jobs if job.error is None and job.at < job.steps)
         if done:
             self._finished(done)
         while len(self._unfinished) >= UNFINISHED_RUNS:
@@ -182,17 +192,20 @@ class Batcher(Generic[J]):
 
     def _learn(self, rows: int, steps: int, busy: float) -> None:
         if steps == 1:
-            self._run_s += 0.1 * (busy - self._run_s)
+            self._run_s = _nearer(self._run_s, busy)
             if rows >= FULL_ROWS:
-                self._row_s += 0.1 * (busy / rows - self._row_s)
+                self._row_s = _nearer(self._row_s, busy / rows)
         else:
-            self._cell_s += 0.3 * (busy / (rows * steps) - self._cell_s)
+            self._cell_s = _nearer(self._cell_s, busy / (rows * steps))
 
     def _timed(self, jobs: Sequence[J], chunk: int) -> float:
-        """Run; the processor time it took: other processes on this core must not drive runs into the thread."""
-        started = time.thread_time()
-        self._advance(jobs, chunk)
-        return time.thread_time() - started
+        """Run; the seconds it took."""
+        started = time.perf_counter()
+        if jobs[0].whole:
+            self._go(jobs[0])
+        else:
+            self._advance(jobs, chunk)
+        return time.perf_counter() - started
 
     def _executor(self) -> ThreadPoolExecutor:
         if self._pool is None:
@@ -206,6 +219,12 @@ class Batcher(Generic[J]):
             self._unfinished.add(task)
             task.add_done_callback(self._unfinished.discard)
 
+    def _go(self, job: J) -> None:
+        try:
+            job.go()
+        except Exception as error:
+            job.error = _as_ours(error)
+
     def _advance(self, jobs: Sequence[J], chunk: int) -> None:
         """Run; where a batch fails, run its jobs alone, so that only the guilty one fails."""
         try:
@@ -218,6 +237,14 @@ class Batcher(Generic[J]):
                 self._advance([job], chunk)
 
 
+def _nearer(average: float, seen: float) -> float:
+    """A moving average that believes a short time sooner than a long one, which other processes may have caused.
+
+    (The thread's processor time would be the measure, but asking for it can take as long as a small run.)
+    """
+    return average + (0.3 if seen < average else 0.05) * (seen - average)
+
+
 def _as_ours(error: Exception) -> StepcastError:
     if isinstance(error, StepcastError):
         return error
@@ -227,9 +254,6 @@ def _as_ours(error: Exception) -> StepcastError:
 
 def advance(run: Run, jobs: Sequence[Job], chunk: int) -> None:
     """One run of several jobs by up to `chunk` steps: gather, run, scatter. Nothing changes if the run raises."""
-    if _are_single(jobs):
-        _advance_singles(run, jobs)
-        return
     first = jobs[0]
     if len(jobs) == 1 and first.steps <= chunk:
         x, lengths, takes = first.x, first.lengths, [first.steps]
@@ -250,28 +274,6 @@ def advance(run: Run, jobs: Sequence[Job], chunk: int) -> None:
         job.parts.append(part)
         if job.at >= job.steps:
             job.outputs = np.concatenate(job.parts, axis=1)
-
-
-def _are_single(jobs: Sequence[Job]) -> bool:
-    """Whether each job is one row by one step."""
-    for job in jobs:  # noqa: SIM110  a generator would take three times as long
-        if job.steps != 1 or job.rows != 1 or job.lengths is not None:
-            return False
-    return True
-
-
-def _advance_singles(run: Run, jobs: Sequence[Job]) -> None:
-    """The commonest batch: join bytes, run, cut bytes; no array is made per job but a view of its outputs."""
-    rows = len(jobs)
-    x = np.frombuffer(b"".join([job.raw() for job in jobs]), np.float32).reshape(rows, 1, -1)
-    y, new = run(x, None, _joined(jobs, rows))
-    size, states = new.shape[1], new.tobytes()
-    at = 0
-    for job, outputs in zip(jobs, y.reshape(rows, 1, 1, -1), strict=True):
-        job.outputs = outputs
-        job.state = states[at : at + size]
-        job.at = 1
-        at += size
 
 
 def _joined(jobs: Sequence[Job], rows: int) -> Bytes:

@@ -2,14 +2,19 @@
 
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from . import record as records
+from . import sheet
 from .batcher import Batcher, Job
 from .record import Record
 from .repository import Served
+
+if TYPE_CHECKING:
+    from .columns import Track
 
 Floats = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
@@ -65,7 +70,7 @@ class Call(Job):
 class Step(Call):
     """A step call: it has its turn in its session."""
 
-    __slots__ = ("answer", "digest", "entry", "next", "seq", "size", "verified")
+    __slots__ = ("answer", "digest", "entry", "next", "seq", "verified")
 
     def __init__(
         self,
@@ -82,7 +87,6 @@ class Step(Call):
         self.verified = False
         self.next: Record | None = None
         self.answer: Floats | None = None
-        self.size = 0  # bytes of the next record
 
     def start(self, state: bytes) -> None:
         """Make ready for a (further) run from `state`."""
@@ -90,55 +94,73 @@ class Step(Call):
 
 
 class SingleStep(Step):
-    """A step of one example by one step without a mask, the commonest there is; its inputs stay bytes.
+    """A step of one example by one step without a mask; it joins others in a column where its session can.
 
-    Made in one go: the chain of constructors above costs as much as the rest of queueing.
+    Args:
+        data: The inputs, float32.
+        alone: Do not join: the column that it was in failed.
     """
 
-    __slots__ = ("data",)
+    __slots__ = ("alone", "data")
 
     def __init__(
-        self, entry: "Entry", data: bytes, digest: bytes, seq: int | None, deadline: float, future: Future
+        self, entry: "Entry", data: bytes, seq: int | None, deadline: float, future: Future, alone: bool = False
     ) -> None:
-        self.entry, self.data, self.digest, self.seq = entry, data, digest, seq
-        self.deadline, self.future = deadline, future
-        self.rows = self.steps = self.calls = 1
-        self.features = len(data) // 4
-        self.at = self.size = 0
-        self.mask = self.lengths = self.outputs = self.error = self.next = self.answer = None
-        self.verified = False
-        self.state = b""
-
-    @property
-    def x(self) -> Floats:  # type: ignore[override]
-        """The inputs (1, 1, F)."""
-        return np.frombuffer(self.data, np.float32).reshape(1, 1, -1)
-
-    def raw(self) -> bytes:
-        return self.data
-
-    def reply(self) -> Floats:
-        assert self.outputs is not None
-        return self.outputs
-
-    def start(self, state: bytes) -> None:
-        self.state, self.at, self.outputs, self.error = state, 0, None, None
+        x = np.frombuffer(data, np.float32).reshape(1, 1, -1)
+        super().__init__(entry, x, None, sheet.digest(data), seq, deadline, future)
+        self.data, self.alone = data, alone
 
 
 class Entry:
-    """A hot session: its record as last seen, and the calls that wait for their turn."""
+    """A hot session: its record as last seen, and the calls that wait for their turn.
 
-    __slots__ = ("address", "batcher", "busy", "key", "queue", "record", "served", "size", "stored")
+    Attributes:
+        data: The record as the store has it; None: not loaded, or there is none (see `stored`).
+        track: Where its single steps go; None: `data` is not known to be of the plainest kind (service/sheet.py).
+        step, ttl_s: Of the record, where there is a track.
+        tag: Of the state, where a device holds it (Runtime.run_resident).
+        used: Since eviction looked at it.
+    """
+
+    __slots__ = (
+        *("_record", "address", "batcher", "busy", "data", "key", "queue", "served", "size", "step", "stored"),
+        *("tag", "track", "ttl_s", "used"),
+    )
 
     def __init__(self, address: Address) -> None:
         self.address, self.key = address, address.key
-        self.record: Record | None = None
+        self._record: Record | None = None
+        self.data: bytes | None = None
         self.stored = False
         self.served: Served | None = None
         self.batcher: Batcher[Job] | None = None  # of `served`
+        self.track: Track | None = None
+        self.step = self.tag = 0
+        self.ttl_s: float | None = None
         self.queue: deque[Step] = deque()
-        self.busy = False
+        self.busy = self.used = False
         self.size = 0
+
+    @property
+    def known(self) -> bool:
+        """Whether the session's record, or that there is none, is known."""
+        return self.data is not None or self._record is not None
+
+    @property
+    def record(self) -> Record | None:
+        """The record; None: not known. BadRecord where the bytes are not one."""
+        if self._record is None and self.data is not None:
+            self._record = records.decode(self.data)
+        return self._record
+
+    def keep(self, data: bytes | None, record: Record | None = None) -> None:
+        """Take a record: the store's bytes, or (`data` None) one that is not stored so; both None: nothing is known."""
+        self.data, self._record, self.track, self.tag = data, record, None, 0
+
+    def advance(self, data: bytes) -> None:
+        """Take the record of the next single step."""
+        self.data, self._record = data, None
+        self.step += 1
 
 
 def compact(x: Floats, mask: Mask) -> tuple[Floats, npt.NDArray[np.int32]]:

@@ -1,25 +1,193 @@
-"""A batch step: many sessions by one step each, as columns.
+"""Single steps in columns: many sessions by one step each, as arrays from the door to the store.
 
-Sessions that are hot, idle and where the caller thinks they are, run and commit together: one job of K rows, one record
-and one write each, and nothing else per session. All others, and those whose write was refused, step one by one, as if
-each had been asked for alone.
+Sessions that are hot, idle, of the plainest kind (service/sheet.py) and where the caller thinks they are join the
+column that is open for their model version, or make one of their own (a batch step). A column is one run and one write
+of many records; nothing is made per session but its next record. Whatever does not fit, or is refused, steps by itself.
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from stepcast.errors import ShapeMismatch, StepcastError
+from stepcast.errors import Internal, ShapeMismatch, StepcastError
 
-from . import record as records
-from .batcher import Job
+from . import wire
+from .batcher import Batcher, Job
 from .calls import Entry, StepAnswer
-from .record import Record
-from .store import Write
+from .repository import Served
+from .sheet import Sheet, digests
+from .telemetry import Metrics
 
 Floats = npt.NDArray[np.float32]
+
+OPEN_S: Final = 0.02
+"""How long steps may join a column: its deadline is that of the first."""
+
+
+class Load:
+    """How many steps of a model wait, of all its versions."""
+
+    __slots__ = ("waiting",)
+
+    def __init__(self) -> None:
+        self.waiting = 0
+
+
+class Track:
+    """One served version: where its single steps go.
+
+    Attributes:
+        open: The column that steps may join now.
+        until: When it is closed to them, monotonic.
+    """
+
+    __slots__ = (
+        *("batcher", "calls", "input_bytes", "load", "open", "output_bytes", "served", "state_bytes", "steps"),
+        "until",
+    )
+
+    def __init__(self, served: Served, batcher: Batcher[Job], load: Load, metrics: Metrics) -> None:
+        self.served, self.batcher, self.load = served, batcher, load
+        self.calls, self.steps = metrics.calls.labels(served.name), metrics.steps.labels(served.name)
+        self.input_bytes = served.input_bytes
+        self.state_bytes = served.manifest.state_row_bytes
+        self.output_bytes = 4 * served.manifest.n_outputs
+        self.open: Column | None = None
+        self.until = 0.0
+
+
+class Answers:
+    """The outputs of a column (B, O), in the encodings that were asked for."""
+
+    def __init__(self, outputs: Floats, version: int) -> None:
+        self.outputs, self.version = outputs, version
+
+    @cached_property
+    def texts(self) -> list[bytes]:
+        """JSON without brackets, by row."""
+        return wire.row_texts(self.outputs)
+
+    @cached_property
+    def raw(self) -> list[bytes]:
+        """float32, by row."""
+        made: list[bytes] = self.outputs.view(f"V{4 * self.outputs.shape[1]}")[:, 0].tolist()
+        return made
+
+
+class Waiter(Protocol):
+    """Who asked for a step. It answers at once, without a turn of the loop; and stands for a future elsewhere."""
+
+    def stepped(self, answers: Answers, row: int, step: int) -> None:
+        """The step was made: row `row` of the answers."""
+
+    def done(self) -> bool:
+        """Whether nobody waits any more."""
+
+    def set_result(self, answer: StepAnswer) -> None:
+        """The step was made by itself, or its kept answer is here."""
+
+    def set_exception(self, error: BaseException) -> None:
+        """The step was refused."""
+
+
+class Column(Job):
+    """Single steps that run and commit together; their sessions stay busy until it is settled.
+
+    Args:
+        x: All inputs (B, F), of a column that nobody joins.
+
+    Attributes:
+        entries, inputs, seqs, waiters: By row. `inputs` is empty where x was given.
+        many, places: Of a batch step, instead of waiters: whose answer it is part of, and where.
+        next: The sessions' next records, once it ran.
+        answers: Once it ran.
+        tags: Of the new states, where a device holds them (Runtime.run_resident).
+    """
+
+    __slots__ = ("answers", "entries", "inputs", "many", "next", "now_ms", "places", "seqs", "tags", "track", "waiters")
+
+    whole = True
+
+    def __init__(self, track: Track, deadline: float, now_ms: int, x: Floats | None = None) -> None:
+        self.track, self.deadline, self.now_ms = track, deadline, now_ms
+        self.entries: list[Entry] = []
+        self.inputs: list[bytes] = []
+        self.seqs: list[int | None] = []
+        self.waiters: list[Waiter] = []
+        self.many: ManySteps | None = None
+        self.places: Sequence[int] = ()
+        self.tags: npt.NDArray[np.int64] | None = None
+        self.next: list[bytes] = []
+        self.answers: Answers | None = None
+        self.steps, self.at, self.lengths, self.error = 1, 0, None, None
+        self.rows = 0
+        if x is not None:
+            self.x = x
+
+    def begin(self) -> None:
+        """Nobody may join any more."""
+        if self.track.open is self:
+            self.track.open = None
+        self.rows = len(self.entries)
+
+    def waiter(self, row: int) -> Waiter:
+        """Who waits for a row."""
+        return self.waiters[row] if self.many is None else Cell(self.many, self.places[row])
+
+    def input(self, row: int) -> bytes:
+        """One row's inputs."""
+        return self.inputs[row] if self.inputs else self.x[row].tobytes()
+
+    def go(self) -> None:
+        """Run: inputs and records in, outputs and next records out. Nothing changes if the run raises."""
+        track, entries = self.track, self.entries
+        x = np.frombuffer(b"".join(self.inputs), np.float32).reshape(self.rows, -1) if self.inputs else self.x
+        old: list[bytes] = [entry.data for entry in entries]  # type: ignore[misc]  # they have a track
+        order = _by_length(old)
+        if order is not None:
+            old, x = [old[i] for i in order], x[order]
+        sheets = [Sheet(part, track.state_bytes, track.output_bytes, self.now_ms) for part in _parts(old)]
+        runtime = track.served.runtime
+        if runtime.resident is not None:
+            self.tags = np.array([entry.tag for entry in entries], np.int64)
+            if order is not None:
+                self.tags = self.tags[order]
+        outputs = runtime.step(x, [sheet.before for sheet in sheets], [sheet.after for sheet in sheets], self.tags)
+        named, raw, made, at = digests(x), outputs.view(np.uint8), [], 0
+        for sheet in sheets:
+            end = at + sheet.rows
+            sheet.digests[:] = named[at:end]
+            sheet.outputs[:] = raw[at:end]
+            made += sheet.records()
+            at = end
+        if order is not None:
+            back = np.argsort(order)
+            made, outputs = [made[i] for i in back], outputs[back]
+            self.tags = None if self.tags is None else self.tags[back]
+        self.next, self.answers, self.at = made, Answers(outputs, track.served.version), 1
+
+
+def _by_length(records: Sequence[bytes]) -> list[int] | None:
+    """The order in which records of one length stand together, None where all have the same."""
+    lengths = list(map(len, records))
+    if lengths.count(lengths[0]) == len(lengths):
+        return None
+    return sorted(range(len(lengths)), key=lengths.__getitem__)
+
+
+def _parts(records: list[bytes]) -> list[list[bytes]]:
+    """Cut where the length changes."""
+    cuts = [i for i in range(1, len(records)) if len(records[i]) != len(records[i - 1])] if len(records) > 1 else []
+    if not cuts:
+        return [records]
+    return [records[start:end] for start, end in zip([0, *cuts], [*cuts, len(records)], strict=True)]
+
+
+# --- a batch step ---------------------------------------------------------------------------------------------------
 
 
 class ManySteps:
@@ -43,11 +211,20 @@ class ManySteps:
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._left = count
 
-    def answer(self, places: list[int], outputs: Floats, steps: list[int]) -> None:
-        """Some sessions were stepped."""
-        self.outputs[places] = outputs
-        for place, step in zip(places, steps, strict=True):
-            self.steps[place] = step
+    def answer(self, place: int, outputs: Floats, step: int) -> None:
+        """A session was stepped."""
+        self.outputs[place] = outputs
+        self.steps[place] = step
+        self._settled(1)
+
+    def answer_all(self, places: Sequence[int], outputs: Floats, steps: list[int]) -> None:
+        """Some sessions were stepped, at these places in order."""
+        if len(places) == len(self.steps):
+            self.outputs, self.steps = outputs, list(steps)
+        else:
+            self.outputs[places] = outputs
+            for place, step in zip(places, steps, strict=True):
+                self.steps[place] = step
         self._settled(len(places))
 
     def refuse(self, place: int, error: StepcastError) -> None:
@@ -62,7 +239,7 @@ class ManySteps:
 
 
 class Cell:
-    """Stands for the future of one of many steps that goes its way alone."""
+    """One of many steps; the waiter of its row."""
 
     __slots__ = ("_many", "_place")
 
@@ -73,64 +250,23 @@ class Cell:
         """Whether nobody waits any more."""
         return self._many.done.done()
 
+    def stepped(self, answers: Answers, row: int, step: int) -> None:
+        """The session was stepped in a column."""
+        self._answer(answers.outputs[row], step, answers.version)
+
     def set_result(self, answer: StepAnswer) -> None:
         """The session was stepped."""
-        many, outputs = self._many, answer.outputs[0]
-        if outputs.shape[1] != many.outputs.shape[1]:
-            text = f"its version {answer.version} has {outputs.shape[1]} outputs, the live one {many.outputs.shape[1]}"
-            many.refuse(self._place, ShapeMismatch(f"the session was stepped, but {text}. Step it alone."))
-        else:
-            many.answer([self._place], outputs, [answer.step])
+        self._answer(answer.outputs[0, 0], answer.step, answer.version)
 
-    def set_exception(self, error: StepcastError) -> None:
+    def set_exception(self, error: BaseException) -> None:
         """The session was not stepped."""
-        self._many.refuse(self._place, error)
+        ours = error if isinstance(error, StepcastError) else Internal(f"the step failed: {type(error).__name__}")
+        self._many.refuse(self._place, ours)
 
-
-class Row:
-    """One session of a column: where it stands in the call, and what it was asked."""
-
-    __slots__ = ("data", "digest", "entry", "next", "place", "record", "seq", "size")
-
-    def __init__(self, place: int, entry: Entry, record: Record, data: bytes, digest: bytes, seq: int | None) -> None:
-        self.place, self.entry, self.record = place, entry, record
-        self.data, self.digest, self.seq = data, digest, seq
-        self.next = record
-        self.size = 0
-
-
-class Column(Job):
-    """Rows of one batch step that run together.
-
-    Args:
-        rows: Of sessions that are hot and idle, all of one served version; they stay busy until it is settled.
-    """
-
-    __slots__ = ("many", "model", "sessions")
-
-    def __init__(self, many: ManySteps, rows: Sequence[Row], deadline: float) -> None:
-        x = np.frombuffer(b"".join([row.data for row in rows]), np.float32).reshape(len(rows), 1, -1)
-        super().__init__(x, None, b"".join([row.record.state for row in rows]), deadline)
-        self.many, self.sessions, self.model = many, rows, rows[0].entry.address.model
-
-    def writes(self, now: int, ttl_s: Callable[[Record], float | None]) -> list[Write]:
-        """What commits them.
-
-        Args:
-            now: Wall clock, ms.
-            ttl_s: Seconds until a session is forgotten.
-        """
-        assert self.outputs is not None
-        outputs, states = self.outputs.tobytes(), self.state
-        width, size = len(outputs) // self.rows, len(states) // self.rows
-        made = []
-        for i, row in enumerate(self.sessions):
-            record = row.record
-            answer = records.encode_answer(record.step + 1, row.digest, 1, outputs[i * width : (i + 1) * width])
-            state = states[i * size : (i + 1) * size]
-            row.next = record.advanced(record.step + 1, 1, state, answer, b"", max(now, record.used_ms))
-            data = row.next.encode()
-            row.size = len(data)
-            touch = bool(record.flags & records.HAS_CHECKPOINTS)
-            made.append(Write(row.entry.key, record.token, data, ttl_s(record), None, touch))
-        return made
+    def _answer(self, outputs: Floats, step: int, version: int) -> None:
+        width = self._many.outputs.shape[1]
+        if len(outputs) != width:
+            text = f"its version {version} has {len(outputs)} outputs, the live one {width}"
+            self._many.refuse(self._place, ShapeMismatch(f"the session was stepped, but {text}. Step it alone."))
+        else:
+            self._many.answer(self._place, outputs, step)

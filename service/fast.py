@@ -13,7 +13,8 @@ from stepcast.errors import Internal, Malformed, StepcastError
 
 from . import wire
 from .auth import Principal
-from .calls import Address, Future, StepAnswer
+from .calls import Address
+from .columns import Waiter
 from .rest import Headers, Rest, answer_type, problem, request_type, too_large
 from .states import check_id
 from .telemetry import log
@@ -91,24 +92,18 @@ class FastDoor:
         self._addresses[caller.principal.namespace, path] = address
         return address
 
-    def step(self, caller: Caller, address: Address, body: bytes, future: Future) -> bool:
-        """Queue a step; the future, or what stands for one, gets its answer. False: it has to come through ASGI."""
+    def step(self, caller: Caller, address: Address, body: bytes, waiter: Waiter) -> bool:
+        """Queue a step; the waiter gets its answer. False: it has to come through ASGI."""
         sessions = self._rest.sessions
         try:
             features = sessions.repository.live(address.model).n_features
             single = wire.single_reader(features).read(body, caller.kind)
             if single is None:
                 return False
-            data, seq, digest = single
-            sessions.single_step(address, data, digest, seq, future)
+            sessions.single_step(address, *single, waiter)
         except StepcastError:
             return False
         return True
-
-    def encode(self, caller: Caller, answer: StepAnswer) -> bytes:
-        """An answer to such a step."""
-        outputs = answer.outputs[0, 0]
-        return wire.encode({"outputs": outputs, "step": answer.step, "version": answer.version}, caller.accepted)
 
     def problem(self, error: BaseException) -> Response:
         """An error as a response."""

@@ -1,15 +1,15 @@
-"""The hot sessions of this process: copies of records, the least recently used idle ones let go first."""
+"""The hot sessions of this process: copies of records; idle ones that were not used of late are let go."""
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final
 
 from .calls import Address, Entry
 
 _ENTRY_BYTES: Final = 2400
 """What a hot session with sixteen kept answers costs beside its record, measured (tests/footprint.py)."""
-_LOOK_AHEAD: Final = 64
-"""Busy sessions passed over in one search for an idle one; keeps eviction short when all are busy."""
+_LOOKS: Final = 1024
+"""Sessions looked at in one go; keeps eviction short when all are busy or were used."""
 
 
 class HotSessions:
@@ -22,6 +22,8 @@ class HotSessions:
     def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes
         self._entries: OrderedDict[str, Entry] = OrderedDict()
+        self.get: Callable[[str], Entry | None] = self._entries.get
+        """The entry of a key, None if that session is not hot."""
         self.bytes = 0
 
     def __len__(self) -> int:
@@ -30,18 +32,10 @@ class HotSessions:
     def __iter__(self) -> Iterator[Entry]:
         return iter(self._entries.values())
 
-    def get(self, key: str) -> Entry | None:
-        """The entry of a session, None if it is not hot."""
-        return self._entries.get(key)
-
     def enter(self, address: Address) -> Entry:
         """A new entry without a record."""
         entry = self._entries[address.key] = Entry(address)
         return entry
-
-    def used(self, entry: Entry) -> None:
-        """Mark an entry as the most recently used."""
-        self._entries.move_to_end(entry.key)
 
     def measure(self, entry: Entry, record_bytes: int) -> None:
         """Take an entry's present size into account: its record's length as the store has it, and the rest."""
@@ -50,13 +44,18 @@ class HotSessions:
         entry.size = size
 
     def evict(self) -> None:
-        """Let idle entries go, least recently used first, until the rest fits."""
-        passed = 0
-        while self.bytes > self._limit_bytes and self._entries and passed < _LOOK_AHEAD:
-            entry = next(iter(self._entries.values()))
-            if not self.drop(entry):
-                self._entries.move_to_end(entry.key)
-                passed += 1
+        """Let idle entries go until the rest fits, in the order they came; one used since it was looked at stays.
+
+        That is "second chance": as good as the least recently used for a cache, and a use costs a flag.
+        """
+        entries = self._entries
+        for _ in range(_LOOKS):
+            if self.bytes <= self._limit_bytes or not entries:
+                return
+            entry = next(iter(entries.values()))
+            if entry.used or not self.drop(entry):
+                entry.used = False
+                entries.move_to_end(entry.key)
 
     def drop(self, entry: Entry) -> bool:
         """Let an entry go; False: it is busy and stays."""

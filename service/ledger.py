@@ -151,6 +151,8 @@ class Ledger:
 
     def ttl_s(self, record: Record) -> float | None:
         """Seconds until the session is forgotten, None: never."""
-        if record.ttl_s == records.TTL_FOR_EVER:
-            return None
-        return float(record.ttl_s or self._ttl_s) or None
+        return self.seconds(record.ttl_s)
+
+    def seconds(self, ttl_s: int) -> float | None:
+        """The same of a record's field."""
+        return None if ttl_s == records.TTL_FOR_EVER else float(ttl_s or self._ttl_s) or None

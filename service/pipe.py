@@ -15,8 +15,11 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
+from . import wire
 from .calls import StepAnswer
+from .columns import Answers
 from .fast import Caller, FastDoor
+from .wire import JSON
 
 KNOWN_HEADS: Final = 1024
 LONGEST_HEAD: Final = 4096
@@ -37,7 +40,7 @@ class Head(NamedTuple):
 
 
 class Turn:
-    """Stands for the future of a step: writes its answer without a turn of the loop."""
+    """Who waits for a step: writes its answer without a turn of the loop."""
 
     __slots__ = ("_caller", "_done", "_door", "_pipe")
 
@@ -49,15 +52,27 @@ class Turn:
         """Whether the step is settled; a client that is gone changes nothing, what was accepted is applied."""
         return self._done
 
+    def stepped(self, answers: Answers, row: int, step: int) -> None:
+        """The step was made in a column."""
+        if self._caller.accepted == JSON:
+            body = b'{"outputs":[%s],"step":%d,"version":%d}' % (answers.texts[row], step, answers.version)
+            self._answer(body)
+        else:
+            self._give(answers.outputs[row], step, answers.version)
+
     def set_result(self, answer: StepAnswer) -> None:
-        """The step was made."""
-        self._done = True
-        caller = self._caller
+        """The step was made by itself."""
         try:
-            body = self._door.encode(caller, answer)
+            self._give(answer.outputs[0, 0], answer.step, answer.version)
         except Exception as error:
             self.set_exception(error)
-            return
+
+    def _give(self, outputs: wire.Floats, step: int, version: int) -> None:
+        self._answer(wire.encode({"outputs": outputs, "step": step, "version": version}, self._caller.accepted))
+
+    def _answer(self, body: bytes) -> None:
+        self._done = True
+        caller = self._caller
         if self._pipe.last:
             self._pipe.settle(_response(Response(body, 200, None, caller.accepted), last=True))
         else:

@@ -1,8 +1,8 @@
 """One session as bytes: what a store keeps, the same in every store.
 
     offset  size  field
-         0     1  layout version, 1
-         1     1  flags: bit 0, the session has checkpoints
+         0     1  layout version, 2
+         1     1  flags: bit 0, the session has checkpoints; bit 1, its kept answers are a run
          2     2  number of kept answers
          4     4  N, examples; 0: not fixed yet (no stored state)
          8     8  incarnation: random, chosen when the session is created
@@ -17,9 +17,11 @@
         68     4  bytes of the input log
         72        state, input log, then the kept answers, oldest first, each:
                   8 seq, 8 digest of its payload, 4 steps T, 4 bytes of outputs, outputs float32 [N,T,O]
+                  in a run, which ends at this step and has one step T and the same size per answer, only:
+                  8 digest of its payload, outputs float32 [N,1,O]
 
-All numbers are little-endian. Bytes 8 to 24 are the token that compare-and-set compares: an incarnation is never used
-twice, so a token names one record for ever.
+Layout 1 had no runs; it is read, never written. All numbers are little-endian. Bytes 8 to 24 are the token that
+compare-and-set compares: an incarnation is never used twice, so a token names one record for ever.
 """
 
 import struct
@@ -29,12 +31,15 @@ from dataclasses import dataclass, replace
 from secrets import token_bytes
 from typing import Final
 
-LAYOUT: Final = 1
+LAYOUT: Final = 2
 HAS_CHECKPOINTS: Final = 1
+RUN: Final = 2
+DIGEST_BYTES: Final = 8
 TTL_FOR_EVER: Final = 0xFFFFFFFF
 TOKEN: Final = slice(8, 24)
 
 _HEADER = struct.Struct("<BBHI8sQQQQII8sII")
+_KINDS: Final = {(1, 0): 0, (2, 0): 0, (2, RUN): RUN}
 _ANSWER = struct.Struct("<Q8sII")
 HEADER_BYTES: Final = _HEADER.size
 ANSWER_BYTES: Final = _ANSWER.size
@@ -96,9 +101,12 @@ class Record:
 
     def encode(self) -> bytes:
         """The record as the store keeps it."""
+        answers, flags = self.answers, self.flags
+        if _are_run(answers, self.step):
+            answers, flags = tuple(entry[8:16] + entry[ANSWER_BYTES:] for entry in answers), flags | RUN
         header = _HEADER.pack(
             LAYOUT,
-            self.flags,
+            flags,
             len(self.answers),
             self.examples,
             self.incarnation,
@@ -112,7 +120,7 @@ class Record:
             len(self.state),
             len(self.inputs),
         )
-        return b"".join((header, self.state, self.inputs, *self.answers))
+        return b"".join((header, self.state, self.inputs, *answers))
 
     def advanced(self, step: int, examples: int, state: bytes, answer: bytes, inputs: bytes, now_ms: int) -> "Record":
         """The next revision after a step call: `step` is the number of its last step."""
@@ -145,6 +153,16 @@ class Record:
             if _ANSWER.unpack_from(entry)[0] == seq:
                 return decode_answer(entry)
         return None
+
+
+def _are_run(answers: tuple[bytes, ...], step: int) -> bool:
+    """Whether kept answers are of the last single steps, without a gap, and of one size."""
+    if not answers:
+        return False
+    size, first = len(answers[0]), step + 1 - len(answers)
+    return all(
+        len(entry) == size and _ANSWER.unpack_from(entry)[::2] == (first + i, 1) for i, entry in enumerate(answers)
+    )
 
 
 def _newest(answers: tuple[bytes, ...]) -> tuple[bytes, ...]:
@@ -184,20 +202,13 @@ def decode(data: bytes) -> Record:
     Raises:
         BadRecord: another layout version, or lengths that do not add up.
     """
-    if len(data) < HEADER_BYTES or data[0] != LAYOUT:
+    kind = _KINDS.get((data[0], data[1] & ~HAS_CHECKPOINTS)) if len(data) >= HEADER_BYTES else None
+    if kind is None:
         raise BadRecord(f"record of {len(data)} bytes, layout {data[0] if data else None}; this server reads {LAYOUT}")
     (_, flags, n_answers, examples, incarnation, revision, step, created_ms, used_ms, version, ttl_s, fingerprint,
      n_state, n_inputs) = _HEADER.unpack_from(data)  # fmt: skip
     at = HEADER_BYTES + n_state + n_inputs
-    answers = []
-    for _ in range(n_answers):
-        if at + ANSWER_BYTES > len(data):
-            break
-        end = at + ANSWER_BYTES + _ANSWER.unpack_from(data, at)[3]
-        answers.append(data[at:end])
-        at = end
-    if at != len(data) or len(answers) != n_answers:
-        raise BadRecord(f"record of {len(data)} bytes, its header speaks of {at}")
+    answers = _run(data, at, n_answers, step) if kind == RUN else _listed(data, at, n_answers)
     return Record(
         version=version,
         fingerprint=fingerprint,
@@ -211,5 +222,28 @@ def decode(data: bytes) -> Record:
         created_ms=created_ms,
         used_ms=used_ms,
         ttl_s=ttl_s,
-        flags=flags,
+        flags=flags & HAS_CHECKPOINTS,
     )
+
+
+def _listed(data: bytes, at: int, count: int) -> list[bytes]:
+    """Kept answers with their heads, from offset `at` to the record's end."""
+    answers: list[bytes] = []
+    while len(answers) < count and at + ANSWER_BYTES <= len(data):
+        end = at + ANSWER_BYTES + _ANSWER.unpack_from(data, at)[3]
+        answers.append(data[at:end])
+        at = end
+    if at != len(data) or len(answers) != count:
+        raise BadRecord(f"record of {len(data)} bytes, its header speaks of {at}")
+    return answers
+
+
+def _run(data: bytes, at: int, count: int, step: int) -> list[bytes]:
+    """The kept answers of a run, their heads put back."""
+    size, rest = divmod(len(data) - at, count) if count and at <= len(data) else (0, 1)
+    if rest or size < DIGEST_BYTES or step < count:
+        raise BadRecord(f"record of {len(data)} bytes, {len(data) - at} of them for a run of {count} answers")
+    cuts = [data[start : start + size] for start in range(at, len(data), size)]
+    return [
+        encode_answer(step + 1 - count + i, cut[:DIGEST_BYTES], 1, cut[DIGEST_BYTES:]) for i, cut in enumerate(cuts)
+    ]

@@ -21,10 +21,13 @@ class Served:
     manifest: Manifest = field(init=False)
     fingerprint: bytes = field(init=False)
     n_features: int = field(init=False)
+    input_bytes: int = field(init=False)
+    """Of one row's inputs by one step."""
 
     def __post_init__(self) -> None:
         self.manifest = self.runtime.manifest
         self.n_features = self.manifest.n_features
+        self.input_bytes = 4 * self.n_features
         self.fingerprint = bytes.fromhex(self.manifest.fingerprint)
 
     @property
@@ -47,6 +50,10 @@ class Repository:
         self.root = root
         self._device, self._threads, self._resident_bytes = device, threads, resident_bytes
         self._served: dict[str, dict[int, Served]] = {}
+        self._live: dict[str, Served] = {}
+        self._mixed: set[str] = set()
+        self.changes = 0
+        """How often what is live has changed."""
         self._retired: set[tuple[str, int]] = set()
         self.failures: dict[str, str] = {}
 
@@ -66,8 +73,23 @@ class Repository:
             served = self._load(directory)
             if served is not None:
                 self._served.setdefault(served.name, {})[served.version] = served
+                self._look(served.name)
                 fresh.append(served)
         return fresh
+
+    def _look(self, name: str) -> None:
+        """Find out which version of a model is live, and whether they differ in features."""
+        self.changes += 1
+        versions = self._served.get(name)
+        if not versions:
+            self._live.pop(name, None)
+            self._mixed.discard(name)
+            return
+        self._live[name] = versions[max(versions)]
+        if len({served.n_features for served in versions.values()}) > 1:
+            self._mixed.add(name)
+        else:
+            self._mixed.discard(name)
 
     def _load(self, directory: Path) -> Served | None:
         name, version = directory.parent.name, directory.name
@@ -107,8 +129,7 @@ class Repository:
 
     def mixed(self, name: str) -> bool:
         """Whether served versions of a model take different numbers of features."""
-        versions = self._served.get(name, {})
-        return len(versions) > 1 and len({served.n_features for served in versions.values()}) > 1
+        return name in self._mixed
 
     def live(self, name: str) -> Served:
         """The highest served version.
@@ -116,8 +137,11 @@ class Repository:
         Raises:
             ModelNotFound: none is served.
         """
-        versions = self._of(name)
-        return versions[max(versions)]
+        live = self._live.get(name)
+        if live is None:
+            self._of(name)  # says what there is
+            raise ModelNotFound(f"model {name!r} is not served", model=name)
+        return live
 
     def get(self, name: str, version: int) -> Served | None:
         """One served version, None if it is not served."""
@@ -143,6 +167,7 @@ class Repository:
         del self._served[name][version]
         if not self._served[name]:
             del self._served[name]
+        self._look(name)
 
     def _of(self, name: str) -> dict[int, Served]:
         versions = self._served.get(name)

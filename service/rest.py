@@ -4,7 +4,7 @@ Handlers take the raw request: validation, shapes and content types are the same
 machinery stays out of the way. OpenAPI is written beside each route.
 """
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -27,7 +27,7 @@ from stepcast.manifest import Manifest
 from . import exchange, openapi, wire
 from .auth import Keys, Principal
 from .calls import Address
-from .columns import ManySteps
+from .columns import Cell, ManySteps
 from .ledger import etag
 from .record import Record
 from .rollout import rollout
@@ -131,14 +131,19 @@ class Rest:
         asked = wire.decode(body, wire.BatchBody, kind)
         served = self.repository.live(model)
         columns = wire.batch_inputs(asked, kind, served.manifest)
-        many = ManySteps(len(asked.sessions), served.manifest.n_outputs)
-        good = []
-        for i, session in enumerate(asked.sessions):
+        count = len(asked.sessions)
+        many = ManySteps(count, served.manifest.n_outputs)
+        places: Sequence[int] = range(count)
+        if columns.finite:
+            prefix = f"{principal.namespace}/{model}/"
+            keys = [prefix + session for session in asked.sessions]
+            places = self.sessions.step_many(model, keys, columns.x[:, 0], columns.seqs, many)
+        for place in places:
             try:
-                good.append((i, self.address(principal.namespace, model, session), *columns.row(i)))
+                address = self.address(principal.namespace, model, asked.sessions[place])
+                self.sessions.single_step(address, *columns.row(place), Cell(many, place))
             except StepcastError as error:
-                many.refuse(i, error)
-        self.sessions.step_many(many, good)
+                many.refuse(place, error)
         await many.done
         accepted = answer_type(headers, kind)
         errors = {str(i): error.problem() for i, error in sorted(many.errors.items())}

@@ -6,7 +6,7 @@ what a session's record holds, so gathering a batch is joining bytes.
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -18,6 +18,7 @@ import onnxruntime as ort
 from stepcast.errors import ManifestError, NonFinite
 from stepcast.manifest import GOLDEN_FILE, ITEM_BYTES, MODEL_FILE, Manifest, StateTensor, read_manifest
 
+from .bound import BoundSteps
 from .resident import CanNotReside, Ints, ResidentStates, StatesOf
 
 log = logging.getLogger("stepcast.runtime")
@@ -94,6 +95,10 @@ class Runtime:
         self._initial_row = b"".join(np.full(s.shape, s.initial, dtype=s.dtype).tobytes() for s in self.manifest.states)
         self._plain = self._is_plain()
         self._all_float32 = all(s.dtype == "float32" for s in self.manifest.states)
+        bindable = self._plain and self._all_float32 and not any(s.batch_axis for s in self.manifest.states)
+        self._bound: BoundSteps | None = None
+        if bindable and self.device == "cpu":
+            self._bound = BoundSteps(self._session, self.manifest, self._constants)
 
     def initial(self, rows: int) -> bytes:
         """The packed state of `rows` rows that have no history."""
@@ -116,6 +121,36 @@ class Runtime:
         y, new = (self._run_graph if self._plain else self._run_foreign)(x, lengths, states)
         self._check_finite(y, lengths, new)
         return y, new
+
+    def step(self, x: Floats, before: Sequence[Bytes], after: Sequence[Bytes], tags: Ints | None = None) -> Floats:
+        """Advance B rows by one step, their states being wherever they are.
+
+        Args:
+            x: (B, F) float32.
+            before: Packed states, together B rows, each uint8 (rows, state_row_bytes).
+            after: Where the new states go, in the same cuts.
+            tags: Of the states, as for `run_resident`.
+
+        Returns:
+            y (B, O) float32, the caller's own.
+
+        Raises:
+            NonFinite: as `run`; what `after` holds means nothing then.
+        """
+        if self._bound is not None and self.resident is None:
+            y, finite = self._bound.step(x, before, after)
+            if not finite:
+                raise NonFinite("the model's outputs or its state would not be finite; nothing was committed")
+            return y
+        states = before[0] if len(before) == 1 else np.concatenate(before)
+        if tags is None:
+            tags = np.zeros(len(x), np.int64)
+        y, new = self.run_resident(x[:, None], None, tags, lambda rows: states[rows])
+        at = 0
+        for part in after:
+            part[:] = new[at : at + len(part)]
+            at += len(part)
+        return np.ascontiguousarray(y[:, 0])
 
     def run_resident(self, x: Floats, lengths: Lengths | None, tags: Ints, states_of: StatesOf) -> tuple[Floats, Bytes]:
         """As `run`, for rows whose states may be on the device already.

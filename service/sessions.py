@@ -10,7 +10,7 @@ is loaded first.
 
 import asyncio
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 
 import numpy as np
@@ -30,9 +30,10 @@ from stepcast.errors import (
 )
 
 from . import record as records
+from . import sheet
 from .batcher import Batcher, Job
-from .calls import Address, Call, Entry, Floats, Future, Mask, SingleStep, Step, StepAnswer
-from .columns import Cell, Column, ManySteps, Row
+from .calls import Address, Call, Entry, Floats, Mask, SingleStep, Step, StepAnswer
+from .columns import OPEN_S, Column, Load, ManySteps, Track, Waiter
 from .hot import HotSessions
 from .ledger import Ledger
 from .record import Record
@@ -48,7 +49,12 @@ class Sessions:
 
     Args:
         clock: Wall clock in ms, for created and used times.
+
+    Attributes:
+        few: Batch steps of fewer sessions make no columns of their own, their steps join those of other calls.
     """
+
+    few = 32
 
     def __init__(
         self,
@@ -62,10 +68,10 @@ class Sessions:
         self.ledger = Ledger(store, settings.ttl_s, clock, self._replaced)
         self._clock = clock
         self._hot = HotSessions(settings.hot_bytes)
-        self._batchers: dict[tuple[str, int], Batcher[Job]] = {}
+        self._tracks: dict[tuple[str, int], Track] = {}
+        self._loads: dict[str, Load] = {}
         self._to_load: list[Entry] = []
         self._loading: set[asyncio.Task[None]] = set()
-        self._waiting: Counter[str] = Counter()
         self._settled = asyncio.Event()
         self.draining = False
 
@@ -99,56 +105,100 @@ class Sessions:
         self._queue(Step(entry, x, mask, digest, seq, deadline, future))
         return future
 
-    def single_step(self, address: Address, data: bytes, digest: bytes, seq: int | None, future: Future) -> None:
+    def join(self, key: str, data: bytes, seq: int | None, waiter: Waiter) -> bool:
+        """Queue a step of one example by one step, where its session is hot, idle and of the plainest kind.
+
+        Args:
+            key: Of the session's address.
+            data: The inputs, float32 and finite.
+            seq: The number that the step shall have.
+            waiter: Gets the answer.
+
+        Returns:
+            False: nothing was done; `single_step` takes it, or says why not.
+        """
+        entry = self._hot.get(key)
+        if entry is None or entry.busy or (seq is not None and seq != entry.step + 1):
+            return False
+        track = entry.track
+        if track is None or len(data) != track.input_bytes:
+            return False
+        load, now = track.load, time.monotonic()
+        if load.waiting >= self.settings.queue_limit:
+            return False
+        column = track.open
+        if column is None or now > track.until:
+            if self.draining:
+                return False
+            column = self._open(track, now)
+        load.waiting += 1
+        entry.busy = entry.used = True
+        column.entries.append(entry)
+        column.inputs.append(data)
+        column.seqs.append(seq)
+        column.waiters.append(waiter)
+        if len(column.entries) >= self.settings.batch_rows:
+            track.open = None
+        return True
+
+    def _open(self, track: Track, now: float) -> Column:
+        """A column that steps may join."""
+        column = track.open = Column(track, now + self.settings.deadline_s, self._clock())
+        track.until = now + OPEN_S
+        track.batcher.submit(column)
+        return column
+
+    def single_step(self, address: Address, data: bytes, seq: int | None, waiter: Waiter) -> None:
         """Queue a step of one example by one step, as `step` does.
 
         Args:
             data: The inputs, float32 and finite, as many as the live version takes.
-            future: Gets the answer; or what stands for a future.
+            waiter: Gets the answer.
         """
-        entry, deadline = self._enter(address, None)
-        step = SingleStep(entry, data, digest, seq, deadline, future)
-        served = entry.served
-        if served is None or len(data) != 4 * served.n_features or not _goes_plainly(entry, served, seq):
-            self._queue(step)
-            return
-        assert entry.record is not None  # what _queue would come to, by way of _next, _start and _admit
-        assert entry.batcher is not None
-        step.state = entry.record.state
-        entry.busy = True
-        self._waiting[address.model] += 1
-        self._hot.used(entry)
-        entry.batcher.submit(step)
+        if not self.join(address.key, data, seq, waiter):
+            entry, deadline = self._enter(address, None)
+            self._queue(SingleStep(entry, data, seq, deadline, waiter))
 
-    def step_many(self, many: ManySteps, asked: Sequence[tuple[int, Address, bytes, int | None, bytes]]) -> None:
-        """Queue single steps of sessions of one model, as `single_step` does; refusals go to `many` too.
+    def step_many(
+        self, model: str, keys: Sequence[str], x: Floats, seqs: Sequence[int | None] | None, many: ManySteps
+    ) -> Sequence[int]:
+        """Queue single steps of many sessions of a model, of those that are hot, idle and of the plainest kind.
 
         Args:
-            asked: Place in `many`, session, inputs (float32, checked, as many as the live version takes), seq, digest.
+            keys: Of their addresses.
+            x: (K, F) float32, finite, checked against the live version.
+            many: Gets the answers.
+
+        Returns:
+            The places of the others: `single_step` takes them.
         """
-        if not asked:
-            return
-        served = self.repository.live(asked[0][1].model)
-        limits, waiting = self.settings, self._waiting[served.name] + len(asked)
-        together = served.manifest.streaming and not (self.draining or limits.log_steps or waiting > limits.queue_limit)
-        rows: list[Row] = []
-        for place, address, data, seq, digest in asked:
-            entry = self._hot.get(address.key)
-            if together and entry is not None and _goes_plainly(entry, served, seq):
-                assert entry.record is not None
-                entry.busy = True
-                self._hot.used(entry)
-                rows.append(Row(place, entry, entry.record, data, digest, seq))
-                continue
-            try:
-                self.single_step(address, data, digest, seq, Cell(many, place))
-            except StepcastError as error:
-                many.refuse(place, error)
+        track, limits = self._track(self.repository.live(model)), self.settings
+        everyone = range(len(keys))
+        few = len(keys) < self.few  # they join those of other calls
+        if few or self.draining or track.load.waiting + len(keys) > limits.queue_limit:
+            return everyone
+        hot, others, places = self._hot.get, [], []
+        entries: list[Entry] = []
+        for place in everyone:
+            entry = hot(keys[place])
+            if entry is not None and not entry.busy and entry.track is track:
+                seq = None if seqs is None else seqs[place]
+                if seq is None or seq == entry.step + 1:
+                    entry.busy = entry.used = True
+                    entries.append(entry)
+                    places.append(place)
+                    continue
+            others.append(place)
         deadline = time.monotonic() + limits.deadline_s
-        for start in range(0, len(rows), limits.batch_rows):
-            column = Column(many, rows[start : start + limits.batch_rows], deadline)
-            self._waiting[served.name] += column.rows
-            self._batcher(served).submit(column)
+        for start in range(0, len(entries), limits.batch_rows):
+            cut = slice(start, start + limits.batch_rows)
+            there = places[cut]
+            column = Column(track, deadline, self._clock(), x if len(there) == len(keys) else x[there])
+            column.entries, column.many, column.places = entries[cut], many, there
+            column.seqs = [None] * len(there) if seqs is None else [seqs[place] for place in there]
+            track.load.waiting += len(there)
+            track.batcher.submit(column)
+        return others
 
     def _enter(self, address: Address, deadline_s: float | None) -> tuple[Entry, float]:
         """The session's entry, and when its call must have begun; raises where the call can not be queued."""
@@ -157,7 +207,7 @@ class Sessions:
             self.check_streams(served)
         limits, model = self.settings, address.model
         entry = self._hot.get(address.key)
-        waiting = self._waiting[model]
+        waiting = self._load_of(model).waiting
         if waiting >= limits.queue_limit:
             raise _full(f"model {model!r}", waiting, limits.queue_limit)
         if entry is not None and len(entry.queue) >= limits.session_queue_limit:
@@ -171,7 +221,7 @@ class Sessions:
     def _queue(self, step: Step) -> None:
         entry = step.entry
         entry.queue.append(step)
-        self._waiting[entry.address.model] += 1
+        self._load_of(entry.address.model).waiting += 1
         if not entry.busy:
             self._next(entry)
 
@@ -196,8 +246,8 @@ class Sessions:
         except Exception:  # what stands for a future writes to a socket: others of the batch must not suffer
             log.exception("an answer for session %s could not be given", step.entry.key)
 
-    def _leave(self, model: str) -> None:
-        self._waiting[model] -= 1
+    def _leave(self, model: str, count: int = 1) -> None:
+        self._load_of(model).waiting -= count
         if self.draining:
             self._settled.set()
 
@@ -212,7 +262,7 @@ class Sessions:
         entry.busy = False
         while entry.queue:
             step = entry.queue[0]
-            if entry.record is None and not step.abandoned():
+            if not entry.known and not step.abandoned():
                 entry.busy = True
                 self._load_soon(entry)
                 return
@@ -222,14 +272,17 @@ class Sessions:
             elif self._start(entry, step):
                 entry.busy = True
                 return
-        if entry.record is None or not entry.stored:  # nothing worth keeping: no session, or one in doubt
+        if not entry.known or not entry.stored:  # nothing worth keeping: no session, or one in doubt
             self._hot.drop(entry)
         self._hot.evict()
 
     def _start(self, entry: Entry, step: Step) -> bool:
         """Decide on a call. True: it is on its way; False: the next one may go on."""
-        assert entry.record is not None
+        if isinstance(step, SingleStep) and not step.alone and self.join(entry.key, step.data, step.seq, step.future):
+            self._leave(entry.address.model)  # counted by the column now
+            return True
         try:
+            assert entry.record is not None
             decided = self._admit(entry, entry.record, step)
         except Exception as error:
             self._settle(step, None, _as_ours(error, "the step could not be started"))
@@ -240,9 +293,9 @@ class Sessions:
             return False
         if decided is None:  # decide on the store's record, not on a copy
             entry.queue.appendleft(step)
-            entry.record = None
+            entry.keep(None)
             return False
-        self._hot.used(entry)
+        entry.used = True
         assert entry.batcher is not None
         entry.batcher.submit(step)
         return True
@@ -260,7 +313,7 @@ class Sessions:
                 if not step.verified:
                     return None
                 served, record = self._moved(entry, record)
-            entry.served, entry.batcher = served, self._batcher(served)
+            entry.served, entry.batcher = served, self._track(served).batcher
         if step.features != served.n_features:  # the door looked at the live version
             raise ShapeMismatch(
                 f"inputs have {step.features} features, session {entry.address.session!r} is on version "
@@ -313,7 +366,8 @@ class Sessions:
         live = self.repository.live(entry.address.model)
         if policy == "pin" or (policy == "replay" and not replayable(record, live)):
             raise self.version_mismatch(entry.address, record)
-        entry.record = moved = migrated(record, live, policy)
+        moved = migrated(record, live, policy)
+        entry.keep(None, moved)
         log.info("session %s moved from version %s to %s by %s", entry.key, record.version, live.version, policy)
         return live, moved
 
@@ -327,37 +381,49 @@ class Sessions:
             versions=self.repository.versions(address.model),
         )
 
+    def _load_of(self, model: str) -> Load:
+        load = self._loads.get(model)
+        if load is None:
+            load = self._loads[model] = Load()
+        return load
+
+    def _track(self, served: Served) -> Track:
+        track = self._tracks.get((served.name, served.version))
+        if track is None:
+            track = Track(served, self._batcher(served), self._load_of(served.name), self.metrics)
+            self._tracks[served.name, served.version] = track
+        return track
+
     def _batcher(self, served: Served) -> Batcher[Job]:
-        batcher = self._batchers.get((served.name, served.version))
-        if batcher is None:
-            rows = self.metrics.batch_rows.labels(served.name)
-            seconds = self.metrics.run_seconds.labels(served.name)
+        rows = self.metrics.batch_rows.of(served.name)
+        seconds = self.metrics.run_seconds.of(served.name)
 
-            def observe(batch: int, took: float) -> None:
-                rows.observe(batch)
-                seconds.observe(took)
+        def observe(batch: int, took: float) -> None:
+            rows.observe(batch)
+            seconds.observe(took)
 
-            batcher = self._batchers[served.name, served.version] = Batcher(
-                served.runtime.run,
-                self._finish,
-                observe,
-                batch_rows=self.settings.batch_rows,
-                chunk_s=self.settings.chunk_s if served.manifest.streaming else None,
-                inline_s=self.settings.inline_s if served.runtime.device == "cpu" else -1.0,
-            )
-        return batcher
+        return Batcher(
+            served.runtime.run,
+            self._finish,
+            observe,
+            batch_rows=self.settings.batch_rows,
+            chunk_s=self.settings.chunk_s if served.manifest.streaming else None,
+            inline_s=self.settings.inline_s if served.runtime.device == "cpu" else -1.0,
+        )
 
     # --- committing ---------------------------------------------------------------------------------------------
 
     def _finish(self, jobs: list[Job]) -> Awaitable[object] | None:
         """Take what a run made: calls beside the sessions are answered, steps are committed first."""
+        if len(jobs) == 1 and isinstance(jobs[0], Column):
+            return self._finish_column(jobs[0])
         steps: list[Step] = []
         waits: list[Awaitable[None]] = []
         for job in jobs:
             if isinstance(job, Step):
                 steps.append(job)
-            elif isinstance(job, Column):
-                waits.append(self._commit_column(job))
+            elif isinstance(job, Column):  # one that expired, beside others that did
+                self._finish_column(job)
             elif isinstance(job, Call) and not job.future.done():
                 job.future.set_result(None)
         if steps:
@@ -393,65 +459,107 @@ class Sessions:
             return
         self.metrics.commit_seconds.observe(time.perf_counter() - started)
         self._count(ready, applied)
-        for step, ok in zip(ready, applied, strict=True):
+        for step, write, ok in zip(ready, writes, applied, strict=True):
             if ok:
-                self._committed(step)
+                self._committed(step, write.record)
             else:
                 self._again(step)
 
-    async def _commit_column(self, column: Column) -> None:
-        """Commit the rows of a batch step and let each session go on; what can not go together goes alone."""
-        rows = column.sessions
-        if column.error is not None and not isinstance(column.error, DeadlineExceeded):
-            for row in rows:  # one of them is guilty: alone, the others are not held up by it
-                self._alone(column, row)
-            return
-        started = time.perf_counter()
+    def _finish_column(self, column: Column) -> "asyncio.Future[list[bool]] | None":
+        """Commit a column, at once where the store can; what can not go together goes alone."""
+        if column.error is not None:
+            if isinstance(column.error, DeadlineExceeded):
+                self._refuse_column(column, column.error)
+            else:  # one of its rows is guilty: alone, the others are not held up by it
+                for row in range(column.rows):
+                    self._once_more(column, row, alone=True)
+            return None
+        entries, started = column.entries, time.perf_counter()
         try:
-            if column.error is not None:
-                raise column.error
-            applied = await self.store.commit(column.writes(self._clock(), self.ledger.ttl_s))
+            replaced = self.store.replace(
+                [entry.key for entry in entries],
+                [entry.data for entry in entries],  # type: ignore[misc]  # they have a track
+                column.next,
+                [entry.ttl_s for entry in entries],
+            )
         except Exception as error:
-            refusal = _as_ours(error, "the step could not be stored")
-            for row in rows:
-                self._forget(row.entry)
-                self._leave(column.model)
-                column.many.refuse(row.place, refusal)
-                self._next(row.entry)
-            return
-        self.metrics.commit_seconds.observe(time.perf_counter() - started)
-        self.metrics.calls.labels(column.model).inc(sum(applied))
-        self.metrics.steps.labels(column.model).inc(sum(applied))
-        good = [i for i, ok in enumerate(applied) if ok]
-        self._column_committed(column, good)
-        for row, ok in zip(rows, applied, strict=True):
-            if not ok:
-                self.metrics.conflicts.labels(column.model).inc()
-                self._forget(row.entry)
-                self._alone(column, row)
+            self._refuse_column(column, _as_ours(error, "the step could not be stored"))
+            return None
+        if isinstance(replaced, list):
+            self._replied(column, replaced, started)
+            return None
 
-    def _column_committed(self, column: Column, good: list[int]) -> None:
-        assert column.outputs is not None
-        rows = [column.sessions[i] for i in good]
+        def done(future: "asyncio.Future[list[bool]]") -> None:
+            error = future.exception()
+            if error is None:
+                self._replied(column, future.result(), started)
+            else:
+                self._refuse_column(column, _as_ours(error, "the step could not be stored"))
+
+        replaced.add_done_callback(done)
+        return replaced
+
+    def _replied(self, column: Column, applied: list[bool], started: float) -> None:
+        """The store said which rows of a column it has."""
+        self.metrics.commit_seconds.observe(time.perf_counter() - started)
+        good = applied.count(True)
+        column.track.calls.inc(good)
+        column.track.steps.inc(good)
+        whole = good == len(applied)
+        rows = range(len(applied)) if whole else [row for row, ok in enumerate(applied) if ok]
+        self._advance(column, rows)
+        if not whole:
+            for row, ok in enumerate(applied):
+                if not ok:  # another writer was first: load, and compute again
+                    self.metrics.conflicts.labels(column.track.served.name).inc()
+                    column.entries[row].keep(None)
+                    self._once_more(column, row, alone=False)
+        self._hot.evict()
+
+    def _advance(self, column: Column, rows: Sequence[int]) -> None:
+        """Answer rows of a column that are stored, and let their sessions go on."""
+        entries, following, hot = column.entries, column.next, self._hot
+        many, answers, waiters, steps = column.many, column.answers, column.waiters, []
+        assert answers is not None
+        tags = None if column.tags is None else column.tags.tolist()
+        self._leave(column.track.served.name, len(rows))
         for row in rows:
-            entry = row.entry
-            entry.record = row.next
-            self._hot.measure(entry, row.size)
+            entry, data = entries[row], following[row]
+            step = entry.step + 1
+            if len(data) != len(entry.data or b""):
+                hot.measure(entry, len(data))
+            entry.advance(data)
+            if tags is not None:
+                entry.tag = tags[row]
+            if many is not None:
+                steps.append(step)
+            else:
+                try:
+                    waiters[row].stepped(answers, row, step)
+                except Exception:  # it writes to a socket: others of the column must not suffer
+                    log.exception("an answer for session %s could not be given", entry.key)
             if entry.queue:
                 self._next(entry)
             else:
                 entry.busy = False
-        self._waiting[column.model] -= len(rows) - 1
-        self._leave(column.model)
-        self._hot.evict()
-        column.many.answer([row.place for row in rows], column.outputs[good, 0], [row.next.step for row in rows])
+        if many is not None:
+            outputs = answers.outputs
+            there = column.places if len(rows) == column.rows else [column.places[row] for row in rows]
+            many.answer_all(there, outputs if len(rows) == column.rows else outputs[list(rows)], steps)
 
-    def _alone(self, column: Column, row: Row) -> None:
-        """Step one of many by itself, before the calls that wait for its session."""
-        cell = Cell(column.many, row.place)
-        step = SingleStep(row.entry, row.data, row.digest, row.seq, column.deadline, cell)
-        row.entry.queue.appendleft(step)
-        self._next(row.entry)
+    def _refuse_column(self, column: Column, error: StepcastError) -> None:
+        """Nothing of a column is known to be stored."""
+        for row, entry in enumerate(column.entries):
+            entry.keep(None)
+            self._settle(SingleStep(entry, column.input(row), None, 0.0, column.waiter(row)), None, error)
+            self._next(entry)
+
+    def _once_more(self, column: Column, row: int, alone: bool) -> None:
+        """Step one of a column anew, before the calls that wait for its session."""
+        entry = column.entries[row]
+        step = SingleStep(entry, column.input(row), column.seqs[row], column.deadline, column.waiter(row), alone)
+        entry.queue.appendleft(step)
+        self._next(entry)
 
     def _write(self, step: Step, now: int) -> Write | None:
         """The write that commits a step; None where it failed, was refused, or nobody waits for it any more."""
@@ -465,25 +573,39 @@ class Sessions:
         step.next = record.advanced(last, step.rows, step.state, answer, inputs, max(now, record.used_ms))
         expect = record.token if entry.stored else None
         touch = bool(record.flags & records.HAS_CHECKPOINTS)
-        data = step.next.encode()
-        step.size = len(data)
-        return Write(entry.key, expect, data, self.ledger.ttl_s(record), None, touch)
+        return Write(entry.key, expect, step.next.encode(), self.ledger.ttl_s(record), None, touch)
 
     def _logged(self, record: Record, step: Step) -> bytes:
         """The input log after this step; it is exact for one example without masks, others are not kept."""
         if step.rows != 1 or step.mask is not None:
             return b""
         row = step.features * 4
-        return (record.inputs + step.raw())[-self.settings.log_steps * row :]
+        return (record.inputs + step.x.tobytes())[-self.settings.log_steps * row :]
 
-    def _committed(self, step: Step) -> None:
+    def _committed(self, step: Step, data: bytes | None) -> None:
         entry, record = step.entry, step.next
         assert record is not None
         assert step.answer is not None
-        entry.record, entry.stored = record, True
-        self._hot.measure(entry, step.size)
+        entry.stored = True
+        entry.keep(data, record)
+        self._find_track(entry)
+        self._hot.measure(entry, len(data or b""))
         self._settle(step, StepAnswer(step.answer, record.step, record.version))
         self._next(entry)
+
+    def _find_track(self, entry: Entry) -> None:
+        """Let the session's single steps join columns, where its record is of the plainest kind."""
+        if entry.data is None or self.settings.log_steps:
+            return
+        served = entry.served or self.repository.get(entry.address.model, sheet.version(entry.data))
+        if served is None or not served.manifest.streaming:
+            return
+        track = self._track(served)
+        found = sheet.fits(entry.data, served.fingerprint, served.version, track.state_bytes, track.output_bytes)
+        if found is not None:
+            entry.step, ttl_s = found
+            entry.ttl_s = self.ledger.seconds(ttl_s)
+            entry.served, entry.batcher, entry.track = served, track.batcher, track
 
     def _again(self, step: Step) -> None:
         """Another writer was first: load the record and compute again."""
@@ -499,7 +621,8 @@ class Sessions:
 
     def _forget(self, entry: Entry) -> None:
         """Whether a write was applied is unknown: the next call loads."""
-        entry.record = entry.served = None
+        entry.keep(None)
+        entry.served = None
 
     def _count(self, steps: Sequence[Step], applied: Sequence[bool]) -> None:
         model = steps[0].entry.address.model
@@ -533,11 +656,14 @@ class Sessions:
                 self._refuse_all(entry, _as_ours(error, "the session could not be loaded"))
 
     def _loaded(self, entry: Entry, data: bytes | None) -> None:
-        entry.served = None
+        entry.served, entry.stored = None, data is not None
         if data is None:
-            entry.record, entry.stored = self._blank(entry), False
+            entry.keep(None, self._blank(entry))
         else:
-            entry.record, entry.stored = self.ledger.decode(entry.key, data), True
+            entry.keep(data)
+            self._find_track(entry)
+            if entry.track is None:
+                entry.keep(data, self.ledger.decode(entry.key, data))
         self._hot.measure(entry, len(data or b""))
         self._next(entry)
 
@@ -546,7 +672,7 @@ class Sessions:
         return records.new_record(served.version, served.fingerprint, clock=self._clock)
 
     def _refuse_all(self, entry: Entry, error: StepcastError) -> None:
-        entry.record = None
+        entry.keep(None)
         waiting, entry.queue = list(entry.queue), deque()
         entry.busy = False
         for step in waiting:
@@ -555,7 +681,7 @@ class Sessions:
 
     def gauge(self) -> None:
         """Bring the gauges up to date; called when metrics are read."""
-        self.metrics.waiting.set(sum(self._waiting.values()))
+        self.metrics.waiting.set(sum(load.waiting for load in self._loads.values()))
         self.metrics.hot.set(len(self._hot))
         self.metrics.hot_bytes.set(self._hot.bytes)
 
@@ -563,7 +689,7 @@ class Sessions:
         """A version is not served any more: hot sessions ask anew which one is theirs."""
         for entry in self._hot:
             if entry.served is served:
-                entry.served = None
+                entry.served = entry.track = None
 
     # --- beside the sessions ------------------------------------------------------------------------------------
 
@@ -579,16 +705,17 @@ class Sessions:
         Raises:
             NonFinite, DeadlineExceeded, QueueFull, Draining.
         """
-        waiting = self._waiting[served.name]
+        load = self._load_of(served.name)
+        waiting = load.waiting
         if waiting >= self.settings.queue_limit:
             raise _full(f"model {served.name!r}", waiting, self.settings.queue_limit)
         if self.draining:
             raise Draining("the server is shutting down. Connect again.", retry_after_s=1.0)
         deadline = time.monotonic() + self.settings.deadline_s
         call = Call(x, mask, state, deadline, asyncio.get_running_loop().create_future())
-        self._waiting[served.name] += 1
+        load.waiting += 1
         try:
-            self._batcher(served).submit(call)
+            self._track(served).batcher.submit(call)
             await call.future
         finally:
             self._leave(served.name)
@@ -600,16 +727,16 @@ class Sessions:
         """Refuse new steps, answer the accepted ones, then close the store."""
         self.draining = True
         try:
-            while any(self._waiting.values()):
+            while any(load.waiting for load in self._loads.values()):
                 self._settled.clear()
                 await self._settled.wait()
-            for batcher in list(self._batchers.values()):
-                await batcher.close()
+            for track in list(self._tracks.values()):
+                await track.batcher.close()
         finally:  # also where the time for draining is over: acknowledged steps may wait to be written
             await self.store.close()
 
 
-def _as_ours(error: Exception, otherwise: str) -> StepcastError:
+def _as_ours(error: BaseException, otherwise: str) -> StepcastError:
     """The error itself if it is one for callers; else it is logged, and `otherwise` is said."""
     if isinstance(error, StepcastError):
         return error
@@ -623,17 +750,4 @@ def _full(what: str, waiting: int, limit: int) -> QueueFull:
         waiting=waiting,
         limit=limit,
         retry_after_s=0.05,
-    )
-
-
-def _goes_plainly(entry: Entry, served: Served, seq: int | None) -> bool:
-    """Whether a session is hot, idle, of one example, on this version, and where the caller thinks it is."""
-    record = entry.record
-    return (
-        record is not None
-        and not entry.busy
-        and entry.stored
-        and entry.served is served
-        and record.examples == 1
-        and (seq is None or seq == record.step + 1)
     )

@@ -9,8 +9,7 @@ import asyncio
 import functools
 import struct
 from collections.abc import Awaitable, Callable, MutableMapping
-from hashlib import blake2b
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, cast
 from urllib.parse import parse_qs, urlsplit
 
 import msgspec
@@ -31,7 +30,9 @@ from stepcast.protocol import MARKER, STEP, ServerConversation, Ticket
 from . import framing, wire
 from .auth import ROLES, Principal
 from .calls import Address, StepAnswer
+from .columns import Answers
 from .link import EXTENSION, Link
+from .repository import Repository
 from .rest import Headers, Rest, problem
 from .rollout import rollout
 from .states import States, check_id
@@ -160,24 +161,59 @@ _plain_json: Final = msgspec.json.Decoder(_PlainJson).decode
 _plain_msgpack: Final = msgspec.msgpack.Decoder(_PlainMsgpack).decode
 
 
-class Single:
-    """The plainest step on its way. It stands for the future of its answer: it takes it without a turn of the loop."""
+Answer = tuple[int, bytes]
+"""Opcode and payload of a frame that is ready to be sent."""
+_pack_reply: Final = msgspec.msgpack.Encoder().encode
 
-    __slots__ = ("_connection", "_done", "address", "data", "frame", "kind", "ticket")
+
+class Single(Ticket["Asked | None", Answer]):
+    """The plainest step on its way: its own ticket, and who waits for it, answering without a turn of the loop."""
+
+    __slots__ = ("_connection", "_done", "address", "data", "frame", "kind")
 
     def __init__(self, connection: "Connection", frame: Any, data: bytes, kind: str, address: Address) -> None:
-        self._connection, self._done = connection, False
-        self.frame, self.data, self.kind, self.address = frame, data, kind, address
-        self.ticket: Any = None
+        self.request = self.answer = None
+        self.answered = self._done = False
+        self.step = True
+        self._connection, self.frame, self.data, self.kind, self.address = connection, frame, data, kind, address
 
     def done(self) -> bool:
         """Whether it is settled; a client that is gone changes nothing, what was accepted is applied."""
         return self._done
 
-    def set_result(self, made: StepAnswer) -> None:
-        """The answer is here."""
+    def stepped(self, answers: Answers, row: int, step: int) -> None:
+        """The step was made in a column."""
         self._done = True
-        self._connection.stepped(self, made)
+        self._connection.answered(self, self._reply(answers, row, step))
+
+    def _reply(self, answers: Answers, row: int, step: int) -> Answer:
+        name, number = self.frame.id, self.address.session
+        if self.kind == JSON:
+            said = b"%d" % name if type(name) is int else msgspec.json.encode(name)
+            text = b'{"id":%s,"session":"%s","outputs":[%s],"step":%d,"version":%d}'
+            return framing.TEXT, text % (said, number.encode(), answers.texts[row], step, answers.version)
+        return framing.BINARY, _pack_reply(
+            {
+                "id": name,
+                "session": number,
+                "outputs": answers.raw[row],
+                "step": step,
+                "version": answers.version,
+                "shape": [answers.outputs.shape[1]],
+            }
+        )
+
+    def set_result(self, made: StepAnswer) -> None:
+        """The step was made by itself."""
+        self._done = True
+        answer = {
+            "id": self.frame.id,
+            "session": self.address.session,
+            "outputs": made.outputs[0, 0],
+            "step": made.step,
+            "version": made.version,
+        }
+        self._connection.answered(self, _encode(answer, self.kind))
 
     def set_exception(self, error: BaseException) -> None:
         """The step was refused."""
@@ -193,10 +229,6 @@ class Asked:
     def __init__(self, frame: Any, kind: str, address: Address, alone: bool) -> None:
         self.frame, self.kind, self.address, self.alone = frame, kind, address, alone
         self.rank = 0  # of a step's inputs, once they are looked at
-
-
-Answer = tuple[int, bytes]
-"""Opcode and payload of a frame that is ready to be sent."""
 
 
 def _encode(answer: dict[str, Any], kind: str) -> Answer:
@@ -216,12 +248,13 @@ class Connection:
     def __init__(self, rest: Rest, link: Link, principal: Principal, model: str, session: str | None) -> None:
         self._rest, self._link, self._principal = rest, link, principal
         self._model, self._session = model, session
-        self._talk: ServerConversation[Asked | Single, Answer] = ServerConversation(rest.settings.frames_limit)
+        self._talk: ServerConversation[Asked | None, Answer] = ServerConversation(rest.settings.frames_limit)
         self._slow = asyncio.Semaphore(SLOW_OPERATIONS)
         self._tasks: set[asyncio.Task[None]] = set()
         self._addresses: dict[str | None, Address] = {}
         features = rest.repository.live(model).n_features
         self._pack, self._inputs_bytes = struct.Struct(f"<{features}f").pack, 4 * features
+        self._seen, self._usual = -1, False  # of the repository, and whether plain steps fit its live version
         self._may_step = ROLES.index(principal.role) >= ROLES.index("step")
         self._alive = True
 
@@ -234,11 +267,12 @@ class Connection:
     def message(self, opcode: int, payload: bytes) -> None:
         """Take a frame."""
         kind = JSON if opcode == framing.TEXT else MSGPACK
-        if not self._take_plain(payload, kind):
-            try:
-                self._take(self._decode(payload, kind), kind)
-            except _Refused as refused:
-                self._refuse(refused, kind)
+        if self._take_plain(payload, kind):
+            return
+        try:
+            self._take(self._decode(payload, kind), kind)
+        except _Refused as refused:
+            self._refuse(refused, kind)
         self._go_on()
 
     def drain(self) -> None:
@@ -273,10 +307,20 @@ class Connection:
         if address is None or not self._may_step or self._talk.draining:
             return False
         repository = self._rest.repository
-        if repository.live(self._model).n_features * 4 != self._inputs_bytes or repository.mixed(self._model):
-            return False  # another version went live meanwhile
-        self._talk.ask(address.session, Single(self, frame, data, kind, address), True)
+        if self._seen != repository.changes:
+            self._look(repository)
+        if not self._usual:
+            return False
+        single = Single(self, frame, data, kind, address)
+        if self._talk.begin(address.session, single):
+            self._step_plainly(single)
         return True
+
+    def _look(self, repository: Repository) -> None:
+        """Find out whether the live version still takes the inputs that it took when the socket was opened."""
+        self._seen = repository.changes
+        fits = repository.live(self._model).input_bytes == self._inputs_bytes
+        self._usual = fits and not repository.mixed(self._model)
 
     def _decode(self, payload: bytes, kind: str) -> Any:
         try:
@@ -353,8 +397,8 @@ class Connection:
         while talk.ready:
             ticket = talk.ready.popleft()
             asked = ticket.request
-            if isinstance(asked, Single):
-                self._step_plainly(ticket, asked)
+            if asked is None:
+                self._step_plainly(cast(Single, ticket))
             elif not asked.alone:
                 self._step(ticket, asked)
             elif self._alive:
@@ -375,28 +419,26 @@ class Connection:
         self._talk.finish(ticket, answer)
         self._go_on()
 
-    def _step_plainly(self, ticket: "_Ticket", single: Single) -> None:
-        single.ticket = ticket
-        digest = blake2b(single.data, digest_size=8).digest()
+    def _step_plainly(self, single: Single) -> None:
+        sessions, address, seq = self._rest.sessions, single.address, single.frame.seq
+        if sessions.join(address.key, single.data, seq, single):
+            return
         try:
-            self._rest.sessions.single_step(single.address, single.data, digest, single.frame.seq, single)
+            sessions.single_step(address, single.data, seq, single)
         except Exception as error:
-            self._talk.finish(ticket, self._failed(single, error))
+            self._done(single, self._failed(single, error))
 
-    def stepped(self, single: Single, made: StepAnswer) -> None:
+    def answered(self, single: Single, answer: Answer) -> None:
         """The answer of the plainest step."""
-        answer = {
-            "id": single.frame.id,
-            "session": single.address.session,
-            "outputs": made.outputs[0, 0],
-            "step": made.step,
-            "version": made.version,
-        }
-        self._done(single.ticket, _encode(answer, single.kind))
+        talk = self._talk
+        if not self._alive or talk.draining or talk.full or not talk.end(single):
+            self._done(single, answer)
+        else:
+            self._link.reply(*answer)
 
     def refused(self, single: Single, error: BaseException) -> None:
         """What became of the plainest step instead of an answer."""
-        self._done(single.ticket, self._failed(single, error))
+        self._done(single, self._failed(single, error))
 
     def _step(self, ticket: "_Ticket", asked: Asked) -> None:
         """Queue a step; its answer comes by _stepped."""
@@ -475,7 +517,7 @@ class _Refused(Exception):
         self.head, self.error = head, error
 
 
-_Ticket = Ticket[Asked | Single, Answer]
+_Ticket = Ticket[Asked | None, Answer]
 
 
 # --- operations other than steps ------------------------------------------------------------------------------------

@@ -32,8 +32,12 @@ class Ticket(Generic[Q, A]):
 
     __slots__ = ("answer", "answered", "epoch", "lane", "request", "step")
 
-    def __init__(self, request: Q, step: bool, lane: "_Lane[Q, A]", epoch: "_Epoch[A]") -> None:
-        self.request, self.step, self.lane, self.epoch = request, step, lane, epoch
+    lane: "_Lane[Q, A]"
+    epoch: "_Epoch[A]"
+    """The conversation's own."""
+
+    def __init__(self, request: Q, step: bool) -> None:
+        self.request, self.step = request, step
         self.answer: A | None = None
         self.answered = False
 
@@ -95,12 +99,24 @@ class ServerConversation(Generic[Q, A]):
 
     def ask(self, session: str, request: Q, step: bool) -> None:
         """A frame came: a step, or an operation that waits for earlier frames of its session and holds later ones."""
-        lane = self._lane(session)
-        ticket = self._accept(lane, request, step)
-        if lane.held or lane.alone or (lane.running and not step):
+        ticket: Ticket[Q, A] = Ticket(request, step)
+        if self.begin(session, ticket):
+            self.ready.append(ticket)
+
+    def begin(self, session: str, ticket: Ticket[Q, A]) -> bool:
+        """The same with a ticket that the caller made.
+
+        Returns:
+            Whether it starts now, which the caller sees to; if not, it will be in `ready` when its time has come.
+        """
+        lane = self._lanes.get(session) or self._lane(session)
+        self._accept(lane, ticket)
+        if lane.held or lane.alone or (lane.running and not ticket.step):
             lane.held.append(ticket)
-        else:
-            self._start(lane, ticket)
+            return False
+        lane.running += 1
+        lane.alone = not ticket.step
+        return True
 
     def refuse(self, session: str | None, answer: A) -> None:
         """A frame came whose answer is known already: it is given in its turn, at once where it names no session."""
@@ -108,7 +124,8 @@ class ServerConversation(Generic[Q, A]):
             self.answers.append(answer)
             return
         lane = self._lane(session)
-        ticket = self._accept(lane, None, True)  # type: ignore[arg-type]  # never started: nobody asks for it
+        ticket: Ticket[Q, A] = Ticket(None, True)  # type: ignore[arg-type]  # never started: nobody asks for it
+        self._accept(lane, ticket)
         ticket.answer, ticket.answered = answer, True
         self._answer(lane)
 
@@ -129,29 +146,43 @@ class ServerConversation(Generic[Q, A]):
         if lane.held:
             self._release(lane)
 
+    def end(self, ticket: Ticket[Q, A]) -> bool:
+        """Take leave of a started ticket that nothing else of its session waits behind, nor any marker.
+
+        Returns:
+            Whether it was such a one: its answer is to be sent now, before any other. If not, `finish` it.
+        """
+        lane = ticket.lane
+        if len(lane.open) > 1 or len(self._epochs) > 1:
+            return False
+        lane.open.clear()
+        lane.running -= 1
+        lane.alone = False
+        ticket.epoch.unanswered -= 1
+        self.in_flight -= 1
+        if len(self._lanes) > IDLE_LANES:
+            del self._lanes[lane.session]
+        return True
+
     def _lane(self, session: str) -> _Lane[Q, A]:
         lane = self._lanes.get(session)
         if lane is None:
             lane = self._lanes[session] = _Lane(session)
         return lane
 
-    def _accept(self, lane: _Lane[Q, A], request: Q, step: bool) -> Ticket[Q, A]:
-        epoch = self._epochs[-1]
-        ticket = Ticket(request, step, lane, epoch)
+    def _accept(self, lane: _Lane[Q, A], ticket: Ticket[Q, A]) -> None:
+        ticket.lane, ticket.epoch = lane, self._epochs[-1]
         lane.open.append(ticket)
-        epoch.unanswered += 1
+        ticket.epoch.unanswered += 1
         self.in_flight += 1
-        return ticket
-
-    def _start(self, lane: _Lane[Q, A], ticket: Ticket[Q, A]) -> None:
-        lane.running += 1
-        lane.alone = not ticket.step
-        self.ready.append(ticket)
 
     def _release(self, lane: _Lane[Q, A]) -> None:
         """Start what may start: steps up to the next other operation, or that operation once nothing runs."""
         while lane.held and not lane.alone and (lane.held[0].step or not lane.running):
-            self._start(lane, lane.held.popleft())
+            ticket = lane.held.popleft()
+            lane.running += 1
+            lane.alone = not ticket.step
+            self.ready.append(ticket)
 
     def _answer(self, lane: _Lane[Q, A]) -> None:
         """Give the answers whose turn it is."""

@@ -98,7 +98,7 @@ def test_a_full_session_queue_refuses_that_session_alone() -> None:
 
 def test_a_step_that_waits_too_long_is_504_and_was_not_applied() -> None:
     """It waits behind a long call of its session beyond its deadline; the state is the long call's alone."""
-    with serving(deadline_s=0.15) as client:
+    with serving(deadline_s=0.03) as client:
         at = f"{LSTM}/sessions/a"
         with in_background(lambda: client.post(f"{at}/step", content=long_body(), headers=PACKED)) as answers:
             until(lambda: waiting(client) == 1)

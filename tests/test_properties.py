@@ -29,7 +29,7 @@ from serving import MODELS
 
 from service import wire
 from service.calls import Address
-from service.columns import ManySteps
+from service.columns import Cell, ManySteps
 from service.ledger import etag
 from service.repository import Repository
 from service.rollout import rollout
@@ -152,6 +152,7 @@ class Machine(RuleBasedStateMachine):
             self.do(store.open())
             options = Settings(models=MODELS, ttl_s=TTL_S, hot_bytes=hot_bytes)
             self.replicas.append(States(Sessions(repository(), store, options, metrics(), self.clock_ms)))
+            self.replicas[-1].sessions.few = 1  # batch steps of two sessions make columns, too
 
     def clock_ms(self) -> int:
         return int(self.now * 1000)
@@ -296,9 +297,10 @@ class Machine(RuleBasedStateMachine):
 
         async def together() -> ManySteps:
             many = ManySteps(len(names), runtime().manifest.n_outputs)
-            columns = zip(range(len(names)), map(address, names), x, seqs, strict=True)
-            asked = [(i, to, data.tobytes(), seq, wire.digest(data, None)) for i, to, data, seq in columns]
-            self.replicas[replica].sessions.step_many(many, asked)
+            sessions = self.replicas[replica].sessions
+            keys = [address(name).key for name in names]
+            for place in sessions.step_many(KIND, keys, np.concatenate(x)[:, 0], seqs, many):
+                sessions.single_step(address(names[place]), x[place].tobytes(), seqs[place], Cell(many, place))
             await many.done
             return many
 

@@ -28,7 +28,7 @@ WHOLE = Record(
     flags=1,
 )
 BYTES = (
-    b"\x01\x01"
+    b"\x02\x01"
     + struct.pack("<HI", 2, 2)
     + b"INCARNAT"
     + struct.pack("<QQQQ", 42, 1000, 1_700_000_000_000, 1_700_000_000_001)
@@ -69,7 +69,14 @@ def test_the_documented_offsets_are_those_of_the_layout() -> None:
 
 def test_a_record_that_lies_is_refused() -> None:
     """Another layout, cut anywhere, longer than it says."""
-    for wrong in (b"", b"\x02" + BYTES[1:], BYTES + b"x", BYTES[:2] + b"\xff\xff" + BYTES[4:]):
+    for wrong in (
+        b"",
+        b"\x03" + BYTES[1:],
+        b"\x02\x04" + BYTES[2:],
+        b"\x01\x02" + BYTES[2:],
+        BYTES + b"x",
+        BYTES[:2] + b"\xff\xff" + BYTES[4:],
+    ):
         with pytest.raises(BadRecord):
             decode(wrong)
     for cut in range(len(BYTES)):
@@ -77,14 +84,53 @@ def test_a_record_that_lies_is_refused() -> None:
             decode(BYTES[:cut])
 
 
-@given(st.binary(max_size=200))
-def test_bytes_of_others_are_refused_or_read(data: bytes) -> None:
-    """Whatever lies in a store, decoding ends in a record of the same bytes or in BadRecord."""
+RUN = replace(WHOLE, answers=tuple(encode_answer(998 + i, b"digest-%d" % i, 1, b"aaaa") for i in range(3)))
+RUN_BYTES = (
+    b"\x02\x03" + struct.pack("<H", 3) + BYTES[4:80] + b"iiii" + b"digest-0aaaa" + b"digest-1aaaa" + b"digest-2aaaa"
+)
+
+
+def test_answers_of_the_last_single_steps_are_a_run() -> None:
+    """Seq, T and size are not written where they follow from the header; else they are."""
+    assert RUN.encode() == RUN_BYTES
+    assert decode(RUN_BYTES) == RUN
+    others = [
+        replace(RUN, step=1001),
+        replace(RUN, answers=RUN.answers[::2]),
+        replace(RUN, answers=(*RUN.answers[:2], encode_answer(1000, b"digest-2", 1, b"aaaaaaaa"))),
+        replace(RUN, answers=(*RUN.answers[:2], encode_answer(1000, b"digest-2", 2, b"aaaa"))),
+        replace(RUN, answers=()),
+    ]
+    for other in others:
+        assert other.encode()[1] & records.RUN == 0
+        assert decode(other.encode()) == other
+
+
+def test_layout_1_is_read() -> None:
+    """What a server before wrote; it had no runs."""
+    old = b"\x01" + BYTES[1:]
+    assert decode(old) == WHOLE
+    assert decode(old).encode() == BYTES
+
+
+def test_a_run_that_lies_is_refused() -> None:
+    """Sizes that do not divide, more answers than steps, none at all."""
+    few = struct.pack("<Q", 2)
+    for wrong in (RUN_BYTES + b"x", RUN_BYTES[:-1], RUN_BYTES[:2] + bytes(2) + RUN_BYTES[4:], RUN_BYTES[:88]):
+        with pytest.raises(BadRecord):
+            decode(wrong)
+    with pytest.raises(BadRecord):
+        decode(RUN_BYTES[:24] + few + RUN_BYTES[32:])
+
+
+@given(st.sampled_from([b"\x01", b"\x02"]), st.binary(max_size=200))
+def test_bytes_of_others_are_refused_or_read(layout: bytes, data: bytes) -> None:
+    """Whatever lies in a store, decoding ends in a record that is written and read again as it is, or in BadRecord."""
     try:
-        found = decode(b"\x01" + data)
+        found = decode(layout + data)
     except BadRecord:
         return
-    assert found.encode() == b"\x01" + data
+    assert decode(found.encode()) == found
 
 
 def test_an_advance_is_the_next_revision_with_its_answer() -> None:

@@ -188,13 +188,16 @@ class Broken:
 
     set_exception = set_result
 
+    def stepped(self, *_: Any) -> None:
+        raise ConnectionError("gone")
+
 
 async def test_a_caller_that_can_not_be_answered_harms_nobody_else() -> None:
     """The others of its batch are answered, its session goes on, and what it asked for was done once."""
     states = rooms(MemoryStore())
     await asyncio.gather(send(states, "a"), send(states, "b"))
     broken: Any = Broken()
-    states.sessions.single_step(at("a"), X.tobytes(), wire.digest(X, None), 2, broken)
+    states.sessions.single_step(at("a"), X.tobytes(), 2, broken)
     answers = await asyncio.gather(send(states, "b", seq=2), send(states, "a", seq=3))
     assert [answer.step for answer in answers] == [2, 3]
     assert hot(states) == (2, 0)

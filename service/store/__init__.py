@@ -5,8 +5,11 @@ them: bytes 8 to 24 are the token that compare-and-set compares, and a session m
 checkpoints), which live and die with it.
 """
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
+
+from service.record import TOKEN
 
 
 class Write(NamedTuple):
@@ -23,6 +26,14 @@ class Write(NamedTuple):
     """Side records to set in the same atomic operation."""
     touch_sides: bool = False
     """The session has side records: give them the new time to live too."""
+
+
+def as_writes(
+    keys: Sequence[str], old: Sequence[bytes], new: Sequence[bytes], ttls_s: Sequence[float | None]
+) -> list[Write]:
+    """What Store.replace takes, as Store.commit takes it."""
+    each = zip(keys, old, new, ttls_s, strict=True)
+    return [Write(key, before[TOKEN], after, ttl_s) for key, before, after, ttl_s in each]
 
 
 class Store(Protocol):
@@ -51,6 +62,14 @@ class Store(Protocol):
 
         Writes of one call have distinct keys and are independent of each other. Returning True is the
         acknowledgement: the write is there after the configured durability level says so.
+        """
+
+    def replace(
+        self, keys: Sequence[str], old: Sequence[bytes], new: Sequence[bytes], ttls_s: Sequence[float | None]
+    ) -> "list[bool] | asyncio.Future[list[bool]]":
+        """Do what `commit` does for plain steps: put `new[i]` where there is the record of `old[i]`'s token.
+
+        The sessions have no side records. The answer is there at once where nothing has to be waited for.
         """
 
     async def list_keys(self, prefix: str, cursor: str, limit: int) -> tuple[list[str], str]:

@@ -17,7 +17,7 @@ from math import inf
 from typing import Final
 
 from service.record import TOKEN
-from service.store import Store, Write
+from service.store import Store, Write, as_writes
 from stepcast.errors import StoreUnavailable
 
 _log = logging.getLogger(__name__)
@@ -109,6 +109,11 @@ class BehindStore:
         for i in later:
             applied[i] = self._keep(writes[i])
         return applied
+
+    def replace(
+        self, keys: Sequence[str], old: Sequence[bytes], new: Sequence[bytes], ttls_s: Sequence[float | None]
+    ) -> "asyncio.Future[list[bool]]":
+        return asyncio.ensure_future(self.commit(as_writes(keys, old, new, ttls_s)))
 
     async def list_keys(self, prefix: str, cursor: str, limit: int) -> tuple[list[str], str]:
         return await self._base.list_keys(prefix, cursor, limit)

@@ -67,6 +67,20 @@ class MemoryStore:
         self._sweep(visits, now)
         return applied
 
+    def replace(
+        self, keys: Sequence[str], old: Sequence[bytes], new: Sequence[bytes], ttls_s: Sequence[float | None]
+    ) -> list[bool]:
+        now, records, applied = self._clock(), self._records, []
+        for key, before, after, ttl_s in zip(keys, old, new, ttls_s, strict=True):
+            there, expires = records.get(key, _GONE)
+            if expires <= now or (there is not before and there[TOKEN] != before[TOKEN]):
+                applied.append(False)
+            else:
+                records[key] = (after, inf if ttl_s is None else now + ttl_s)
+                applied.append(True)
+        self._sweep(1, now)
+        return applied
+
     async def list_keys(self, prefix: str, cursor: str, limit: int) -> tuple[list[str], str]:
         now = self._clock()
         found = (

@@ -6,16 +6,20 @@
 The braces put both into one slot of a cluster. One script does compare-and-set for many sessions in one command.
 """
 
+import asyncio
+import functools
 import logging
 import re
 from collections.abc import Iterator, Sequence
 from hashlib import sha1
-from typing import Any, Final
+from typing import Any, Final, cast
+
+from hiredis import ReplyError, pack_command
 
 from service.record import TOKEN
-from service.store import Write
+from service.store import Write, as_writes
 from service.store.redis_nodes import Job, Node, Nodes, Refused
-from service.store.redis_wire import Command
+from service.store.redis_wire import Command, Wire, is_elsewhere
 from stepcast.errors import InvalidRequest
 
 _log = logging.getLogger(__name__)
@@ -53,8 +57,25 @@ return applied
 """Per session two KEYS, and in ARGV: token expected ('': none), record ('': forget), ms to live ('': for ever),
 number of side records (-1: none, and none to touch), then name and bytes of each. Returns 1 where it was applied.
 SET is the first change, since Redis asks for free memory only at a script's first one."""
+REPLACE: Final = f"""
+local applied = {{}}
+for i = 1, #KEYS do
+  local at = 3 * i - 2
+  if redis.call('GETRANGE', KEYS[i], {TOKEN.start}, {TOKEN.stop - 1}) ~= ARGV[at] then
+    applied[i] = 0
+  else
+    applied[i] = 1
+    if ARGV[at + 2] == '' then redis.call('SET', KEYS[i], ARGV[at + 1])
+    else redis.call('SET', KEYS[i], ARGV[at + 1], 'PX', ARGV[at + 2]) end
+  end
+end
+return applied
+"""
+"""The same for plain steps. Per session one KEY, and in ARGV: token expected, record, ms to live ('': for ever)."""
 _SHA: Final = sha1(COMMIT.encode(), usedforsecurity=False).hexdigest()
+_REPLACE_SHA: Final = sha1(REPLACE.encode(), usedforsecurity=False).hexdigest().encode()
 LOAD_SCRIPT: Final[Command] = ("SCRIPT", "LOAD", COMMIT)
+_LOAD_REPLACE: Final = pack_command(cast(Any, ("SCRIPT", "LOAD", REPLACE)))
 
 
 class RedisStore:
@@ -64,6 +85,7 @@ class RedisStore:
 
     def __init__(self, nodes: Nodes) -> None:
         self._nodes = nodes
+        self._taught: Wire | None = None  # the connection whose server knows REPLACE
 
     async def open(self) -> None:
         try:
@@ -90,6 +112,46 @@ class RedisStore:
         parts = list(self._parts(keys, _PER_COMMAND))
         jobs = [Job(keys[part[0]], _evalsha([writes[i] for i in part])) for part in parts]
         return [applied == 1 for applied in await self._gather(parts, jobs, len(keys))]
+
+    def replace(
+        self, keys: Sequence[str], old: Sequence[bytes], new: Sequence[bytes], ttls_s: Sequence[float | None]
+    ) -> "asyncio.Future[list[bool]]":
+        wire = self._nodes.wire()
+        if wire is None:
+            return asyncio.ensure_future(self.commit(as_writes(keys, old, new, ttls_s)))
+        parts, commands = range(0, len(keys), _PER_COMMAND), []
+        if wire is not self._taught:
+            commands.append(_LOAD_REPLACE)
+            self._taught = wire
+        taught = len(commands)
+        for at in parts:
+            end = at + _PER_COMMAND
+            commands.append(_replacing(keys[at:end], old[at:end], new[at:end], ttls_s[at:end]))
+        done: asyncio.Future[list[bool]] = asyncio.get_running_loop().create_future()
+
+        def replied(sent: "asyncio.Future[list[Any]]") -> None:
+            if done.done():
+                return
+            error = sent.exception()
+            if error is not None:
+                done.set_exception(error)
+                return
+            replies = sent.result()[taught:]
+            if not any(isinstance(reply, ReplyError) for reply in replies):
+                done.set_result([applied == 1 for reply in replies for applied in reply])
+                return
+            self._taught = None
+            refused = next(Refused(wire.server, reply) for reply in replies if isinstance(reply, ReplyError))
+            if refused.code == "NOSCRIPT" and all(isinstance(reply, ReplyError) for reply in replies):
+                slow = asyncio.ensure_future(self.commit(as_writes(keys, old, new, ttls_s)))  # nothing was applied
+                slow.add_done_callback(functools.partial(_pass_on, done))
+                return
+            if is_elsewhere(refused.reply):
+                wire.close(refused.text, refused.reply)
+            done.set_exception(refused.error)
+
+        wire.send(b"".join(commands), len(commands)).add_done_callback(replied)
+        return done
 
     async def list_keys(self, prefix: str, cursor: str, limit: int) -> tuple[list[str], str]:
         """A key may be listed twice, and missed if a failover happens between the pages."""
@@ -133,6 +195,33 @@ class RedisStore:
         """The reply to `command` if the session is there, else None."""
         exists, reply = await self._nodes.run([Job(key, ("EXISTS", _main(key))), Job(key, command)])
         return reply if exists else None
+
+
+def _replacing(
+    keys: Sequence[str], old: Sequence[bytes], new: Sequence[bytes], ttls_s: Sequence[float | None]
+) -> bytes:
+    """One command for several plain steps, in Redis' protocol; see REPLACE."""
+    count = len(keys)
+    parts = [b"*%d\r\n$7\r\nEVALSHA\r\n$40\r\n%s\r\n$%d\r\n%d\r\n" % (
+        3 + 4 * count, _REPLACE_SHA, len(str(count)), count
+    )]  # fmt: skip
+    for key in keys:
+        main = _main(key).encode()
+        parts.append(b"$%d\r\n%s\r\n" % (len(main), main))
+    for before, after, ttl_s in zip(old, new, ttls_s, strict=True):
+        ttl = b"" if ttl_s is None else b"%d" % max(1, int(ttl_s * 1000))
+        parts.append(b"$16\r\n%s\r\n$%d\r\n%s\r\n$%d\r\n%s\r\n" % (before[TOKEN], len(after), after, len(ttl), ttl))
+    return b"".join(parts)
+
+
+def _pass_on(done: "asyncio.Future[list[bool]]", slow: "asyncio.Future[list[bool]]") -> None:
+    error = slow.exception()
+    if done.done():
+        return
+    if error is not None:
+        done.set_exception(error)
+    else:
+        done.set_result(slow.result())
 
 
 def _place(cursor: str) -> tuple[int, str]:

@@ -57,6 +57,9 @@ class Nodes(Protocol):
     async def primaries(self) -> "list[Node]":
         """All servers that take writes, in an order that outlives a failover."""
 
+    def wire(self) -> Wire | None:
+        """The connection that plain commands about any key may take now; None: `run` has more to do than to send."""
+
     async def close(self) -> None:
         """Disconnect."""
 
@@ -100,6 +103,10 @@ class Node:
         for line in self._lines:
             await line.close()
 
+    def wire(self) -> Wire | None:
+        """The connection, where there is one and its replies count as they come."""
+        return None if self._replication.replicas else self._lines[0].open_wire
+
     async def _call(self, wire: Wire, commands: Sequence[Command], patience_s: float = 0.0) -> list[Any]:
         replies = await wire.call(commands, patience_s)
         for i, reply in enumerate(replies):
@@ -124,6 +131,7 @@ class Refused:
     """An error that a server replied."""
 
     def __init__(self, server: Server, error: ReplyError) -> None:
+        self.reply = error
         self.code = error_code(error)
         self.text = str(error)
         self.error = refusal(server, error)
@@ -147,6 +155,9 @@ class Single:
 
     async def primaries(self) -> list[Node]:
         return [self._node]
+
+    def wire(self) -> Wire | None:
+        return self._node.wire()
 
     async def close(self) -> None:
         await self._node.close()
@@ -192,6 +203,9 @@ class Cluster:
             await self._refresh()
         servers = dict.fromkeys(self._owners[slot] for slot in sorted(self._owners))
         return [self._node(server) for server in servers]
+
+    def wire(self) -> Wire | None:
+        return None
 
     async def close(self) -> None:
         await self._refresh.close()
@@ -372,6 +386,12 @@ class _Line:
         self._closed = False
         self._wire: Wire | None = None
         self._reconnect = _Once(self._connect)
+
+    @property
+    def open_wire(self) -> Wire | None:
+        """The connection, if it is open."""
+        wire = self._wire
+        return None if wire is None or wire.broken or self._closed else wire
 
     async def wire(self) -> Wire:
         """The connection, made anew where it is broken."""

@@ -66,6 +66,9 @@ class _Call(NamedTuple):
     replies: list[Any]
     wanted: int
     done: asyncio.Future[list[Any]]
+    until: float
+    """When the replies must be there, by the loop's clock."""
+    limit_s: float
 
 
 class Wire(asyncio.Protocol):
@@ -79,6 +82,8 @@ class Wire(asyncio.Protocol):
         self._reader = Reader()
         self._calls: deque[_Call] = deque()
         self._transport: asyncio.Transport | None = None
+        self._loop = asyncio.get_running_loop()
+        self._watch: asyncio.TimerHandle | None = None
 
     async def call(self, commands: Sequence[Command], patience_s: float = 0.0) -> list[Any]:
         """The replies to `commands`, sent together; an error reply is a ReplyError among them.
@@ -92,27 +97,47 @@ class Wire(asyncio.Protocol):
         """
         if self.broken or self._transport is None:
             raise unavailable(self.server, self.broken or "not connected", _LOST_RETRY_S)
-        call = _Call([], len(commands), asyncio.get_running_loop().create_future())
-        self._calls.append(call)
-        for command in commands:
-            self._transport.write(pack_command(command))
-        limit_s = self._reply_s + patience_s
-        try:
-            async with asyncio.timeout(limit_s):
-                return await call.done
-        except TimeoutError as error:
-            self.close(f"no reply within {limit_s:g} s")
-            raise unavailable(self.server, f"no reply within {limit_s:g} s", _SLOW_RETRY_S) from error
+        return await self.send(b"".join(map(pack_command, commands)), len(commands), patience_s)
 
-    def close(self, why: str, cause: Exception | None = None) -> None:
+    def send(self, packed: bytes, wanted: int, patience_s: float = 0.0) -> "asyncio.Future[list[Any]]":
+        """The same with commands that are bytes already; the connection must not be broken.
+
+        Args:
+            wanted: How many commands these are.
+        """
+        assert self._transport is not None
+        loop, limit_s = self._loop, self._reply_s + patience_s
+        done: asyncio.Future[list[Any]] = loop.create_future()
+        self._calls.append(_Call([], wanted, done, loop.time() + limit_s, limit_s))
+        self._transport.write(packed)
+        if self._watch is None:
+            self._watch = loop.call_later(limit_s, self._look)
+        return done
+
+    def _look(self) -> None:
+        """End the connection where the oldest call waits too long; one timer serves all calls."""
+        self._watch = None
+        if not self._calls:
+            return
+        oldest = self._calls[0]
+        rest_s = oldest.until - self._loop.time()
+        if rest_s > 0:
+            self._watch = self._loop.call_later(rest_s, self._look)
+        else:
+            self.close(f"no reply within {oldest.limit_s:g} s", retry_after_s=_SLOW_RETRY_S)
+
+    def close(self, why: str, cause: Exception | None = None, retry_after_s: float = _LOST_RETRY_S) -> None:
         """End the connection, so that a late reply is never taken for another call's; tell whoever waits why."""
+        if self._watch is not None:
+            self._watch.cancel()
+            self._watch = None
         self.broken = self.broken or why
         if self._transport is not None:
             self._transport.abort()
         while self._calls:
             done = self._calls.popleft().done
             if not done.done():
-                error = unavailable(self.server, why, _LOST_RETRY_S)
+                error = unavailable(self.server, why, retry_after_s)
                 error.__cause__ = cause
                 done.set_exception(error)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from service.record import TOKEN, wall_clock_ms
-from service.store import Write
+from service.store import Write, as_writes
 from stepcast.errors import StoreUnavailable
 
 SCHEMA_VERSION: Final = 1
@@ -129,11 +129,20 @@ class SqliteStore:
         return await self._on(self._reader, self._load, keys)
 
     async def commit(self, writes: Sequence[Write]) -> list[bool]:
+        return await self._accept(writes)
+
+    def replace(
+        self, keys: Sequence[str], old: Sequence[bytes], new: Sequence[bytes], ttls_s: Sequence[float | None]
+    ) -> "asyncio.Future[list[bool]]":
+        return self._accept(as_writes(keys, old, new, ttls_s))
+
+    def _accept(self, asked: Sequence[Write]) -> "asyncio.Future[list[bool]]":
+        """Let writes wait for the next transaction."""
         done: asyncio.Future[list[bool]] = asyncio.get_running_loop().create_future()
-        self._waiting.append((writes, done))
+        self._waiting.append((asked, done))
         if self._drainer is None:
             self._drainer = asyncio.create_task(self._drain())
-        return await done
+        return done
 
     async def list_keys(self, prefix: str, cursor: str, limit: int) -> tuple[list[str], str]:
         keys = await self._on(

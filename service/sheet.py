@@ -1,0 +1,133 @@
+"""Records side by side: what a batch of single steps does to all of them, in a few calls instead of some per session.
+
+A sheet is uint8 [B, W], one record (service/record.py) of equal length per row, its kept answers a run. Only here and
+in record.py does anybody know where a record's fields lie.
+"""
+
+import struct
+from collections.abc import Sequence
+from functools import cache
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from .record import DIGEST_BYTES, HAS_CHECKPOINTS, HEADER_BYTES, KEPT_ANSWER_BYTES, KEPT_ANSWERS, LAYOUT, RUN
+
+Bytes = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.float32]
+Digests = npt.NDArray[np.uint64]
+
+# The header as nine numbers of 64 bits: the first holds layout, flags, number of answers and examples.
+_ONE_EXAMPLE: Final = LAYOUT | RUN << 8 | 1 << 32
+_ANSWERS_SHIFT: Final = 16
+_REVISION_AND_STEP: Final = slice(2, 4)
+_USED: Final = 5
+_VERSION: Final = slice(48, 52)
+_FACTS: Final = struct.Struct("<BBHI8x8xQ8x8xII8sII")
+
+
+class Sheet:
+    """The next records of sessions that take a single step each.
+
+    Args:
+        records: Of equal length, each of a layout and a model version that `fits` said yes to.
+        state_bytes: Of one row's state.
+        output_bytes: Of one step's outputs.
+        now_ms: Wall clock.
+
+    Attributes:
+        before: The records' states (B, state_bytes), to be read.
+        after: The next records' states, to be filled.
+        digests, outputs: Of the new kept answer, to be filled: (B,) and (B, output_bytes).
+    """
+
+    __slots__ = ("_new", "after", "before", "digests", "outputs", "rows")
+
+    def __init__(self, records: Sequence[bytes], state_bytes: int, output_bytes: int, now_ms: int) -> None:
+        rows, width, entry = len(records), len(records[0]), DIGEST_BYTES + output_bytes
+        old = np.frombuffer(b"".join(records), np.uint8).reshape(rows, width)
+        answers_at = HEADER_BYTES + state_bytes
+        kept = min((width - answers_at) // entry, most_kept(output_bytes) - 1)
+        new = np.empty((rows, answers_at + (kept + 1) * entry), np.uint8)
+        new[:, :HEADER_BYTES] = old[:, :HEADER_BYTES]
+        if kept:
+            new[:, answers_at:-entry] = old[:, width - kept * entry :]
+        header = new[:, :HEADER_BYTES].view(np.uint64)
+        header[:, 0] = _ONE_EXAMPLE | (kept + 1) << _ANSWERS_SHIFT
+        header[:, _REVISION_AND_STEP] += 1
+        np.maximum(header[:, _USED], now_ms, out=header[:, _USED])
+        self._new = new
+        self.rows = rows
+        self.before = old[:, HEADER_BYTES:answers_at]
+        self.after = new[:, HEADER_BYTES:answers_at]
+        self.digests: Digests = new[:, -entry : width_of(new) - output_bytes].view(np.uint64)[:, 0]
+        self.outputs = new[:, width_of(new) - output_bytes :]
+
+    def records(self) -> list[bytes]:
+        """The next records."""
+        made: list[bytes] = self._new.view(f"V{width_of(self._new)}")[:, 0].tolist()  # some times as fast as cutting
+        return made
+
+
+def width_of(sheet: Bytes) -> int:
+    """W of a sheet (B, W)."""
+    return int(sheet.shape[1])
+
+
+def most_kept(output_bytes: int) -> int:
+    """How many kept answers of single steps a record has at most."""
+    return max(1, min(KEPT_ANSWERS, KEPT_ANSWER_BYTES // (24 + output_bytes)))
+
+
+def fits(
+    record: bytes, fingerprint: bytes, version: int, state_bytes: int, output_bytes: int
+) -> tuple[int, int] | None:
+    """Step and time to live (as in the record) of a session that a Sheet takes, None: it takes the long way.
+
+    That is one example without checkpoints or input log, whose kept answers are a run, on the version asked for.
+    """
+    if len(record) < HEADER_BYTES:
+        return None
+    layout, flags, answers, examples, step, made_by, ttl_s, made_as, n_state, n_inputs = _FACTS.unpack_from(record)
+    if layout != LAYOUT or flags & HAS_CHECKPOINTS or examples != 1 or n_inputs or n_state != state_bytes:
+        return None
+    if (made_by, made_as) != (version, fingerprint) or (answers and not flags & RUN):
+        return None
+    if len(record) != HEADER_BYTES + state_bytes + answers * (DIGEST_BYTES + output_bytes):
+        return None
+    return step, ttl_s
+
+
+def version(record: bytes) -> int:
+    """The model version that made a record's state; 0 where it is too short to be a record."""
+    return int.from_bytes(record[_VERSION], "little")
+
+
+# --- digests --------------------------------------------------------------------------------------------------------
+
+
+def digests(x: Floats) -> Digests:
+    """Eight bytes per row that name the inputs (B, F) of a single step.
+
+    A multilinear hash modulo 2**64 over the numbers' 32-bit words (Dietzfelbinger 1996; Lemire and Kaser 2014), with
+    odd keys: rows that differ in one number never collide. It tells payloads apart, it is no defence: whoever may step
+    a session gains nothing from a collision.
+    """
+    words = np.ascontiguousarray(x).view(np.uint32).astype(np.uint64)
+    named: Digests = words @ _keys(x.shape[1])
+    return named
+
+
+def digest(data: bytes) -> bytes:
+    """The same of one row, given as bytes."""
+    return digests(np.frombuffer(data, np.float32)[None]).astype("<u8").tobytes()
+
+
+@cache
+def _keys(count: int) -> Digests:
+    """`count` odd numbers of splitmix64 (Steele, Lea and Flood 2014), started at 0."""
+    z = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return (z ^ (z >> np.uint64(31))) | np.uint64(1)
