@@ -5,7 +5,7 @@ onnxruntime's `run` makes its outputs anew and copies them each time; with IO bi
 
 import math
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,19 @@ Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 
 _LEAST_ROWS: Final = 64
-_MOST_BINDINGS: Final = 1024
+_MOST_ROOMS: Final = 1024
+
+
+class Room(NamedTuple):
+    """The buffers for B rows, and the graph bound to them."""
+
+    binding: Any
+    x: Floats
+    states_in: list[Floats]
+    states_out: list[Floats]
+    y: Floats
+    made: Floats
+    """All that the graph writes, flat: the new states, tensor by tensor, then the outputs."""
 
 
 class BoundSteps:
@@ -30,9 +42,10 @@ class BoundSteps:
     def __init__(self, session: Any, manifest: Manifest, constants: dict[str, npt.NDArray[Any]]) -> None:
         self._session, self._manifest, self._constants = session, manifest, constants
         self._cuts: list[slice] = []
-        at = 0
+        self._size = 0
         for state in manifest.states:
-            self._cuts.append(slice(at, at := at + state.size))
+            self._cuts.append(slice(self._size, self._size + state.size))
+            self._size += state.size
         self._grow(_LEAST_ROWS)
 
     def step(self, x: Floats, before: Sequence[Bytes], after: Sequence[Bytes]) -> tuple[Floats, bool]:
@@ -47,70 +60,67 @@ class BoundSteps:
             Outputs (B, O), the caller's own, and whether outputs and states are finite.
         """
         rows = len(x)
-        if rows > self._rows:
-            self._grow(rows)
-        self._x[:rows] = x
-        pairs = [(old.view(np.float32), new.view(np.float32)) for old, new in zip(before, after, strict=True)]
-        if len(pairs) == 1:
-            old = pairs[0][0]
-            for buffer, cut in zip(self._in, self._cuts, strict=True):
-                buffer[:rows] = old[:, cut]
-        else:
-            at = 0
-            for old, _ in pairs:
-                end = at + len(old)
-                for buffer, cut in zip(self._in, self._cuts, strict=True):
-                    buffer[at:end] = old[:, cut]
-                at = end
-        self._session.run_with_iobinding(self._bindings.get(rows) or self._bind(rows))
+        room = self._rooms.get(rows) or self._bind(rows)
+        room.x[:] = x
         at = 0
-        for _, new in pairs:
-            end = at + len(new)
-            for buffer, cut in zip(self._out, self._cuts, strict=True):
+        for part in before:
+            old, end = part.view(np.float32), at + len(part)
+            for buffer, cut in zip(room.states_in, self._cuts, strict=True):
+                buffer[at:end] = old[:, cut]
+            at = end
+        self._session.run_with_iobinding(room.binding)
+        at = 0
+        for part in after:
+            new, end = part.view(np.float32), at + len(part)
+            for buffer, cut in zip(room.states_out, self._cuts, strict=True):
                 new[:, cut] = buffer[at:end]
             at = end
-        y = self._y[:rows].copy()
-        return y, all_finite([y, *(buffer[:rows] for buffer in self._out)])
+        return room.y.copy(), is_finite(room.made)
 
     def _grow(self, rows: int) -> None:
         """Make room for that many rows."""
-        self._rows = rows = 1 << (rows - 1).bit_length()
+        self._most = rows = 1 << (rows - 1).bit_length()
         manifest = self._manifest
         self._x = np.zeros((rows, manifest.n_features), np.float32)
-        self._y = np.zeros((rows, manifest.n_outputs), np.float32)
         self._lengths = np.ones(rows, np.int32)
-        self._in = [np.zeros((rows, state.size), np.float32) for state in manifest.states]
-        self._out = [np.zeros((rows, state.size), np.float32) for state in manifest.states]
-        self._bindings: dict[int, Any] = {}
+        self._read = np.zeros(rows * self._size, np.float32)
+        self._written = np.zeros(rows * (self._size + manifest.n_outputs), np.float32)
+        self._rooms: dict[int, Room] = {}
 
-    def _bind(self, rows: int) -> Any:
-        """The first `rows` rows of the buffers, as the graph's inputs and outputs."""
+    def _bind(self, rows: int) -> Room:
+        """The buffers' beginnings as the inputs and outputs of `rows` rows."""
+        if rows > self._most:
+            self._grow(rows)
         manifest, binding = self._manifest, self._session.io_binding()
+        states_in, states_out = self._split(self._read, rows), self._split(self._written, rows)
+        made = self._written[: rows * (self._size + manifest.n_outputs)]
+        room = Room(binding, self._x[:rows], states_in, states_out, made[rows * self._size :].reshape(rows, -1), made)
 
         def bind(to: Any, name: str, buffer: npt.NDArray[Any], *shape: int) -> None:
             to(name, "cpu", 0, buffer.dtype, (rows, *shape), buffer.ctypes.data)
 
         into, out_of = binding.bind_input, binding.bind_output
-        bind(into, manifest.input.name, self._x, 1, manifest.n_features)
+        bind(into, manifest.input.name, room.x, 1, manifest.n_features)
         if manifest.lengths is not None:
             bind(into, manifest.lengths, self._lengths)
-        for state, before, after in zip(manifest.states, self._in, self._out, strict=True):
+        for state, before, after in zip(manifest.states, states_in, states_out, strict=True):
             bind(into, state.input, before, *state.shape)
             bind(out_of, state.output, after, *state.shape)
-        bind(out_of, manifest.output.name, self._y, 1, manifest.n_outputs)
+        bind(out_of, manifest.output.name, room.y, 1, manifest.n_outputs)
         for name, value in self._constants.items():
             binding.bind_cpu_input(name, value)
-        if len(self._bindings) >= _MOST_BINDINGS:
-            self._bindings.clear()
-        self._bindings[rows] = binding
-        return binding
+        if len(self._rooms) >= _MOST_ROOMS:
+            self._rooms.clear()
+        self._rooms[rows] = room
+        return room
+
+    def _split(self, flat: Floats, rows: int) -> list[Floats]:
+        """State tensors (rows, size), one behind the other."""
+        return [flat[rows * cut.start : rows * cut.stop].reshape(rows, -1) for cut in self._cuts]
 
 
-def all_finite(arrays: Sequence[Floats]) -> bool:
-    """Whether contiguous float32 arrays have only finite numbers."""
-    squares = 0.0
+def is_finite(flat: Floats) -> bool:
+    """Whether all of a flat float32 array is finite."""
     with np.errstate(over="ignore"):
-        for array in arrays:
-            flat = array.reshape(-1)
-            squares += flat.dot(flat)  # overflows first, cheaply
-    return math.isfinite(squares) or all(np.isfinite(array).all() for array in arrays)
+        square = flat.dot(flat)  # overflows first, cheaply
+    return math.isfinite(square) or bool(np.isfinite(flat).all())

@@ -65,6 +65,7 @@ class Answers:
 
     def __init__(self, outputs: Floats, version: int) -> None:
         self.outputs, self.version = outputs, version
+        self.shape = [outputs.shape[1]]
 
     @cached_property
     def texts(self) -> list[bytes]:

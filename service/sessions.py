@@ -465,8 +465,8 @@ class Sessions:
             else:
                 self._again(step)
 
-    def _finish_column(self, column: Column) -> "asyncio.Future[list[bool]] | None":
-        """Commit a column, at once where the store can; what can not go together goes alone."""
+    def _finish_column(self, column: Column) -> "asyncio.Future[None] | None":
+        """Commit a column; what can not go together goes alone. None: the store has answered already."""
         if column.error is not None:
             if isinstance(column.error, DeadlineExceeded):
                 self._refuse_column(column, column.error)
@@ -475,29 +475,25 @@ class Sessions:
                     self._once_more(column, row, alone=True)
             return None
         entries, started = column.entries, time.perf_counter()
-        try:
-            replaced = self.store.replace(
-                [entry.key for entry in entries],
-                [entry.data for entry in entries],  # type: ignore[misc]  # they have a track
-                column.next,
-                [entry.ttl_s for entry in entries],
-            )
-        except Exception as error:
-            self._refuse_column(column, _as_ours(error, "the step could not be stored"))
-            return None
-        if isinstance(replaced, list):
-            self._replied(column, replaced, started)
-            return None
+        wait: asyncio.Future[None] | None = None
+        settled = False
 
-        def done(future: "asyncio.Future[list[bool]]") -> None:
-            error = future.exception()
-            if error is None:
-                self._replied(column, future.result(), started)
+        def done(outcome: list[bool] | BaseException) -> None:
+            nonlocal settled
+            settled = True
+            if isinstance(outcome, list):
+                self._replied(column, outcome, started)
             else:
-                self._refuse_column(column, _as_ours(error, "the step could not be stored"))
+                self._refuse_column(column, _as_ours(outcome, "the step could not be stored"))
+            if wait is not None:
+                wait.set_result(None)
 
-        replaced.add_done_callback(done)
-        return replaced
+        keys, ttls_s = [entry.key for entry in entries], [entry.ttl_s for entry in entries]
+        old: list[bytes] = [entry.data for entry in entries]  # type: ignore[misc]  # they have a track
+        self.store.replace(keys, old, column.next, ttls_s, done)
+        if not settled:
+            wait = asyncio.get_running_loop().create_future()
+        return wait
 
     def _replied(self, column: Column, applied: list[bool], started: float) -> None:
         """The store said which rows of a column it has."""

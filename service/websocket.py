@@ -137,7 +137,7 @@ _FRAMES: Final[dict[str, type[msgspec.Struct]]] = {
 _READS: Final = frozenset({"info", "state.get", "checkpoints", MARKER})
 
 
-class _PlainJson(msgspec.Struct, forbid_unknown_fields=True):
+class _PlainJson(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     """The plainest step: one example, one step, no reading missing."""
 
     inputs: list[float]
@@ -147,7 +147,7 @@ class _PlainJson(msgspec.Struct, forbid_unknown_fields=True):
     op: Literal["step"] = STEP
 
 
-class _PlainMsgpack(msgspec.Struct, forbid_unknown_fields=True):
+class _PlainMsgpack(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     """The same with its inputs as bytes."""
 
     inputs: bytes
@@ -184,22 +184,26 @@ class Single(Ticket["Asked | None", Answer]):
     def stepped(self, answers: Answers, row: int, step: int) -> None:
         """The step was made in a column."""
         self._done = True
-        self._connection.answered(self, self._reply(answers, row, step))
-
-    def _reply(self, answers: Answers, row: int, step: int) -> Answer:
-        name, number = self.frame.id, self.address.session
         if self.kind == JSON:
+            name = self.frame.id
             said = b"%d" % name if type(name) is int else msgspec.json.encode(name)
             text = b'{"id":%s,"session":"%s","outputs":[%s],"step":%d,"version":%d}'
-            return framing.TEXT, text % (said, number.encode(), answers.texts[row], step, answers.version)
-        return framing.BINARY, _pack_reply(
+            named = self.address.session.encode()
+            self._connection.answered(
+                self, framing.TEXT, text % (said, named, answers.texts[row], step, answers.version)
+            )
+        else:
+            self._connection.answered(self, framing.BINARY, self._packed(answers, row, step))
+
+    def _packed(self, answers: Answers, row: int, step: int) -> bytes:
+        return _pack_reply(
             {
-                "id": name,
-                "session": number,
+                "id": self.frame.id,
+                "session": self.address.session,
                 "outputs": answers.raw[row],
                 "step": step,
                 "version": answers.version,
-                "shape": [answers.outputs.shape[1]],
+                "shape": answers.shape,
             }
         )
 
@@ -213,7 +217,7 @@ class Single(Ticket["Asked | None", Answer]):
             "step": made.step,
             "version": made.version,
         }
-        self._connection.answered(self, _encode(answer, self.kind))
+        self._connection.answered(self, *_encode(answer, self.kind))
 
     def set_exception(self, error: BaseException) -> None:
         """The step was refused."""
@@ -428,13 +432,13 @@ class Connection:
         except Exception as error:
             self._done(single, self._failed(single, error))
 
-    def answered(self, single: Single, answer: Answer) -> None:
+    def answered(self, single: Single, opcode: int, payload: bytes) -> None:
         """The answer of the plainest step."""
         talk = self._talk
         if not self._alive or talk.draining or talk.full or not talk.end(single):
-            self._done(single, answer)
+            self._done(single, (opcode, payload))
         else:
-            self._link.reply(*answer)
+            self._link.reply(opcode, payload)
 
     def refused(self, single: Single, error: BaseException) -> None:
         """What became of the plainest step instead of an answer."""

@@ -133,14 +133,14 @@ class Inputs:
     digest: bytes
 
 
-class _SingleJson(msgspec.Struct, forbid_unknown_fields=True):
+class _SingleJson(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     """The plainest step: one example, one step, no mask."""
 
     inputs: list[float]
     seq: Positive | None = None
 
 
-class _SingleMsgpack(msgspec.Struct, forbid_unknown_fields=True):
+class _SingleMsgpack(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     inputs: bytes
     seq: Positive | None = None
 

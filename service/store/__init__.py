@@ -6,7 +6,8 @@ checkpoints), which live and die with it.
 """
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from asyncio import CancelledError
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from service.record import TOKEN
@@ -26,6 +27,15 @@ class Write(NamedTuple):
     """Side records to set in the same atomic operation."""
     touch_sides: bool = False
     """The session has side records: give them the new time to live too."""
+
+
+Replaced = Callable[[list[bool] | BaseException], None]
+"""Takes what `Store.commit` returns or raises."""
+
+
+def hand_on(done: Replaced, future: "asyncio.Future[list[bool]]") -> None:
+    """Tell `done` what has become of a commit; a callback of futures."""
+    done(CancelledError() if future.cancelled() else future.exception() or future.result())
 
 
 def as_writes(
@@ -65,11 +75,17 @@ class Store(Protocol):
         """
 
     def replace(
-        self, keys: Sequence[str], old: Sequence[bytes], new: Sequence[bytes], ttls_s: Sequence[float | None]
-    ) -> "list[bool] | asyncio.Future[list[bool]]":
+        self,
+        keys: Sequence[str],
+        old: Sequence[bytes],
+        new: Sequence[bytes],
+        ttls_s: Sequence[float | None],
+        done: Replaced,
+    ) -> None:
         """Do what `commit` does for plain steps: put `new[i]` where there is the record of `old[i]`'s token.
 
-        The sessions have no side records. The answer is there at once where nothing has to be waited for.
+        The sessions have no side records. `done` is called with the outcome, maybe before this returns; this itself
+        raises nothing.
         """
 
     async def list_keys(self, prefix: str, cursor: str, limit: int) -> tuple[list[str], str]:

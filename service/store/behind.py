@@ -7,6 +7,7 @@ one wrote it, what is waiting here is dropped, and counted.
 """
 
 import asyncio
+import functools
 import logging
 import time
 from collections import OrderedDict
@@ -17,7 +18,7 @@ from math import inf
 from typing import Final
 
 from service.record import TOKEN
-from service.store import Store, Write, as_writes
+from service.store import Replaced, Store, Write, as_writes, hand_on
 from stepcast.errors import StoreUnavailable
 
 _log = logging.getLogger(__name__)
@@ -111,9 +112,15 @@ class BehindStore:
         return applied
 
     def replace(
-        self, keys: Sequence[str], old: Sequence[bytes], new: Sequence[bytes], ttls_s: Sequence[float | None]
-    ) -> "asyncio.Future[list[bool]]":
-        return asyncio.ensure_future(self.commit(as_writes(keys, old, new, ttls_s)))
+        self,
+        keys: Sequence[str],
+        old: Sequence[bytes],
+        new: Sequence[bytes],
+        ttls_s: Sequence[float | None],
+        done: Replaced,
+    ) -> None:
+        task = asyncio.ensure_future(self.commit(as_writes(keys, old, new, ttls_s)))
+        task.add_done_callback(functools.partial(hand_on, done))
 
     async def list_keys(self, prefix: str, cursor: str, limit: int) -> tuple[list[str], str]:
         return await self._base.list_keys(prefix, cursor, limit)

@@ -11,7 +11,7 @@ from math import inf
 from typing import Final
 
 from service.record import TOKEN
-from service.store import Write
+from service.store import Replaced, Write
 
 _GONE: Final[tuple[bytes, float]] = (b"", inf)
 
@@ -68,8 +68,13 @@ class MemoryStore:
         return applied
 
     def replace(
-        self, keys: Sequence[str], old: Sequence[bytes], new: Sequence[bytes], ttls_s: Sequence[float | None]
-    ) -> list[bool]:
+        self,
+        keys: Sequence[str],
+        old: Sequence[bytes],
+        new: Sequence[bytes],
+        ttls_s: Sequence[float | None],
+        done: Replaced,
+    ) -> None:
         now, records, applied = self._clock(), self._records, []
         for key, before, after, ttl_s in zip(keys, old, new, ttls_s, strict=True):
             there, expires = records.get(key, _GONE)
@@ -79,7 +84,7 @@ class MemoryStore:
                 records[key] = (after, inf if ttl_s is None else now + ttl_s)
                 applied.append(True)
         self._sweep(1, now)
-        return applied
+        done(applied)
 
     async def list_keys(self, prefix: str, cursor: str, limit: int) -> tuple[list[str], str]:
         now = self._clock()

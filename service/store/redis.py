@@ -17,10 +17,10 @@ from typing import Any, Final, cast
 from hiredis import ReplyError, pack_command
 
 from service.record import TOKEN
-from service.store import Write, as_writes
+from service.store import Replaced, Write, as_writes, hand_on
 from service.store.redis_nodes import Job, Node, Nodes, Refused
-from service.store.redis_wire import Command, Wire, is_elsewhere
-from stepcast.errors import InvalidRequest
+from service.store.redis_wire import Command, Wire, error_code, is_elsewhere
+from stepcast.errors import InvalidRequest, StoreUnavailable
 
 _log = logging.getLogger(__name__)
 
@@ -114,44 +114,43 @@ class RedisStore:
         return [applied == 1 for applied in await self._gather(parts, jobs, len(keys))]
 
     def replace(
-        self, keys: Sequence[str], old: Sequence[bytes], new: Sequence[bytes], ttls_s: Sequence[float | None]
-    ) -> "asyncio.Future[list[bool]]":
+        self,
+        keys: Sequence[str],
+        old: Sequence[bytes],
+        new: Sequence[bytes],
+        ttls_s: Sequence[float | None],
+        done: Replaced,
+    ) -> None:
         wire = self._nodes.wire()
         if wire is None:
-            return asyncio.ensure_future(self.commit(as_writes(keys, old, new, ttls_s)))
-        parts, commands = range(0, len(keys), _PER_COMMAND), []
-        if wire is not self._taught:
-            commands.append(_LOAD_REPLACE)
-            self._taught = wire
-        taught = len(commands)
-        for at in parts:
+            self._commit_for(done, as_writes(keys, old, new, ttls_s))
+            return
+        commands = [] if wire is self._taught else [_LOAD_REPLACE]
+        lessons, self._taught = len(commands), wire
+        for at in range(0, len(keys), _PER_COMMAND):
             end = at + _PER_COMMAND
             commands.append(_replacing(keys[at:end], old[at:end], new[at:end], ttls_s[at:end]))
-        done: asyncio.Future[list[bool]] = asyncio.get_running_loop().create_future()
 
-        def replied(sent: "asyncio.Future[list[Any]]") -> None:
-            if done.done():
+        def replied(replies: list[Any] | StoreUnavailable) -> None:
+            if isinstance(replies, StoreUnavailable):
+                done(replies)
                 return
-            error = sent.exception()
-            if error is not None:
-                done.set_exception(error)
-                return
-            replies = sent.result()[taught:]
-            if not any(isinstance(reply, ReplyError) for reply in replies):
-                done.set_result([applied == 1 for reply in replies for applied in reply])
+            refusals = [reply for reply in replies if isinstance(reply, ReplyError)]
+            if not refusals:
+                done([applied == 1 for reply in replies[lessons:] for applied in reply])
                 return
             self._taught = None
-            refused = next(Refused(wire.server, reply) for reply in replies if isinstance(reply, ReplyError))
-            if refused.code == "NOSCRIPT" and all(isinstance(reply, ReplyError) for reply in replies):
-                slow = asyncio.ensure_future(self.commit(as_writes(keys, old, new, ttls_s)))  # nothing was applied
-                slow.add_done_callback(functools.partial(_pass_on, done))
+            if len(refusals) == len(commands) - lessons and error_code(refusals[0]) == "NOSCRIPT":
+                self._commit_for(done, as_writes(keys, old, new, ttls_s))  # nothing was applied
                 return
-            if is_elsewhere(refused.reply):
-                wire.close(refused.text, refused.reply)
-            done.set_exception(refused.error)
+            if is_elsewhere(refusals[0]):
+                wire.close(str(refusals[0]), refusals[0])
+            done(Refused(wire.server, refusals[0]).error)
 
-        wire.send(b"".join(commands), len(commands)).add_done_callback(replied)
-        return done
+        wire.send(b"".join(commands), len(commands), replied)
+
+    def _commit_for(self, done: Replaced, writes: Sequence[Write]) -> None:
+        asyncio.ensure_future(self.commit(writes)).add_done_callback(functools.partial(hand_on, done))
 
     async def list_keys(self, prefix: str, cursor: str, limit: int) -> tuple[list[str], str]:
         """A key may be listed twice, and missed if a failover happens between the pages."""
@@ -212,16 +211,6 @@ def _replacing(
         ttl = b"" if ttl_s is None else b"%d" % max(1, int(ttl_s * 1000))
         parts.append(b"$16\r\n%s\r\n$%d\r\n%s\r\n$%d\r\n%s\r\n" % (before[TOKEN], len(after), after, len(ttl), ttl))
     return b"".join(parts)
-
-
-def _pass_on(done: "asyncio.Future[list[bool]]", slow: "asyncio.Future[list[bool]]") -> None:
-    error = slow.exception()
-    if done.done():
-        return
-    if error is not None:
-        done.set_exception(error)
-    else:
-        done.set_result(slow.result())
 
 
 def _place(cursor: str) -> tuple[int, str]:

@@ -131,7 +131,6 @@ class Refused:
     """An error that a server replied."""
 
     def __init__(self, server: Server, error: ReplyError) -> None:
-        self.reply = error
         self.code = error_code(error)
         self.text = str(error)
         self.error = refusal(server, error)

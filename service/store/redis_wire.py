@@ -10,7 +10,7 @@ import re
 import socket
 import ssl
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, cast
 
@@ -62,10 +62,13 @@ class Timeouts:
     reply_s: float = 1.0
 
 
+Replied = Callable[[list[Any] | StoreUnavailable], None]
+
+
 class _Call(NamedTuple):
     replies: list[Any]
     wanted: int
-    done: asyncio.Future[list[Any]]
+    done: Replied
     until: float
     """When the replies must be there, by the loop's clock."""
     limit_s: float
@@ -97,22 +100,32 @@ class Wire(asyncio.Protocol):
         """
         if self.broken or self._transport is None:
             raise unavailable(self.server, self.broken or "not connected", _LOST_RETRY_S)
-        return await self.send(b"".join(map(pack_command, commands)), len(commands), patience_s)
+        future: asyncio.Future[list[Any]] = self._loop.create_future()
 
-    def send(self, packed: bytes, wanted: int, patience_s: float = 0.0) -> "asyncio.Future[list[Any]]":
+        def done(replies: list[Any] | StoreUnavailable) -> None:
+            if future.done():  # its caller is gone
+                return
+            if isinstance(replies, list):
+                future.set_result(replies)
+            else:
+                future.set_exception(replies)
+
+        self.send(b"".join(map(pack_command, commands)), len(commands), done, patience_s)
+        return await future
+
+    def send(self, packed: bytes, wanted: int, done: Replied, patience_s: float = 0.0) -> None:
         """The same with commands that are bytes already; the connection must not be broken.
 
         Args:
             wanted: How many commands these are.
+            done: Called with the replies as soon as they are read, or with what became of them instead.
         """
         assert self._transport is not None
         loop, limit_s = self._loop, self._reply_s + patience_s
-        done: asyncio.Future[list[Any]] = loop.create_future()
         self._calls.append(_Call([], wanted, done, loop.time() + limit_s, limit_s))
         self._transport.write(packed)
         if self._watch is None:
             self._watch = loop.call_later(limit_s, self._look)
-        return done
 
     def _look(self) -> None:
         """End the connection where the oldest call waits too long; one timer serves all calls."""
@@ -135,11 +148,9 @@ class Wire(asyncio.Protocol):
         if self._transport is not None:
             self._transport.abort()
         while self._calls:
-            done = self._calls.popleft().done
-            if not done.done():
-                error = unavailable(self.server, why, retry_after_s)
-                error.__cause__ = cause
-                done.set_exception(error)
+            error = unavailable(self.server, why, retry_after_s)
+            error.__cause__ = cause
+            self._calls.popleft().done(error)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BYTES)
@@ -162,8 +173,7 @@ class Wire(asyncio.Protocol):
         call.replies.append(reply)
         if len(call.replies) == call.wanted:
             self._calls.popleft()
-            if not call.done.done():  # its caller may be gone
-                call.done.set_result(call.replies)
+            call.done(call.replies)
 
 
 async def connect(server: Server, timeouts: Timeouts) -> Wire:

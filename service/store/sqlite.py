@@ -8,6 +8,7 @@ All of sqlite3 happens on two threads, one that writes and one that reads; the e
 """
 
 import asyncio
+import functools
 import sqlite3
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from service.record import TOKEN, wall_clock_ms
-from service.store import Write, as_writes
+from service.store import Replaced, Write, as_writes, hand_on
 from stepcast.errors import StoreUnavailable
 
 SCHEMA_VERSION: Final = 1
@@ -132,9 +133,14 @@ class SqliteStore:
         return await self._accept(writes)
 
     def replace(
-        self, keys: Sequence[str], old: Sequence[bytes], new: Sequence[bytes], ttls_s: Sequence[float | None]
-    ) -> "asyncio.Future[list[bool]]":
-        return self._accept(as_writes(keys, old, new, ttls_s))
+        self,
+        keys: Sequence[str],
+        old: Sequence[bytes],
+        new: Sequence[bytes],
+        ttls_s: Sequence[float | None],
+        done: Replaced,
+    ) -> None:
+        self._accept(as_writes(keys, old, new, ttls_s)).add_done_callback(functools.partial(hand_on, done))
 
     def _accept(self, asked: Sequence[Write]) -> "asyncio.Future[list[bool]]":
         """Let writes wait for the next transaction."""
