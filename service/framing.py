@@ -5,6 +5,7 @@ about a quarter here of what a general implementation takes (docs/design.md has 
 frames a second that decides whether a socket is cheaper than the model.
 """
 
+from functools import cache
 from typing import Final
 
 try:
@@ -25,7 +26,7 @@ NO_STATUS: Final = 1005
 INVALID_DATA: Final = 1007
 TOO_BIG: Final = 1009
 
-_SINGLE: Final = (0x80 | TEXT, 0x80 | BINARY)
+_SINGLE: Final = {0x80 | TEXT: TEXT, 0x80 | BINARY: BINARY}
 _MOST_FRAGMENTS: Final = 4096
 """An empty fragment costs the peer nothing and us a list's place."""
 
@@ -79,25 +80,34 @@ class Framer:
         Raises:
             BadFrame: the connection is to be closed.
         """
-        return self._usual() or self._any()
+        usual = self.burst(1)
+        return usual[0] if usual else self._any()
 
-    def _usual(self) -> Message | None:
-        """The next message if it is one whole frame of less than 64 KiB, as nearly all are."""
-        data, at = self._data, self._at
-        if len(data) - at < 8 or data[at] not in _SINGLE or self._kind:
-            return None
-        size, start = data[at + 1] - 0x80, at + 6
-        if size == 126:
-            size, start = data[at + 2] << 8 | data[at + 3], at + 8
-        end = start + size
-        if not 0 <= size <= self._max_size or data[at + 1] == 0xFF or end > len(data):
-            return None
-        self._at = end
-        payload = apply_mask(data[start:end], data[start - 4 : start])
-        kind = data[at] & 0x0F
-        if kind == TEXT and not payload.isascii():
-            _check_utf8(payload)
-        return kind, payload
+    def burst(self, most: int) -> list[Message]:
+        """The next messages, up to the first that is not one whole frame of less than 64 KiB, as nearly all are.
+
+        Raises:
+            BadFrame: the connection is to be closed.
+        """
+        found: list[Message] = []
+        data, at, have, largest = self._data, self._at, len(self._data), self._max_size
+        if self._kind:
+            return found
+        while len(found) < most and have - at >= 8 and (kind := _SINGLE.get(data[at])):
+            size, start = data[at + 1] - 0x80, at + 6
+            if size == 126:
+                size, start = data[at + 2] << 8 | data[at + 3], at + 8
+            end = start + size
+            if not 0 <= size <= largest or size == 127 or end > have:
+                break
+            payload = apply_mask(data[start:end], data[start - 4 : start])
+            if kind == TEXT and not payload.isascii():
+                if found:
+                    break  # it may be bad: those before it first
+                _check_utf8(payload)
+            self._at = at = end
+            found.append((kind, payload))
+        return found
 
     def _any(self) -> Message | None:
         while not self._missing:
@@ -175,12 +185,21 @@ def _check_utf8(payload: bytes) -> None:
 
 def frame(opcode: int, payload: bytes) -> bytes:
     """A server's frame: final, not masked."""
-    size = len(payload)
-    if size < 126:
-        return bytes((0x80 | opcode, size)) + payload
+    return head(opcode, len(payload)) + payload
+
+
+@cache
+def _short_head(opcode: int, size: int) -> bytes:
+    return bytes((0x80 | opcode, size)) if size < 126 else bytes((0x80 | opcode, 126, size >> 8, size & 0xFF))
+
+
+def head(opcode: int, size: int) -> bytes:
+    """What stands before the payload of a server's frame."""
+    if size < 1024:
+        return _short_head(opcode, size)
     if size < 65536:
-        return bytes((0x80 | opcode, 126, size >> 8, size & 0xFF)) + payload
-    return bytes((0x80 | opcode, 127)) + size.to_bytes(8, "big") + payload
+        return bytes((0x80 | opcode, 126, size >> 8, size & 0xFF))
+    return bytes((0x80 | opcode, 127)) + size.to_bytes(8, "big")
 
 
 def close_payload(code: int, reason: str = "") -> bytes:

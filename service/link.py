@@ -31,8 +31,8 @@ class Handler(Protocol):
     def message(self, opcode: int, payload: bytes) -> None:
         """Take a TEXT or BINARY message."""
 
-    def full(self) -> bool:
-        """Whether no further message is taken now; `Link.pump` is called when that changes."""
+    def room(self) -> int:
+        """How many messages are taken now; `Link.pump` is called when that is no longer 0."""
 
     def drain(self) -> None:
         """The server stops: answer what was accepted, then `Link.close`."""
@@ -90,9 +90,11 @@ class Link(WebSocketsSansIOProtocol):
 
     def reply(self, opcode: int, payload: bytes) -> None:
         """Send a message; what is sent in one tick goes out together."""
-        if not self._out:
+        out = self._out
+        if not out:
             self.loop.call_soon(self._flush)
-        self._out.append(framing.frame(opcode, payload))
+        out.append(framing.head(opcode, len(payload)))
+        out.append(payload)
 
     def close(self, code: int, reason: str = "") -> None:
         """Send what is ready and a close frame; the peer has CLOSE_S to answer it."""
@@ -148,6 +150,10 @@ class Link(WebSocketsSansIOProtocol):
         """Take up to BURST messages; whether there may be more to take now."""
         handler = cast(Handler, self._handler)
         held = self._held
+        if not (held or self._closing) and self.writable.is_set():
+            for opcode, payload in self._framer.burst(min(BURST, handler.room())):
+                if not self._closing:
+                    handler.message(opcode, payload)
         for _ in range(BURST):
             if held and not self._blocked():
                 opcode, payload = held.popleft()
@@ -172,7 +178,7 @@ class Link(WebSocketsSansIOProtocol):
         return True
 
     def _blocked(self) -> bool:
-        return cast(Handler, self._handler).full() or not self.writable.is_set()
+        return cast(Handler, self._handler).room() <= 0 or not self.writable.is_set()
 
     def _ahead(self) -> int:
         return self._held_bytes + self._framer.buffered

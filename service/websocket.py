@@ -264,9 +264,9 @@ class Connection:
 
     # --- for the link -------------------------------------------------------------------------------------------
 
-    def full(self) -> bool:
-        """Whether as many frames are in flight as may be."""
-        return self._talk.full
+    def room(self) -> int:
+        """How many more frames may be in flight."""
+        return self._talk.room
 
     def message(self, opcode: int, payload: bytes) -> None:
         """Take a frame."""
@@ -418,7 +418,7 @@ class Connection:
     def _done(self, ticket: "_Ticket", answer: Answer) -> None:
         if not self._alive:
             return
-        if self._talk.full:  # there is room now; but first let the caller go on
+        if self._talk.room <= 0:  # there is room now; but first let the caller go on
             asyncio.get_running_loop().call_soon(self._link.pump)
         self._talk.finish(ticket, answer)
         self._go_on()
@@ -435,7 +435,7 @@ class Connection:
     def answered(self, single: Single, opcode: int, payload: bytes) -> None:
         """The answer of the plainest step."""
         talk = self._talk
-        if not self._alive or talk.draining or talk.full or not talk.end(single):
+        if not self._alive or talk.draining or talk.room <= 0 or not talk.end(single):
             self._done(single, (opcode, payload))
         else:
             self._link.reply(opcode, payload)

@@ -84,9 +84,9 @@ class ServerConversation(Generic[Q, A]):
         self._epochs: deque[_Epoch[A]] = deque([_Epoch()])
 
     @property
-    def full(self) -> bool:
-        """Whether reading must pause."""
-        return self.in_flight >= self._limit
+    def room(self) -> int:
+        """How many frames may still come until reading must pause."""
+        return self._limit - self.in_flight
 
     @property
     def close_due(self) -> bool:
