@@ -70,7 +70,7 @@ class Call(Job):
 class Step(Call):
     """A step call: it has its turn in its session."""
 
-    __slots__ = ("answer", "digest", "entry", "next", "seq", "verified")
+    __slots__ = ("answer", "digest", "entry", "next", "policy", "seq", "verified")
 
     def __init__(
         self,
@@ -81,9 +81,10 @@ class Step(Call):
         seq: int | None,
         deadline: float,
         future: "Future",
+        policy: str | None = None,
     ) -> None:
         super().__init__(x, mask, b"", deadline, future)
-        self.entry, self.digest, self.seq = entry, digest, seq
+        self.entry, self.digest, self.seq, self.policy = entry, digest, seq, policy
         self.verified = False
         self.next: Record | None = None
         self.answer: Floats | None = None

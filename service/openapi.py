@@ -69,6 +69,7 @@ _BODIES: Final[dict[tuple[str, str], dict[str, Any]]] = {
             "mask": _maybe({"anyOf": [_FLAG, _nested(_FLAG, (1, 2), "1 present, 0: the state stays as it is")]}),
             "format": _FORMAT,
             "shape": _SHAPE,
+            "version_policy": _maybe({"type": "string", "enum": ["pin", "reset", "replay"]}),
         },
         ("inputs",),
     ),

@@ -100,7 +100,8 @@ class Rest:
         address = Address(principal.namespace, model, check_id(session))
         inputs = await self.inputs(address, asked, kind)
         self.check_examples(len(inputs.x))
-        answer = await self.sessions.step(address, inputs.x, inputs.mask, inputs.digest, asked.seq)
+        x, mask, policy = inputs.x, inputs.mask, asked.version_policy
+        answer = await self.sessions.step(address, x, mask, inputs.digest, asked.seq, policy=policy)
         outputs = wire.by_rank(answer.outputs, inputs.rank, asked.format)
         accepted = answer_type(headers, kind)
         return wire.encode({"outputs": outputs, "step": answer.step, "version": answer.version}, accepted), accepted

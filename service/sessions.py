@@ -85,6 +85,7 @@ class Sessions:
         digest: bytes,
         seq: int | None,
         deadline_s: float | None = None,
+        policy: str | None = None,
     ) -> "asyncio.Future[StepAnswer]":
         """Queue a step call; the future has its answer once it is committed.
 
@@ -96,13 +97,14 @@ class Sessions:
             mask: (N, T) bool, False: this example's state stays as it is at this step; None: all True.
             digest: 8 bytes that name the payload.
             seq: The number that the last step of the call shall have.
+            policy: What to do where the session's version is not served: pin, reset, replay; None: the server's.
 
         Raises:
             ModelNotFound, NotStreaming, QueueFull, Draining: refused at once. Other errors come through the future.
         """
         entry, deadline = self._enter(address, deadline_s)
         future: asyncio.Future[StepAnswer] = asyncio.get_running_loop().create_future()
-        self._queue(Step(entry, x, mask, digest, seq, deadline, future))
+        self._queue(Step(entry, x, mask, digest, seq, deadline, future, policy))
         return future
 
     def join(self, key: str, data: bytes, seq: int | None, waiter: Waiter) -> bool:
@@ -312,7 +314,7 @@ class Sessions:
             if served is None:
                 if not step.verified:
                     return None
-                served, record = self._moved(entry, record)
+                served, record = self._moved(entry, record, step.policy or self.settings.version_policy)
             entry.served, entry.batcher = served, self._track(served).batcher
         if step.features != served.n_features:  # the door looked at the live version
             raise ShapeMismatch(
@@ -360,9 +362,8 @@ class Sessions:
             return served
         return None
 
-    def _moved(self, entry: Entry, record: Record) -> tuple[Served, Record]:
+    def _moved(self, entry: Entry, record: Record, policy: str) -> tuple[Served, Record]:
         """What the version policy says of a session whose version is not served."""
-        policy = self.settings.version_policy
         live = self.repository.live(entry.address.model)
         if policy == "pin" or (policy == "replay" and not replayable(record, live)):
             raise self.version_mismatch(entry.address, record)

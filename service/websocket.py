@@ -451,7 +451,7 @@ class Connection:
             manifest = rest.repository.live(self._model).manifest
             inputs = wire.step_inputs(frame, asked.kind, manifest, rest.settings.steps_limit)
             rest.check_examples(len(inputs.x))
-            future = rest.sessions.step(asked.address, inputs.x, inputs.mask, inputs.digest, frame.seq)
+            future = self._queue(asked, inputs)
         except Exception as error:
             self._talk.finish(ticket, self._failed(asked, error))
             return
@@ -465,15 +465,17 @@ class Connection:
             return
         self._done(ticket, self._answer(asked, future.result()))
 
+    def _queue(self, asked: Asked, inputs: wire.Inputs) -> "asyncio.Future[StepAnswer]":
+        x, mask, frame = inputs.x, inputs.mask, asked.frame
+        return self._rest.sessions.step(asked.address, x, mask, inputs.digest, frame.seq, policy=frame.version_policy)
+
     async def _step_alone(self, asked: Asked) -> Answer:
         """A step whose inputs may be another version's than the live one's."""
         rest, frame = self._rest, asked.frame
         inputs = await rest.inputs(asked.address, frame, asked.kind)
         rest.check_examples(len(inputs.x))
         asked.rank = inputs.rank
-        return self._answer(
-            asked, await rest.sessions.step(asked.address, inputs.x, inputs.mask, inputs.digest, frame.seq)
-        )
+        return self._answer(asked, await self._queue(asked, inputs))
 
     def _answer(self, asked: Asked, made: StepAnswer) -> Answer:
         answer = {

@@ -32,6 +32,7 @@ State = dict[str, dict[str, npt.NDArray[Any]]]
 JSON: Final = "application/json"
 MSGPACK: Final = "application/msgpack"
 Format = Literal["NWC", "NCW"]
+Policy = Literal["pin", "reset", "replay"]
 Number = float | None
 Positive = Annotated[int, msgspec.Meta(ge=1, le=2**53)]
 Ttl = Annotated[float, msgspec.Meta(ge=0, le=2**31)]
@@ -45,6 +46,7 @@ class StepBody(msgspec.Struct, forbid_unknown_fields=True):
     mask: Any = None
     format: Format = "NWC"
     shape: list[int] | None = None
+    version_policy: Policy | None = None
 
 
 class BatchBody(msgspec.Struct, forbid_unknown_fields=True):

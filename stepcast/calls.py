@@ -182,10 +182,13 @@ class SessionCalls:
     def info(self) -> Steps[dict[str, Any]]:
         return (yield from exchange(Call("GET", self._path)))
 
-    def step(self, inputs: npt.ArrayLike, mask: npt.ArrayLike | None, layout: str) -> Steps[Answer]:
+    def step(
+        self, inputs: npt.ArrayLike, mask: npt.ArrayLike | None, layout: str, version_policy: str | None
+    ) -> Steps[Answer]:
         asked = codec.step_inputs(inputs, mask, layout)
+        fields = asked.fields if version_policy is None else {**asked.fields, "version_policy": version_policy}
         seq = (yield from self._taken()) + asked.steps
-        answer = codec.answer((yield from self._numbered("step", {**asked.fields, "seq": seq})))
+        answer = codec.answer((yield from self._numbered("step", {**fields, "seq": seq})))
         self._step = answer.step
         return answer
 

@@ -138,9 +138,15 @@ class Session:
         """Step, examples, version, size and times."""
         return self._client._run(self._calls.info())
 
-    def step(self, inputs: npt.ArrayLike, mask: npt.ArrayLike | None = None, layout: str = "NWC") -> Answer:
+    def step(
+        self,
+        inputs: npt.ArrayLike,
+        mask: npt.ArrayLike | None = None,
+        layout: str = "NWC",
+        version_policy: str | None = None,
+    ) -> Answer:
         """Advance by [F], [N,F] or [N,T,F] (rnnTimeStep); applied exactly once, however often it must be sent."""
-        return self._client._run(self._calls.step(inputs, mask, layout))
+        return self._client._run(self._calls.step(inputs, mask, layout, version_policy))
 
     def rollout(
         self,
@@ -303,9 +309,15 @@ class AsyncSession:
         """Step, examples, version, size and times."""
         return await self._client._run(self._calls.info())
 
-    async def step(self, inputs: npt.ArrayLike, mask: npt.ArrayLike | None = None, layout: str = "NWC") -> Answer:
+    async def step(
+        self,
+        inputs: npt.ArrayLike,
+        mask: npt.ArrayLike | None = None,
+        layout: str = "NWC",
+        version_policy: str | None = None,
+    ) -> Answer:
         """Advance by [F], [N,F] or [N,T,F] (rnnTimeStep); applied exactly once, however often it must be sent."""
-        return await self._client._run(self._calls.step(inputs, mask, layout))
+        return await self._client._run(self._calls.step(inputs, mask, layout, version_policy))
 
     async def rollout(
         self,

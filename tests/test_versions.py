@@ -17,6 +17,7 @@ from doors import WebSocketDoor
 from serving import MODELS, running
 
 from service.importer import import_onnx
+from stepcast.client import Client
 from stepcast.errors import ShapeMismatch
 from stepcast.manifest import GOLDEN_FILE, MANIFEST_FILE, read_manifest
 
@@ -231,6 +232,34 @@ def test_replay_is_refused_where_it_would_be_wrong(models: Path) -> None:
         client.delete(f"{MODEL}/versions/1", params={"force": "true"})
         for name, x in (("wide", [X[0], X[1]]), ("masked", X[0])):
             refused(client.post(f"{MODEL}/sessions/{name}/step", json={"inputs": x}), "state_version_mismatch")
+
+
+@pytest.mark.service
+def test_a_request_chooses_its_policy(models: Path) -> None:
+    """The server pins; a step that asks for it is reset or replayed, through HTTP, the WebSocket and the SDK."""
+    with serving(models, version_policy="pin", log_steps=50) as client:
+        for name in ("http", "socket", "sdk", "pinned"):
+            for x in X[:3]:
+                step(client, name, x)
+        goes_live(client, models, 2, "gru")
+        client.delete(f"{MODEL}/versions/1", params={"force": "true"})
+        url = str(client.base_url).rstrip("/")
+        refused(client.post(f"{MODEL}/sessions/pinned/step", json={"inputs": X[3]}), "state_version_mismatch")
+        unknown = client.post(f"{MODEL}/sessions/pinned/step", json={"inputs": X[3], "version_policy": "guess"})
+        refused(unknown, "invalid_request")
+        want = step(client, "fresh", [X[:4]])["outputs"][0][3]
+        replayed = step(client, "http", X[3], version_policy="replay", seq=4)
+        assert (replayed["step"], replayed["version"]) == (4, 2)
+        np.testing.assert_allclose(replayed["outputs"], want, rtol=1e-5, atol=1e-6)
+        socket = WebSocketDoor(url, "m", packed=False)
+        assert socket.call("step", "socket", inputs=X[3], version_policy="replay")["outputs"] == replayed["outputs"]
+        socket.close()
+        with Client(url) as sdk:
+            reset = sdk.session("m", "sdk").step(X[3], version_policy="reset")
+        assert (reset.step, reset.version) == (4, 2)
+        np.testing.assert_allclose(reset.outputs, step(client, "new", X[3])["outputs"], rtol=1e-5, atol=1e-6)
+        assert step(client, "http", X[4])["version"] == 2  # it has moved
+        refused(client.post(f"{MODEL}/sessions/pinned/step", json={"inputs": X[3]}), "state_version_mismatch")
 
 
 @pytest.mark.service
