@@ -6,8 +6,8 @@ from typing import Final
 
 from .calls import Address, Entry
 
-_ENTRY_BYTES: Final = 2400
-"""What a hot session with sixteen kept answers costs beside its record, measured (tests/footprint.py)."""
+_ENTRY_BYTES: Final = 800
+"""What a hot session costs beside its record, measured (tests/footprint.py)."""
 _LOOKS: Final = 1024
 """Sessions looked at in one go; keeps eviction short when all are busy or were used."""
 

@@ -20,7 +20,7 @@ from . import record as records
 from . import wire
 from .calls import Address, Floats
 from .ledger import CHANGE_TRIES, Edit, Overtaken, only_from
-from .record import Record
+from .record import DIGEST_BYTES, Record
 from .repository import Served
 from .states import States
 
@@ -182,7 +182,7 @@ def _last_outputs(record: Record, rows: int) -> Floats | None:
 
 def _digest(body: wire.RolloutBody, known: Floats) -> bytes:
     head = struct.pack("<Qdq", body.steps, body.temperature, -1 if body.seed is None else body.seed)
-    return blake2b(b"rollout" + head + known.tobytes(), digest_size=8).digest()
+    return blake2b(b"rollout" + head + known.tobytes(), digest_size=DIGEST_BYTES).digest()
 
 
 def _stored(record: Record, body: wire.RolloutBody, digest: bytes, address: Address) -> Free | None:

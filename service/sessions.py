@@ -95,7 +95,7 @@ class Sessions:
         Args:
             x: (N, T, F) float32, finite or NaN, checked against the model.
             mask: (N, T) bool, False: this example's state stays as it is at this step; None: all True.
-            digest: 8 bytes that name the payload.
+            digest: DIGEST_BYTES that name the payload.
             seq: The number that the last step of the call shall have.
             policy: What to do where the session's version is not served: pin, reset, replay; None: the server's.
 

@@ -16,7 +16,6 @@ from .record import DIGEST_BYTES, HAS_CHECKPOINTS, HEADER_BYTES, KEPT_ANSWER_BYT
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
-Digests = npt.NDArray[np.uint64]
 
 # The header as nine numbers of 64 bits: the first holds layout, flags, number of answers and examples.
 _ONE_EXAMPLE: Final = LAYOUT | RUN << 8 | 1 << 32
@@ -39,7 +38,7 @@ class Sheet:
     Attributes:
         before: The records' states (B, state_bytes), to be read.
         after: The next records' states, to be filled.
-        digests, outputs: Of the new kept answer, to be filled: (B,) and (B, output_bytes).
+        digests, outputs: Of the new kept answer, to be filled: (B, DIGEST_BYTES) and (B, output_bytes).
     """
 
     __slots__ = ("_new", "after", "before", "digests", "outputs", "rows")
@@ -61,7 +60,7 @@ class Sheet:
         self.rows = rows
         self.before = old[:, HEADER_BYTES:answers_at]
         self.after = new[:, HEADER_BYTES:answers_at]
-        self.digests: Digests = new[:, -entry : width_of(new) - output_bytes].view(np.uint64)[:, 0]
+        self.digests = new[:, -entry : width_of(new) - output_bytes]
         self.outputs = new[:, width_of(new) - output_bytes :]
 
     def records(self) -> list[bytes]:
@@ -107,27 +106,26 @@ def version(record: bytes) -> int:
 # --- digests --------------------------------------------------------------------------------------------------------
 
 
-def digests(x: Floats) -> Digests:
-    """Eight bytes per row that name the inputs (B, F) of a single step.
+def digests(x: Floats) -> Bytes:
+    """DIGEST_BYTES per row (B, F) that name the inputs of a single step.
 
-    A multilinear hash modulo 2**64 over the numbers' 32-bit words (Dietzfelbinger 1996; Lemire and Kaser 2014), with
-    odd keys: rows that differ in one number never collide. It tells payloads apart, it is no defence: whoever may step
-    a session gains nothing from a collision.
+    The upper bits of a multilinear hash modulo 2**64 over the numbers' 32-bit words (Dietzfelbinger 1996; Lemire and
+    Kaser 2014). It tells payloads apart, it is no defence: whoever may step a session gains nothing from a collision.
     """
     words = np.ascontiguousarray(x).view(np.uint32).astype(np.uint64)
-    named: Digests = words @ _keys(x.shape[1])
-    return named
+    named: Bytes = (words @ _keys(x.shape[1])).astype("<u8", copy=False).view(np.uint8).reshape(len(x), 8)
+    return named[:, -DIGEST_BYTES:]
 
 
 def digest(data: bytes) -> bytes:
     """The same of one row, given as bytes."""
-    return digests(np.frombuffer(data, np.float32)[None]).astype("<u8").tobytes()
+    return digests(np.frombuffer(data, np.float32)[None]).tobytes()
 
 
 @cache
-def _keys(count: int) -> Digests:
+def _keys(count: int) -> npt.NDArray[np.uint64]:
     """`count` odd numbers of splitmix64 (Steele, Lea and Flood 2014), started at 0."""
-    z = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    z: npt.NDArray[np.uint64] = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return (z ^ (z >> np.uint64(31))) | np.uint64(1)

@@ -24,6 +24,7 @@ from stepcast.errors import InvalidRequest, Malformed, NonFinite, ShapeMismatch,
 from stepcast.manifest import Manifest
 
 from . import sheet
+from .record import DIGEST_BYTES
 
 Floats = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
@@ -505,12 +506,12 @@ def _mask(value: Any, shape: tuple[int, ...], rank: int) -> Mask | None:
 
 
 def digest(x: Floats, mask: Mask | None) -> bytes:
-    """8 bytes that name a payload: of a single step as sheet.digest says, else BLAKE2b over shape, values and mask."""
+    """DIGEST_BYTES that name a payload: sheet.digest of a single step, else BLAKE2b over shape, values and mask."""
     if x.shape[:2] == (1, 1) and mask is None:
         return sheet.digest(x.tobytes())
     data = x.tobytes() if mask is None else x.tobytes() + mask.tobytes()
     data += struct.pack("<QQ", *x.shape[:2])
-    return blake2b(data, digest_size=8).digest()
+    return blake2b(data, digest_size=DIGEST_BYTES).digest()
 
 
 def state_arrays(given: dict[str, Any], manifest: Manifest) -> tuple[State, int]:

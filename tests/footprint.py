@@ -24,7 +24,7 @@ from make_models import Toy
 from redis_servers import RedisServer
 from serving import Process
 
-from service.record import ANSWER_BYTES, KEPT_ANSWERS, encode_answer, new_record
+from service.record import DIGEST_BYTES, KEPT_ANSWERS, encode_answer, new_record
 from service.runtime import Runtime
 from service.store import Write
 from service.store.urls import open_store
@@ -44,7 +44,7 @@ class Footprint:
 
     sessions: int
     state: int
-    answers: int
+    answers: int  # the outputs alone: what tells a retry counts as overhead
     record: int
     overhead: int  # record less state and kept answers
     redis_key: float  # MEMORY USAGE less the record
@@ -86,11 +86,11 @@ async def fill(url: str, runtime: Runtime, sessions: int) -> tuple[int, int, int
     def write(number: int) -> Write:
         state = numbers.normal(size=runtime.row_bytes // 4).astype(np.float32).tobytes()
         steps = range(STEPS - KEPT_ANSWERS + 1, STEPS + 1)
-        answers = tuple(encode_answer(step, numbers.bytes(8), 1, numbers.bytes(outputs)) for step in steps)
+        answers = tuple(encode_answer(step, numbers.bytes(DIGEST_BYTES), 1, numbers.bytes(outputs)) for step in steps)
         record = new_record(1, served, examples=1, state=state, step=STEPS)
         record = replace(record, answers=answers, revision=1 + STEPS)
         data = record.encode()
-        sizes.add((len(record.state), sum(map(len, record.answers)), len(data)))
+        sizes.add((len(record.state), KEPT_ANSWERS * outputs, len(data)))
         return Write(f"default/{NAME}/{session(number)}", None, data)
 
     for start in range(0, sessions, PER_CALL):
@@ -187,7 +187,7 @@ def used_memory(redis: RedisServer) -> int:
 def check(found: Footprint) -> None:
     """What is promised."""
     assert found.state == 2 * 2 * UNITS * 4
-    assert found.answers == KEPT_ANSWERS * (ANSWER_BYTES + 2 * 4)
+    assert found.answers == KEPT_ANSWERS * 2 * 4
     assert found.overhead <= 160
     assert found.redis_key < 200
     assert found.redis_all < 300
