@@ -9,9 +9,9 @@ assert networks.CELLS
 
 
 def test_speed_is_measured_and_threads_are_given_back() -> None:
-    """Quickly: three positive ratios; how large they are is the benchmark's affair."""
+    """Quickly: four positive ratios; how large they are is the benchmark's affair."""
     threads = torch.get_num_threads()
     ratios = compare(quick=True)
-    assert len(ratios) == 3
+    assert len(ratios) == 4
     assert all(ratio > 0 for ratio in ratios.values())
     assert torch.get_num_threads() == threads

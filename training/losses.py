@@ -96,7 +96,8 @@ class Loss(nn.Module):
             ConfigError: a mask per output for a loss that knows whole steps only.
         """
         if mask is None:
-            mask = torch.ones(target.shape[:2], dtype=torch.bool, device=target.device)
+            everything = target.numel() if self.name in MEAN_LOSSES else target.shape[:2].numel()
+            return self.entries(z, target).sum(), torch.tensor(everything, device=target.device)
         if mask.ndim == 3 and self.name in WHOLE_STEP_LOSSES:
             raise ConfigError(f"data: a mask per output, but loss {self.name} takes a step's outputs together")
         per_entry = (mask if mask.ndim == 3 else mask[..., None]).expand(target.shape)

@@ -36,6 +36,7 @@ class Observed(Layer):
         policies = np.repeat([f.missing for f in features], widths)
         indicators = np.repeat([f.indicator for f in features], widths)
         self.n_features = sum(widths)
+        self.normalises = bool((mean != 0).any() or (scale != 1).any())
         self.fills = any(f.missing != "refuse" or f.indicator for f in features)
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32), persistent=False)
         self.register_buffer("scale", torch.tensor(scale, dtype=torch.float32), persistent=False)
@@ -55,7 +56,7 @@ class Observed(Layer):
     def forward(self, x: Tensor, lengths: Tensor | None, state: LayerState) -> tuple[Tensor, LayerState]:
         if lengths is not None:  # whatever stands in the padding must not reach a gradient, not even as 0 * NaN
             x = torch.where(valid_steps(lengths, x.shape[1])[..., None], x, 0.0)
-        z = (x - self.mean) / self.scale  # (B, T, F)
+        z = (x - self.mean) / self.scale if self.normalises else x  # (B, T, F)
         if not self.fills:
             return z, state
         missing = torch.isnan(x)
