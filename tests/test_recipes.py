@@ -7,6 +7,7 @@ their whole test split, one step at a time. The slow ones run each recipe as it 
 import json
 import operator
 import re
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ pytestmark = pytest.mark.timeout(300)  # seconds on an idle machine, more where 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "training" / "recipes"
 FIGURE = re.compile(r"^# Reaches: (\w+) (>=|<=) ([\d.]+)", re.MULTILINE)
+MOST_PROCESSOR_S = 300  # of training, export and proof together: five minutes even on one core
 COMPARE: dict[str, Callable[[float, float], bool]] = {">=": operator.ge, "<=": operator.le}
 
 
@@ -79,7 +81,7 @@ QUICK = {
     ),
     "characters": (
         Figure("bits", "<=", 3.3),  # letters by their frequency alone take 4.6
-        ["training.epochs=1", "network.0.units=24", "network.1.units=64", "network.3.units=64", "training.threads=1"],
+        ["training.epochs=1", "network.0.units=24", "network.1.units=64", "network.2.units=64", "training.threads=1"],
     ),
 }
 
@@ -188,6 +190,10 @@ def test_numbered_files_are_trained_on_exported_and_reported(tmp_path: Path) -> 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("recipe", QUICK)
-def test_recipe_reaches_the_figure_it_states(tmp_path: Path, recipe: str) -> None:
-    """The recipe as it is, with nothing overridden."""
-    Figure.of(recipe).check(trained(recipe, tmp_path).provenance.metrics["test"])
+def test_recipe_reaches_the_figure_it_states_in_minutes(tmp_path: Path, recipe: str) -> None:
+    """The recipe as it is, with nothing overridden; its time is the processor's, which neighbours leave alone."""
+    started = time.process_time()
+    manifest = trained(recipe, tmp_path)
+    spent = time.process_time() - started
+    Figure.of(recipe).check(manifest.provenance.metrics["test"])
+    assert spent < MOST_PROCESSOR_S, f"{recipe} took {spent:.0f} s of processor time"
