@@ -309,10 +309,39 @@ def test_lstm_has_one_bias_that_learns_and_a_forget_bias() -> None:
     assert not layer.bias_hh.requires_grad
 
 
-GRADIENT_CASES = [c for c in CASES if not c.startswith(("lstm-", "dense-")) or c in ("lstm-stacked", "lstm-hardtanh")]
+def outputs_and_gradients(net: Network, x: Tensor, mask: Tensor | None, y: Tensor) -> list[Tensor]:
+    """Answers, final states, the summed loss, its count and the gradient of every weight."""
+    with torch.no_grad():
+        answer, state = net(x, mask)
+    z, base, _ = net.train_pass(x, mask, net.initial_state(x.shape[0]))
+    total, count = net.head.losses(z, base, y, mask)
+    gradients = torch.autograd.grad(total / count, [p for p in net.parameters() if p.requires_grad])
+    return [answer, *(t for layer in state.values() for t in layer.values()), total.detach(), count, *gradients]
 
 
-@pytest.mark.parametrize("case", GRADIENT_CASES)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("rubbish", [1e3, float("nan")])
+def test_values_under_a_mask_reach_nothing_in_any_layer(case: str, rubbish: float) -> None:
+    """Gaps, a late start, padding and an empty row: no output, state, loss or gradient moves by a bit."""
+    net, x, y = built(case), readings(CASES[case][1]), torch.randn(6, 7, 3)
+    mask = mask_of().clone()
+    mask[0, 2:4] = mask[1, 0] = False
+    clean = outputs_and_gradients(net, x, mask, y)
+    spoiled_x, spoiled_y = (torch.where(mask[..., None], values, rubbish) for values in (x, y))
+    spoiled = outputs_and_gradients(net, spoiled_x, mask, spoiled_y)
+    assert all(torch.isfinite(one).all() for one in clean)
+    assert all(torch.equal(one, other) for one, other in zip(clean, spoiled, strict=True))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_masks_of_ones_equal_no_masks_bit_for_bit_in_any_layer(case: str) -> None:
+    """Outputs, states, loss, count and gradients."""
+    net, x, y = built(case), readings(CASES[case][1]), torch.randn(6, 7, 3)
+    ones, none = (outputs_and_gradients(net, x, mask, y) for mask in (torch.ones(6, 7, dtype=torch.bool), None))
+    assert all(torch.equal(one, other) for one, other in zip(ones, none, strict=True))
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_gradients_equal_finite_differences_under_masks(case: str) -> None:
     """Along random directions of all weights and the input together, in float64, with gaps and rows of length 0."""
     layers, features = CASES[case]

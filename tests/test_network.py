@@ -10,11 +10,13 @@ from torch import Tensor
 
 from stepcast.errors import ConfigError
 from stepcast.manifest import Feature, Output
+from training.data.batch import Batch
 from training.layers.observed import hold
 from training.layers.specs import LstmSpec, RnnOutputSpec
-from training.losses import FORMULAS, Loss
+from training.losses import FORMULAS, WHOLE_STEP_LOSSES, Loss
 from training.masks import Packing
 from training.network import Network, detached, restarted
+from training.segments import cut
 
 LAYERS: list[dict[str, Any]] = [
     {"kind": "conv1d", "units": 4},
@@ -196,14 +198,18 @@ def test_restarted_zeroes_the_rows_that_start() -> None:
 # --- Truncated backpropagation -----------------------------------------------------------------------------------
 
 
-def manual_gradients(net: Network, x: Tensor, y: Tensor, segments: list[tuple[int, int, int]]) -> list[list[Tensor]]:
-    """The reference: one step at a time, detached by hand.
+def manual_gradients(
+    net: Network, x: Tensor, y: Tensor, segments: list[tuple[int, int, int]], mask: Tensor, y_mask: Tensor
+) -> list[list[Tensor]]:
+    """The reference: one step at a time, detached by hand; an absent step is a row of length 0.
 
     Args:
         net: Two recurrent layers below a dense one.
         x: (B, T, F).
         y: (B, T, O).
         segments: (start, the step gradients begin at, stop).
+        mask: (B, T), present steps.
+        y_mask: (B, T), steps whose label counts.
 
     Returns:
         The gradients of each segment.
@@ -215,37 +221,55 @@ def manual_gradients(net: Network, x: Tensor, y: Tensor, segments: list[tuple[in
         for t in range(start, stop):
             h = x[:, t : t + 1]
             for index, layer in enumerate(net.stack()):
-                h, after = layer(h, None, state.get(layer.name, {}))
+                h, after = layer(h, mask[:, t].long(), state.get(layer.name, {}))
                 if t < begin and index <= net.top:  # this step is a constant for all recurrent layers and below
                     h, after = h.detach(), {k: v.detach() for k, v in after.items()}
                 state = {**state, **({layer.name: after} if after else {})}
-            total = total + net.head.losses(net.head(h), None, y[:, t : t + 1], None)[0]
-        gradients.append(list(torch.autograd.grad(total / y[:, start:stop].numel(), leaves)))
-    return gradients
-
-
-def segment_gradients(net: Network, x: Tensor, y: Tensor, forward: int, backward: int | None) -> list[list[Tensor]]:
-    state, gradients = net.initial_state(x.shape[0]), []
-    leaves = [p for p in net.parameters() if p.requires_grad]
-    for start in range(0, x.shape[1], forward):
-        part = slice(start, start + forward)
-        z, base, state = net.train_pass(x[:, part], None, detached(state), backward)
-        total, count = net.head.losses(z, base, y[:, part], None)
+            total = total + net.head.losses(net.head(h), None, y[:, t : t + 1], y_mask[:, t : t + 1])[0]
+        count = y_mask[:, start:stop].sum() * y.shape[2]
         gradients.append(list(torch.autograd.grad(total / count, leaves)))
     return gradients
 
 
+def segment_gradients(net: Network, batch: Batch, forward: int, backward: int | None) -> list[list[Tensor]]:
+    state, gradients = net.initial_state(batch.x.shape[0]), []
+    leaves = [p for p in net.parameters() if p.requires_grad]
+    for part in cut(batch, forward):
+        z, base, state = net.train_pass(part.x, part.x_mask, detached(state), backward)
+        total, count = net.head.losses(z, base, part.y, part.y_mask)
+        gradients.append(list(torch.autograd.grad(total / count, leaves)))
+    return gradients
+
+
+# Ten steps: full, ended early, begun late, with gaps, of one step; each segment of three or four has labels.
+RAGGED = torch.tensor(
+    [
+        [1, 1, 1, 1, 1, 1, 1, 1, 1, 1],
+        [1, 1, 1, 1, 1, 0, 0, 0, 0, 0],
+        [0, 0, 0, 0, 0, 0, 1, 1, 1, 1],
+        [1, 0, 0, 1, 0, 1, 1, 0, 0, 1],
+        [0, 0, 1, 0, 0, 0, 0, 0, 0, 0],
+    ],
+    dtype=torch.bool,
+)
+LABELLED = RAGGED & torch.tensor([[1, 0, 1, 1, 0, 1, 1, 1, 0, 1]], dtype=torch.bool)
+
+
 @pytest.mark.parametrize(("forward", "backward"), [(10, None), (10, 10), (4, 4), (4, 2), (3, 1), (10, 3), (25, None)])
-@pytest.mark.parametrize("cell", ["lstm", "graves_lstm"])
-def test_tbptt_gradients_equal_the_hand_unrolled_reference(cell: str, forward: int, backward: int | None) -> None:
+@pytest.mark.parametrize("cells", [("lstm", "gru"), ("graves_lstm", "simple_rnn")], ids="-".join)
+@pytest.mark.parametrize("masked", [False, True], ids=["full", "ragged"])
+def test_tbptt_gradients_equal_the_hand_unrolled_reference(
+    cells: tuple[str, str], forward: int, backward: int | None, masked: bool
+) -> None:
     """Segments of 4, 4 and 2: recurrent layers learn from a segment's last steps only, the dense one from all."""
-    net = network([{"kind": cell, "units": 4}, {"kind": "gru", "units": 3}, {"kind": "dense", "units": 3}, OUT])
-    x, y = readings(plain(), rows=3, steps=10), torch.randn(3, 10, 3)
+    net = network([*({"kind": cell, "units": 4} for cell in cells), {"kind": "dense", "units": 3}, OUT])
+    x, y = readings(plain(), rows=5, steps=10), torch.randn(5, 10, 3)
+    mask, y_mask = (RAGGED, LABELLED) if masked else (torch.ones_like(RAGGED), torch.ones_like(RAGGED))
     stops = [min(start + forward, 10) for start in range(0, 10, forward)]
     starts = range(0, 10, forward)
     spans = [(a, a if backward is None else max(a, b - backward), b) for a, b in zip(starts, stops, strict=True)]
-    expected = manual_gradients(net, x, y, spans)
-    got = segment_gradients(net, x, y, forward, backward)
+    expected = manual_gradients(net, x, y, spans, mask, y_mask)
+    got = segment_gradients(net, Batch(x, y, *((mask, y_mask) if masked else ())), forward, backward)
     assert len(got) == len(expected) == -(-10 // forward)
     for one, other in zip(got, expected, strict=True):
         for a, b in zip(one, other, strict=True):
@@ -258,9 +282,9 @@ def test_one_segment_over_all_equals_full_backpropagation() -> None:
     x, y = readings(plain()), torch.randn(6, 7, 3)
     _, full = loss_and_gradients(net, x, None, y)
     for forward in (7, 20):
-        (got,) = segment_gradients(net, x, y, forward, None)
+        (got,) = segment_gradients(net, Batch(x, y), forward, None)
         assert all(torch.equal(a, b) for a, b in zip(got, full, strict=True))
-    truncated = segment_gradients(net, x, y, 7, 2)[0]
+    truncated = segment_gradients(net, Batch(x, y), 7, 2)[0]
     assert not all(torch.allclose(a, b) for a, b in zip(truncated, full, strict=True))
 
 
@@ -306,6 +330,42 @@ def test_every_loss_formula_is_checked_by_value() -> None:
     """The table above is complete."""
     table = test_loss_is_the_published_formula.pytestmark[0].args[1]  # type: ignore[attr-defined]
     assert {row[0] for row in table} == set(FORMULAS)
+
+
+SQUASHED = ("mcxent", "xent", "kl_divergence", "poisson", "msle")  # these want outputs above 0
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+@pytest.mark.parametrize("per_output", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_loss_gradient_equals_finite_differences_under_masks(name: str, per_output: bool, fused: bool) -> None:
+    """Every loss, with the activations it is used with: exact where it counts, exactly 0 under the mask."""
+    if per_output and name in WHOLE_STEP_LOSSES:
+        pytest.raises(ConfigError, Loss(name, "softmax"), VALUES, TARGETS, torch.ones(1, 2, 3, dtype=torch.bool))
+        return
+    activation = {True: "softmax" if name == "mcxent" else "sigmoid", False: "softplus" if name in SQUASHED else "tanh"}
+    random = torch.Generator().manual_seed(7)
+    z = torch.randn(4, 5, 3, dtype=torch.float64, generator=random)
+    target = torch.rand(4, 5, 3, dtype=torch.float64, generator=random) + 0.1
+    if "hinge" in name:
+        target = (target - 0.6).sign()
+    if name in ("mcxent", "xent", "kl_divergence"):
+        target = target / 2
+    mask = torch.rand((4, 5, 3) if per_output else (4, 5), generator=random) < 0.6
+    wide = mask.view(4, 5, -1).expand(4, 5, 3)
+    if name == "xent" and not fused:
+        activation[False] = "hardsigmoid"
+    loss = Loss(name, activation[fused], [1.0, 0.5, 2.0])
+
+    def value(z: Tensor) -> Tensor:
+        total, count = loss(z, torch.where(wide, target, torch.nan), mask)
+        return total / count
+
+    z.requires_grad_()
+    assert torch.autograd.gradcheck(value, z)
+    (gradient,) = torch.autograd.grad(value(z), z)
+    assert torch.equal(gradient[~wide], torch.zeros_like(gradient[~wide]))
+    assert gradient[wide].abs().max() > 0
 
 
 @pytest.mark.parametrize(("name", "activation"), [("mcxent", "softmax"), ("xent", "sigmoid")])

@@ -27,6 +27,11 @@ def _log(p: Tensor) -> Tensor:
     return p.clamp(min=TINY).log()
 
 
+def _sum(entries: Tensor) -> Tensor:
+    """The sum in one order, however the entries lie in memory: masks of ones have to give the bits of none."""
+    return entries.contiguous().sum()
+
+
 def _cosine(p: Tensor, t: Tensor) -> Tensor:
     p, t = (F.normalize(v, dim=-1, eps=TINY) for v in (p, t))
     return -p * t
@@ -97,12 +102,12 @@ class Loss(nn.Module):
         """
         if mask is None:
             everything = target.numel() if self.name in MEAN_LOSSES else target.shape[:2].numel()
-            return self.entries(z, target).sum(), torch.tensor(everything, device=target.device)
+            return _sum(self.entries(z, target)), torch.tensor(everything, device=target.device)
         if mask.ndim == 3 and self.name in WHOLE_STEP_LOSSES:
             raise ConfigError(f"data: a mask per output, but loss {self.name} takes a step's outputs together")
         per_entry = (mask if mask.ndim == 3 else mask[..., None]).expand(target.shape)
         # `where` on the way in as well: 0 * NaN would come back through the gradient. 1 is harmless in every formula.
         clean = torch.where(per_entry, target, 1.0)
-        total = torch.where(per_entry, self.entries(z, clean), 0.0).sum()
+        total = _sum(torch.where(per_entry, self.entries(z, clean), 0.0))
         counted = per_entry if self.name in MEAN_LOSSES else per_entry.any(dim=2)
         return total, counted.sum()
