@@ -341,7 +341,8 @@ SQUASHED = ("mcxent", "xent", "kl_divergence", "poisson", "msle")  # these want 
 def test_loss_gradient_equals_finite_differences_under_masks(name: str, per_output: bool, fused: bool) -> None:
     """Every loss, with the activations it is used with: exact where it counts, exactly 0 under the mask."""
     if per_output and name in WHOLE_STEP_LOSSES:
-        pytest.raises(ConfigError, Loss(name, "softmax"), VALUES, TARGETS, torch.ones(1, 2, 3, dtype=torch.bool))
+        with pytest.raises(ConfigError, match="mask per output"):
+            Loss(name, "softmax")(VALUES, TARGETS, torch.ones(1, 2, 3, dtype=torch.bool))
         return
     activation = {True: "softmax" if name == "mcxent" else "sigmoid", False: "softplus" if name in SQUASHED else "tanh"}
     random = torch.Generator().manual_seed(7)
@@ -381,7 +382,7 @@ def test_fused_cross_entropy_equals_its_formula_and_survives_extremes(name: str,
 
 
 def test_mask_per_output_counts_entries_and_weights_weigh() -> None:
-    """Two of three outputs of one step; an unmasked label of zeros still trains, as in DL4J."""
+    """Two of three outputs of one step."""
     mask = torch.tensor([[[True, False, True], [False, False, False]]])
     total, count = Loss("mse", "identity", [1.0, 100.0, 2.0])(VALUES, TARGETS, mask)
     assert (float(total), int(count)) == (1 + 2 * 4, 2)
@@ -389,7 +390,11 @@ def test_mask_per_output_counts_entries_and_weights_weigh() -> None:
     assert (float(total), int(count)) == (1 + 4, 1)
 
 
-def test_mask_per_output_is_refused_where_outputs_belong_together() -> None:
-    """Softmax over classes has no class alone."""
-    with pytest.raises(ConfigError, match="mask per output"):
-        Loss("mcxent", "softmax")(VALUES, ONE_HOT, torch.ones(1, 2, 3, dtype=torch.bool))
+def test_class_label_of_zeros_says_nothing() -> None:
+    """DL4J's gradient there is p, towards no class at all; here such a step has no loss and no gradient."""
+    z = torch.randn(1, 2, 3, requires_grad=True)
+    total, count = Loss("mcxent", "softmax")(z, torch.tensor([[[0.0, 0, 0], [0, 1, 0]]]), None)
+    (gradient,) = torch.autograd.grad(total, z)
+    assert int(count) == 2
+    assert not gradient[0, 0].any()
+    torch.testing.assert_close(gradient[0, 1], torch.softmax(z[0, 1], -1) - torch.tensor([0.0, 1, 0]))

@@ -3,7 +3,7 @@
 import json
 import math
 import os
-import socket
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -89,7 +89,8 @@ def test_segments_without_labels_are_passed_over_with_their_state() -> None:
     assert fit(source, **config)[1].updates == 3  # one for each batch, not five
     net = echo_network()
     trainer = Trainer(net, source, training(**config))
-    (batch,) = list(trainer._batches("validation", 0))
+    ((batch, rows),) = list(trainer._batches("validation", 0))
+    assert rows == 4
     segments = list(cut(batch, 2))
     state = net.initial_state(4)
     for segment in segments[:-1]:
@@ -157,6 +158,58 @@ def test_broken_checkpoint_is_refused(tmp_path: Path) -> None:
         fit(echo_source(), tmp_path, resume=True)
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"layers": [{"kind": "lstm", "units": 9}, OUT]}, "size mismatch"),
+        ({"layers": [{"kind": "graves_lstm", "units": 8}, OUT]}, "Missing key"),
+        ({"optimiser": "sgd"}, "optimiser adam, not sgd"),
+    ],
+)
+def test_checkpoint_of_another_configuration_is_refused(tmp_path: Path, change: dict[str, Any], reason: str) -> None:
+    """In one line that says what does not fit; nothing is trained on top of it."""
+    fit(echo_source(), tmp_path, epochs=1)
+    with pytest.raises(ConfigError, match=rf"last\.pt: is of another configuration \(.*{reason}"):
+        fit(echo_source(), tmp_path, epochs=2, resume=True, **change)
+
+
+SHORT = ["data.options.train=2", "data.options.validation=1", "data.options.test=1", "training.schedule=constant"]
+
+
+def command(verb: str, directory: Path, *more: str) -> tuple[int, Path]:
+    """A command on a small version of the control charts; its exit code, and where checkpoints are."""
+    recipe = Path(__file__).parents[1] / "training" / "recipes" / "control_charts.yaml"
+    sets = [word for setting in (*SHORT, *(m for m in more if "=" in m)) for word in ("--set", setting)]
+    flags = [flag for flag in more if flag.startswith("--")]
+    places = ["--out", str(directory / "models"), "--runs", str(directory / "runs")]
+    return main([verb, str(recipe), *sets, *places, *flags]), directory / "runs" / "control_charts"
+
+
+def test_resume_from_the_command_line_exports_the_same_bytes(tmp_path: Path) -> None:
+    """Two epochs and two more give the graph, the golden rows and the checkpoint of four in a row."""
+    threads = torch.get_num_threads()
+    assert command("train", tmp_path / "a", "training.epochs=4")[0] == 0
+    assert command("train", tmp_path / "b", "training.epochs=2")[0] == 0
+    code, runs = command("train", tmp_path / "b", "training.epochs=4", "--resume", "--tensorboard")
+    assert code == 0
+    assert list((runs / "tensorboard").iterdir())
+    made = [tmp_path / who / "models" / "control_charts" / version for who, version in (("a", "1"), ("b", "2"))]
+    assert made[0].joinpath("model.onnx").read_bytes() == made[1].joinpath("model.onnx").read_bytes()
+    golden = [np.load(one / "golden.npz") for one in made]
+    assert all(np.array_equal(golden[0][key], golden[1][key]) for key in golden[0].files)
+    torch.set_num_threads(threads)
+
+
+def test_export_refuses_weights_of_another_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit code 2 and one line; no model directory appears."""
+    threads = torch.get_num_threads()
+    assert command("train", tmp_path, "training.epochs=1", "network.0.units=4")[0] == 0
+    assert command("export", tmp_path, "network.0.units=5")[0] == 2
+    assert re.search(r"ConfigError: .*best\.pt: is of another configuration", capsys.readouterr().err)
+    assert [path.name for path in (tmp_path / "models" / "control_charts").iterdir()] == ["1"]
+    torch.set_num_threads(threads)
+
+
 def test_early_stopping_keeps_the_best_weights(tmp_path: Path) -> None:
     """A learning rate that ruins everything: patience ends the run, and the weights are the best epoch's."""
     net, history = fit(echo_source(), epochs=50, optimiser="sgd", learning_rate=3.0, patience=2)
@@ -204,6 +257,35 @@ def test_labels_without_a_mask_count_where_the_input_is() -> None:
         Batch(torch.zeros(1, 2, 1), torch.zeros(1, 2, 1), mask), fillable=torch.tensor([False]), summary=False
     )
     assert settled.y_mask is mask
+
+
+@pytest.mark.parametrize("loss", ["mse", "l2", "mcxent"])
+def test_update_divides_by_examples_where_that_is_asked_for(loss: str) -> None:
+    """DL4J: the sum over steps divided by the rows, however many steps of them count; mse by the outputs as well."""
+    x = [np.full((steps, 1), 0.5, np.float32) for steps in (5, 2, 1, 4)]
+    y = [np.eye(2, dtype=np.float32)[np.arange(len(one)) % 2] for one in x]
+    source = InMemory(
+        splits={"train": Examples(x, y)},
+        features=(Feature(name="x"),),
+        outputs=(Output(name="a"), Output(name="b")),
+        task="classification" if loss == "mcxent" else "regression",
+        batch=4,
+        seed=0,
+        classes=("a", "b") if loss == "mcxent" else None,
+        alignment="start",
+    )
+    moved = []
+    for average in ("unmasked", "examples"):
+        layers = [{"kind": "lstm", "units": 3}, {**OUT, "loss": loss}]
+        net = network(layers, source.features, outputs=2, classification=loss == "mcxent")
+        before = weights(net)
+        config = training(optimiser="sgd", momentum=0.0, learning_rate=0.1, average=average)
+        Trainer(net, source, config).epoch(0, Progress.silent())
+        moved.append([after - was for after, was in zip(weights(net), before, strict=True)])
+    steps, rows = 12, 4
+    for per_step, per_row in zip(*moved, strict=True):
+        torch.testing.assert_close(per_row, per_step * steps / rows, rtol=1e-3, atol=1e-6)
+    assert max(float(one.abs().max()) for one in moved[1]) > 1e-2
 
 
 @dataclass(frozen=True)
@@ -427,39 +509,52 @@ import json, sys
 import torch
 sys.path[:0] = [{root!r}, {tests!r}]
 from networks import echo_source, training
-from test_train import echo_network
+from test_train import echo_network, ragged_source
 from training.parallel import join, leave
 from training.train import Trainer
 world = join("cpu")
-config = training(epochs=3, backprop="truncated", tbptt_forward=4, gradient="clip_global_norm", l2=0.001)
-history = Trainer(echo_network(), echo_source(sequences=9), config, world=world, seed=3).fit()
+history = Trainer(echo_network(), ragged_source(), training(**SETTINGS), world=world, seed=3).fit()
 if world.leads:
     print("LOSSES" + json.dumps([world.size, history.losses, history.updates]))
 leave()
 """
+TOGETHER: dict[str, Any] = {
+    "epochs": 3,
+    "backprop": "truncated",
+    "tbptt_forward": 4,
+    "tbptt_backward": 3,
+    "gradient": "clip_global_norm",
+    "l2": 0.001,
+}
 
 
-def test_two_processes_equal_one_with_the_double_batch() -> None:
-    """torchrun with gloo: each process takes half the rows; nine sequences, so the last batch has a single one."""
+def ragged_source() -> InMemory:
+    """Nine sequences, so that the last batch has a single one; some end early and some labels are missing."""
+    source = echo_source(sequences=9)
+    examples = source.splits["train"]
+    ends = [10, 3, 10, 7, 1, 10, 5, 10, 10]
+    x = [one[:end] for one, end in zip(examples.x, ends, strict=True)]
+    y = [one[:end].copy() for one, end in zip(examples.y, ends, strict=True)]
+    y[0][4:] = y[3][:5] = np.nan
+    return replace(source, splits={**source.splits, "train": Examples(x, y)})
+
+
+@pytest.mark.parametrize("average", ["unmasked", "examples"])
+def test_torchrun_of_two_processes_equals_one_with_the_double_batch(tmp_path: Path, average: str) -> None:
+    """gloo on one machine: each process takes half the rows of every batch, and the losses are those of one."""
     root = Path(__file__).parents[1]
-    script = PROCESS.format(root=str(root), tests=str(root / "tests"))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    environment |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", script], env={**environment, "RANK": str(rank)}, stdout=subprocess.PIPE, text=True
-        )
-        for rank in range(2)
-    ]
-    outputs = [process.communicate(timeout=100)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
-    (line,) = [one for one in outputs[0].splitlines() if one.startswith("LOSSES")]
+    together = {**TOGETHER, "average": average}
+    script = PROCESS.format(root=str(root), tests=str(root / "tests")).replace("SETTINGS", repr(together))
+    (tmp_path / "run.py").write_text(script)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    ran = subprocess.run(
+        [*torchrun, str(tmp_path / "run.py")], env=environment, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    (line,) = [one for one in ran.stdout.splitlines() if one.startswith("LOSSES")]
     size, losses, updates = json.loads(line.removeprefix("LOSSES"))
-    config = {"epochs": 3, "backprop": "truncated", "tbptt_forward": 4, "gradient": "clip_global_norm", "l2": 0.001}
-    alone = fit(echo_source(sequences=9), **config)[1]
+    alone = fit(ragged_source(), **together)[1]
     assert (size, updates) == (2, alone.updates)
     for (a, b), (c, d) in zip(losses, alone.losses, strict=True):
         assert a == pytest.approx(c, abs=1e-5)

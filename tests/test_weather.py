@@ -1,5 +1,6 @@
 """The weather recipe: what the committed model is worth, and the whole command from nothing."""
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from networks import CELLS
 
+from service.runtime import Runtime
 from stepcast.manifest import read_manifest
 from training.__main__ import main
 from training.config import load
@@ -102,6 +104,22 @@ def test_train_export_and_evaluate_from_the_command_line(tmp_path: Path, capsys:
     assert main(["evaluate", str(RECIPE), *places, *short, "--report", str(tmp_path / "report")]) == 0
     assert (tmp_path / "report" / "metrics.json").exists()
     torch.set_num_threads(threads)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_recipe_reaches_the_figure_it_states(tmp_path: Path) -> None:
+    """The recipe as it is: temperature at most 0.87 and all targets on average 0.91 of persistence, in minutes."""
+    assert "# Reaches: ratio <= 0.91" in RECIPE.read_text()
+    started, threads = time.process_time(), torch.get_num_threads()
+    assert main(["train", str(RECIPE), "--out", str(tmp_path / "models"), "--runs", str(tmp_path / "runs")]) == 0
+    torch.set_num_threads(threads)
+    assert time.process_time() - started < 300
+    directory = tmp_path / "models" / "weather" / "1"
+    ahead = read_manifest(directory).provenance.metrics["skill"]["1 ahead"]
+    assert ahead["temp"]["ratio"] <= 0.87
+    assert np.mean([ahead[target]["ratio"] for target in TARGETS]) <= 0.91
+    Runtime(directory, device="cpu").prove()
 
 
 def test_wrong_configuration_is_an_exit_code_and_one_line(capsys: pytest.CaptureFixture[str]) -> None:

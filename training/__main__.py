@@ -13,11 +13,12 @@ from rich.console import Console
 from stepcast.errors import ConfigError, ManifestError
 from stepcast.manifest import Manifest, read_manifest
 
+from .checkpoint import BEST_FILE, load_weights
 from .config import Config, load
 from .data.source import Source
 from .data.table import TableSource
 from .evaluate import answers, evaluate
-from .export import describe, load_weights, next_version, publish, stage, state_tensors
+from .export import describe, next_version, publish, stage, state_tensors
 from .network import Network
 from .parallel import join, leading, leave
 from .progress import Progress
@@ -111,7 +112,7 @@ def train(job: Job) -> int:
 def export(job: Job) -> int:
     """Export the best weights of an earlier run."""
     network = Network.of(job.config.network, job.source)
-    path = job.run_directory / "best.pt"
+    path = job.run_directory / BEST_FILE
     if not path.exists():
         raise ConfigError(f"{path}: no such file. Train first.")
     load_weights(network, path)

@@ -1,11 +1,14 @@
 """A training run at rest: everything that makes a resumed run equal to an unbroken one, bit for bit on a CPU."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from torch import nn
 
 from stepcast.errors import ConfigError
 
@@ -32,9 +35,34 @@ def load_checkpoint(directory: Path, device: torch.device) -> dict[str, Any] | N
     Tensors and plain values only are read (`weights_only`): a checkpoint from elsewhere runs no code here.
     """
     path = directory / LAST_FILE
-    if not path.exists():
-        return None
+    return _read(path, device) if path.exists() else None  # type: ignore[no-any-return]
+
+
+def load_weights(network: nn.Module, path: Path) -> None:
+    """Take the weights of a best.pt.
+
+    Raises:
+        ConfigError: it is no checkpoint, or one of another network.
+    """
+    saved = _read(path, torch.device("cpu"))
+    with fitting(path):
+        network.load_state_dict(saved)
+
+
+def _read(path: Path, device: torch.device) -> Any:
     try:
-        return torch.load(path, map_location=device, weights_only=True)  # type: ignore[no-any-return]
+        return torch.load(path, map_location=device, weights_only=True)
     except (RuntimeError, EOFError, OSError, UnpicklingError) as error:
         raise ConfigError(f"{path}: not a checkpoint ({str(error).splitlines()[0]})") from error
+
+
+@contextmanager
+def fitting(path: Path) -> Iterator[None]:
+    """What is taken from a checkpoint has to fit: another network, optimiser or version left something else there."""
+    try:
+        yield
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"{path}: is of another configuration ({reason}). Go back to that one, or train anew."
+        ) from error

@@ -45,6 +45,9 @@ class TrainingConfig(_Strict):
         "renormalize_l2_per_parameter",
     ] = "none"
     gradient_threshold: float = Field(default=1.0, gt=0)
+    average: Literal["unmasked", "examples"] = Field(
+        default="unmasked", description="what an update's summed loss is divided by; examples is DL4J's rule"
+    )
     epochs: int = Field(default=10, ge=1)
     batch: int = Field(default=32, ge=1, description="rows per update, over all processes together")
     patience: int | None = Field(default=None, ge=1, description="epochs without a better validation loss, then stop")

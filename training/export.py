@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import torch
 
 from stepcast.errors import ManifestError
 from stepcast.manifest import (
@@ -166,8 +165,3 @@ def _compare(what: str, got: Floats, wanted: Floats, tolerance: Tolerance) -> No
             f"{what}: onnxruntime and torch differ by up to {worst:.3g}, allowed are rtol {tolerance.rtol:g}, "
             f"atol {tolerance.atol:g}. Nothing was exported."
         )
-
-
-def load_weights(network: Network, path: Path) -> None:
-    """Take the weights of a checkpoint's best.pt."""
-    network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))

@@ -1,7 +1,7 @@
 """Losses by DL4J's names, masked: a sum and a count, kept apart until the whole batch (of all processes) is known.
 
 Where DL4J divides by the number of examples, the average here is over what is unmasked: a batch with few labels has
-the same weight per label as one with many. docs/models.md has both rules side by side.
+the same weight per label as one with many. docs/models.md has both rules side by side, and `training.average` chooses.
 """
 
 from collections.abc import Callable, Sequence
@@ -79,6 +79,10 @@ class Loss(nn.Module):
         self.name, self.activation = ALIASES.get(name, name), activation
         self.register_buffer("weights", None if weights is None else torch.tensor(weights), persistent=False)
 
+    def parts(self, outputs: int) -> int:
+        """By how many the sum over a step's outputs is divided: all of them, or 1 where a loss sums."""
+        return outputs if self.name in MEAN_LOSSES else 1
+
     def entries(self, z: Tensor, target: Tensor) -> Tensor:
         """Loss of every entry (B, T, O) for the values `z` before the activation."""
         if self.name == "mcxent" and self.activation == "softmax":
@@ -101,7 +105,7 @@ class Loss(nn.Module):
             ConfigError: a mask per output for a loss that knows whole steps only.
         """
         if mask is None:
-            everything = target.numel() if self.name in MEAN_LOSSES else target.shape[:2].numel()
+            everything = target.shape[:2].numel() * self.parts(target.shape[2])
             return _sum(self.entries(z, target)), torch.tensor(everything, device=target.device)
         if mask.ndim == 3 and self.name in WHOLE_STEP_LOSSES:
             raise ConfigError(f"data: a mask per output, but loss {self.name} takes a step's outputs together")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from stepcast.errors import ConfigError
 
-from .checkpoint import load_checkpoint, save_checkpoint
+from .checkpoint import LAST_FILE, fitting, load_checkpoint, save_checkpoint
 from .config import TrainingConfig
 from .data.batch import Batch
 from .data.source import Source, Split
@@ -112,11 +112,11 @@ class Trainer:
         for group in self.optimiser.param_groups:
             group["lr"] = config.learning_rate * rate_factor(config, epoch)
         losses, state = Mean(self.world.device), None
-        for batch in self._batches("train", epoch):
+        for batch, rows in self._batches("train", epoch):
             state = self._opening_state(batch, state)
             for segment in cut(batch, config.tbptt_forward if config.backprop == "truncated" else batch.x.shape[1]):
                 if self.world.sum(torch.tensor(int(labelled(segment)))):
-                    state = self._update(segment, state, losses)
+                    state = self._update(segment, rows, state, losses)
                 else:  # nothing to learn here, but the state has to get past it
                     state = self._advance(segment, state)
                 progress.segment(epoch)
@@ -124,14 +124,24 @@ class Trainer:
             raise ConfigError("data: no label in the training split is unmasked, nothing can be learned from it")
         return losses.value
 
-    def _update(self, segment: Batch, state: State, losses: "Mean") -> State:
-        """One segment, one step of the optimiser. Returns the state as constants."""
+    def _update(self, segment: Batch, rows: int, state: State, losses: "Mean") -> State:
+        """One segment, one step of the optimiser. Returns the state as constants.
+
+        Args:
+            segment: This process's rows.
+            rows: Of all processes.
+            state: Before the segment.
+            losses: Takes the segment's loss in.
+        """
         self.optimiser.zero_grad(set_to_none=True)
         with self._autocast():
             total, count, state = self.objective(segment, state, self.config.tbptt_backward)
         everywhere = self.world.sum(count)
+        divisor = everywhere
+        if self.config.average == "examples":
+            divisor = torch.full_like(everywhere, rows * self.network.head.loss.parts(segment.y.shape[2]))
         # The mean over all processes: their gradients are averaged, so each one's share is taken `size` times.
-        self.scaler.scale(total * self.world.size / everywhere).backward()
+        self.scaler.scale(total * self.world.size / divisor).backward()
         self.scaler.unscale_(self.optimiser)
         normalise_gradients(self.network, self.config)
         penalise(self.network, self.config)
@@ -150,7 +160,7 @@ class Trainer:
         """Mean loss over a split, each sequence from its beginning; None if the split is empty."""
         self.network.eval()
         losses, state = Mean(self.world.device), None
-        for batch in self._batches(split, 0):
+        for batch, _ in self._batches(split, 0):
             state = self._opening_state(batch, state)
             whole = not self.network.streaming or self.network.summary
             for block in cut(batch, batch.x.shape[1] if whole else VALIDATION_BLOCK):
@@ -160,13 +170,14 @@ class Trainer:
                 losses.add(self.world.sum(total), self.world.sum(count))
         return losses.value if losses.count else None
 
-    def _batches(self, split: Split, epoch: int) -> Iterator[Batch]:
+    def _batches(self, split: Split, epoch: int) -> Iterator[tuple[Batch, int]]:
+        """This process's rows of each batch, ready to run, and how many rows all processes have of it."""
         reader = self.network.reads_tokens
         for batch in self.source.batches(split, epoch):
             if reader:  # before rows are shared out, so that all processes stop, not one
                 check_tokens(batch, vocabulary=reader.vocabulary, feature=self.source.features[0])
             mine = to_device(self.world.share(batch), self.world.device)
-            yield settle(mine, fillable=self.fillable, summary=self.network.summary)
+            yield settle(mine, fillable=self.fillable, summary=self.network.summary), batch.x.shape[0]
 
     def _opening_state(self, batch: Batch, state: State | None) -> State:
         """Fresh state for rows that start a sequence, the old one for lanes that go on."""
@@ -200,6 +211,7 @@ class Trainer:
         return {
             "network": self.network.state_dict(),
             "best": self.best_weights,
+            "kind": self.config.optimiser,
             "optimiser": self.optimiser.state_dict(),
             "scaler": self.scaler.state_dict(),
             "history": asdict(self.history),
@@ -209,11 +221,14 @@ class Trainer:
         saved = load_checkpoint(directory, self.world.device)
         if saved is None:
             return
-        self.network.load_state_dict(saved["network"])
-        self.best_weights = saved["best"]
-        self.optimiser.load_state_dict(saved["optimiser"])
-        self.scaler.load_state_dict(saved["scaler"])
-        self.history = History(**saved["history"])
+        with fitting(directory / LAST_FILE):
+            if saved["kind"] != self.config.optimiser:
+                raise ValueError(f"optimiser {saved['kind']}, not {self.config.optimiser}")
+            self.network.load_state_dict(saved["network"])
+            self.best_weights = saved["best"]
+            self.optimiser.load_state_dict(saved["optimiser"])
+            self.scaler.load_state_dict(saved["scaler"])
+            self.history = History(**saved["history"])
 
     def _take_best(self) -> None:
         if self.history.best_epoch >= 0:
