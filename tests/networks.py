@@ -1,6 +1,7 @@
 """Small networks and sequences for the tests of training."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,9 @@ from torch import Tensor
 
 from stepcast.manifest import Feature, Output
 from training.config import TrainingConfig
+from training.data.batch import Batch
 from training.data.in_memory import Examples, InMemory
+from training.data.source import Split
 from training.layers.base import State
 from training.layers.specs import LayerSpec
 from training.masks import valid_steps
@@ -112,6 +115,26 @@ def echo_source(
         alignment="start",
         description="echo",
     )
+
+
+@dataclass(frozen=True)
+class Spoiled:
+    """A source with other values wherever its masks say that nothing is there."""
+
+    source: InMemory
+    value: float
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.source, name)
+
+    def batches(self, split: Split, epoch: int = 0) -> Iterator[Batch]:
+        """See `Source.batches`."""
+        for batch in self.source.batches(split, epoch):
+            x, y = (
+                values if mask is None else torch.where(mask.view(*mask.shape[:2], -1), values, self.value)
+                for values, mask in ((batch.x, batch.x_mask), (batch.y, batch.y_mask))
+            )
+            yield replace(batch, x=x, y=y)
 
 
 def training(**values: Any) -> TrainingConfig:

@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from networks import OUT, echo_source, network, rich
+from networks import OUT, Spoiled, echo_source, network, rich
 
 from stepcast.errors import ManifestError
 from stepcast.manifest import MANIFEST_FILE, Manifest, read_manifest
@@ -151,6 +151,16 @@ def test_evaluation_steps_one_by_one_and_equals_the_full_pass(pooling: str | Non
     rows = 4 if pooling else 30 + 30 + 9 + 30
     result = evaluate(stepper, source(), "test", summary=net.summary).as_dict()
     assert result["average"]["rows"] == rows
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_evaluation_does_not_see_what_stands_under_masks(streaming: bool, tmp_path: Path) -> None:
+    """The same metrics of the exported model, to the last bit, whatever the padding holds."""
+    both = {"kind": "bidirectional", "layer": LAYERS[0]}
+    net = network(LAYERS if streaming else [both, OUT], rich())
+    stepper = Stepper(stage(net, source(), tmp_path), state_tensors(net))
+    clean, other = (evaluate(stepper, one, "test", streaming=streaming) for one in (source(), Spoiled(source(), 1e3)))
+    assert clean == other
 
 
 def test_manifest_json_is_indented_and_ends_with_a_newline(tmp_path: Path) -> None:

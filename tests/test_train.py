@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
-from networks import CELLS, OUT, echo_source, network, plain, training
+from networks import CELLS, OUT, Spoiled, echo_source, network, plain, training
 from torch import Tensor, nn
 
 from stepcast.errors import ConfigError
@@ -24,9 +24,10 @@ from training.checkpoint import load_checkpoint
 from training.data.batch import Batch
 from training.data.in_memory import Examples, InMemory
 from training.data.source import Source, Split
+from training.export import stage
 from training.network import Network
 from training.optimise import make_optimiser, normalise_gradients, penalise, rate_factor
-from training.parallel import World
+from training.parallel import World, join
 from training.progress import Progress
 from training.segments import check_tokens, cut, settle
 from training.train import History, Trainer
@@ -145,6 +146,21 @@ def test_float16_is_refused_on_a_cpu() -> None:
         fit(echo_source(), precision="float16")
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device: NOT TESTED is training on a GPU")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_gpu_trains_every_cell_in_every_precision(cell: str, precision: str, tmp_path: Path) -> None:
+    """The loss falls, weights stay float32, and what was trained there is proved on the CPU."""
+    layers = [{"kind": cell, "units": 8}, {"kind": cell, "units": 8, "layer_norm": True}, OUT]
+    net, world = echo_network(layers), join("cuda")
+    config = training(epochs=8, backprop="truncated", tbptt_forward=4, learning_rate=0.03, precision=precision)
+    history = Trainer(net, ragged_source(), config, world=world, seed=3, directory=tmp_path / "runs").fit()
+    assert history.losses[-1][1] < history.losses[0][1]
+    assert {(p.dtype, p.device.type) for p in net.parameters()} == {(torch.float32, "cuda")}
+    assert (stage(net, ragged_source(), tmp_path) / "golden.npz").exists()
+
+
 def test_seed_decides_everything() -> None:
     """The same seed gives the same weights, another one others."""
     assert equal(fit(echo_source())[0], fit(echo_source())[0])
@@ -257,6 +273,19 @@ def test_labels_without_a_mask_count_where_the_input_is() -> None:
         Batch(torch.zeros(1, 2, 1), torch.zeros(1, 2, 1), mask), fillable=torch.tensor([False]), summary=False
     )
     assert settled.y_mask is mask
+
+
+@pytest.mark.parametrize("value", [1e3, math.nan])
+def test_values_under_masks_change_no_weight_and_no_score(value: float) -> None:
+    """Whole runs, truncated, over sequences that end early and miss labels: bit for bit the same."""
+    source = ragged_source()
+    masks = [mask for batch in source.batches("train") for mask in (batch.x_mask, batch.y_mask)]
+    assert any(mask is not None and not mask.all() for mask in masks)
+    runs = [fit(one, backprop="truncated", tbptt_forward=4, l2=0.01) for one in (source, Spoiled(source, value))]
+    assert equal(runs[0][0], runs[1][0])
+    assert runs[0][1] == runs[1][1]
+    scores = [Trainer(runs[0][0], one, training()).validate("train") for one in (source, Spoiled(source, value))]
+    assert scores[0] == scores[1]
 
 
 @pytest.mark.parametrize("loss", ["mse", "l2", "mcxent"])
@@ -487,6 +516,29 @@ def test_share_splits_rows_and_keeps_empty_processes_in_step() -> None:
     assert idle.y_mask is not None
     assert not idle.y_mask.any()
     assert idle.x.shape == (1, 1, 1)
+
+
+def test_sums_are_taken_on_the_device_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """nccl knows no tensors of the CPU; what is given stays as it is."""
+    seen: list[Tensor] = []
+    monkeypatch.setattr("torch.distributed.all_reduce", seen.append)
+    given = torch.tensor(1)
+    assert World(1, 2, torch.device("meta")).sum(given).device.type == "meta"
+    assert [one.device.type for one in seen] == ["meta"]
+    assert World(1, 2).sum(given) is not given
+    assert World().sum(given) is given
+
+
+def test_more_processes_than_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With how many there are; and CUDA where there is none."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"training\.device: 'cuda' is asked for"):
+        join("cuda")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ConfigError, match=r"a process 2 on this machine, torch sees 2 CUDA device"):
+        join("auto")
 
 
 @pytest.mark.parametrize(("rank", "lines"), [(None, 1), ("0", 1), ("1", 0)])

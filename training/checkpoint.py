@@ -35,7 +35,7 @@ def load_checkpoint(directory: Path, device: torch.device) -> dict[str, Any] | N
     Tensors and plain values only are read (`weights_only`): a checkpoint from elsewhere runs no code here.
     """
     path = directory / LAST_FILE
-    return _read(path, device) if path.exists() else None  # type: ignore[no-any-return]
+    return _read(path, device) if path.exists() else None
 
 
 def load_weights(network: nn.Module, path: Path) -> None:

@@ -46,7 +46,7 @@ def stage(network: Network, source: Source, models: Path, tolerance: Tolerance |
     Raises:
         ManifestError: onnxruntime and torch disagree.
     """
-    network = network.eval()
+    network = network.to("cpu").eval()
     models.mkdir(parents=True, exist_ok=True)
     directory = Path(tempfile.mkdtemp(prefix=".staged-", dir=models))
     try:

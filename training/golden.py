@@ -20,18 +20,17 @@ def make_golden(network: Network, source: Source) -> dict[str, Floats]:
     """Arrays x, lengths, y, state_in.<layer>.<key>, state_out.<layer>.<key>.
 
     Six rows of different lengths, one of them empty. The first three go on from states that earlier readings left,
-    the others begin. Readings are missing wherever the features allow it.
+    the others begin. Readings are missing wherever the features allow it. The network is on the CPU and in eval mode.
     """
-    cpu = network.to("cpu").eval()
     x = _with_gaps(_readings(source), source)  # (ROWS, 2 * STEPS, F)
     steps = x.shape[1] // 2
     lengths = torch.tensor([steps, max(1, steps - 1), 0, steps, max(1, steps // 2), 1])
-    state = cpu.initial_state(ROWS)
+    state = network.initial_state(ROWS)
     begun = torch.tensor([steps] * 3 + [0] * 3)
     if network.streaming:
-        _, state = cpu(x[:, :steps], valid_steps(begun, steps), state)
+        _, state = network(x[:, :steps], valid_steps(begun, steps), state)
     x = torch.where(valid_steps(lengths, steps)[..., None], x[:, steps:], 0.0)
-    y, after = cpu(x, valid_steps(lengths, steps), state)
+    y, after = network(x, valid_steps(lengths, steps), state)
     arrays = {"x": x.numpy(), "lengths": lengths.to(torch.int32).numpy(), "y": y.numpy()}
     return {**arrays, **_named("state_in", state, network), **_named("state_out", after, network)}
 

@@ -1,5 +1,6 @@
 """One process or many: what torchrun's environment says, and the few sums that have to be taken over all of them."""
 
+import gc
 import os
 from dataclasses import dataclass, field
 
@@ -28,7 +29,7 @@ class World:
     def sum(self, value: Tensor) -> Tensor:
         """A number, summed over all processes."""
         if self.size > 1:
-            value = value.clone()
+            value = value.to(self.device, copy=True)  # nccl sums on its own device only
             dist.all_reduce(value)
         return value
 
@@ -68,7 +69,7 @@ def join(device: str) -> World:
         device: auto, cpu, cuda or cuda:N.
 
     Raises:
-        ConfigError: CUDA is asked for and is not there.
+        ConfigError: CUDA is asked for and is not there, or not for so many processes.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     rank, local = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
@@ -78,12 +79,24 @@ def join(device: str) -> World:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         device = f"cuda:{local}"
+        if local >= (there := torch.cuda.device_count()):
+            raise ConfigError(
+                f"torchrun has a process {local} on this machine, torch sees {there} CUDA device(s). "
+                "Start fewer processes, or set training.device: cpu."
+            )
+    if device != "cpu":
+        torch.cuda.set_device(device)
     if size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     return World(rank, size, torch.device(device))
 
 
 def leave() -> None:
-    """Leave the run at its end."""
+    """Leave the run at its end; the caller has let go of what `wrap` made.
+
+    A wrapped network lies in a cycle and holds gloo's threads: if one is still alive when Python ends, it aborts the
+    process, and torchrun then ends the one that exports.
+    """
     if dist.is_initialized():
+        gc.collect()
         dist.destroy_process_group()
