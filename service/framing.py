@@ -62,7 +62,8 @@ class Framer:
     @property
     def buffered(self) -> int:
         """Bytes that were fed and are not yet part of a message."""
-        return len(self._data) - self._at + sum(map(len, self._later))
+        size = len(self._data) - self._at
+        return size + sum(map(len, self._later)) if self._later else size
 
     def feed(self, data: bytes) -> None:
         """Take bytes from the socket."""
@@ -70,9 +71,12 @@ class Framer:
             self._later.append(data)
             self._missing -= len(data)
             return
-        self._data = b"".join((self._data[self._at :], *self._later, data))
+        if self._at == len(self._data) and not self._later:
+            self._data = data
+        else:
+            self._data = b"".join((self._data[self._at :], *self._later, data))
+            self._later.clear()
         self._at, self._missing = 0, 0
-        self._later.clear()
 
     def next(self) -> Message | None:
         """The next whole message; None: more bytes are needed.

@@ -132,7 +132,22 @@ class Link(WebSocketsSansIOProtocol):
             self._shake_hands(data)
         elif not self._deaf:
             self._framer.feed(data)
-            self.pump()
+            if not self._take_usual(self._handler):
+                self.pump()
+
+    def _take_usual(self, handler: Handler) -> bool:
+        """Hand on whole messages where nothing stands in the way; whether that was all, and all is as it was."""
+        if self._held or self._pumping or self._closing or self._stopped or not self.writable.is_set():
+            return False
+        self._pumping = True  # the door may call from within
+        try:
+            for opcode, payload in self._framer.burst(min(BURST, handler.room())):
+                if not self._closing:
+                    handler.message(opcode, payload)
+        except BadFrame:
+            pass  # found again, and answered, by pump
+        self._pumping = False
+        return not self._framer.buffered and handler.room() > 0
 
     def _shake_hands(self, data: bytes) -> None:
         if self.handshake_initiated:
@@ -150,10 +165,6 @@ class Link(WebSocketsSansIOProtocol):
         """Take up to BURST messages; whether there may be more to take now."""
         handler = cast(Handler, self._handler)
         held = self._held
-        if not (held or self._closing) and self.writable.is_set():
-            for opcode, payload in self._framer.burst(min(BURST, handler.room())):
-                if not self._closing:
-                    handler.message(opcode, payload)
         for _ in range(BURST):
             if held and not self._blocked():
                 opcode, payload = held.popleft()
