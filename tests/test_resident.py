@@ -27,7 +27,8 @@ from stepcast.errors import NonFinite
 from stepcast.manifest import GOLDEN_FILE, Manifest, read_manifest
 
 Array = np.ndarray[Any, Any]
-KINDS = sorted(path.name for path in MODELS.iterdir() if read_manifest(path / "1").states)
+MANIFESTS = {path.name: read_manifest(path / "1") for path in sorted(MODELS.iterdir())}
+KINDS = [name for name, manifest in MANIFESTS.items() if manifest.states and manifest.lengths]
 GPU = "CUDAExecutionProvider" in onnxruntime.get_available_providers() and Path("/dev/nvidiactl").exists()
 
 
