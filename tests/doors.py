@@ -1,25 +1,46 @@
 """The ways into a server, with one face, so that one script can be run through all of them."""
 
 import json
+import socket
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Any, ClassVar, Protocol
+from http.client import HTTPException, HTTPResponse
+from typing import Any, ClassVar, NamedTuple, Protocol
 
-import httpx
 import msgspec
 import numpy as np
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
-from stepcast.errors import from_problem
+from stepcast.errors import StepcastError, from_problem
+from stepcast.manifest import Manifest
 
 Array = np.ndarray[Any, Any]
 State = dict[str, dict[str, Array]]
+Answer = dict[str, Any] | StepcastError | ConnectionError
+TIMEOUT_S = 20
+
+
+class Call(NamedTuple):
+    """One session's operation, by its WebSocket name."""
+
+    op: str
+    session: str
+    fields: dict[str, Any]
 
 
 class Door(Protocol):
-    """What a script needs of a door: one call of one session's operation."""
+    """What a script needs of a door."""
 
-    def call(self, op: str, session: str, **fields: Any) -> dict[str, Any]:
-        """An operation by its WebSocket name; raises the error that the server answered."""
+    def together(self, calls: Sequence[Call]) -> list[Answer]:
+        """Calls of different sessions, all sent before the first answer is read.
+
+        Returns:
+            For each its answer, the error that the server answered, or that the connection was lost.
+        """
+
+    def drop(self, call: Call) -> None:
+        """Send a call and be gone before its answer; the door can not be used any more."""
 
     def close(self) -> None:
         """Give connections back."""
@@ -28,35 +49,64 @@ class Door(Protocol):
 class Script:
     """A door's user: numpy in, numpy out."""
 
-    def __init__(self, door: Door) -> None:
-        self.door = door
+    def __init__(self, door: Door, manifest: Manifest) -> None:
+        self.door, self.manifest = door, manifest
+
+    def call(self, op: str, session: str, **fields: Any) -> dict[str, Any]:
+        """One operation; raises the error that the server answered."""
+        return self._ask(Call(op, session, fields))
 
     def step(self, session: str, x: Array, seq: int | None = None, mask: Any = None) -> tuple[Array, int]:
         """Step; outputs of the inputs' rank, and the step number."""
-        fields: dict[str, Any] = {"inputs": x}
-        if seq is not None:
-            fields["seq"] = seq
-        if mask is not None:
-            fields["mask"] = mask
-        answer = self.door.call("step", session, **fields)
-        return _outputs(answer), answer["step"]
+        return outputs_of(self._ask(step(session, x, seq, mask)))
 
     def state(self, session: str) -> State:
         """The whole state."""
-        return _state(self.door.call("state.get", session))
+        answer = self.document(session)
+        return {
+            layer: {
+                key: _array(value, self.manifest.layers[layer][key].dtype, (answer["examples"], -1))
+                for key, value in keys.items()
+            }
+            for layer, keys in answer["state"].items()
+        }
 
     def document(self, session: str) -> dict[str, Any]:
         """What state.get answers, as it is."""
-        return self.door.call("state.get", session)
+        return self.call("state.get", session)
 
     def put(self, session: str, state: State, **fields: Any) -> dict[str, Any]:
         """Set the whole state."""
-        plain = {layer: {key: value.tolist() for key, value in keys.items()} for layer, keys in state.items()}
-        return self.door.call("state.set", session, state=plain, **fields)
+        return self._ask(put(session, state, **fields))
+
+    def _ask(self, call: Call) -> dict[str, Any]:
+        (answer,) = self.door.together([call])
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def step(session: str, x: Array, seq: int | None = None, mask: Any = None) -> Call:
+    """A step."""
+    given = {"inputs": x, "seq": seq, "mask": mask}
+    return Call("step", session, {name: value for name, value in given.items() if value is not None})
+
+
+def put(session: str, state: State, **fields: Any) -> Call:
+    """The whole state, to be set."""
+    plain = {layer: {key: value.tolist() for key, value in keys.items()} for layer, keys in state.items()}
+    return Call("state.set", session, {"state": plain, **fields})
+
+
+def outputs_of(answer: Answer) -> tuple[Array, int]:
+    """Outputs of the inputs' rank, and the step number; raises the error that was answered instead."""
+    if isinstance(answer, Exception):
+        raise answer
+    return _array(answer["outputs"], "float32", answer.get("shape")), answer["step"]
 
 
 class HttpDoor:
-    """Door 1, with JSON or msgpack bodies for steps."""
+    """Door 1, with JSON or msgpack bodies: as many connections as there are calls at once."""
 
     _ROUTES: ClassVar[dict[str, tuple[str, str]]] = {
         "step": ("POST", "/step"),
@@ -71,25 +121,134 @@ class HttpDoor:
         "end": ("DELETE", ""),
     }
 
-    def __init__(self, url: str, model: str, packed: bool, timeout: float = 20) -> None:
-        self._client = httpx.Client(base_url=f"{url}/v1/models/{model}/sessions", timeout=timeout, verify=False)
+    def __init__(self, url: str, model: str, packed: bool) -> None:
+        host, port = url.removeprefix("http://").split(":")
+        self._address, self._path = (host, int(port)), f"/v1/models/{model}"
         self._packed = packed
+        self._lines: list[socket.socket] = []
 
-    def call(self, op: str, session: str, **fields: Any) -> dict[str, Any]:
-        method, path = self._ROUTES[op]
-        kind = "application/msgpack" if self._packed else "application/json"
-        content = None if method in ("GET",) or op in ("clear", "end") else _encode(fields, self._packed)
-        headers = {"content-type": kind, "accept": kind}
-        response = self._client.request(method, f"/{session}{path}", content=content, headers=headers)
-        if response.status_code == 204:
-            return {}
-        if response.status_code >= 400:
-            assert response.headers["content-type"] == "application/problem+json", response.text
-            raise from_problem(response.json())
-        return _decode(response.content, self._packed)
+    def together(self, calls: Sequence[Call]) -> list[Answer]:
+        sent = [self._send(place, call) for place, call in enumerate(calls)]
+        return [error or self._receive(place, calls[place]) for place, error in enumerate(sent)]
+
+    def predict(self, **fields: Any) -> Array:
+        """Whole sequences, without a session."""
+        answer = self.post("/predict", fields)
+        if isinstance(answer, Exception):
+            raise answer
+        return _array(answer["outputs"], "float32", answer.get("shape"))
+
+    def post(self, path: str, fields: dict[str, Any]) -> Answer:
+        """A call of the model's own."""
+        call = Call("post", path, fields)
+        return self._send(0, call) or self._receive(0, call)
+
+    def drop(self, call: Call) -> None:
+        self._send(0, call)
+        self.close()
 
     def close(self) -> None:
-        self._client.close()
+        for line in self._lines:
+            line.close()
+
+    def _send(self, place: int, call: Call) -> ConnectionError | None:
+        method, path = self._route(call)
+        kind = "application/msgpack" if self._packed else "application/json"
+        body = b"" if method == "GET" or call.op in ("clear", "end") else _encode(call.fields, self._packed)
+        head = f"{method} {path} HTTP/1.1\r\nhost: x\r\ncontent-type: {kind}\r\naccept: {kind}\r\n"
+        try:
+            if place == len(self._lines):
+                self._lines.append(socket.create_connection(self._address, TIMEOUT_S))
+                self._lines[place].setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._lines[place].sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+        except OSError as error:
+            return ConnectionError(str(error))
+        return None
+
+    def _route(self, call: Call) -> tuple[str, str]:
+        if call.op == "post":
+            return "POST", self._path + call.session
+        method, path = self._ROUTES[call.op]
+        return method, f"{self._path}/sessions/{call.session}{path}"
+
+    def _receive(self, place: int, call: Call) -> Answer:
+        response = HTTPResponse(self._lines[place], method=self._route(call)[0])
+        try:
+            response.begin()
+            body = response.read()
+        except (OSError, HTTPException) as error:
+            return ConnectionError(repr(error))
+        if response.status == 204:
+            return {}
+        if response.status >= 400:
+            assert response.headers["content-type"] == "application/problem+json", body
+            return from_problem(json.loads(body))
+        return _decode(body, self._packed)
+
+
+class BatchDoor:
+    """The batch step: sessions as columns, one step each; everything else goes through door 1."""
+
+    def __init__(self, url: str, model: str, packed: bool) -> None:
+        self._http = HttpDoor(url, model, packed)
+
+    def together(self, calls: Sequence[Call]) -> list[Answer]:
+        steps = [_Stepping(call) for call in calls if call.op == "step"]
+        if len(steps) < len(calls):
+            return self._http.together(calls)
+        while going := [step for step in steps if step.goes_on]:
+            answer = self._http.post("/step", _columns(going))
+            for place, step in enumerate(going):
+                step.take(answer, place)
+        return [step.answer() for step in steps]
+
+    def drop(self, call: Call) -> None:
+        self._http.drop(Call("post", "/step", _columns([_Stepping(call)])))
+
+    def close(self) -> None:
+        self._http.close()
+
+
+class _Stepping:
+    """A step call of one example as steps of batches."""
+
+    def __init__(self, call: Call) -> None:
+        x: Array = call.fields["inputs"]
+        assert "mask" not in call.fields, "the batch step has no mask"
+        assert x.size == x.shape[-1] * (x.shape[1] if x.ndim == 3 else 1), "the batch step has one example a session"
+        self.session, self.rank, self.x = call.session, x.ndim, x.reshape(-1, x.shape[-1])
+        self.seq = None if "seq" not in call.fields else call.fields["seq"] - len(self.x) + 1
+        self.outputs: list[Array] = []
+        self.number = 0
+        self.error: StepcastError | ConnectionError | None = None
+
+    @property
+    def goes_on(self) -> bool:
+        return self.error is None and len(self.outputs) < len(self.x)
+
+    def take(self, answer: Answer, place: int) -> None:
+        """The next step's answer, in a batch's."""
+        if isinstance(answer, Exception):
+            self.error = answer
+        elif problem := {int(i): p for i, p in answer["errors"].items()}.get(place):
+            self.error = from_problem(problem)
+        else:
+            self.outputs.append(_array(answer["outputs"], "float32", answer.get("shape"))[place])
+            self.number = answer["steps"][place]
+            self.seq = None if self.seq is None else self.seq + 1
+
+    def answer(self) -> Answer:
+        if self.error is not None:
+            return self.error
+        y = np.stack(self.outputs)
+        return {"outputs": y[0] if self.rank == 1 else y if self.rank == 2 else y[None], "step": self.number}
+
+
+def _columns(steps: Sequence[_Stepping]) -> dict[str, Any]:
+    inputs = np.stack([step.x[len(step.outputs)] for step in steps])
+    fields = {"sessions": [step.session for step in steps], "inputs": inputs}
+    seq = [step.seq for step in steps]
+    return fields if seq == [None] * len(seq) else {**fields, "seq": seq}
 
 
 class WebSocketDoor:
@@ -98,30 +257,64 @@ class WebSocketDoor:
     def __init__(self, url: str, model: str, packed: bool) -> None:
         self._opened = ExitStack()
         address = f"ws{url.removeprefix('http')}/v1/models/{model}/stream"
-        self._socket = self._opened.enter_context(connect(address, max_size=None))
+        try:
+            self._socket = self._opened.enter_context(connect(address, max_size=None, compression=None))
+        except InvalidStatus as error:
+            raise from_problem(json.loads(error.response.body)) from error
         self._packed = packed
         self._number = 0
 
     def call(self, op: str, session: str, **fields: Any) -> dict[str, Any]:
-        self._number += 1
-        frame = _encode({"op": op, "id": self._number, "session": session, **fields}, self._packed)
-        self._socket.send(frame if self._packed else frame.decode())
-        answer = _decode(self._socket.recv(timeout=20), self._packed)
-        assert answer.pop("id") == self._number
-        if "error" in answer:
-            raise from_problem(answer["error"])
+        """One operation; raises the error that the server answered."""
+        (answer,) = self.together([Call(op, session, fields)])
+        if isinstance(answer, Exception):
+            raise answer
         return answer
+
+    def together(self, calls: Sequence[Call]) -> list[Answer]:
+        answers: list[Answer] = [ConnectionError("no answer")] * len(calls)
+        first = self._number + 1
+        try:
+            for call in calls:
+                self._send(call)
+            for _ in calls:
+                answer = _decode(self._socket.recv(timeout=TIMEOUT_S), self._packed)
+                place = answer.pop("id") - first
+                answers[place] = from_problem(answer["error"]) if "error" in answer else answer
+        except (ConnectionClosed, OSError) as error:
+            lost = ConnectionError(repr(error))
+            return [lost if isinstance(answer, ConnectionError) else answer for answer in answers]
+        return answers
+
+    def drop(self, call: Call) -> None:
+        self._send(call)
+        self._socket.socket.shutdown(socket.SHUT_RDWR)
+        self.close()
 
     def close(self) -> None:
         self._opened.close()
 
+    def _send(self, call: Call) -> None:
+        self._number += 1
+        fields = {"op": call.op, "id": self._number, "session": call.session, **call.fields}
+        frame = _encode(fields, self._packed)
+        self._socket.send(frame if self._packed else frame.decode())
 
-DOORS = {
+
+Opener = Callable[[str, str], Door]
+DOORS: dict[str, Opener] = {
     "http-json": lambda url, model: HttpDoor(url, model, packed=False),
     "http-msgpack": lambda url, model: HttpDoor(url, model, packed=True),
     "websocket-json": lambda url, model: WebSocketDoor(url, model, packed=False),
     "websocket-msgpack": lambda url, model: WebSocketDoor(url, model, packed=True),
 }
+BATCH_DOORS: dict[str, Opener] = {
+    "batch-json": lambda url, model: BatchDoor(url, model, packed=False),
+    "batch-msgpack": lambda url, model: BatchDoor(url, model, packed=True),
+}
+"""For steps of one example by one step, without masks."""
+
+STEP_DOORS = DOORS | BATCH_DOORS
 
 
 def _encode(fields: dict[str, Any], packed: bool) -> bytes:
@@ -146,21 +339,6 @@ def _decode(data: str | bytes, packed: bool) -> dict[str, Any]:
     return answer
 
 
-def _outputs(answer: dict[str, Any]) -> Array:
-    outputs = answer["outputs"]
-    if isinstance(outputs, bytes):
-        return np.frombuffer(outputs, "<f4").reshape(answer["shape"])
-    return np.array(outputs, np.float32)
-
-
-def _state(answer: dict[str, Any]) -> State:
-    rows = answer["examples"]
-    return {
-        layer: {
-            key: np.frombuffer(value, "<f4").reshape(rows, -1)
-            if isinstance(value, bytes)
-            else np.array(value, np.float32).reshape(rows, -1)
-            for key, value in keys.items()
-        }
-        for layer, keys in answer["state"].items()
-    }
+def _array(value: Any, dtype: str, shape: Any) -> Array:
+    array = np.frombuffer(value, dtype) if isinstance(value, bytes) else np.array(value, dtype)
+    return array if shape is None else array.reshape(shape)
