@@ -459,8 +459,8 @@ class Town:
         for thread in threads:
             thread.start()
         if moves is not None:
-            for _ in range(moves):
-                assert self._moves.acquire(timeout=60), "no life goes on"
+            while moves and any(thread.is_alive() for thread in threads):
+                moves -= self._moves.acquire(timeout=0.1)
             process.kill()
         for thread in threads:
             thread.join()
