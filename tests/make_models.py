@@ -143,6 +143,7 @@ KINDS: dict[str, Kind] = {
         [
             {"kind": "rnn_to_cnn", "height": 3, "width": 4},
             {"kind": "conv2d", "units": 2, "kernel": [2, 2], "padding": [1, 0]},
+            {"kind": "cnn_to_feed_forward"},
             LSTM,
             OUT,
         ],

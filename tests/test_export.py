@@ -1,16 +1,19 @@
 """What is exported is what was trained, or nothing is exported."""
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import onnx
 import pytest
 import torch
-from networks import OUT, Spoiled, echo_source, network, rich
+from networks import CELLS, OUT, Spoiled, echo_source, network, rich
+from serving import MODELS
 
 from stepcast.errors import ManifestError
 from stepcast.manifest import MANIFEST_FILE, Manifest, read_manifest
+from training.activations import ActivationName
 from training.config import Config
 from training.data.in_memory import Examples, InMemory
 from training.evaluate import answers, evaluate
@@ -18,6 +21,7 @@ from training.export import describe, next_version, publish, stage, state_tensor
 from training.golden import ROWS, STEPS, make_golden
 from training.graph import Graph
 from training.layers.recurrent import Recurrent
+from training.layers.specs import LayerSpec
 from training.network import Network
 from training.stepper import Stepper
 
@@ -169,3 +173,34 @@ def test_manifest_json_is_indented_and_ends_with_a_newline(tmp_path: Path) -> No
     assert text.startswith('{\n  "schema_version": 1')
     assert text.endswith("}\n")
     assert Manifest.model_validate_json(text)
+
+
+def specs_of_the_test_models() -> Iterator[Any]:
+    """Every layer of tests/models, those around which others stand included."""
+    for path in sorted(MODELS.glob(f"*/1/{MANIFEST_FILE}")):
+        if written := read_manifest(path.parent).provenance.config:  # a foreign graph has none
+            for spec in Config.model_validate(written).network:
+                yield spec
+                if hasattr(spec, "layer"):
+                    yield spec.layer
+
+
+def test_the_test_models_have_everything_that_makes_another_graph() -> None:
+    """Each layer kind, activation, mode and pooling, and each cell with layer norm: the laws hold for them all."""
+    there = [
+        (spec.kind, field, getattr(spec, field))
+        for spec in specs_of_the_test_models()
+        for field in type(spec).model_fields
+    ]
+    wanted = {
+        (kind, field, value)
+        for spec in get_args(get_args(LayerSpec)[0])
+        for kind in get_args(spec.model_fields["kind"].annotation)
+        for field in ("kind", "mode", "pooling")
+        if field in spec.model_fields
+        for value in ([kind] if field == "kind" else get_args(spec.model_fields[field].annotation))
+    }
+    wanted |= {("dense", "activation", name) for name in get_args(ActivationName)}
+    wanted |= {(cell, "layer_norm", True) for cell in CELLS}
+    wanted |= {("bidirectional", "last", True), ("rnn_output", "residual", True)}
+    assert [each for each in sorted(wanted, key=str) if each not in there] == []
