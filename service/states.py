@@ -162,6 +162,8 @@ class States:
         def edit(found: Record | None) -> Edit:
             served = self._target(address, body, found)
             state, examples = wire.state_arrays(body.state, served.manifest)
+            if not served.manifest.states:  # then no tensor says it
+                examples = body.examples or (found.examples if found else 0)
             return Edit(self._with_state(found, served, served.runtime.pack(state), examples, body))
 
         return await self._changed(address, edit, if_match)

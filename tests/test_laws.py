@@ -513,14 +513,7 @@ def test_law4_killed_at_any_moment_a_session_goes_on(survivors: Town, door: str,
 # --- law 5 ------------------------------------------------------------------------------------------------------------
 
 
-WITHOUT_STATE = pytest.mark.xfail(
-    raises=ShapeMismatch, strict=True, reason="put takes a state without tensors for N = 0"
-)
-
-
-@pytest.mark.parametrize(
-    "model", [pytest.param(name, marks=[] if manifest(name).states else [WITHOUT_STATE]) for name in STREAMING]
-)
+@pytest.mark.parametrize("model", STREAMING)
 def test_law5_set_of_get_changes_nothing(opened: Opened, model: str, name: str) -> None:
     """Putting back what get answered leaves every bit as it was, kept answers included."""
     script, x = opened(model), recording(model)["x"][0, :2]
