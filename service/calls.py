@@ -124,13 +124,13 @@ class Entry:
     """
 
     __slots__ = (
-        *("_record", "address", "batcher", "busy", "data", "key", "queue", "served", "size", "step", "stored"),
+        *("decoded", "address", "batcher", "busy", "data", "key", "queue", "served", "size", "step", "stored"),
         *("tag", "track", "ttl_s", "used"),
     )
 
     def __init__(self, address: Address) -> None:
         self.address, self.key = address, address.key
-        self._record: Record | None = None
+        self.decoded: Record | None = None
         self.data: bytes | None = None
         self.stored = False
         self.served: Served | None = None
@@ -145,23 +145,18 @@ class Entry:
     @property
     def known(self) -> bool:
         """Whether the session's record, or that there is none, is known."""
-        return self.data is not None or self._record is not None
+        return self.data is not None or self.decoded is not None
 
     @property
     def record(self) -> Record | None:
         """The record; None: not known. BadRecord where the bytes are not one."""
-        if self._record is None and self.data is not None:
-            self._record = records.decode(self.data)
-        return self._record
+        if self.decoded is None and self.data is not None:
+            self.decoded = records.decode(self.data)
+        return self.decoded
 
     def keep(self, data: bytes | None, record: Record | None = None) -> None:
         """Take a record: the store's bytes, or (`data` None) one that is not stored so; both None: nothing is known."""
-        self.data, self._record, self.track, self.tag = data, record, None, 0
-
-    def advance(self, data: bytes) -> None:
-        """Take the record of the next single step."""
-        self.data, self._record = data, None
-        self.step += 1
+        self.data, self.decoded, self.track, self.tag = data, record, None, 0
 
 
 def compact(x: Floats, mask: Mask) -> tuple[Floats, npt.NDArray[np.int32]]:

@@ -88,13 +88,15 @@ class Link(WebSocketsSansIOProtocol):
         """Wait until the peer reads its answers, or is gone."""
         await self.writable.wait()
 
-    def reply(self, opcode: int, payload: bytes) -> None:
-        """Send a message; what is sent in one tick goes out together."""
+    def reply(self, opcode: int, payload: bytes, last: bool = False) -> None:
+        """Send a message; what is sent in one tick goes out together, unless this is the last that is expected."""
         out = self._out
-        if not out:
+        if not (out or last):
             self.loop.call_soon(self._flush)
         out.append(framing.head(opcode, len(payload)))
         out.append(payload)
+        if last:
+            self._flush()
 
     def close(self, code: int, reason: str = "") -> None:
         """Send what is ready and a close frame; the peer has CLOSE_S to answer it."""

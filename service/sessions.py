@@ -525,7 +525,7 @@ class Sessions:
             step = entry.step + 1
             if len(data) != len(entry.data or b""):
                 hot.measure(entry, len(data))
-            entry.advance(data)
+            entry.data, entry.decoded, entry.step = data, None, step
             if tags is not None:
                 entry.tag = tags[row]
             if many is not None:

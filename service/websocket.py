@@ -438,7 +438,7 @@ class Connection:
         if not self._alive or talk.draining or talk.room <= 0 or not talk.end(single):
             self._done(single, (opcode, payload))
         else:
-            self._link.reply(opcode, payload)
+            self._link.reply(opcode, payload, not talk.in_flight)
 
     def refused(self, single: Single, error: BaseException) -> None:
         """What became of the plainest step instead of an answer."""

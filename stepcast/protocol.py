@@ -109,8 +109,11 @@ class ServerConversation(Generic[Q, A]):
         Returns:
             Whether it starts now, which the caller sees to; if not, it will be in `ready` when its time has come.
         """
-        lane = self._lanes.get(session) or self._lane(session)
-        self._accept(lane, ticket)
+        lane = ticket.lane = self._lanes.get(session) or self._lane(session)
+        epoch = ticket.epoch = self._epochs[-1]
+        lane.open.append(ticket)
+        epoch.unanswered += 1
+        self.in_flight += 1
         if lane.held or lane.alone or (lane.running and not ticket.step):
             lane.held.append(ticket)
             return False
@@ -125,7 +128,10 @@ class ServerConversation(Generic[Q, A]):
             return
         lane = self._lane(session)
         ticket: Ticket[Q, A] = Ticket(None, True)  # type: ignore[arg-type]  # never started: nobody asks for it
-        self._accept(lane, ticket)
+        ticket.lane, ticket.epoch = lane, self._epochs[-1]
+        lane.open.append(ticket)
+        ticket.epoch.unanswered += 1
+        self.in_flight += 1
         ticket.answer, ticket.answered = answer, True
         self._answer(lane)
 
@@ -169,12 +175,6 @@ class ServerConversation(Generic[Q, A]):
         if lane is None:
             lane = self._lanes[session] = _Lane(session)
         return lane
-
-    def _accept(self, lane: _Lane[Q, A], ticket: Ticket[Q, A]) -> None:
-        ticket.lane, ticket.epoch = lane, self._epochs[-1]
-        lane.open.append(ticket)
-        ticket.epoch.unanswered += 1
-        self.in_flight += 1
 
     def _release(self, lane: _Lane[Q, A]) -> None:
         """Start what may start: steps up to the next other operation, or that operation once nothing runs."""
