@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from stepcast.errors import Internal, StepcastError
+
 from . import record as records
 from . import sheet
 from .batcher import Batcher, Job
 from .record import Record
 from .repository import Served
+from .telemetry import log
 
 if TYPE_CHECKING:
     from .columns import Track
@@ -107,9 +110,22 @@ class SingleStep(Step):
     def __init__(
         self, entry: "Entry", data: bytes, seq: int | None, deadline: float, future: Future, alone: bool = False
     ) -> None:
-        x = np.frombuffer(data, np.float32).reshape(1, 1, -1)
-        super().__init__(entry, x, None, sheet.digest(data), seq, deadline, future)
-        self.data, self.alone = data, alone
+        self.entry, self.data, self.seq, self.deadline, self.future = entry, data, seq, deadline, future
+        self.alone, self.verified = alone, False
+        self.rows = self.steps = self.calls = 1
+        self.features, self.at, self.state = len(data) // 4, 0, b""
+        self.parts = []
+        self.mask = self.lengths = self.outputs = self.error = self.next = self.answer = self.policy = None
+
+    @property
+    def x(self) -> Floats:  # type: ignore[override]
+        """The inputs (1, 1, F)."""
+        return np.frombuffer(self.data, np.float32).reshape(1, 1, -1)
+
+    @property
+    def digest(self) -> bytes:  # type: ignore[override]
+        """Of the inputs; few need it, since a column digests its rows together."""
+        return sheet.digest(self.data)
 
 
 class Entry:
@@ -180,3 +196,11 @@ def scatter(y: Floats, mask: Mask) -> Floats:
     valid = np.arange(y.shape[1]) < mask.sum(axis=1)[:, None]
     out[mask] = y[valid]
     return out
+
+
+def as_ours(error: BaseException, otherwise: str) -> StepcastError:
+    """The error itself if it is one for callers; else it is logged, and `otherwise` is said."""
+    if isinstance(error, StepcastError):
+        return error
+    log.error("%s", otherwise, exc_info=error)
+    return Internal(otherwise)

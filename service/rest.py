@@ -138,7 +138,7 @@ class Rest:
         if columns.finite:
             prefix = f"{principal.namespace}/{model}/"
             keys = [prefix + session for session in asked.sessions]
-            places = self.sessions.step_many(model, keys, columns.x[:, 0], columns.seqs, many)
+            places = self.sessions.express.step_many(model, keys, columns.x[:, 0], columns.seqs, many)
         for place in places:
             try:
                 address = self.address(principal.namespace, model, asked.sessions[place])

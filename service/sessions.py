@@ -16,7 +16,6 @@ from collections.abc import Awaitable, Callable, Sequence
 import numpy as np
 
 from stepcast.errors import (
-    DeadlineExceeded,
     Draining,
     ExamplesMismatch,
     Internal,
@@ -32,8 +31,9 @@ from stepcast.errors import (
 from . import record as records
 from . import sheet
 from .batcher import Batcher, Job
-from .calls import Address, Call, Entry, Floats, Mask, SingleStep, Step, StepAnswer
-from .columns import OPEN_S, Column, Load, ManySteps, Track, Waiter
+from .calls import Address, Call, Entry, Floats, Mask, SingleStep, Step, StepAnswer, as_ours
+from .columns import Column, Load, Track, Waiter
+from .express import Express
 from .hot import HotSessions
 from .ledger import Ledger
 from .record import Record
@@ -49,12 +49,7 @@ class Sessions:
 
     Args:
         clock: Wall clock in ms, for created and used times.
-
-    Attributes:
-        few: Batch steps of fewer sessions make no columns of their own, their steps join those of other calls.
     """
-
-    few = 32
 
     def __init__(
         self,
@@ -68,6 +63,8 @@ class Sessions:
         self.ledger = Ledger(store, settings.ttl_s, clock, self._replaced)
         self._clock = clock
         self._hot = HotSessions(settings.hot_bytes)
+        self.express = Express(self, self._hot, store, settings, metrics, clock)
+        self.join = self.express.join
         self._tracks: dict[tuple[str, int], Track] = {}
         self._loads: dict[str, Load] = {}
         self._to_load: list[Entry] = []
@@ -107,49 +104,6 @@ class Sessions:
         self._queue(Step(entry, x, mask, digest, seq, deadline, future, policy))
         return future
 
-    def join(self, key: str, data: bytes, seq: int | None, waiter: Waiter) -> bool:
-        """Queue a step of one example by one step, where its session is hot, idle and of the plainest kind.
-
-        Args:
-            key: Of the session's address.
-            data: The inputs, float32 and finite.
-            seq: The number that the step shall have.
-            waiter: Gets the answer.
-
-        Returns:
-            False: nothing was done; `single_step` takes it, or says why not.
-        """
-        entry = self._hot.get(key)
-        if entry is None or entry.busy or (seq is not None and seq != entry.step + 1):
-            return False
-        track = entry.track
-        if track is None or len(data) != track.input_bytes:
-            return False
-        load, now = track.load, time.monotonic()
-        if load.waiting >= self.settings.queue_limit:
-            return False
-        column = track.open
-        if column is None or now > track.until:
-            if self.draining:
-                return False
-            column = self._open(track, now)
-        load.waiting += 1
-        entry.busy = entry.used = True
-        column.entries.append(entry)
-        column.inputs.append(data)
-        column.seqs.append(seq)
-        column.waiters.append(waiter)
-        if len(column.entries) >= self.settings.batch_rows:
-            track.open = None
-        return True
-
-    def _open(self, track: Track, now: float) -> Column:
-        """A column that steps may join."""
-        column = track.open = Column(track, now + self.settings.deadline_s, self._clock())
-        track.until = now + OPEN_S
-        track.batcher.submit(column)
-        return column
-
     def single_step(self, address: Address, data: bytes, seq: int | None, waiter: Waiter) -> None:
         """Queue a step of one example by one step, as `step` does.
 
@@ -160,47 +114,6 @@ class Sessions:
         if not self.join(address.key, data, seq, waiter):
             entry, deadline = self._enter(address, None)
             self._queue(SingleStep(entry, data, seq, deadline, waiter))
-
-    def step_many(
-        self, model: str, keys: Sequence[str], x: Floats, seqs: Sequence[int | None] | None, many: ManySteps
-    ) -> Sequence[int]:
-        """Queue single steps of many sessions of a model, of those that are hot, idle and of the plainest kind.
-
-        Args:
-            keys: Of their addresses.
-            x: (K, F) float32, finite, checked against the live version.
-            many: Gets the answers.
-
-        Returns:
-            The places of the others: `single_step` takes them.
-        """
-        track, limits = self._track(self.repository.live(model)), self.settings
-        everyone = range(len(keys))
-        few = len(keys) < self.few  # they join those of other calls
-        if few or self.draining or track.load.waiting + len(keys) > limits.queue_limit:
-            return everyone
-        hot, others, places = self._hot.get, [], []
-        entries: list[Entry] = []
-        for place in everyone:
-            entry = hot(keys[place])
-            if entry is not None and not entry.busy and entry.track is track:
-                seq = None if seqs is None else seqs[place]
-                if seq is None or seq == entry.step + 1:
-                    entry.busy = entry.used = True
-                    entries.append(entry)
-                    places.append(place)
-                    continue
-            others.append(place)
-        deadline = time.monotonic() + limits.deadline_s
-        for start in range(0, len(entries), limits.batch_rows):
-            cut = slice(start, start + limits.batch_rows)
-            there = places[cut]
-            column = Column(track, deadline, self._clock(), x if len(there) == len(keys) else x[there])
-            column.entries, column.many, column.places = entries[cut], many, there
-            column.seqs = [None] * len(there) if seqs is None else [seqs[place] for place in there]
-            track.load.waiting += len(there)
-            track.batcher.submit(column)
-        return others
 
     def _enter(self, address: Address, deadline_s: float | None) -> tuple[Entry, float]:
         """The session's entry, and when its call must have begun; raises where the call can not be queued."""
@@ -225,7 +138,7 @@ class Sessions:
         entry.queue.append(step)
         self._load_of(entry.address.model).waiting += 1
         if not entry.busy:
-            self._next(entry)
+            self.go_on(entry)
 
     def check_streams(self, served: Served) -> None:
         """Raises NotStreaming where the model can not be stepped."""
@@ -235,9 +148,9 @@ class Sessions:
                 model=served.name,
             )
 
-    def _settle(self, step: Step, answer: StepAnswer | None, error: StepcastError | None = None) -> None:
+    def settle(self, step: Step, answer: StepAnswer | None, error: StepcastError | None = None) -> None:
         """Answer or refuse a call that has left its queue; every call comes here once."""
-        self._leave(step.entry.address.model)
+        self.leave(step.entry.address.model)
         if step.future.done():
             return
         try:
@@ -248,7 +161,8 @@ class Sessions:
         except Exception:  # what stands for a future writes to a socket: others of the batch must not suffer
             log.exception("an answer for session %s could not be given", step.entry.key)
 
-    def _leave(self, model: str, count: int = 1) -> None:
+    def leave(self, model: str, count: int = 1) -> None:
+        """That many calls wait no longer."""
         self._load_of(model).waiting -= count
         if self.draining:
             self._settled.set()
@@ -259,7 +173,7 @@ class Sessions:
         if entry is not None:
             self._hot.drop(entry)
 
-    def _next(self, entry: Entry) -> None:
+    def go_on(self, entry: Entry) -> None:
         """Start the oldest waiting call of an idle session."""
         entry.busy = False
         while entry.queue:
@@ -270,7 +184,7 @@ class Sessions:
                 return
             entry.queue.popleft()
             if step.abandoned():
-                self._settle(step, None)
+                self.settle(step, None)
             elif self._start(entry, step):
                 entry.busy = True
                 return
@@ -281,17 +195,17 @@ class Sessions:
     def _start(self, entry: Entry, step: Step) -> bool:
         """Decide on a call. True: it is on its way; False: the next one may go on."""
         if isinstance(step, SingleStep) and not step.alone and self.join(entry.key, step.data, step.seq, step.future):
-            self._leave(entry.address.model)  # counted by the column now
+            self.leave(entry.address.model)  # counted by the column now
             return True
         try:
             assert entry.record is not None
             decided = self._admit(entry, entry.record, step)
         except Exception as error:
-            self._settle(step, None, _as_ours(error, "the step could not be started"))
+            self.settle(step, None, as_ours(error, "the step could not be started"))
             return False
         if isinstance(decided, StepAnswer):
             self.metrics.retries.labels(entry.address.model).inc()
-            self._settle(step, decided)
+            self.settle(step, decided)
             return False
         if decided is None:  # decide on the store's record, not on a copy
             entry.queue.appendleft(step)
@@ -315,7 +229,7 @@ class Sessions:
                 if not step.verified:
                     return None
                 served, record = self._moved(entry, record, step.policy or self.settings.version_policy)
-            entry.served, entry.batcher = served, self._track(served).batcher
+            entry.served, entry.batcher = served, self.track(served).batcher
         if step.features != served.n_features:  # the door looked at the live version
             raise ShapeMismatch(
                 f"inputs have {step.features} features, session {entry.address.session!r} is on version "
@@ -388,7 +302,8 @@ class Sessions:
             load = self._loads[model] = Load()
         return load
 
-    def _track(self, served: Served) -> Track:
+    def track(self, served: Served) -> Track:
+        """Where the single steps of a served version go."""
         track = self._tracks.get((served.name, served.version))
         if track is None:
             track = Track(served, self._batcher(served), self._load_of(served.name), self.metrics)
@@ -417,14 +332,14 @@ class Sessions:
     def _finish(self, jobs: list[Job]) -> Awaitable[object] | None:
         """Take what a run made: calls beside the sessions are answered, steps are committed first."""
         if len(jobs) == 1 and isinstance(jobs[0], Column):
-            return self._finish_column(jobs[0])
+            return self.express.finish(jobs[0])
         steps: list[Step] = []
         waits: list[Awaitable[None]] = []
         for job in jobs:
             if isinstance(job, Step):
                 steps.append(job)
             elif isinstance(job, Column):  # one that expired, beside others that did
-                self._finish_column(job)
+                self.express.finish(job)
             elif isinstance(job, Call) and not job.future.done():
                 job.future.set_result(None)
         if steps:
@@ -453,7 +368,7 @@ class Sessions:
         try:
             applied = await self.store.commit(writes)
         except Exception as error:
-            refusal = _as_ours(error, "the step could not be stored")
+            refusal = as_ours(error, "the step could not be stored")
             for step in ready:
                 self._forget(step.entry)
                 self._fail(step, refusal)
@@ -465,98 +380,6 @@ class Sessions:
                 self._committed(step, write.record)
             else:
                 self._again(step)
-
-    def _finish_column(self, column: Column) -> "asyncio.Future[None] | None":
-        """Commit a column; what can not go together goes alone. None: the store has answered already."""
-        if column.error is not None:
-            if isinstance(column.error, DeadlineExceeded):
-                self._refuse_column(column, column.error)
-            else:  # one of its rows is guilty: alone, the others are not held up by it
-                for row in range(column.rows):
-                    self._once_more(column, row, alone=True)
-            return None
-        entries, started = column.entries, time.perf_counter()
-        wait: asyncio.Future[None] | None = None
-        settled = False
-
-        def done(outcome: list[bool] | BaseException) -> None:
-            nonlocal settled
-            settled = True
-            if isinstance(outcome, list):
-                self._replied(column, outcome, started)
-            else:
-                self._refuse_column(column, _as_ours(outcome, "the step could not be stored"))
-            if wait is not None:
-                wait.set_result(None)
-
-        keys, ttls_s = [entry.key for entry in entries], [entry.ttl_s for entry in entries]
-        old: list[bytes] = [entry.data for entry in entries]  # type: ignore[misc]  # they have a track
-        self.store.replace(keys, old, column.next, ttls_s, done)
-        if not settled:
-            wait = asyncio.get_running_loop().create_future()
-        return wait
-
-    def _replied(self, column: Column, applied: list[bool], started: float) -> None:
-        """The store said which rows of a column it has."""
-        self.metrics.commit_seconds.observe(time.perf_counter() - started)
-        good = applied.count(True)
-        column.track.calls.inc(good)
-        column.track.steps.inc(good)
-        whole = good == len(applied)
-        rows = range(len(applied)) if whole else [row for row, ok in enumerate(applied) if ok]
-        self._advance(column, rows)
-        if not whole:
-            for row, ok in enumerate(applied):
-                if not ok:  # another writer was first: load, and compute again
-                    self.metrics.conflicts.labels(column.track.served.name).inc()
-                    column.entries[row].keep(None)
-                    self._once_more(column, row, alone=False)
-        self._hot.evict()
-
-    def _advance(self, column: Column, rows: Sequence[int]) -> None:
-        """Answer rows of a column that are stored, and let their sessions go on."""
-        entries, following, hot = column.entries, column.next, self._hot
-        many, answers, waiters, steps = column.many, column.answers, column.waiters, []
-        assert answers is not None
-        tags = None if column.tags is None else column.tags.tolist()
-        self._leave(column.track.served.name, len(rows))
-        for row in rows:
-            entry, data = entries[row], following[row]
-            step = entry.step + 1
-            if len(data) != len(entry.data or b""):
-                hot.measure(entry, len(data))
-            entry.data, entry.decoded, entry.step = data, None, step
-            if tags is not None:
-                entry.tag = tags[row]
-            if many is not None:
-                steps.append(step)
-            else:
-                try:
-                    waiters[row].stepped(answers, row, step)
-                except Exception:  # it writes to a socket: others of the column must not suffer
-                    log.exception("an answer for session %s could not be given", entry.key)
-            if entry.queue:
-                self._next(entry)
-            else:
-                entry.busy = False
-        if many is not None:
-            outputs = answers.outputs
-            there = column.places if len(rows) == column.rows else [column.places[row] for row in rows]
-            many.answer_all(there, outputs if len(rows) == column.rows else outputs[list(rows)], steps)
-
-    def _refuse_column(self, column: Column, error: StepcastError) -> None:
-        """Nothing of a column is known to be stored."""
-        for row, entry in enumerate(column.entries):
-            entry.keep(None)
-            self._settle(SingleStep(entry, column.input(row), None, 0.0, column.waiter(row)), None, error)
-            self._next(entry)
-
-    def _once_more(self, column: Column, row: int, alone: bool) -> None:
-        """Step one of a column anew, before the calls that wait for its session."""
-        entry = column.entries[row]
-        step = SingleStep(entry, column.input(row), column.seqs[row], column.deadline, column.waiter(row), alone)
-        entry.queue.appendleft(step)
-        self._next(entry)
 
     def _write(self, step: Step, now: int) -> Write | None:
         """The write that commits a step; None where it failed, was refused, or nobody waits for it any more."""
@@ -587,8 +410,8 @@ class Sessions:
         entry.keep(data, record)
         self._find_track(entry)
         self._hot.measure(entry, len(data or b""))
-        self._settle(step, StepAnswer(step.answer, record.step, record.version))
-        self._next(entry)
+        self.settle(step, StepAnswer(step.answer, record.step, record.version))
+        self.go_on(entry)
 
     def _find_track(self, entry: Entry) -> None:
         """Let the session's single steps join columns, where its record is of the plainest kind."""
@@ -597,7 +420,7 @@ class Sessions:
         served = entry.served or self.repository.get(entry.address.model, sheet.version(entry.data))
         if served is None or not served.manifest.streaming:
             return
-        track = self._track(served)
+        track = self.track(served)
         found = sheet.fits(entry.data, served.fingerprint, served.version, track.state_bytes, track.output_bytes)
         if found is not None:
             entry.step, ttl_s = found
@@ -610,11 +433,11 @@ class Sessions:
         self.metrics.conflicts.labels(entry.address.model).inc()
         self._forget(entry)
         entry.queue.appendleft(step)
-        self._next(entry)
+        self.go_on(entry)
 
     def _fail(self, step: Step, error: StepcastError) -> None:
-        self._settle(step, None, error)
-        self._next(step.entry)
+        self.settle(step, None, error)
+        self.go_on(step.entry)
 
     def _forget(self, entry: Entry) -> None:
         """Whether a write was applied is unknown: the next call loads."""
@@ -642,7 +465,7 @@ class Sessions:
         try:
             found = await self.store.load([entry.key for entry in entries])
         except Exception as error:
-            refusal = _as_ours(error, "the session could not be loaded")
+            refusal = as_ours(error, "the session could not be loaded")
             for entry in entries:
                 self._refuse_all(entry, refusal)
             return
@@ -650,7 +473,7 @@ class Sessions:
             try:
                 self._loaded(entry, data)
             except Exception as error:
-                self._refuse_all(entry, _as_ours(error, "the session could not be loaded"))
+                self._refuse_all(entry, as_ours(error, "the session could not be loaded"))
 
     def _loaded(self, entry: Entry, data: bytes | None) -> None:
         entry.served, entry.stored = None, data is not None
@@ -662,7 +485,7 @@ class Sessions:
             if entry.track is None:
                 entry.keep(data, self.ledger.decode(entry.key, data))
         self._hot.measure(entry, len(data or b""))
-        self._next(entry)
+        self.go_on(entry)
 
     def _blank(self, entry: Entry) -> Record:
         served = self.repository.live(entry.address.model)
@@ -673,7 +496,7 @@ class Sessions:
         waiting, entry.queue = list(entry.queue), deque()
         entry.busy = False
         for step in waiting:
-            self._settle(step, None, error)
+            self.settle(step, None, error)
         self._hot.drop(entry)
 
     def gauge(self) -> None:
@@ -712,10 +535,10 @@ class Sessions:
         call = Call(x, mask, state, deadline, asyncio.get_running_loop().create_future())
         load.waiting += 1
         try:
-            self._track(served).batcher.submit(call)
+            self.track(served).batcher.submit(call)
             await call.future
         finally:
-            self._leave(served.name)
+            self.leave(served.name)
         if call.error is not None:
             raise call.error
         return call
@@ -731,14 +554,6 @@ class Sessions:
                 await track.batcher.close()
         finally:  # also where the time for draining is over: acknowledged steps may wait to be written
             await self.store.close()
-
-
-def _as_ours(error: BaseException, otherwise: str) -> StepcastError:
-    """The error itself if it is one for callers; else it is logged, and `otherwise` is said."""
-    if isinstance(error, StepcastError):
-        return error
-    log.error("%s", otherwise, exc_info=error)
-    return Internal(otherwise)
 
 
 def _full(what: str, waiting: int, limit: int) -> QueueFull:

@@ -152,7 +152,7 @@ class Machine(RuleBasedStateMachine):
             self.do(store.open())
             options = Settings(models=MODELS, ttl_s=TTL_S, hot_bytes=hot_bytes)
             self.replicas.append(States(Sessions(repository(), store, options, metrics(), self.clock_ms)))
-            self.replicas[-1].sessions.few = 1  # batch steps of two sessions make columns, too
+            self.replicas[-1].sessions.express.few = 1  # batch steps of two sessions make columns, too
 
     def clock_ms(self) -> int:
         return int(self.now * 1000)
@@ -299,7 +299,7 @@ class Machine(RuleBasedStateMachine):
             many = ManySteps(len(names), runtime().manifest.n_outputs)
             sessions = self.replicas[replica].sessions
             keys = [address(name).key for name in names]
-            for place in sessions.step_many(KIND, keys, np.concatenate(x)[:, 0], seqs, many):
+            for place in sessions.express.step_many(KIND, keys, np.concatenate(x)[:, 0], seqs, many):
                 sessions.single_step(address(names[place]), x[place].tobytes(), seqs[place], Cell(many, place))
             await many.done
             return many
