@@ -240,5 +240,5 @@ class Express:
         """Step one of a column anew, before the calls that wait for its session."""
         entry = column.entries[row]
         step = SingleStep(entry, column.input(row), column.seqs[row], column.deadline, column.waiter(row), alone)
-        entry.queue.appendleft(step)
+        entry.queue.insert(0, step)
         self._turns.go_on(entry)

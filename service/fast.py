@@ -61,6 +61,7 @@ class FastDoor:
         self.short = not rest.settings.cors_origins  # CORS headers are FastAPI's middleware
         self.heads: dict[bytes, Any] = {}
         self._addresses: dict[tuple[str, bytes], Address] = {}
+        self._older: dict[tuple[str, bytes], Address] = {}
 
     def caller(self, headers: Headers) -> Caller | None:
         """Who asks, and in which encoding."""
@@ -76,8 +77,13 @@ class FastDoor:
 
     def address(self, caller: Caller, path: bytes) -> Address | None:
         """The session that a path .../step is about."""
-        known = self._addresses.get((caller.principal.namespace, path))
+        asked = (caller.principal.namespace, path)
+        known = self._addresses.get(asked)
         if known is not None:
+            return known
+        known = self._older.get(asked)
+        if known is not None:
+            self._remember(asked, known)
             return known
         try:
             _, v1, models, model, sessions, session, step = path.decode("ascii").split("/")
@@ -87,10 +93,14 @@ class FastDoor:
             address = Address(caller.principal.namespace, model, check_id(session))
         except (ValueError, StepcastError):
             return None
-        if len(self._addresses) >= KNOWN_PATHS:
-            self._addresses.clear()
-        self._addresses[caller.principal.namespace, path] = address
+        self._remember(asked, address)
         return address
+
+    def _remember(self, asked: tuple[str, bytes], address: Address) -> None:
+        """Keep an address at hand; those that were not asked for while as many others were are let go."""
+        if len(self._addresses) >= KNOWN_PATHS:
+            self._older, self._addresses = self._addresses, {}
+        self._addresses[asked] = address
 
     def step(self, caller: Caller, address: Address, body: bytes, waiter: Waiter) -> bool:
         """Queue a step; the waiter gets its answer. False: it has to come through ASGI."""

@@ -10,7 +10,6 @@ is loaded first.
 
 import asyncio
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 
 import numpy as np
@@ -182,7 +181,7 @@ class Sessions:
                 entry.busy = True
                 self._load_soon(entry)
                 return
-            entry.queue.popleft()
+            del entry.queue[0]
             if step.abandoned():
                 self.settle(step, None)
             elif self._start(entry, step):
@@ -208,7 +207,7 @@ class Sessions:
             self.settle(step, decided)
             return False
         if decided is None:  # decide on the store's record, not on a copy
-            entry.queue.appendleft(step)
+            entry.queue.insert(0, step)
             entry.keep(None)
             return False
         entry.used = True
@@ -432,7 +431,7 @@ class Sessions:
         entry = step.entry
         self.metrics.conflicts.labels(entry.address.model).inc()
         self._forget(entry)
-        entry.queue.appendleft(step)
+        entry.queue.insert(0, step)
         self.go_on(entry)
 
     def _fail(self, step: Step, error: StepcastError) -> None:
@@ -493,7 +492,7 @@ class Sessions:
 
     def _refuse_all(self, entry: Entry, error: StepcastError) -> None:
         entry.keep(None)
-        waiting, entry.queue = list(entry.queue), deque()
+        waiting, entry.queue = entry.queue, []
         entry.busy = False
         for step in waiting:
             self.settle(step, None, error)

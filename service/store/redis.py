@@ -103,6 +103,11 @@ class RedisStore:
         await self._nodes.run([Job("ping", ("SET", "stepcast:ping:{ping}", "", "PX", 1))])
 
     async def load(self, keys: Sequence[str]) -> list[bytes | None]:
+        wire = self._nodes.wire()
+        if wire is not None and len(keys) <= _LOADS_PER_COMMAND:
+            (found,) = await wire.call([("MGET", *map(_main, keys))])
+            if not isinstance(found, ReplyError):
+                return list(found)
         parts = list(self._parts(keys, _LOADS_PER_COMMAND))
         jobs = [Job(keys[part[0]], ("MGET", *(_main(keys[i]) for i in part))) for part in parts]
         return await self._gather(parts, jobs, len(keys))
