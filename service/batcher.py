@@ -63,6 +63,11 @@ class Job:
         """Whether nobody waits for the answer any more."""
         return False
 
+    def count(self) -> int:
+        """Rows so far; others may join a whole job until it begins."""
+        rows: int = self.rows
+        return rows
+
     def begin(self) -> None:
         """The job was taken from the queue."""
 
@@ -103,6 +108,7 @@ class Batcher(Generic[J]):
         self._short: deque[J] = deque()
         self._long: deque[J] = deque()
         self._task: asyncio.Task[None] | None = None
+        self._called = False  # `_look` is about to be
         self._unfinished: set[asyncio.Future[object]] = set()
         self._pool: ThreadPoolExecutor | None = None
         self._run_s = 50e-6  # moving averages: a run's fixed cost is not told apart from its cells'
@@ -112,20 +118,46 @@ class Batcher(Generic[J]):
     def submit(self, job: J) -> None:
         """Queue a job; it is handed to `finish` exactly once."""
         (self._short if job.steps == 1 else self._long).append(job)
-        if self._task is None:
-            self._task = asyncio.get_running_loop().create_task(self._work())
+        if self._task is None and not self._called:
+            self._called = True
+            asyncio.get_running_loop().call_soon(self._look)
 
     async def close(self) -> None:
         """Wait until every queued job has been finished."""
-        while self._task is not None or self._unfinished:
+        while self._called or self._task is not None or self._unfinished:
             waiting = {t for t in (self._task, *self._unfinished) if t is not None}
-            await asyncio.wait(waiting)
+            if waiting:
+                await asyncio.wait(waiting)
+            else:
+                await asyncio.sleep(0)
         if self._pool is not None:
             self._pool.shutdown(wait=False)
+
+    def _look(self) -> None:
+        """Make a short run at once, without a task; where there is more to it, let a task do it."""
+        self._called = False
+        if not (self._short or self._long):
+            return
+        loop, job = asyncio.get_running_loop(), self._short[0] if self._short else None
+        if job is None or self._long or not job.whole or not self._may_run(job.count()):
+            self._task = loop.create_task(self._work())
+            return
+        jobs = self._take(self._short)
+        if jobs:
+            self._done(jobs, 1, self._timed(jobs, 1))
+        if (self._short or self._long) and not self._called:
+            self._called = True
+            loop.call_soon(self._look)
+
+    def _may_run(self, rows: int) -> bool:
+        """Whether single steps of that many rows may run now, on the event loop."""
+        return len(self._unfinished) < UNFINISHED_RUNS and self._expected_s(rows, 1) <= self._inline_s
 
     async def _work(self) -> None:
         try:
             while self._short or self._long:
+                while len(self._unfinished) >= UNFINISHED_RUNS:
+                    await asyncio.wait(self._unfinished, return_when=asyncio.FIRST_COMPLETED)
                 if self._short:
                     jobs = self._take(self._short)
                     if jobs:
@@ -174,6 +206,11 @@ class Batcher(Generic[J]):
             busy = self._timed(jobs, chunk)
         else:
             busy = await asyncio.get_running_loop().run_in_executor(self._executor(), self._timed, jobs, chunk)
+        self._done(jobs, chunk, busy)
+
+    def _done(self, jobs: list[J], chunk: int, busy: float) -> None:
+        """After a run: learn from it, finish the jobs that are done and queue the others."""
+        rows = jobs[0].rows if len(jobs) == 1 else sum(job.rows for job in jobs)
         self._learn(rows, chunk, busy)
         self._observe(rows, busy)
         done = jobs
@@ -182,8 +219,6 @@ class Batcher(Generic[J]):
             self._long.extend(job for job in jobs if job.error is None and job.at < job.steps)
         if done:
             self._finished(done)
-        while len(self._unfinished) >= UNFINISHED_RUNS:
-            await asyncio.wait(self._unfinished, return_when=asyncio.FIRST_COMPLETED)
 
     def _expected_s(self, rows: int, steps: int) -> float:
         if steps > 1:

@@ -20,7 +20,6 @@ from .batcher import Batcher, Job
 from .calls import Entry, StepAnswer
 from .repository import Served
 from .sheet import Sheet, digests
-from .telemetry import Metrics
 
 Floats = npt.NDArray[np.float32]
 
@@ -43,21 +42,22 @@ class Track:
     Attributes:
         open: The column that steps may join now.
         until: When it is closed to them, monotonic.
+        made: Steps made in columns that are not in the metrics yet.
     """
 
     __slots__ = (
-        *("batcher", "calls", "input_bytes", "load", "open", "output_bytes", "served", "state_bytes", "steps"),
+        *("batcher", "input_bytes", "load", "made", "open", "output_bytes", "served", "state_bytes"),
         "until",
     )
 
-    def __init__(self, served: Served, batcher: Batcher[Job], load: Load, metrics: Metrics) -> None:
+    def __init__(self, served: Served, batcher: Batcher[Job], load: Load) -> None:
         self.served, self.batcher, self.load = served, batcher, load
-        self.calls, self.steps = metrics.calls.labels(served.name), metrics.steps.labels(served.name)
         self.input_bytes = served.input_bytes
         self.state_bytes = served.manifest.state_row_bytes
         self.output_bytes = 4 * served.manifest.n_outputs
         self.open: Column | None = None
         self.until = 0.0
+        self.made = 0
 
 
 class Answers:
@@ -129,6 +129,10 @@ class Column(Job):
         if x is not None:
             self.x = x
 
+    def count(self) -> int:
+        """Rows so far."""
+        return len(self.entries)
+
     def begin(self) -> None:
         """Nobody may join any more."""
         if self.track.open is self:
@@ -148,10 +152,10 @@ class Column(Job):
         track, entries = self.track, self.entries
         x = np.frombuffer(b"".join(self.inputs), np.float32).reshape(self.rows, -1) if self.inputs else self.x
         old: list[bytes] = [entry.data for entry in entries]  # type: ignore[misc]  # they have a track
-        order = _by_length(old)
+        order, parts = _by_length(old), [old]
         if order is not None:
-            old, x = [old[i] for i in order], x[order]
-        sheets = [Sheet(part, track.state_bytes, track.output_bytes, self.now_ms) for part in _parts(old)]
+            parts, x = _parts([old[i] for i in order]), x[order]
+        sheets = [Sheet(part, track.state_bytes, track.output_bytes, self.now_ms) for part in parts]
         runtime = track.served.runtime
         if runtime.resident is not None:
             self.tags = np.array([entry.tag for entry in entries], np.int64)
@@ -182,9 +186,7 @@ def _by_length(records: Sequence[bytes]) -> list[int] | None:
 
 def _parts(records: list[bytes]) -> list[list[bytes]]:
     """Cut where the length changes."""
-    cuts = [i for i in range(1, len(records)) if len(records[i]) != len(records[i - 1])] if len(records) > 1 else []
-    if not cuts:
-        return [records]
+    cuts = [i for i in range(1, len(records)) if len(records[i]) != len(records[i - 1])]
     return [records[start:end] for start, end in zip([0, *cuts], [*cuts, len(records)], strict=True)]
 
 

@@ -305,7 +305,7 @@ class Sessions:
         """Where the single steps of a served version go."""
         track = self._tracks.get((served.name, served.version))
         if track is None:
-            track = Track(served, self._batcher(served), self._load_of(served.name), self.metrics)
+            track = Track(served, self._batcher(served), self._load_of(served.name))
             self._tracks[served.name, served.version] = track
         return track
 
@@ -500,6 +500,10 @@ class Sessions:
 
     def gauge(self) -> None:
         """Bring the gauges up to date; called when metrics are read."""
+        for track in self._tracks.values():
+            made, track.made = track.made, 0
+            self.metrics.calls.labels(track.served.name).inc(made)
+            self.metrics.steps.labels(track.served.name).inc(made)
         self.metrics.waiting.set(sum(load.waiting for load in self._loads.values()))
         self.metrics.hot.set(len(self._hot))
         self.metrics.hot_bytes.set(self._hot.bytes)

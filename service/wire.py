@@ -195,8 +195,7 @@ def is_finite(data: bytes) -> bool:
 def _are_finite(flat: Floats) -> bool:
     if flat.size <= 16:  # quicker than numpy, and float64 holds the sum
         return math.isfinite(sum(flat.tolist()))
-    with np.errstate(over="ignore"):  # or numpy warns
-        return math.isfinite(np.dot(flat, flat))
+    return math.isfinite(np.vdot(flat, flat))  # dot would warn of an overflow
 
 
 # --- decoding -------------------------------------------------------------------------------------------------------

@@ -152,7 +152,7 @@ class RedisStore:
                 wire.close(str(refusals[0]), refusals[0])
             done(Refused(wire.server, refusals[0]).error)
 
-        wire.send(b"".join(commands), len(commands), replied)
+        wire.send(commands[0] if len(commands) == 1 else b"".join(commands), len(commands), replied)
 
     def _commit_for(self, done: Replaced, writes: Sequence[Write]) -> None:
         asyncio.ensure_future(self.commit(writes)).add_done_callback(functools.partial(hand_on, done))
