@@ -195,6 +195,7 @@ class Sessions:
         """Decide on a call. True: it is on its way; False: the next one may go on."""
         if isinstance(step, SingleStep) and not step.alone and self.join(entry.key, step.data, step.seq, step.future):
             self.leave(entry.address.model)  # counted by the column now
+            entry.used = False  # by this call alone: it has just been loaded, or is known to be used by the next one
             return True
         try:
             assert entry.record is not None
