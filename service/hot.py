@@ -9,7 +9,9 @@ from .calls import Address, Entry
 _ENTRY_BYTES: Final = 800
 """What a hot session costs beside its record, measured (tests/footprint.py)."""
 _LOOKS: Final = 8192
-"""Sessions looked at in one go; keeps eviction short (2 ms) when all are busy or were used."""
+"""Sessions looked at in one go, where all were used since the last time; 2 ms of them."""
+_BUSY: Final = 64
+"""Busy sessions passed over in one go; keeps eviction short when all are."""
 
 
 class HotSessions:
@@ -48,13 +50,16 @@ class HotSessions:
 
         That is "second chance": as good as the least recently used for a cache, and a use costs a flag.
         """
-        entries = self._entries
+        entries, passed = self._entries, 0
         for _ in range(_LOOKS):
-            if self.bytes <= self._limit_bytes or not entries:
+            if self.bytes <= self._limit_bytes or not entries or passed >= _BUSY:
                 return
             entry = next(iter(entries.values()))
-            if entry.used or not self.drop(entry):
+            if entry.used:
                 entry.used = False
+                entries.move_to_end(entry.key)
+            elif not self.drop(entry):
+                passed += 1
                 entries.move_to_end(entry.key)
 
     def drop(self, entry: Entry) -> bool:
