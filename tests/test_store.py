@@ -95,6 +95,31 @@ async def test_commit_replaces_only_the_record_it_names(store: Store, key: str) 
     assert await store.load([key]) == [new]
 
 
+async def replaced(store: Store, *steps: tuple[str, bytes, bytes, float | None]) -> list[bool]:
+    """What Store.replace said of (key, old, new, ttl_s)."""
+    done: asyncio.Future[list[bool]] = asyncio.get_running_loop().create_future()
+
+    def said(outcome: list[bool] | BaseException) -> None:
+        done.set_result(outcome) if isinstance(outcome, list) else done.set_exception(outcome)
+
+    keys, old, new, ttls_s = (list(column) for column in zip(*steps, strict=True))
+    store.replace(keys, old, new, ttls_s, said)
+    return await done
+
+
+async def test_replace_puts_steps_only_where_the_record_is_the_old_one(store: Store, key: str) -> None:
+    """More than one command of them, each judged by itself; a time to live holds."""
+    keys = [f"{key}-{i}" for i in range(40)]
+    old, new = [record(i) for i in range(40)], [record(100 + i) for i in range(40)]
+    assert await replaced(store, (keys[0], old[0], new[0], None)) == [False]  # there is none
+    await store.commit([Write(k, None, data) for k, data in zip(keys, old, strict=True) if k != keys[7]])
+    want = [k != keys[7] for k in keys]
+    assert await replaced(store, *((k, o, n, 60.0) for k, o, n in zip(keys, old, new, strict=True))) == want
+    assert await store.load(keys) == [n if k != keys[7] else None for k, n in zip(keys, new, strict=True)]
+    assert await replaced(store, (keys[1], old[1], new[2], None), (keys[2], new[2], old[2], None)) == [False, True]
+    assert await store.load(keys[1:3]) == [new[1], old[2]]
+
+
 async def test_commit_forgets_only_the_record_it_names(store: Store, key: str) -> None:
     data = record()
     await store.commit([Write(key, None, data)])

@@ -252,6 +252,13 @@ async def test_redis_that_forgot_the_script_gets_it_again(redis_factory: RedisFa
     await store.commit([Write(next(_names), None, record())])
     assert server.cli("SCRIPT", "FLUSH") == "OK"
     assert await store.commit(writes) == [True] * 40
+    first, second, third = writes[0].record, record(7), record(8)
+    for old, new in ((first, second), (second, third)):  # replace teaches its own script, then finds it forgotten
+        done: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        store.replace([writes[0].key], [old], [new], [None], done.set_result)
+        assert await done == [True]
+        assert await store.load([writes[0].key]) == [new]
+        assert server.cli("SCRIPT", "FLUSH") == "OK"
     await store.close()
 
 
