@@ -93,6 +93,7 @@ class Driver:
     def measured(self, run: Callable[[list[load.Line]], Sample]) -> Measure:
         """Connect, run, check, count."""
         redis = self.bench.park.redis() if self.redis else None
+        self.bench.park.only(self.server)
         with pinned(self.bench.park.generator_core):
             lines = self.connect(self.server.port)
             before = self.server.cpu_s(), redis.cpu_s() if redis else 0.0
@@ -132,6 +133,7 @@ def _bare(batch: int) -> Contender:
         bare = Bare(batch)
 
         def run(seconds: float) -> Measure:
+            bench.park.only()
             with pinned(bench.park.server_core):
                 rate, took = bare.rate(seconds)
             p50, p99 = np.percentile(took, [50, 99]) * 1e3

@@ -64,7 +64,7 @@ def _plain_ratio(target: Target, found: tuple[float, float, float] | None, cpu: 
 
 
 def run(bench: Bench, contenders: Sequence[Contender], rounds: int, seconds: float, say: Say) -> Results:
-    """Start everybody, then go round.
+    """Start everybody, then go round; who is not measured stands still.
 
     A contender whose package is missing, or whose server does not start, is absent, with the reason.
 

@@ -58,6 +58,7 @@ def lone(bench: Bench, quick: bool) -> Result:
     encode = requests.http_json(lambda _: "/", SESSIONS)
     echo = Driver(bench, bench.park.peer("asgi"), encode, http_lines(1), len, lanes=1)
     for _ in range(rounds):
+        bench.park.only()
         with pinned(bench.park.server_core):
             run_ms = 1e3 * statistics.median(Bare(1).rate(seconds / 2)[1])
             redis_ms = 1e3 * _redis_round_trip_s(bench, seconds / 2)
@@ -106,7 +107,9 @@ class _Client:
 
 def history(bench: Bench, quick: bool) -> Result:
     """One more step after 100 and after 100,000 steps, beside running the whole history again."""
-    client = _Client(bench.park.stepcast("memory").port)
+    server = bench.park.stepcast("memory")
+    bench.park.only(server)
+    client = _Client(server.port)
     short, long = 100, 10_000 if quick else 100_000
     rows = pool()[np.arange(long) % POOL]
     path = "/v1/models/bench/sessions/{}/step"
@@ -178,6 +181,7 @@ def long_sequences(bench: Bench, quick: bool) -> Result:
     steps, rounds = 10_000, 2 if quick else 4
     x = pool()[np.arange(steps) % POOL][None]
     server = bench.park.stepcast("memory")
+    bench.park.only(server)
     client = _Client(server.port)
     path = "/v1/models/bench/sessions/seq-{}/step"
     shares, bare_s, call_s = [], 0.0, 0.0

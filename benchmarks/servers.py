@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import model
-from .machine import ROOT, cores, cpu_s, pinned
+from .machine import ROOT, FullMemory, cores, cpu_s, pinned
 
 _START_S = 60.0
 
@@ -27,6 +27,7 @@ class Process:
 
     def __init__(self, command: Sequence[str], core: int, port: int, log: Path) -> None:
         self.port, self._log = port, log
+        self._still = False
         environ = {k: v for k, v in os.environ.items() if not k.startswith("STEPCAST_")}
         environ |= {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "NO_COLOR": "1"}
         with pinned(core), log.open("wb") as out:
@@ -64,8 +65,16 @@ class Process:
         """Processor seconds so far, children included."""
         return cpu_s(self.pid)
 
+    def stand_still(self, still: bool) -> None:
+        """Stop it and all that it started where they are (SIGSTOP), or let them go on."""
+        if still != self._still:
+            self._still = still
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGSTOP if still else signal.SIGCONT)
+
     def stop(self) -> None:
         """End it: SIGTERM, then SIGKILL; what it started and left behind goes too."""
+        self.stand_still(False)
         if self._process.poll() is None:
             self._process.terminate()
             try:
@@ -78,11 +87,16 @@ class Process:
 
 
 class Park:
-    """All servers of a benchmark; started when first asked for, stopped at the end."""
+    """All servers of a benchmark; started when first asked for, stopped at the end.
 
-    def __init__(self) -> None:
+    Args:
+        fill_memory: Measure with little memory free (machine.FullMemory).
+    """
+
+    def __init__(self, fill_memory: bool = False) -> None:
         self.server_core, self.generator_core = cores()
         self.folder = Path(tempfile.mkdtemp(prefix="stepcast-bench-"))
+        self._memory = FullMemory(self.folder) if fill_memory else None
         self._running: dict[str, Process] = {}
         self._failed: dict[str, StartFailed] = {}
 
@@ -109,6 +123,16 @@ class Park:
             str(self.folder),
         ]
         return self._start("redis", [program, "--port", str(port), *arguments], self.generator_core, port)
+
+    def only(self, *wanted: Process) -> None:
+        """Make ready to measure these: the others stand still, as idle servers, too, take turns on cores and caches.
+
+        Redis never stands still.
+        """
+        if self._memory is not None:
+            self._memory.fill()
+        for name, process in self._running.items():
+            process.stand_still(name != "redis" and process not in wanted)
 
     def redis_url(self) -> str:
         """Where that Redis is."""
@@ -150,6 +174,8 @@ class Park:
             if process is not None:
                 process.stop()
         if not names:
+            if self._memory is not None:
+                self._memory.close()
             shutil.rmtree(self.folder, ignore_errors=True)
 
 

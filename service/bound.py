@@ -35,12 +35,14 @@ class BoundSteps:
     """Runs of B rows by one step, B of any size.
 
     Args:
-        session: The graph; batch first, time second, all states float32.
+        session: The graph; batch first, time second, all states float32. It may do without `lengths`.
         constants: Further inputs, by name.
     """
 
     def __init__(self, session: Any, manifest: Manifest, constants: dict[str, npt.NDArray[Any]]) -> None:
         self._session, self._manifest, self._constants = session, manifest, constants
+        ports = {port.name for port in session.get_inputs()}
+        self._lengths_port = manifest.lengths if manifest.lengths in ports else None
         self._cuts: list[slice] = []
         self._size = 0
         for state in manifest.states:
@@ -106,8 +108,8 @@ class BoundSteps:
 
         into, out_of = binding.bind_input, binding.bind_output
         bind(into, manifest.input.name, room.x, 1, manifest.n_features)
-        if manifest.lengths is not None:
-            bind(into, manifest.lengths, self._lengths)
+        if self._lengths_port is not None:
+            bind(into, self._lengths_port, self._lengths)
         for state, before, after in zip(manifest.states, states_in, states_out, strict=True):
             bind(into, state.input, before, *state.shape)
             bind(out_of, state.output, after, *state.shape)

@@ -104,6 +104,7 @@ class Repository:
                     f"{directory}: manifest.json is of {runtime.manifest.name}/{runtime.manifest.version}"
                 )
             served = Served(runtime, runtime.prove())
+            runtime.quicken()
             if runtime.device == "cuda" and self._resident_bytes:
                 runtime.reside(self._resident_bytes)
         except ManifestError as error:

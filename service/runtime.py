@@ -19,6 +19,7 @@ from stepcast.errors import ManifestError, NonFinite
 from stepcast.manifest import GOLDEN_FILE, ITEM_BYTES, MODEL_FILE, Manifest, StateTensor, read_manifest
 
 from .bound import BoundSteps
+from .one_step import one_step_graph
 from .resident import CanNotReside, Ints, ResidentStates, StatesOf
 
 log = logging.getLogger("stepcast.runtime")
@@ -78,6 +79,9 @@ class Runtime:
 
     Raises:
         ManifestError: the directory is not what its manifest says, or the device is not there.
+
+    Attributes:
+        quick: Whether single steps have a graph of their own.
     """
 
     def __init__(self, directory: Path, *, device: str = "auto", threads: int = 1, profile: Path | None = None) -> None:
@@ -97,6 +101,7 @@ class Runtime:
         self._all_float32 = all(s.dtype == "float32" for s in self.manifest.states)
         bindable = self._plain and self._all_float32 and not any(s.batch_axis for s in self.manifest.states)
         self._bound: BoundSteps | None = None
+        self.quick = False
         if bindable and self.device == "cpu":
             self._bound = BoundSteps(self._session, self.manifest, self._constants)
 
@@ -204,6 +209,41 @@ class Runtime:
             return False
         log.info("%s: states of %d rows stay on the device", model, self.resident.capacity)
         return True
+
+    def quicken(self) -> bool:
+        """Make plain single steps by a graph of their own from now on (service/one_step.py).
+
+        Returns:
+            Whether there is one and it reproduced golden.npz. If it did not, the log says why; steps go as before.
+        """
+        before = self._bound
+        if before is None or not self.manifest.streaming:
+            return False
+        path = self.directory / MODEL_FILE
+        try:
+            spec = self.manifest
+            graph = one_step_graph(path, spec.input.name, spec.output.name, spec.lengths)
+            if graph is None:
+                return False
+            self._bound = BoundSteps(open_session(graph, self.device, self._threads), self.manifest, self._constants)
+            _Prover(self, self._run_bound).prove_steps()
+        except Exception as error:  # onnx's and onnxruntime's exceptions have no common base but this
+            self._bound = before
+            why = error if isinstance(error, ManifestError) else f"{type(error).__name__}: {error}"
+            log.warning("%s: single steps have no graph of their own: %s", path, why)
+            return False
+        self.quick = True
+        return True
+
+    def _run_bound(self, x: Floats, lengths: Lengths | None, states: Bytes) -> tuple[Floats, Bytes]:
+        """`run` for one step by way of `step`, of the rows that have it."""
+        rows = np.arange(len(x)) if lengths is None else np.flatnonzero(lengths)
+        y, new = np.zeros((len(x), 1, self.manifest.n_outputs), np.float32), np.array(states)
+        if len(rows):
+            after = new[rows]
+            y[rows, 0] = self.step(np.ascontiguousarray(x[rows, 0]), [states[rows]], [after])
+            new[rows] = after
+        return y, new
 
     def _run_tagged(self) -> Run:
         """`run` by way of the table, for one batch after the other with the same rows, in which each goes on."""
@@ -461,6 +501,10 @@ class _Prover:
             stepped = self._compare(*self._one_by_one(), "one step at a time")
             output_error, state_error = max(output_error, stepped[0]), max(state_error, stepped[1])
         return Proof(rows, steps, output_error, state_error, streams)
+
+    def prove_steps(self) -> None:
+        """The same by single steps alone."""
+        self._compare(*self._one_by_one(), "one step at a time")
 
     def _states(self, side: str) -> Bytes:
         rows, row_bytes = len(self.x), self.runtime.row_bytes

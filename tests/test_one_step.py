@@ -1,0 +1,211 @@
+"""The graph for one step against model.onnx: the same numbers, for every recurrent node that is written anew."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from serving import MODELS
+
+from service import runtime as runtime_module
+from service.one_step import one_step_graph
+from service.repository import Repository
+from service.runtime import Runtime
+from stepcast.errors import NonFinite
+
+RECURRENT = {"LSTM", "GRU", "RNN"}
+GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
+F, H = 3, 5
+
+
+def kinds() -> list[str]:
+    """Every model kind that a server steps on bound buffers."""
+    found = sorted(path.parents[1].name for path in MODELS.glob("*/1/manifest.json"))
+    return [kind for kind in found if Runtime(MODELS / kind / "1", device="cpu").quicken()]
+
+
+@pytest.mark.parametrize("kind", kinds())
+@pytest.mark.parametrize("rows", [1, 3, 70])
+def test_steps_are_those_of_the_model(kind: str, rows: int) -> None:
+    """Ten steps by way of the one-step graph, and ten by model.onnx."""
+    quick, plain = (Runtime(MODELS / kind / "1", device="cpu") for _ in range(2))
+    assert quick.quicken()
+    random, tolerance = np.random.default_rng(7), plain.manifest.tolerance
+    states = np.frombuffer(plain.initial(rows), np.uint8).reshape(rows, -1)
+    ours, theirs = np.array(states), np.array(states)
+    for _ in range(10):
+        x = random.integers(0, 2, (rows, plain.manifest.n_features)).astype(np.float32)
+        after = np.empty_like(ours)
+        got = quick.step(x, [ours], [after])
+        want, theirs = plain.run(x[:, None], None, theirs)
+        ours = after
+        np.testing.assert_allclose(got, want[:, 0], tolerance.rtol, tolerance.atol)
+        np.testing.assert_allclose(ours.view(np.float32), theirs.view(np.float32), tolerance.rtol, tolerance.atol)
+
+
+def test_most_kinds_have_one() -> None:
+    """Layers that walk over time by themselves (Scan) or whose lengths differ by layer keep model.onnx."""
+    assert {"lstm", "gru", "simple_rnn", "graves_lstm", "stacked", "characters", "dense_between"} <= set(kinds())
+    assert not {"scan_activations", "bidirectional", "dense"} & set(kinds())
+
+
+def recurrent_model(path: Path, op: str, *, bias: bool = True, peepholes: bool = False, **attributes: Any) -> Path:
+    """x (B, T, F) through one recurrent node with lengths, states h and for LSTM c; y is its sequence."""
+    random, gates = np.random.default_rng(3), GATES[op]
+    values = {
+        "W": random.normal(0, 0.5, (1, gates * H, F)),
+        "R": random.normal(0, 0.5, (1, gates * H, H)),
+        "B": random.normal(0, 0.5, (1, 2 * gates * H)),
+        "P": random.normal(0, 0.5, (1, 3 * H)),
+    }
+    ints = {"first": [0], "second": [1]}
+    states = ["h", "c"] if op == "LSTM" else ["h"]
+    inputs = ["xt", "W", "R", "B" if bias else "", "lengths", *(f"{s}0" for s in states), *(["P"] * peepholes)]
+    outputs = ["all", *(f"{s}1" for s in states)]
+    nodes = [
+        helper.make_node("Transpose", ["x"], ["xt"], perm=[1, 0, 2]),
+        *(helper.make_node("Unsqueeze", [f"{s}.in", "first"], [f"{s}0"]) for s in states),
+        helper.make_node(op, inputs, outputs, hidden_size=H, **attributes),
+        helper.make_node("Squeeze", ["all", "second"], ["flat"]),
+        helper.make_node("Transpose", ["flat"], ["y"], perm=[1, 0, 2]),
+        *(helper.make_node("Squeeze", [f"{s}1", "first"], [f"{s}.out"]) for s in states),
+    ]
+    used = {name for node in nodes for name in node.input}
+    initializers = [numpy_helper.from_array(v.astype(np.float32), k) for k, v in values.items() if k in used]
+    initializers += [numpy_helper.from_array(np.array(v, np.int64), k) for k, v in ints.items()]
+    ports = [helper.make_tensor_value_info(f"{s}.in", TensorProto.FLOAT, ["B", H]) for s in states]
+    graph = helper.make_graph(
+        nodes,
+        "recurrent",
+        [
+            helper.make_tensor_value_info("x", TensorProto.FLOAT, ["B", "T", F]),
+            helper.make_tensor_value_info("lengths", TensorProto.INT32, ["B"]),
+            *ports,
+        ],
+        [
+            helper.make_tensor_value_info("y", TensorProto.FLOAT, ["B", "T", H]),
+            *(helper.make_tensor_value_info(f"{s}.out", TensorProto.FLOAT, ["B", H]) for s in states),
+        ],
+        initializers,
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+    model.ir_version = 8
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, str(path))
+    return path
+
+
+def outputs_of(model: bytes | str, rows: int) -> dict[str, Any]:
+    """All outputs of a graph for one step of random rows."""
+    session = ort.InferenceSession(model, providers=["CPUExecutionProvider"])
+    random = np.random.default_rng(5)
+    feeds: dict[str, Any] = {"x": random.normal(size=(rows, 1, F)).astype(np.float32)}
+    for name in ("h.in", "c.in"):
+        feeds[name] = random.normal(size=(rows, H)).astype(np.float32)
+    feeds["lengths"] = np.ones(rows, np.int32)
+    wanted = {port.name for port in session.get_inputs()}
+    names = [port.name for port in session.get_outputs()]
+    return dict(zip(names, session.run(None, {k: v for k, v in feeds.items() if k in wanted}), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("op", "options"),
+    [
+        ("LSTM", {}),
+        ("LSTM", {"bias": False}),
+        ("LSTM", {"peepholes": True}),
+        ("LSTM", {"activations": ["Sigmoid", "Softsign", "Tanh"]}),
+        ("GRU", {}),
+        ("GRU", {"linear_before_reset": 1}),
+        ("GRU", {"linear_before_reset": 1, "bias": False}),
+        ("RNN", {}),
+        ("RNN", {"activations": ["Relu"]}),
+    ],
+)
+@pytest.mark.parametrize("rows", [1, 4])
+def test_equations_are_those_of_the_operators(tmp_path: Path, op: str, options: dict[str, Any], rows: int) -> None:
+    """What onnxruntime's own LSTM, GRU and RNN answer, without them and without lengths."""
+    path = recurrent_model(tmp_path / "model.onnx", op, **options)
+    made = one_step_graph(path, "x", "y", "lengths")
+    assert made is not None
+    graph = onnx.load_from_string(made).graph
+    assert not RECURRENT & {node.op_type for node in graph.node}
+    assert "lengths" not in {port.name for port in graph.input}
+    want, got = outputs_of(str(path), rows), outputs_of(made, rows)
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        np.testing.assert_allclose(got[name], value, 1e-5, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("op", "options"),
+    [
+        ("LSTM", {"clip": 0.5}),
+        ("LSTM", {"activations": ["HardSigmoid", "Tanh", "Tanh"]}),
+        ("LSTM", {"input_forget": 1}),
+        ("RNN", {"activations": ["Affine"], "activation_alpha": [0.5], "activation_beta": [0.1]}),
+    ],
+)
+def test_other_nodes_stay(tmp_path: Path, op: str, options: dict[str, Any]) -> None:
+    """Nothing is gained where the only recurrent node has rarer attributes."""
+    assert one_step_graph(recurrent_model(tmp_path / "model.onnx", op, **options), "x", "y", "lengths") is None
+
+
+def test_a_selection_that_repeats_stays(tmp_path: Path) -> None:
+    """Where(row is present, one row for all, state) is as many rows as there are states."""
+    path = recurrent_model(tmp_path / "model.onnx", "RNN")
+    model = onnx.load(str(path))
+    graph = model.graph
+    graph.initializer.append(numpy_helper.from_array(np.array([0], np.int32), "none"))
+    graph.initializer.append(numpy_helper.from_array(np.ones((1, H), np.float32), "ones"))
+    graph.node.extend(
+        [
+            helper.make_node("Greater", ["lengths", "none"], ["present"]),
+            helper.make_node("Unsqueeze", ["present", "second"], ["rows"]),
+            helper.make_node("Where", ["rows", "ones", "h.in"], ["many"]),
+        ]
+    )
+    graph.output.append(helper.make_tensor_value_info("many", TensorProto.FLOAT, ["B", H]))
+    onnx.save(model, str(path))
+    made = one_step_graph(path, "x", "y", "lengths")
+    assert made is not None
+    assert outputs_of(made, 4)["many"].tolist() == np.ones((4, H)).tolist()
+
+
+def test_a_graph_that_is_wrong_is_not_taken(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """golden.npz is the judge: steps go on by model.onnx, and the log says so."""
+
+    def wrong(path: Path, *names: Any) -> bytes | None:
+        made = one_step_graph(path, *names)
+        assert made is not None
+        model = onnx.load_from_string(made)
+        for value in model.graph.initializer:
+            value.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(value) * 2, value.name))
+        return bytes(model.SerializeToString())
+
+    monkeypatch.setattr(runtime_module, "one_step_graph", wrong)
+    runtime = Runtime(MODELS / "rnn_loss" / "1", device="cpu")
+    with caplog.at_level(logging.WARNING):
+        assert not runtime.quicken()
+    assert "single steps have no graph of their own" in caplog.text
+    states = np.frombuffer(runtime.initial(2), np.uint8).reshape(2, -1)
+    x, after = np.ones((2, runtime.manifest.n_features), np.float32), np.array(states)
+    want, new = runtime.run(x[:, None], None, states)
+    np.testing.assert_allclose(runtime.step(x, [states], [after]), want[:, 0], 1e-6, 1e-7)
+    np.testing.assert_allclose(after.view(np.float32), new.view(np.float32), 1e-6, 1e-7)
+
+
+def test_a_repository_serves_it_and_refuses_what_is_not_finite() -> None:
+    """Loaded as a server does."""
+    repository = Repository(MODELS, device="cpu", threads=1)
+    repository.scan()
+    assert {name for name in repository.names() if repository.live(name).runtime.quick} == set(kinds())
+    runtime = repository.live("lstm").runtime
+    states = np.frombuffer(runtime.initial(2), np.uint8).reshape(2, -1).copy()
+    states.view(np.float32)[1] = np.nan
+    with pytest.raises(NonFinite):
+        runtime.step(np.ones((2, runtime.manifest.n_features), np.float32), [states], [np.empty_like(states)])
