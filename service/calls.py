@@ -16,6 +16,7 @@ from .repository import Served
 from .telemetry import log
 
 if TYPE_CHECKING:
+    from .cohort import Cohort
     from .columns import Track
 
 Floats = npt.NDArray[np.float32]
@@ -134,13 +135,14 @@ class Entry:
         data: The record as the store has it; None: not loaded, or there is none (see `stored`).
         track: Where its single steps go; None: `data` is not known to be of the plainest kind (service/sheet.py).
         step, ttl_s: Of the record, where there is a track.
+        cohort: Who has the record instead; whoever touches the session dissolves it first (service/cohort.py).
         tag: Of the state, where a device holds it (Runtime.run_resident).
         used: Since eviction looked at it.
     """
 
     __slots__ = (
         *("decoded", "address", "batcher", "busy", "data", "key", "queue", "served", "size", "step", "stored"),
-        *("tag", "track", "ttl_s", "used"),
+        *("cohort", "tag", "track", "ttl_s", "used"),
     )
 
     def __init__(self, address: Address) -> None:
@@ -153,6 +155,7 @@ class Entry:
         self.track: Track | None = None
         self.step = self.tag = 0
         self.ttl_s: float | None = None
+        self.cohort: Cohort | None = None
         self.queue: list[Step] = []  # short, and mostly empty: a deque would cost 600 bytes per hot session
         self.busy = self.used = False
         self.size = 0

@@ -8,7 +8,7 @@ of many records; nothing is made per session but its next record. Whatever does 
 import asyncio
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,10 @@ from . import wire
 from .batcher import Batcher, Job
 from .calls import Entry, StepAnswer
 from .repository import Served
-from .sheet import Sheet, digests
+from .sheet import Sheet, Spares, digests, side_by_side
+
+if TYPE_CHECKING:
+    from .cohort import Cohort
 
 Floats = npt.NDArray[np.float32]
 
@@ -43,10 +46,11 @@ class Track:
         open: The column that steps may join now.
         until: When it is closed to them, monotonic.
         made: Steps made in columns that are not in the metrics yet.
+        spares: For the records of cohorts.
     """
 
     __slots__ = (
-        *("batcher", "input_bytes", "load", "made", "open", "output_bytes", "served", "state_bytes"),
+        *("batcher", "input_bytes", "load", "made", "open", "output_bytes", "served", "spares", "state_bytes"),
         "until",
     )
 
@@ -58,6 +62,7 @@ class Track:
         self.open: Column | None = None
         self.until = 0.0
         self.made = 0
+        self.spares = Spares()
 
 
 class Answers:
@@ -104,12 +109,17 @@ class Column(Job):
     Attributes:
         entries, inputs, seqs, waiters: By row. `inputs` is empty where x was given.
         many, places: Of a batch step, instead of waiters: whose answer it is part of, and where.
-        next: The sessions' next records, once it ran.
+        cohort: All its sessions, where their records lie side by side (service/cohort.py).
+        next: The sessions' next records, once it ran and they are needed one by one.
+        sheet: The same side by side, where they are of one length.
         answers: Once it ran.
         tags: Of the new states, where a device holds them (Runtime.run_resident).
     """
 
-    __slots__ = ("answers", "entries", "inputs", "many", "next", "now_ms", "places", "seqs", "tags", "track", "waiters")
+    __slots__ = (
+        *("answers", "cohort", "entries", "inputs", "many", "next", "now_ms", "places", "seqs", "sheet", "tags"),
+        *("track", "waiters"),
+    )
 
     whole = True
 
@@ -123,6 +133,8 @@ class Column(Job):
         self.places: Sequence[int] = ()
         self.tags: npt.NDArray[np.int64] | None = None
         self.next: list[bytes] = []
+        self.cohort: Cohort | None = None
+        self.sheet: Sheet | None = None
         self.answers: Answers | None = None
         self.steps, self.at, self.lengths, self.error = 1, 0, None, None
         self.rows = 0
@@ -149,13 +161,17 @@ class Column(Job):
 
     def go(self) -> None:
         """Run: inputs and records in, outputs and next records out. Nothing changes if the run raises."""
+        cohort = self.cohort
+        if cohort is not None and cohort.whole:
+            self._go_together(cohort)
+            return
         track, entries = self.track, self.entries
         x = np.frombuffer(b"".join(self.inputs), np.float32).reshape(self.rows, -1) if self.inputs else self.x
         old: list[bytes] = [entry.data for entry in entries]  # type: ignore[misc]  # they have a track
         order, parts = _by_length(old), [old]
         if order is not None:
             parts, x = _parts([old[i] for i in order]), x[order]
-        sheets = [Sheet(part, track.state_bytes, track.output_bytes, self.now_ms) for part in parts]
+        sheets = [Sheet(side_by_side(part), track.state_bytes, track.output_bytes, self.now_ms) for part in parts]
         runtime = track.served.runtime
         if runtime.resident is not None:
             self.tags = np.array([entry.tag for entry in entries], np.int64)
@@ -174,6 +190,23 @@ class Column(Job):
             made, outputs = [made[i] for i in back], outputs[back]
             self.tags = None if self.tags is None else self.tags[back]
         self.next, self.answers, self.at = made, Answers(outputs, track.served.version), 1
+        self.sheet = sheets[0] if order is None else None
+
+    def _go_together(self, cohort: "Cohort") -> None:
+        """The same for records that lie side by side already."""
+        track, x = self.track, self.x
+        sheet = Sheet(cohort.records, track.state_bytes, track.output_bytes, self.now_ms, track.spares)
+        outputs = track.served.runtime.step(x, [sheet.before], [sheet.after])
+        sheet.digests[:] = digests(x)
+        sheet.outputs[:] = outputs.view(np.uint8)
+        self.sheet, self.answers, self.at = sheet, Answers(outputs, track.served.version), 1
+
+    def part(self) -> None:
+        """From here on each session goes by itself."""
+        if self.cohort is not None:
+            self.cohort.dissolve()
+            if self.sheet is not None and not self.next:
+                self.next = self.sheet.records()
 
 
 def _by_length(records: Sequence[bytes]) -> list[int] | None:
@@ -205,6 +238,8 @@ class ManySteps:
         steps: Each session's step after this one.
         errors: Why a session was not stepped, by its place.
         done: Resolved with the last of them.
+        roster: Of its sessions (service/cohort.py); 0: they form no cohorts.
+        cohorts: What they have formed, by the place of their first.
     """
 
     def __init__(self, count: int, n_outputs: int) -> None:
@@ -213,6 +248,8 @@ class ManySteps:
         self.errors: dict[int, StepcastError] = {}
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._left = count
+        self.roster = 0
+        self.cohorts: dict[int, Cohort] = {}
 
     def answer(self, place: int, outputs: Floats, step: int) -> None:
         """A session was stepped."""

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from stepcast.errors import DeadlineExceeded, StepcastError
 
 from .calls import Entry, SingleStep, Step, StepAnswer, as_ours
+from .cohort import Cohort, Rosters
 from .columns import OPEN_S, Column, ManySteps, Track, Waiter
 from .hot import HotSessions
 from .repository import Repository, Served
@@ -66,6 +67,7 @@ class Express:
     ) -> None:
         self._turns, self._hot, self._store, self._settings, self._metrics = turns, hot, store, settings, metrics
         self._clock = clock
+        self._rosters = Rosters()
 
     def join(self, key: str, data: bytes, seq: int | None, waiter: Waiter) -> bool:
         """Queue a step of one example by one step, where its session is hot, idle and of the plainest kind.
@@ -111,12 +113,18 @@ class Express:
         return column
 
     def step_many(
-        self, model: str, keys: Sequence[str], x: Floats, seqs: Sequence[int | None] | None, many: ManySteps
+        self,
+        model: str,
+        namespace: str,
+        sessions: Sequence[str],
+        x: Floats,
+        seqs: Sequence[int | None] | None,
+        many: ManySteps,
     ) -> Sequence[int]:
         """Queue single steps of many sessions of a model, of those that are hot, idle and of the plainest kind.
 
         Args:
-            keys: Of their addresses.
+            namespace, sessions: Of their addresses.
             x: (K, F) float32, finite, checked against the live version.
             many: Gets the answers.
 
@@ -124,14 +132,20 @@ class Express:
             The places of the others: `single_step` takes them.
         """
         track, limits = self._turns.track(self._turns.repository.live(model)), self._settings
-        everyone = range(len(keys))
-        few = len(keys) < self.few  # they join those of other calls
-        if few or self._turns.draining or track.load.waiting + len(keys) > limits.queue_limit:
+        everyone = range(len(sessions))
+        few = len(sessions) < self.few  # they join those of other calls
+        if few or self._turns.draining or track.load.waiting + len(sessions) > limits.queue_limit:
             return everyone
+        prefix = f"{namespace}/{model}/"
+        many.roster, cohorts = self._rosters.find(prefix, sessions)
+        if cohorts is not None and self._step_cohorts(cohorts, track, x, seqs, many):
+            return ()
         hot, others, places = self._hot.get, [], []
         entries: list[Entry] = []
         for place in everyone:
-            entry = hot(keys[place])
+            entry = hot(prefix + sessions[place])
+            if entry is not None and entry.cohort is not None:
+                entry.cohort.dissolve()
             if entry is not None and not entry.busy and entry.track is track:
                 seq = None if seqs is None else seqs[place]
                 if seq is None or seq == entry.step + 1:
@@ -144,16 +158,44 @@ class Express:
         for start in range(0, len(entries), limits.batch_rows):
             cut = slice(start, start + limits.batch_rows)
             there = places[cut]
-            column = Column(track, deadline, self._clock(), x if len(there) == len(keys) else x[there])
+            column = Column(track, deadline, self._clock(), x if len(there) == len(sessions) else x[there])
             column.entries, column.many, column.places = entries[cut], many, there
             column.seqs = [None] * len(there) if seqs is None else [seqs[place] for place in there]
             track.load.waiting += len(there)
             track.batcher.submit(column)
+        if others or track.served.runtime.resident is not None:
+            many.roster = 0
         return others
+
+    def _step_cohorts(
+        self, cohorts: list[Cohort], track: Track, x: Floats, seqs: Sequence[int | None] | None, many: ManySteps
+    ) -> bool:
+        """Queue a batch step of whole cohorts; False: nothing was done, their sessions have to be looked at."""
+        if any(cohort.track is not track for cohort in cohorts):
+            return False
+        if seqs is not None:
+            wanted = cohorts[0].following
+            for cohort in cohorts[1:]:
+                wanted = wanted + cohort.following
+            if seqs != wanted:
+                return False
+        start, deadline, now_ms = 0, time.monotonic() + self._settings.deadline_s, self._clock()
+        for cohort in cohorts:
+            end = start + len(cohort.entries)
+            column = Column(track, deadline, now_ms, x[start:end])
+            column.entries, column.many, column.places, column.cohort = cohort.entries, many, range(start, end), cohort
+            column.seqs = [None] * (end - start) if seqs is None else list(cohort.following)
+            cohort.busy = True
+            track.load.waiting += end - start
+            track.batcher.submit(column)
+            start = end
+        return True
 
     def finish(self, column: Column) -> "asyncio.Future[None] | None":
         """Commit a column; what can not go together goes alone. None: the store has answered already."""
+        cohort = column.cohort
         if column.error is not None:
+            column.part()
             if isinstance(column.error, DeadlineExceeded):
                 self._refuse_column(column, column.error)
             else:  # one of its rows is guilty: alone, the others are not held up by it
@@ -168,15 +210,25 @@ class Express:
             nonlocal settled
             settled = True
             if isinstance(outcome, list):
-                self._replied(column, outcome, started)
+                if cohort is not None and cohort.whole and False not in outcome:
+                    self._replied_together(column, cohort, started)
+                else:
+                    column.part()
+                    self._replied(column, outcome, started)
             else:
+                column.part()
                 self._refuse_column(column, as_ours(outcome, "the step could not be stored"))
             if wait is not None:
                 wait.set_result(None)
 
-        keys, ttls_s = [entry.key for entry in entries], [entry.ttl_s for entry in entries]
-        old: list[bytes] = [entry.data for entry in entries]  # type: ignore[misc]  # they have a track
-        self._store.replace(keys, old, column.next, ttls_s, done)
+        if cohort is not None and cohort.whole:
+            assert column.sheet is not None
+            self._store.replace_rows(cohort, column.sheet.new, done)
+        else:
+            column.part()
+            keys, ttls_s = [entry.key for entry in entries], [entry.ttl_s for entry in entries]
+            old: list[bytes] = [entry.data for entry in entries]  # type: ignore[misc]  # they have a track
+            self._store.replace(keys, old, column.next, ttls_s, done)
         if not settled:
             wait = asyncio.get_running_loop().create_future()
         return wait
@@ -189,6 +241,8 @@ class Express:
         whole = good == len(applied)
         rows = range(len(applied)) if whole else [row for row, ok in enumerate(applied) if ok]
         self._advance(column, rows)
+        if whole and column.many is not None and column.many.roster:
+            self._form(column, column.many)
         if not whole:
             for row, ok in enumerate(applied):
                 if not ok:  # another writer was first: load, and compute again
@@ -196,6 +250,33 @@ class Express:
                     column.entries[row].keep(None)
                     self._once_more(column, row, alone=False)
         self._hot.evict()
+
+    def _replied_together(self, column: Column, cohort: Cohort, started: float) -> None:
+        """The store has all rows of a cohort."""
+        many, answers, sheet = column.many, column.answers, column.sheet
+        assert many is not None
+        assert answers is not None
+        assert sheet is not None
+        self._metrics.commit_seconds.observe(time.perf_counter() - started)
+        column.track.made += column.rows
+        self._turns.leave(column.track.served.name, column.rows)
+        old, cohort.records = cohort.records, sheet.new
+        column.track.spares.give(old)
+        cohort.stepped(cohort.following)
+        cohort.busy, cohort.used = False, True
+        many.answer_all(column.places, answers.outputs, cohort.steps)
+        self._hot.evict()
+
+    def _form(self, column: Column, many: ManySteps) -> None:
+        """Let the sessions of a batch step that came before be a cohort, where their records have stopped growing."""
+        sheet, entries = column.sheet, column.entries
+        if sheet is None or not sheet.full or any(entry.busy or entry.track is not column.track for entry in entries):
+            return
+        if any(entry.ttl_s != entries[0].ttl_s for entry in entries):
+            return
+        many.cohorts[column.places[0]] = Cohort(column.track, entries, sheet.new)
+        if sum(len(cohort.entries) for cohort in many.cohorts.values()) == len(many.steps):
+            self._rosters.enter(many.roster, [many.cohorts[place] for place in sorted(many.cohorts)])
 
     def _advance(self, column: Column, rows: Sequence[int]) -> None:
         """Answer rows of a column that are stored, and let their sessions go on."""

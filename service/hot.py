@@ -55,7 +55,7 @@ class HotSessions:
             if self.bytes <= self._limit_bytes or not entries or passed >= _BUSY:
                 return
             entry = next(iter(entries.values()))
-            if entry.used:
+            if entry.used or (entry.cohort is not None and entry.cohort.note_use()):
                 entry.used = False
                 entries.move_to_end(entry.key)
             elif not self.drop(entry):
@@ -64,6 +64,8 @@ class HotSessions:
 
     def drop(self, entry: Entry) -> bool:
         """Let an entry go; False: it is busy and stays."""
+        if entry.cohort is not None:
+            entry.cohort.dissolve()
         if entry.busy or entry.queue:
             return False
         if self._entries.pop(entry.key, None) is not None:

@@ -136,9 +136,8 @@ class Rest:
         many = ManySteps(count, served.manifest.n_outputs)
         places: Sequence[int] = range(count)
         if columns.finite:
-            prefix = f"{principal.namespace}/{model}/"
-            keys = [prefix + session for session in asked.sessions]
-            places = self.sessions.express.step_many(model, keys, columns.x[:, 0], columns.seqs, many)
+            step_many, x = self.sessions.express.step_many, columns.x[:, 0]
+            places = step_many(model, principal.namespace, asked.sessions, x, columns.seqs, many)
         for place in places:
             try:
                 address = self.address(principal.namespace, model, asked.sessions[place])

@@ -130,6 +130,8 @@ class Sessions:
             raise Draining("the server is shutting down. Connect again.", retry_after_s=1.0)
         if entry is None:
             entry = self._hot.enter(address)
+        elif entry.cohort is not None:
+            entry.cohort.dissolve()
         return entry, time.monotonic() + (deadline_s or limits.deadline_s)
 
     def _queue(self, step: Step) -> None:
@@ -513,6 +515,8 @@ class Sessions:
         """A version is not served any more: hot sessions ask anew which one is theirs."""
         for entry in self._hot:
             if entry.served is served:
+                if entry.cohort is not None:
+                    entry.cohort.dissolve()
                 entry.served = entry.track = None
 
     # --- beside the sessions ------------------------------------------------------------------------------------

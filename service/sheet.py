@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .record import DIGEST_BYTES, HAS_CHECKPOINTS, HEADER_BYTES, KEPT_ANSWER_BYTES, KEPT_ANSWERS, LAYOUT, RUN
+from .store import as_records
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
@@ -26,29 +27,58 @@ _VERSION: Final = slice(48, 52)
 _FACTS: Final = struct.Struct("<BBHI8x8xQ8x8xII8sII")
 
 
+class Spares:
+    """Arrays that nobody uses any more, for the next of their shape: they are in the processor's cache.
+
+    Args:
+        most: Arrays of one shape, and shapes.
+    """
+
+    def __init__(self, most: int = 4) -> None:
+        self._most, self._free = most, dict[tuple[int, ...], list[Bytes]]()
+
+    def take(self, shape: tuple[int, ...]) -> Bytes:
+        """An array of that shape; its content means nothing."""
+        free = self._free.get(shape)
+        return free.pop() if free else np.empty(shape, np.uint8)
+
+    def give(self, array: Bytes) -> None:
+        """Nobody reads or writes this array any more."""
+        free = self._free.setdefault(array.shape, [])
+        if len(self._free) > self._most:  # others have come into use
+            self._free.clear()
+        elif len(free) < self._most:
+            free.append(array)
+
+
 class Sheet:
     """The next records of sessions that take a single step each.
 
     Args:
-        records: Of equal length, each of a layout and a model version that `fits` said yes to.
+        old: (B, W) records of equal length, each of a layout and a model version that `fits` said yes to.
         state_bytes: Of one row's state.
         output_bytes: Of one step's outputs.
         now_ms: Wall clock.
+        spares: Where the next records' array comes from; None: it is made.
 
     Attributes:
+        new: The next records (B, W').
+        full: Whether they have all the kept answers that a record may have: the ones after them are not longer.
         before: The records' states (B, state_bytes), to be read.
         after: The next records' states, to be filled.
         digests, outputs: Of the new kept answer, to be filled: (B, DIGEST_BYTES) and (B, output_bytes).
     """
 
-    __slots__ = ("_new", "after", "before", "digests", "outputs", "rows")
+    __slots__ = ("after", "before", "digests", "full", "new", "outputs", "rows")
 
-    def __init__(self, records: Sequence[bytes], state_bytes: int, output_bytes: int, now_ms: int) -> None:
-        rows, width, entry = len(records), len(records[0]), DIGEST_BYTES + output_bytes
-        old = np.frombuffer(b"".join(records), np.uint8).reshape(rows, width)
+    def __init__(
+        self, old: Bytes, state_bytes: int, output_bytes: int, now_ms: int, spares: Spares | None = None
+    ) -> None:
+        (rows, width), entry = old.shape, DIGEST_BYTES + output_bytes
         answers_at = HEADER_BYTES + state_bytes
         kept = min((width - answers_at) // entry, most_kept(output_bytes) - 1)
-        new = np.empty((rows, answers_at + (kept + 1) * entry), np.uint8)
+        shape = rows, answers_at + (kept + 1) * entry
+        new = np.empty(shape, np.uint8) if spares is None else spares.take(shape)
         new[:, :HEADER_BYTES] = old[:, :HEADER_BYTES]
         if kept:
             new[:, answers_at:-entry] = old[:, width - kept * entry :]
@@ -56,7 +86,7 @@ class Sheet:
         header[:, 0] = _ONE_EXAMPLE | (kept + 1) << _ANSWERS_SHIFT
         header[:, _REVISION_AND_STEP] += 1
         np.maximum(header[:, _USED], now_ms, out=header[:, _USED])
-        self._new = new
+        self.new, self.full = new, kept + 1 == most_kept(output_bytes)
         self.rows = rows
         self.before = old[:, HEADER_BYTES:answers_at]
         self.after = new[:, HEADER_BYTES:answers_at]
@@ -65,8 +95,12 @@ class Sheet:
 
     def records(self) -> list[bytes]:
         """The next records."""
-        made: list[bytes] = self._new.view(f"V{width_of(self._new)}")[:, 0].tolist()  # some times as fast as cutting
-        return made
+        return as_records(self.new)
+
+
+def side_by_side(records: Sequence[bytes]) -> Bytes:
+    """Records of equal length as (B, W)."""
+    return np.frombuffer(b"".join(records), np.uint8).reshape(len(records), -1)
 
 
 def width_of(sheet: Bytes) -> int:

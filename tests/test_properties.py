@@ -298,8 +298,8 @@ class Machine(RuleBasedStateMachine):
         async def together() -> ManySteps:
             many = ManySteps(len(names), runtime().manifest.n_outputs)
             sessions = self.replicas[replica].sessions
-            keys = [address(name).key for name in names]
-            for place in sessions.express.step_many(KIND, keys, np.concatenate(x)[:, 0], seqs, many):
+            rows = np.concatenate(x)[:, 0]
+            for place in sessions.express.step_many(KIND, address("").namespace, names, rows, seqs, many):
                 sessions.single_step(address(names[place]), x[place].tobytes(), seqs[place], Cell(many, place))
             await many.done
             return many

@@ -18,7 +18,7 @@ from math import inf
 from typing import Final
 
 from service.record import TOKEN
-from service.store import Replaced, Store, Write, as_writes, hand_on
+from service.store import Bytes, Replaced, Rows, Store, Write, as_writes, hand_on, replace_each
 from stepcast.errors import StoreUnavailable
 
 _log = logging.getLogger(__name__)
@@ -121,6 +121,9 @@ class BehindStore:
     ) -> None:
         task = asyncio.ensure_future(self.commit(as_writes(keys, old, new, ttls_s)))
         task.add_done_callback(functools.partial(hand_on, done))
+
+    def replace_rows(self, rows: Rows, new: Bytes, done: Replaced) -> None:
+        replace_each(self, rows, new, done)
 
     async def list_keys(self, prefix: str, cursor: str, limit: int) -> tuple[list[str], str]:
         return await self._base.list_keys(prefix, cursor, limit)

@@ -11,9 +11,32 @@ from math import inf
 from typing import Final
 
 from service.record import TOKEN
-from service.store import Replaced, Write
+from service.store import Bytes, Replaced, Rows, Write, replace_each
 
 _GONE: Final[tuple[bytes, float]] = (b"", inf)
+
+
+class _Block:
+    """Records side by side; whole until one of their sessions is written by itself."""
+
+    __slots__ = ("applied", "records", "whole")
+
+    def __init__(self, records: Bytes) -> None:
+        self.records, self.whole = records, True
+        self.applied = [True] * len(records)
+
+
+class _Member:
+    """A record in a block."""
+
+    __slots__ = ("_at", "block")
+
+    def __init__(self, block: _Block, at: int) -> None:
+        self.block, self._at = block, at
+
+    def __bytes__(self) -> bytes:
+        record: bytes = self.block.records[self._at].tobytes()
+        return record
 
 
 class MemoryStore:
@@ -31,7 +54,7 @@ class MemoryStore:
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._records: OrderedDict[str, tuple[bytes, float]] = OrderedDict()  # key: (record, expires)
+        self._records: OrderedDict[str, tuple[bytes | _Member, float]] = OrderedDict()  # key: (record, expires)
         self._sides: dict[str, dict[str, bytes]] = {}
 
     async def open(self) -> None:
@@ -52,10 +75,13 @@ class MemoryStore:
         applied = []
         for write in writes:
             key, expect, record, ttl_s, sides, _ = write
-            old, expires = records.get(key, _GONE)
+            held, expires = records.get(key, _GONE)
+            old = held if isinstance(held, bytes) else bytes(held)
             if (old[TOKEN] if expires > now else b"") != (expect or b""):
                 applied.append(False)
                 continue
+            if isinstance(held, _Member):
+                held.block.whole = False
             if expect is None or record is None:
                 self._forget(key)
                 visits += 2
@@ -78,6 +104,9 @@ class MemoryStore:
         now, records, applied = self._clock(), self._records, []
         for key, before, after, ttl_s in zip(keys, old, new, ttls_s, strict=True):
             there, expires = records.get(key, _GONE)
+            if isinstance(there, _Member):
+                there.block.whole = False
+                there = bytes(there)
             if expires <= now or (there is not before and there[TOKEN] != before[TOKEN]):
                 applied.append(False)
             else:
@@ -85,6 +114,23 @@ class MemoryStore:
                 applied.append(True)
         self._sweep(1, now)
         done(applied)
+
+    def replace_rows(self, rows: Rows, new: Bytes, done: Replaced) -> None:
+        block = rows.place
+        if isinstance(block, _Block) and block.whole and block.records is rows.records:
+            block.records = new
+            self._sweep(1, self._clock())
+            done(block.applied)
+            return
+
+        def replaced(outcome: list[bool] | BaseException) -> None:
+            if isinstance(outcome, list) and all(outcome) and rows.ttl_s is None:
+                block = rows.place = _Block(new)
+                for at, key in enumerate(rows.keys):
+                    self._records[key] = (_Member(block, at), inf)
+            done(outcome)
+
+        replace_each(self, rows, new, replaced)
 
     async def list_keys(self, prefix: str, cursor: str, limit: int) -> tuple[list[str], str]:
         now = self._clock()
@@ -104,7 +150,9 @@ class MemoryStore:
 
     def _live(self, key: str, now: float) -> bytes | None:
         record, expires = self._records.get(key, _GONE)
-        return record if record and expires > now else None
+        if expires <= now or record is _GONE[0]:
+            return None
+        return record if isinstance(record, bytes) else bytes(record)
 
     def _live_sides(self, key: str) -> dict[str, bytes]:
         if self._live(key, self._clock()) is None:

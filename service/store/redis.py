@@ -10,14 +10,15 @@ import asyncio
 import functools
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from hashlib import sha1
 from typing import Any, Final, cast
 
+import numpy as np
 from hiredis import ReplyError, pack_command
 
 from service.record import TOKEN
-from service.store import Replaced, Write, as_writes, hand_on
+from service.store import Bytes, Replaced, Rows, Write, as_records, as_writes, hand_on, replace_each
 from service.store.redis_nodes import Job, Node, Nodes, Refused
 from service.store.redis_wire import Command, Wire, error_code, is_elsewhere
 from stepcast.errors import InvalidRequest, StoreUnavailable
@@ -28,6 +29,7 @@ _PER_COMMAND: Final = 16
 """Writes per command: one command of 64 records costs more, in allocations here and in a longer pause there."""
 _REPLACES_PER_COMMAND: Final = 64
 _LOADS_PER_COMMAND: Final = 128
+_MOST_FRAMES: Final = 4
 _SCANS_PER_PAGE: Final = 10
 _CURSOR: Final = re.compile(r"([0-9]{1,4}):([0-9]{1,20})")
 _PREFIX: Final = "stepcast:{"
@@ -87,6 +89,7 @@ class RedisStore:
     def __init__(self, nodes: Nodes) -> None:
         self._nodes = nodes
         self._taught: Wire | None = None  # the connection whose server knows REPLACE
+        self._frames: dict[tuple[int, int, bytes], _Frame] = {}
 
     async def open(self) -> None:
         try:
@@ -131,11 +134,48 @@ class RedisStore:
         if wire is None:
             self._commit_for(done, as_writes(keys, old, new, ttls_s))
             return
-        commands = [] if wire is self._taught else [_LOAD_REPLACE]
-        lessons, self._taught = len(commands), wire
+        commands = []
         for at in range(0, len(keys), _REPLACES_PER_COMMAND):
             end = at + _REPLACES_PER_COMMAND
             commands.append(_replacing(keys[at:end], old[at:end], new[at:end], ttls_s[at:end]))
+        self._send(wire, commands, len(commands), lambda: as_writes(keys, old, new, ttls_s), done)
+
+    def replace_rows(self, rows: Rows, new: Bytes, done: Replaced) -> None:
+        wire = self._nodes.wire()
+        if wire is None:
+            replace_each(self, rows, new, done)
+            return
+        heads = rows.place
+        if not isinstance(heads, _Heads):
+            heads = rows.place = _Heads(rows.keys)
+        shape = (*new.shape, _ttl(rows.ttl_s))
+        frame = self._frames.get(shape)
+        if frame is None:
+            if len(self._frames) >= _MOST_FRAMES:
+                self._frames.clear()
+            frame = self._frames[shape] = _Frame(*shape)
+        frame.fill(rows.records, new)
+        parts: list[bytes | memoryview] = []
+        for i, head in enumerate(heads.texts):
+            parts += (head, frame.rows(i * _REPLACES_PER_COMMAND, (i + 1) * _REPLACES_PER_COMMAND))
+
+        def writes() -> list[Write]:
+            old = as_records(rows.records)
+            return as_writes(rows.keys, old, as_records(new), [rows.ttl_s] * len(old))
+
+        self._send(wire, parts, len(heads.texts), writes, done)
+
+    def _send(
+        self,
+        wire: Wire,
+        parts: Sequence[bytes | memoryview],
+        commands: int,
+        writes: Callable[[], list[Write]],
+        done: Replaced,
+    ) -> None:
+        """Send REPLACE commands; `writes` says the same where the server turns out not to know the script."""
+        lesson = [] if wire is self._taught else [_LOAD_REPLACE]
+        lessons, self._taught = len(lesson), wire
 
         def replied(replies: list[Any] | StoreUnavailable) -> None:
             if isinstance(replies, StoreUnavailable):
@@ -146,14 +186,14 @@ class RedisStore:
                 done([applied == 1 for reply in replies[lessons:] for applied in reply])
                 return
             self._taught = None
-            if len(refusals) == len(commands) - lessons and error_code(refusals[0]) == "NOSCRIPT":
-                self._commit_for(done, as_writes(keys, old, new, ttls_s))  # nothing was applied
+            if len(refusals) == commands and error_code(refusals[0]) == "NOSCRIPT":
+                self._commit_for(done, writes())  # nothing was applied
                 return
             if is_elsewhere(refusals[0]):
                 wire.close(str(refusals[0]), refusals[0])
             done(Refused(wire.server, refusals[0]).error)
 
-        wire.send(commands[0] if len(commands) == 1 else b"".join(commands), len(commands), replied)
+        wire.send(b"".join((*lesson, *parts)), lessons + commands, replied)
 
     def _commit_for(self, done: Replaced, writes: Sequence[Write]) -> None:
         asyncio.ensure_future(self.commit(writes)).add_done_callback(functools.partial(hand_on, done))
@@ -206,17 +246,57 @@ def _replacing(
     keys: Sequence[str], old: Sequence[bytes], new: Sequence[bytes], ttls_s: Sequence[float | None]
 ) -> bytes:
     """One command for several plain steps, in Redis' protocol; see REPLACE."""
-    count = len(keys)
-    parts = [b"*%d\r\n$7\r\nEVALSHA\r\n$40\r\n%s\r\n$%d\r\n%d\r\n" % (
-        3 + 4 * count, _REPLACE_SHA, len(str(count)), count
-    )]  # fmt: skip
-    for key in keys:
-        main = _main(key).encode()
-        parts.append(b"$%d\r\n%s\r\n" % (len(main), main))
+    parts = [_head(keys)]
     for before, after, ttl_s in zip(old, new, ttls_s, strict=True):
-        ttl = b"" if ttl_s is None else b"%d" % max(1, int(ttl_s * 1000))
+        ttl = _ttl(ttl_s)
         parts.append(b"$16\r\n%s\r\n$%d\r\n%s\r\n$%d\r\n%s\r\n" % (before[TOKEN], len(after), after, len(ttl), ttl))
     return b"".join(parts)
+
+
+def _head(keys: Sequence[str]) -> bytes:
+    """How a REPLACE command begins."""
+    count = len(keys)
+    mains = [_main(key).encode() for key in keys]
+    return b"*%d\r\n$7\r\nEVALSHA\r\n$40\r\n%s\r\n$%d\r\n%d\r\n%s" % (
+        *(3 + 4 * count, _REPLACE_SHA, len(str(count)), count),
+        b"".join([b"$%d\r\n%s\r\n" % (len(main), main) for main in mains]),
+    )
+
+
+def _ttl(ttl_s: float | None) -> bytes:
+    return b"" if ttl_s is None else b"%d" % max(1, int(ttl_s * 1000))
+
+
+class _Heads:
+    """How the commands for many sessions begin, _REPLACES_PER_COMMAND of them each."""
+
+    def __init__(self, keys: Sequence[str]) -> None:
+        size = _REPLACES_PER_COMMAND
+        self.texts = [_head(keys[at : at + size]) for at in range(0, len(keys), size)]
+
+
+class _Frame:
+    """The arguments of REPLACE for B records of W bytes, side by side in Redis' protocol."""
+
+    def __init__(self, count: int, width: int, ttl: bytes) -> None:
+        texts = b"$16\r\n", b"\r\n$%d\r\n" % width, b"\r\n$%d\r\n%s\r\n" % (len(ttl), ttl)
+        token_at = len(texts[0])
+        token_end = token_at + TOKEN.stop - TOKEN.start
+        record_at = token_end + len(texts[1])
+        self._rows = np.empty((count, record_at + width + len(texts[2])), np.uint8)
+        self._tokens = self._rows[:, token_at:token_end]
+        self._records = self._rows[:, record_at : record_at + width]
+        for at, text in zip((0, token_end, record_at + width), texts, strict=True):
+            self._rows[:, at : at + len(text)] = np.frombuffer(text, np.uint8)
+
+    def fill(self, old: Bytes, new: Bytes) -> None:
+        """Put records in."""
+        self._tokens[:] = old[:, TOKEN]
+        self._records[:] = new
+
+    def rows(self, start: int, end: int) -> memoryview:
+        """The arguments of some."""
+        return self._rows[start:end].data.cast("B")
 
 
 def _place(cursor: str) -> tuple[int, str]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from service.record import TOKEN, wall_clock_ms
-from service.store import Replaced, Write, as_writes, hand_on
+from service.store import Bytes, Replaced, Rows, Write, as_writes, hand_on, replace_each
 from stepcast.errors import StoreUnavailable
 
 SCHEMA_VERSION: Final = 1
@@ -141,6 +141,9 @@ class SqliteStore:
         done: Replaced,
     ) -> None:
         self._accept(as_writes(keys, old, new, ttls_s)).add_done_callback(functools.partial(hand_on, done))
+
+    def replace_rows(self, rows: Rows, new: Bytes, done: Replaced) -> None:
+        replace_each(self, rows, new, done)
 
     def _accept(self, asked: Sequence[Write]) -> "asyncio.Future[list[bool]]":
         """Let writes wait for the next transaction."""
