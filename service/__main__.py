@@ -52,7 +52,7 @@ def serve(arguments: argparse.Namespace) -> int:
             os.environ[PREFIX + name.upper()] = str(value)
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
     config = uvicorn.Config(
-        create_app(settings) if settings.workers == 1 else "service.app:from_environ",
+        create_app(settings, freezes=True) if settings.workers == 1 else "service.app:from_environ",
         factory=settings.workers > 1,
         host=settings.host,
         port=settings.port,

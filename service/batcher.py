@@ -27,6 +27,12 @@ log = logging.getLogger("stepcast.batcher")
 UNFINISHED_RUNS: Final = 2
 """Batches that may wait for `finish` (their commit) while the next one runs; more would only make batches small."""
 
+CROSSED_SHARE: Final = 0.125
+"""Of a chunk's time, where single steps come in between: those that come meanwhile wait for its end."""
+
+REST_S: Final = 0.002
+"""How long chunks stop then, even if nothing else is to be done: else every single step would find one under way."""
+
 FULL_ROWS: Final = 16
 """Runs of this many single steps and more tell what one row costs; in smaller ones the fixed cost hides it."""
 
@@ -89,7 +95,8 @@ class Batcher(Generic[J]):
             UNFINISHED_RUNS batches are under way.
         observe: Takes rows and seconds of each run.
         batch_rows: Most rows in one run (a larger job runs alone).
-        chunk_s: About how long a chunk of a long sequence may take; None: sequences can not be cut.
+        chunk_s: About how long a chunk of a long sequence may take, and an eighth of it while single steps come in
+            between; None: sequences can not be cut.
         inline_s: Runs expected to take longer are made in a thread, so that the event loop stays free.
     """
 
@@ -109,6 +116,9 @@ class Batcher(Generic[J]):
         self._long: deque[J] = deque()
         self._task: asyncio.Task[None] | None = None
         self._called = False  # `_look` is about to be
+        self._crossed = False  # single steps ran since the last chunk
+        self._rest: asyncio.TimerHandle | None = None  # no chunk until then
+        self._closing = False
         self._unfinished: set[asyncio.Future[object]] = set()
         self._pool: ThreadPoolExecutor | None = None
         self._run_s = 50e-6  # moving averages: a run's fixed cost is not told apart from its cells'
@@ -118,12 +128,14 @@ class Batcher(Generic[J]):
     def submit(self, job: J) -> None:
         """Queue a job; it is handed to `finish` exactly once."""
         (self._short if job.steps == 1 else self._long).append(job)
-        if self._task is None and not self._called:
-            self._called = True
-            asyncio.get_running_loop().call_soon(self._look)
+        self._look_soon()
 
     async def close(self) -> None:
         """Wait until every queued job has been finished."""
+        self._closing = True
+        if self._rest is not None:
+            self._rest.cancel()
+            self._rested()
         while self._called or self._task is not None or self._unfinished:
             waiting = {t for t in (self._task, *self._unfinished) if t is not None}
             if waiting:
@@ -136,18 +148,32 @@ class Batcher(Generic[J]):
     def _look(self) -> None:
         """Make a short run at once, without a task; where there is more to it, let a task do it."""
         self._called = False
-        if not (self._short or self._long):
+        if not self._ready():
             return
         loop, job = asyncio.get_running_loop(), self._short[0] if self._short else None
-        if job is None or self._long or not job.whole or not self._may_run(job.count()):
+        chunks = bool(self._long) and self._rest is None
+        if job is None or chunks or not job.whole or not self._may_run(job.count()):
             self._task = loop.create_task(self._work())
             return
         jobs = self._take(self._short)
         if jobs:
+            self._crossed = True
             self._done(jobs, 1, self._timed(jobs, 1))
-        if (self._short or self._long) and not self._called:
+        self._look_soon()
+
+    def _ready(self) -> bool:
+        """Whether there is anything to run now."""
+        return bool(self._short) or (bool(self._long) and self._rest is None)
+
+    def _look_soon(self) -> None:
+        if self._task is None and not self._called and self._ready():
             self._called = True
-            loop.call_soon(self._look)
+            asyncio.get_running_loop().call_soon(self._look)
+
+    def _rested(self) -> None:
+        """Chunks may go on."""
+        self._rest = None
+        self._look_soon()
 
     def _may_run(self, rows: int) -> bool:
         """Whether single steps of that many rows may run now, on the event loop."""
@@ -155,18 +181,20 @@ class Batcher(Generic[J]):
 
     async def _work(self) -> None:
         try:
-            while self._short or self._long:
+            while self._ready():
                 while len(self._unfinished) >= UNFINISHED_RUNS:
                     await asyncio.wait(self._unfinished, return_when=asyncio.FIRST_COMPLETED)
                 if self._short:
                     jobs = self._take(self._short)
                     if jobs:
+                        self._crossed = True
                         await self._round(jobs, 1)
-                if self._long:
+                if self._long and self._rest is None:
                     await self._long_round()
                 await asyncio.sleep(0)  # sockets are read and answers written between runs
         finally:
             self._task = None
+            self._look_soon()
 
     def _take(self, queue: deque[J]) -> list[J]:
         """The oldest jobs that fit into one run; expired and abandoned ones are finished at once."""
@@ -196,8 +224,12 @@ class Batcher(Generic[J]):
         rows = sum(job.rows for job in jobs)
         chunk = longest
         if self._chunk_s is not None:
-            chunk = min(longest, max(1, int(self._chunk_s / (self._cell_s * rows))))
+            chunk_s = self._chunk_s * (CROSSED_SHARE if self._crossed else 1.0)
+            chunk = min(longest, max(1, int(chunk_s / (self._cell_s * rows))))
+        rests, self._crossed = self._crossed and not self._closing, False
         await self._round(jobs, chunk)
+        if rests and self._long:
+            self._rest = asyncio.get_running_loop().call_later(REST_S, self._rested)
 
     async def _round(self, jobs: list[J], chunk: int) -> None:
         """Run jobs by up to `chunk` steps; those that are done go to `finish`, the rest to the queue's end."""

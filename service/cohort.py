@@ -6,7 +6,6 @@ costs nothing per session but its numbers. Whoever touches one of them by itself
 session gets its record back, as if there had been none.
 """
 
-from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
@@ -19,7 +18,7 @@ from .store import Rows, as_records
 Bytes = npt.NDArray[np.uint8]
 
 _MOST_ROSTERS: Final = 1024
-_SEEN: Final[list["Cohort"]] = []
+_MOST_SEEN: Final = 1 << 16
 
 
 class Cohort(Rows):
@@ -27,29 +26,34 @@ class Cohort(Rows):
 
     Attributes:
         entries: The members.
-        sessions: Their ids.
         steps: Their steps, and `following` those after the next batch step.
         whole: No member has been touched by itself.
         busy: A batch step of all is under way.
         used: Since eviction looked.
     """
 
-    __slots__ = ("busy", "entries", "following", "sessions", "steps", "track", "used", "whole")
+    __slots__ = ("_level", "busy", "entries", "following", "steps", "track", "used", "whole")
 
     def __init__(self, track: Track, entries: list[Entry], records: Bytes) -> None:
         super().__init__([entry.key for entry in entries], records, entries[0].ttl_s)
         self.track, self.entries = track, entries
-        self.sessions = [entry.address.session for entry in entries]
-        self.stepped([entry.step for entry in entries])
+        self.steps = [entry.step for entry in entries]
+        self.following = [step + 1 for step in self.steps]
+        self._level = self.steps.count(self.steps[0]) == len(entries)
         self.whole = self.used = True
         self.busy = False
         for entry in entries:
             entry.keep(None)
             entry.cohort = self
 
-    def stepped(self, steps: list[int]) -> None:
-        """All have taken a step, and are where `steps` says."""
-        self.steps, self.following = steps, [step + 1 for step in steps]
+    def stepped(self, records: Bytes) -> None:
+        """All have taken a step, and have these records now."""
+        self.records, self.steps = records, self.following
+        if self._level:
+            self.following = [self.steps[0] + 1] * len(self.steps)
+        else:
+            self.following = [step + 1 for step in self.steps]
+        self.busy, self.used = False, True
 
     def note_use(self) -> bool:
         """Pass on to the members that they were used; whether they were, since the last time."""
@@ -68,41 +72,51 @@ class Cohort(Rows):
         self.whole = False
         for entry, data, step in zip(self.entries, as_records(self.records), self.steps, strict=True):
             entry.data, entry.step, entry.track, entry.cohort, entry.busy = data, step, self.track, None, self.busy
+        if not self.busy:
+            self.let_go()
+
+    def let_go(self) -> None:
+        """Hold on to nothing: there may be names for it left (Rosters)."""
+        self.entries, self.records = [], self.records[:0].copy()
 
 
 class Rosters:
-    """The cohorts of a server, by the sessions that batch steps name, in order."""
+    """The cohorts of a server, by what batch steps call their sessions: namespace, model and list, in bytes."""
 
     def __init__(self) -> None:
-        self._known: dict[int, list[Cohort]] = {}
+        self._cohorts: dict[bytes, list[Cohort]] = {}
+        self._seen: dict[int, None] = {}
 
-    def find(self, prefix: str, sessions: Sequence[str]) -> tuple[int, list[Cohort] | None]:
-        """The roster's number, and its cohorts: whole, idle, and together exactly its sessions. None: there are none.
-
-        The number is 0 where the roster has not been seen before: it may not come again.
-        """
-        roster = hash((prefix, *sessions)) or 1
-        cohorts = self._known.get(roster)
+    def find(self, roster: bytes) -> list[Cohort] | None:
+        """A roster's cohorts, whole and idle; None: there are none."""
+        cohorts = self._cohorts.get(roster)
         if cohorts is None:
-            if len(self._known) >= _MOST_ROSTERS:
-                self._drop(next(iter(self._known)))
-            self._known[roster] = _SEEN
-            return 0, None
-        at = 0
+            return None
         for cohort in cohorts:
-            end = at + len(cohort.sessions)
-            if not cohort.whole or cohort.busy or cohort.sessions != sessions[at:end]:
-                return roster, None
-            if not cohort.keys[0].startswith(prefix):
-                return roster, None
-            at = end
-        return roster, cohorts if at == len(sessions) else None
+            if not cohort.whole:
+                del self._cohorts[roster]
+                return None
+            if cohort.busy:
+                return None
+        return cohorts
 
-    def enter(self, roster: int, cohorts: list[Cohort]) -> None:
+    def came_before(self, roster: bytes) -> bool:
+        """Whether a roster has been asked about before: it may come again."""
+        key = hash(roster)
+        if key in self._seen:
+            return True
+        if len(self._seen) >= _MOST_SEEN:
+            del self._seen[next(iter(self._seen))]
+        self._seen[key] = None
+        return False
+
+    def enter(self, roster: bytes, cohorts: list[Cohort]) -> None:
         """From now on these are a roster's, in its order."""
         self._drop(roster)
-        self._known[roster] = cohorts
+        if len(self._cohorts) >= _MOST_ROSTERS:
+            self._drop(next(iter(self._cohorts)))
+        self._cohorts[roster] = cohorts
 
-    def _drop(self, roster: int) -> None:
-        for cohort in self._known.pop(roster, ()):
+    def _drop(self, roster: bytes) -> None:
+        for cohort in self._cohorts.pop(roster, ()):
             cohort.dissolve()

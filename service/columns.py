@@ -5,8 +5,7 @@ column that is open for their model version, or make one of their own (a batch s
 of many records; nothing is made per session but its next record. Whatever does not fit, or is refused, steps by itself.
 """
 
-import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -205,6 +204,8 @@ class Column(Job):
         """From here on each session goes by itself."""
         if self.cohort is not None:
             self.cohort.dissolve()
+            self.cohort.let_go()
+            self.cohort = None
             if self.sheet is not None and not self.next:
                 self.next = self.sheet.records()
 
@@ -232,24 +233,34 @@ class ManySteps:
     Args:
         count: K sessions.
         n_outputs: O.
+        then: Called when every session was stepped or refused.
 
     Attributes:
-        outputs: (K, O), NaN where there is none (yet).
         steps: Each session's step after this one.
         errors: Why a session was not stepped, by its place.
-        done: Resolved with the last of them.
-        roster: Of its sessions (service/cohort.py); 0: they form no cohorts.
+        roster: Of its sessions (service/cohort.py); empty: they form no cohorts.
         cohorts: What they have formed, by the place of their first.
     """
 
-    def __init__(self, count: int, n_outputs: int) -> None:
-        self.outputs = np.full((count, n_outputs), np.nan, np.float32)
+    def __init__(self, count: int, n_outputs: int, then: "Callable[[ManySteps], None]") -> None:
+        self._count, self._n_outputs, self._then = count, n_outputs, then
+        self._outputs: Floats | None = None
         self.steps: list[int | None] = [None] * count
         self.errors: dict[int, StepcastError] = {}
-        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._left = count
-        self.roster = 0
+        self.roster = b""
         self.cohorts: dict[int, Cohort] = {}
+
+    @property
+    def outputs(self) -> Floats:
+        """(K, O), NaN where there is none (yet)."""
+        if self._outputs is None:
+            self._outputs = np.full((self._count, self._n_outputs), np.nan, np.float32)
+        return self._outputs
+
+    def done(self) -> bool:
+        """Whether every session was stepped or refused."""
+        return not self._left
 
     def answer(self, place: int, outputs: Floats, step: int) -> None:
         """A session was stepped."""
@@ -259,8 +270,8 @@ class ManySteps:
 
     def answer_all(self, places: Sequence[int], outputs: Floats, steps: list[int]) -> None:
         """Some sessions were stepped, at these places in order."""
-        if len(places) == len(self.steps):
-            self.outputs, self.steps = outputs, list(steps)
+        if len(places) == self._count:
+            self._outputs, self.steps = outputs, list(steps)
         else:
             self.outputs[places] = outputs
             for place, step in zip(places, steps, strict=True):
@@ -274,8 +285,8 @@ class ManySteps:
 
     def _settled(self, count: int) -> None:
         self._left -= count
-        if not self._left and not self.done.done():  # its caller may be gone
-            self.done.set_result(None)
+        if not self._left:
+            self._then(self)
 
 
 class Cell:
@@ -288,7 +299,7 @@ class Cell:
 
     def done(self) -> bool:
         """Whether nobody waits any more."""
-        return self._many.done.done()
+        return self._many.done()
 
     def stepped(self, answers: Answers, row: int, step: int) -> None:
         """The session was stepped in a column."""

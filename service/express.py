@@ -117,6 +117,7 @@ class Express:
         model: str,
         namespace: str,
         sessions: Sequence[str],
+        roster: bytes,
         x: Floats,
         seqs: Sequence[int | None] | None,
         many: ManySteps,
@@ -125,6 +126,7 @@ class Express:
 
         Args:
             namespace, sessions: Of their addresses.
+            roster: What the caller calls them all (service/cohort.py).
             x: (K, F) float32, finite, checked against the live version.
             many: Gets the answers.
 
@@ -137,9 +139,6 @@ class Express:
         if few or self._turns.draining or track.load.waiting + len(sessions) > limits.queue_limit:
             return everyone
         prefix = f"{namespace}/{model}/"
-        many.roster, cohorts = self._rosters.find(prefix, sessions)
-        if cohorts is not None and self._step_cohorts(cohorts, track, x, seqs, many):
-            return ()
         hot, others, places = self._hot.get, [], []
         entries: list[Entry] = []
         for place in everyone:
@@ -163,15 +162,29 @@ class Express:
             column.seqs = [None] * len(there) if seqs is None else [seqs[place] for place in there]
             track.load.waiting += len(there)
             track.batcher.submit(column)
-        if others or track.served.runtime.resident is not None:
-            many.roster = 0
+        if not others and track.served.runtime.resident is None and self._rosters.came_before(roster):
+            many.roster = roster
         return others
 
-    def _step_cohorts(
-        self, cohorts: list[Cohort], track: Track, x: Floats, seqs: Sequence[int | None] | None, many: ManySteps
+    def cohorts(self, roster: bytes) -> list[Cohort] | None:
+        """The cohorts that a roster's sessions have formed, where a batch step of them all may go the shortest way."""
+        return self._rosters.find(roster)
+
+    def step_cohorts(
+        self, cohorts: list[Cohort], model: str, x: Floats, seqs: Sequence[int | None] | None, many: ManySteps
     ) -> bool:
-        """Queue a batch step of whole cohorts; False: nothing was done, their sessions have to be looked at."""
-        if any(cohort.track is not track for cohort in cohorts):
+        """Queue a batch step of cohorts.
+
+        Args:
+            x, seqs, many: As for `step_many`.
+
+        Returns:
+            False: nothing was done, their sessions have to be looked at.
+        """
+        track, limits = self._turns.track(self._turns.repository.live(model)), self._settings
+        if any(cohort.track is not track for cohort in cohorts) or self._turns.draining:
+            return False
+        if track.load.waiting + len(x) > limits.queue_limit:
             return False
         if seqs is not None:
             wanted = cohorts[0].following
@@ -179,7 +192,7 @@ class Express:
                 wanted = wanted + cohort.following
             if seqs != wanted:
                 return False
-        start, deadline, now_ms = 0, time.monotonic() + self._settings.deadline_s, self._clock()
+        start, deadline, now_ms = 0, time.monotonic() + limits.deadline_s, self._clock()
         for cohort in cohorts:
             end = start + len(cohort.entries)
             column = Column(track, deadline, now_ms, x[start:end])
@@ -260,10 +273,8 @@ class Express:
         self._metrics.commit_seconds.observe(time.perf_counter() - started)
         column.track.made += column.rows
         self._turns.leave(column.track.served.name, column.rows)
-        old, cohort.records = cohort.records, sheet.new
-        column.track.spares.give(old)
-        cohort.stepped(cohort.following)
-        cohort.busy, cohort.used = False, True
+        column.track.spares.give(cohort.records)
+        cohort.stepped(sheet.new)
         many.answer_all(column.places, answers.outputs, cohort.steps)
         self._hot.evict()
 

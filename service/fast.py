@@ -14,7 +14,7 @@ from stepcast.errors import Internal, Malformed, StepcastError
 from . import wire
 from .auth import Principal
 from .calls import Address
-from .columns import Waiter
+from .columns import ManySteps, Waiter
 from .rest import Headers, Rest, answer_type, problem, request_type, too_large
 from .states import check_id
 from .telemetry import log
@@ -101,6 +101,26 @@ class FastDoor:
         if len(self._addresses) >= KNOWN_PATHS:
             self._older, self._addresses = self._addresses, {}
         self._addresses[asked] = address
+
+    def batch(self, path: bytes) -> str | None:
+        """The model that the path of a batch step is about, where it is plainly written and served."""
+        parts = path.split(b"/")
+        if len(parts) != 5 or parts[1:3] != [b"v1", b"models"] or parts[4] != b"step" or not parts[3].isascii():
+            return None
+        model = parts[3].decode()
+        try:
+            self._rest.repository.live(model)
+        except StepcastError:
+            return None
+        return model
+
+    def step_many(self, caller: Caller, model: str, body: bytes, then: Callable[[ManySteps], None]) -> bool:
+        """Queue a batch step, as `step` does."""
+        try:
+            self._rest.queue_many(caller.principal.namespace, model, body, caller.kind, then)
+        except StepcastError:
+            return False
+        return True
 
     def step(self, caller: Caller, address: Address, body: bytes, waiter: Waiter) -> bool:
         """Queue a step; the waiter gets its answer. False: it has to come through ASGI."""

@@ -17,8 +17,9 @@ from uvicorn.server import ServerState
 
 from . import wire
 from .calls import StepAnswer
-from .columns import Answers
+from .columns import Answers, ManySteps
 from .fast import Caller, FastDoor
+from .rest import many_answer
 from .wire import JSON
 
 KNOWN_HEADS: Final = 1024
@@ -28,6 +29,7 @@ AHEAD_BYTES: Final = 64 * 1024
 
 _POST: Final = b"POST /v1/models/"
 _VERSION: Final = b" HTTP/1.1\r\n"
+_SLASHES_OF_BATCH: Final = 4
 _FIELD: Final = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*([\x20-\x7e\x80-\xff]*)")
 _NEVER: Final = frozenset({b"transfer-encoding", b"expect", b"upgrade", b"connection", b"te", b"trailer"})
 
@@ -65,6 +67,13 @@ class Turn:
         try:
             self._give(answer.outputs[0, 0], answer.step, answer.version)
         except Exception as error:
+            self.set_exception(error)
+
+    def stepped_many(self, many: ManySteps) -> None:
+        """All steps of a batch were made or refused."""
+        try:
+            self._answer(many_answer(many, self._caller.accepted))
+        except Exception as error:  # others of the column must not suffer
             self.set_exception(error)
 
     def _give(self, outputs: wire.Floats, step: int, version: int) -> None:
@@ -156,11 +165,26 @@ class Pipe(HttpToolsProtocol):
         head = door.heads.get(lines := data[path_end + 11 : end + 2]) or _learn(door, lines)
         if head is None or len(data) != end + 4 + head.length:
             return False
-        address = door.address(head.caller, data[5:path_end])
+        path = data[5:path_end]
+        if path.count(b"/") == _SLASHES_OF_BATCH:
+            return self._step_many(door, head.caller, path, data[end + 4 :])
+        address = door.address(head.caller, path)
         if address is None:
             return False
         self._stepping = True  # before the step: its answer may be there at once
         if door.step(head.caller, address, data[end + 4 :], Turn(self, door, head.caller)):
+            return True
+        self._stepping = False
+        return False
+
+    def _step_many(self, door: FastDoor, caller: Caller, path: bytes, body: bytes) -> bool:
+        """Take a batch step."""
+        model = door.batch(path)
+        if model is None:
+            return False
+        turn = Turn(self, door, caller)
+        self._stepping = True
+        if door.step_many(caller, model, body, turn.stepped_many):
             return True
         self._stepping = False
         return False

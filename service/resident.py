@@ -275,13 +275,11 @@ def packed_model(path: Path, manifest: Manifest) -> Any:
         An onnx.ModelProto.
 
     Raises:
-        CanNotReside: package onnx is missing, or the graph is too old or of fixed batch size.
+        CanNotReside: the graph is too old or of fixed batch size.
     """
-    try:
-        import onnx
-        from onnx import helper
-    except ImportError as error:
-        raise CanNotReside("package 'onnx' is not installed. Install service-gpu.") from error
+    import onnx
+    from onnx import helper
+
     model = onnx.load(str(path))
     graph = model.graph
     opset = max((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), default=0)

@@ -4,6 +4,7 @@ Handlers take the raw request: validation, shapes and content types are the same
 machinery stays out of the way. OpenAPI is written beside each route.
 """
 
+import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final
 
@@ -129,25 +130,47 @@ class Rest:
         principal = self.keys.authenticate(headers)
         principal.require("step")
         kind = request_type(headers)
-        asked = wire.decode(body, wire.BatchBody, kind)
-        served = self.repository.live(model)
-        columns = wire.batch_inputs(asked, kind, served.manifest)
-        count = len(asked.sessions)
-        many = ManySteps(count, served.manifest.n_outputs)
+        done: asyncio.Future[ManySteps] = asyncio.get_running_loop().create_future()
+
+        def then(many: ManySteps) -> None:
+            if not done.done():  # the caller may be gone
+                done.set_result(many)
+
+        self.queue_many(principal.namespace, model, body, kind, then)
+        many, accepted = await done, answer_type(headers, kind)
+        return many_answer(many, accepted), accepted
+
+    def queue_many(self, namespace: str, model: str, body: bytes, kind: str, then: Callable[[ManySteps], None]) -> None:
+        """Queue a batch step; `then` gets it when all is done, maybe before this returns.
+
+        Raises:
+            ModelNotFound, and what the body is refused for: nothing was queued.
+        """
+        asked, express = wire.decode(body, wire.BatchBody, kind), self.sessions.express
+        manifest = self.repository.live(model).manifest
+        roster = b"%s/%s/%s" % (namespace.encode(), model.encode(), bytes(asked.sessions))
+        cohorts, names = express.cohorts(roster), None
+        if cohorts is None:
+            names = wire.session_names(asked.sessions, kind)
+            count = len(names)
+        else:
+            count = sum(len(cohort.keys) for cohort in cohorts)
+        columns = wire.batch_inputs(asked, count, kind, manifest)
+        many = ManySteps(count, manifest.n_outputs, then)
         places: Sequence[int] = range(count)
         if columns.finite:
-            step_many, x = self.sessions.express.step_many, columns.x[:, 0]
-            places = step_many(model, principal.namespace, asked.sessions, x, columns.seqs, many)
+            x, seqs = columns.x[:, 0], columns.seqs
+            if cohorts is not None and express.step_cohorts(cohorts, model, x, seqs, many):
+                return
+            names = names or wire.session_names(asked.sessions, kind)
+            places = express.step_many(model, namespace, names, roster, x, seqs, many)
+        names = names or wire.session_names(asked.sessions, kind)
         for place in places:
             try:
-                address = self.address(principal.namespace, model, asked.sessions[place])
+                address = self.address(namespace, model, names[place])
                 self.sessions.single_step(address, *columns.row(place), Cell(many, place))
             except StepcastError as error:
                 many.refuse(place, error)
-        await many.done
-        accepted = answer_type(headers, kind)
-        errors = {str(i): error.problem() for i, error in sorted(many.errors.items())}
-        return wire.encode({"outputs": many.outputs, "steps": many.steps, "errors": errors}, accepted), accepted
 
     def address(self, namespace: str, model: str, session: str) -> Address:
         """A session's address; those of late are kept ready.
@@ -437,6 +460,12 @@ class Rest:
         route("POST", session + "/rewind", self.rewind)
         route("POST", session + "/rollout", self.rollout)
         return router
+
+
+def many_answer(many: ManySteps, accepted: str) -> bytes:
+    """The body of the answer to a batch step."""
+    errors = {str(i): error.problem() for i, error in sorted(many.errors.items())}
+    return wire.encode({"outputs": many.outputs, "steps": many.steps, "errors": errors}, accepted)
 
 
 def too_large(limit: int) -> TooLarge:

@@ -53,7 +53,8 @@ class StepBody(msgspec.Struct, forbid_unknown_fields=True):
 class BatchBody(msgspec.Struct, forbid_unknown_fields=True):
     """Body of a batch step: K sessions, one step each; inputs [K,F]."""
 
-    sessions: list[str]
+    sessions: msgspec.Raw
+    """A list of strings; `session_names` reads it."""
     inputs: msgspec.Raw
     seq: list[Positive | None] | None = None
     shape: list[int] | None = None
@@ -205,6 +206,10 @@ _BY_RANK: Final[dict[int, "msgspec.json.Decoder[Any]"]] = {
     2: msgspec.json.Decoder(list[list[Number]]),
     3: msgspec.json.Decoder(list[list[list[Number]]]),
 }
+_NAMES: Final[dict[str, Any]] = {
+    JSON: msgspec.json.Decoder(list[str]),
+    MSGPACK: msgspec.msgpack.Decoder(list[str]),
+}
 _TYPES: Final = {1: list[Number], 2: list[list[Number]], 3: list[list[list[Number]]]}
 
 
@@ -310,8 +315,6 @@ class Columns:
     """Checked columns of a batch step: `x` (K, 1, F) float32; each row is a session's step."""
 
     x: Floats
-    raw: bytes
-    """The same as bytes."""
     seqs: list[int | None] | None
     manifest: Manifest
     finite: bool
@@ -320,18 +323,30 @@ class Columns:
         """One session's step; NonFinite where inputs are infinite or a reading is missing that must not."""
         if not self.finite:
             check_readings(self.x[i : i + 1], self.manifest)
-        size = len(self.raw) // len(self.x)
-        data = self.raw[i * size : (i + 1) * size]
-        return data, None if self.seqs is None else self.seqs[i]
+        return self.x[i].tobytes(), None if self.seqs is None else self.seqs[i]
 
 
-def batch_inputs(body: BatchBody, content_type: str, manifest: Manifest) -> Columns:
-    """The columns of a batch step, checked against the model.
+def session_names(raw: msgspec.Raw, content_type: str) -> list[str]:
+    """The sessions of a batch step.
+
+    Raises:
+        Malformed, InvalidRequest.
+    """
+    try:
+        names: list[str] = _NAMES[content_type].decode(raw)
+        return names
+    except msgspec.ValidationError as error:
+        raise _refused(error, "$.sessions") from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise Malformed(f"$.sessions: {error}") from error
+
+
+def batch_inputs(body: BatchBody, count: int, content_type: str, manifest: Manifest) -> Columns:
+    """The columns of a batch step of `count` sessions, checked against the model.
 
     Raises:
         ShapeMismatch: they have different lengths, or the wrong number of features. InvalidRequest.
     """
-    count = len(body.sessions)
     shape = [count, manifest.n_features] if body.shape is None else body.shape
     values = numbers(body.inputs, shape, content_type, "$.inputs")
     if values.shape != (count, manifest.n_features) or not count:
@@ -342,7 +357,7 @@ def batch_inputs(body: BatchBody, content_type: str, manifest: Manifest) -> Colu
     if body.seq is not None and len(body.seq) != count:
         raise ShapeMismatch(f"$.seq has {len(body.seq)} numbers for {count} sessions")
     finite = _are_finite(values.reshape(-1))
-    return Columns(values.reshape(count, 1, -1), values.tobytes(), body.seq, manifest, finite)
+    return Columns(values.reshape(count, 1, -1), body.seq, manifest, finite)
 
 
 def state_body(fields: dict[str, Any]) -> StateBody:

@@ -7,6 +7,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Awaitable, Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.batcher import Batcher, Job, advance
+from service.batcher import REST_S, Batcher, Job, advance
 from stepcast.errors import DeadlineExceeded, Internal, NonFinite
 
 pytestmark = pytest.mark.service
@@ -115,6 +116,37 @@ def test_a_long_sequence_runs_in_chunks_and_single_steps_go_between() -> None:
     want = np.cumsum([[i % 7 for i in range(2000)], [1] * 2000], axis=1) + 5
     assert outputs(long) == want.tolist()
     assert end(long) == want[:, -1].tolist()
+
+
+def test_chunks_are_short_and_rest_while_single_steps_come() -> None:
+    """Between two chunks that single steps have crossed lies a rest; without any, chunks follow one another."""
+    long = job([[1] * 3000])
+    at: list[tuple[float, int]] = []
+
+    class Timed(Bench):
+        def _run(self, x: Array, lengths: Array | None, states: Array) -> tuple[Array, Array]:
+            at.append((time.perf_counter(), x.shape[1]))
+            time.sleep(2e-6 * x.shape[1])
+            return super()._run(x, lengths, states)
+
+    bench = Timed(chunk_s=2e-3)
+
+    async def crossed() -> None:
+        bench.batcher.submit(long)
+        while long not in bench.done and len(at) < 400:
+            bench.batcher.submit(job([[1]]))
+            await asyncio.sleep(2e-4)
+        await bench.batcher.close()
+
+    asyncio.run(crossed())
+    assert outputs(long) == [np.arange(1, 3001).tolist()]
+    chunks = [i for i, (_, steps) in enumerate(at) if steps > 1]
+    pairs = [(a, b) for a, b in pairwise(chunks) if b > a + 1 and any(c < a for c in chunks)]
+    gaps = [at[b][0] - at[a][0] for a, b in pairs]
+    assert len(gaps) > 3
+    assert np.median(gaps) >= REST_S
+    alone = Bench(chunk_s=2e-3).go(job([[1] * 3000]))
+    assert np.median([at[i][1] for i in chunks[1:]]) < np.median([steps for _, steps in alone.runs])
 
 
 def test_sequences_that_can_not_be_cut_run_whole() -> None:

@@ -229,7 +229,7 @@ def test_service_image_can_be_built_for_a_gpu() -> None:
     assert stages()["service"].values("ARG") == ["RUNTIME=service"]
     assert '".[${RUNTIME}]"' in " ".join(stages()["service"].values("RUN"))
     names = {extra: {re.split(r"[\[><=]", d)[0] for d in extras[extra]} for extra in ("service", "service-gpu")}
-    assert names == {"service": {"stepcast", "onnxruntime"}, "service-gpu": {"stepcast", "onnxruntime-gpu", "onnx"}}
+    assert names == {"service": {"stepcast", "onnxruntime"}, "service-gpu": {"stepcast", "onnxruntime-gpu"}}
 
 
 class Image:

@@ -9,10 +9,11 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
 import pytest
 
 from service.record import new_record
-from service.store import Store, Write
+from service.store import Rows, Store, Write
 from service.store.memory import MemoryStore
 from service.store.sqlite import SqliteStore
 from service.store.urls import StoreOptions, open_store
@@ -118,6 +119,53 @@ async def test_replace_puts_steps_only_where_the_record_is_the_old_one(store: St
     assert await store.load(keys) == [n if k != keys[7] else None for k, n in zip(keys, new, strict=True)]
     assert await replaced(store, (keys[1], old[1], new[2], None), (keys[2], new[2], old[2], None)) == [False, True]
     assert await store.load(keys[1:3]) == [new[1], old[2]]
+
+
+def side_by_side(records: list[bytes]) -> Any:
+    """Records as rows, in memory of their own."""
+    return np.frombuffer(b"".join(records), np.uint8).reshape(len(records), -1).copy()
+
+
+async def rows_replaced(store: Store, rows: Rows, new: list[bytes]) -> list[bool]:
+    """What Store.replace_rows said; where all were replaced, the rows are the new ones."""
+    done: asyncio.Future[list[bool]] = asyncio.get_running_loop().create_future()
+
+    def said(outcome: list[bool] | BaseException) -> None:
+        done.set_result(outcome) if isinstance(outcome, list) else done.set_exception(outcome)
+
+    after = side_by_side(new)
+    store.replace_rows(rows, after, said)
+    applied = await done
+    if all(applied):
+        rows.records[:] = 0  # nobody may read the old ones any more
+        rows.records = after
+    return applied
+
+
+@pytest.mark.parametrize("ttl_s", [None, 60.0])
+async def test_rows_are_replaced_together_and_judged_each_by_itself(
+    store: Store, key: str, ttl_s: float | None
+) -> None:
+    """Many commands of them, many times; one that another writer has changed is refused alone, and others read them."""
+    keys = [f"{key}-{i}" for i in range(150)]
+    now = [record(i) for i in range(150)]
+    await store.commit([Write(k, None, data, ttl_s) for k, data in zip(keys, now, strict=True)])
+    rows = Rows(keys, side_by_side(now), ttl_s)
+    for _ in range(3):
+        now = [record(i) for i in range(150)]
+        # the same incarnation and the next revision would do; any other token does as well
+        assert await rows_replaced(store, rows, now) == [True] * 150
+        assert await store.load(keys) == now
+    others = record(1000)
+    assert await store.commit([Write(keys[70], token(now[70]), others, ttl_s)]) == [True]
+    assert await store.commit([Write(keys[71], token(now[71]), None)]) == [True]
+    new = [record(i) for i in range(150)]
+    assert await rows_replaced(store, rows, new) == [i not in (70, 71) for i in range(150)]
+    found = await store.load(keys)
+    assert found[70:72] == [others, None]
+    assert found[:70] + found[72:] == new[:70] + new[72:]
+    assert await replaced(store, (keys[3], new[3], now[3], ttl_s)) == [True]
+    assert await store.load(keys[2:5]) == [new[2], now[3], new[4]]
 
 
 async def test_commit_forgets_only_the_record_it_names(store: Store, key: str) -> None:

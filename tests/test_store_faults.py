@@ -16,11 +16,12 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
 import pytest
 from redis_servers import RedisFactory, RedisServer, cluster_url
 
 from service.record import new_record
-from service.store import Store, Write
+from service.store import Rows, Store, Write
 from service.store.behind import BehindStore
 from service.store.memory import MemoryStore
 from service.store.redis_nodes import slot_of
@@ -259,6 +260,11 @@ async def test_redis_that_forgot_the_script_gets_it_again(redis_factory: RedisFa
         assert await done == [True]
         assert await store.load([writes[0].key]) == [new]
         assert server.cli("SCRIPT", "FLUSH") == "OK"
+    rows = Rows([writes[0].key], np.frombuffer(third, np.uint8)[None], None)
+    done = asyncio.get_running_loop().create_future()
+    store.replace_rows(rows, np.frombuffer(second, np.uint8)[None], done.set_result)
+    assert await done == [True]
+    assert await store.load([writes[0].key]) == [second]
     await store.close()
 
 

@@ -11,7 +11,7 @@ from serving import ROOT
 
 DOORS = {
     "onnxruntime": ["service/runtime.py", "service/resident.py", "training/"],
-    "onnx": ["service/resident.py", "training/"],
+    "onnx": ["service/one_step.py", "service/resident.py", "training/"],
     "torch": ["training/"],
     "pandas": ["training/"],
     "sklearn": ["training/"],
