@@ -29,7 +29,9 @@ _START: Final = "http.response.start"
 _BODY: Final = "http.response.body"
 _GONE: Final = "http.disconnect"
 
-KNOWN_PATHS: Final = 1 << 16
+KNOWN_WAYS: Final = 1024
+_STEP: Final = b"/step"
+_STEP_CHARS: Final = len(_STEP)
 
 
 class Caller(NamedTuple):
@@ -44,10 +46,19 @@ class Caller(NamedTuple):
     """The head of a good answer, up to the content length."""
 
 
+class Way(NamedTuple):
+    """What the path of a step says before the session's id."""
+
+    namespace: str
+    model: str
+    prefix: str
+    """Of the sessions' keys."""
+
+
 class FastDoor:
     """ASGI: steps by the short way, WebSockets to `sockets`, the rest to `api`.
 
-    Below ASGI, `caller`, `address` and `step` serve the connection itself (service/pipe.py): None or False from
+    Below ASGI, `caller`, `batch` and the steps serve the connection itself (service/pipe.py): None or False from
     any of them says that the request is not of the plainest kind, or not a good one, and has to come through ASGI.
 
     Attributes:
@@ -60,8 +71,7 @@ class FastDoor:
         self.limit = rest.settings.body_limit_bytes
         self.short = not rest.settings.cors_origins  # CORS headers are FastAPI's middleware
         self.heads: dict[bytes, Any] = {}
-        self._addresses: dict[tuple[str, bytes], Address] = {}
-        self._older: dict[tuple[str, bytes], Address] = {}
+        self._ways: dict[tuple[str, bytes], Way] = {}
 
     def caller(self, headers: Headers) -> Caller | None:
         """Who asks, and in which encoding."""
@@ -75,32 +85,20 @@ class FastDoor:
         ok = b"HTTP/1.1 200 OK\r\ncontent-type: %s\r\ncontent-length: " % accepted.encode()
         return Caller(principal, kind, accepted, ok)
 
-    def address(self, caller: Caller, path: bytes) -> Address | None:
-        """The session that a path .../step is about."""
-        asked = (caller.principal.namespace, path)
-        known = self._addresses.get(asked)
-        if known is not None:
-            return known
-        known = self._older.get(asked)
-        if known is not None:
-            self._remember(asked, known)
-            return known
-        try:
-            _, v1, models, model, sessions, session, step = path.decode("ascii").split("/")
-            if (v1, models, sessions, step) != ("v1", "models", "sessions", "step"):
-                return None
-            self._rest.repository.live(model)
-            address = Address(caller.principal.namespace, model, check_id(session))
-        except (ValueError, StepcastError):
+    def _way(self, caller: Caller, start: bytes) -> Way | None:
+        """What a path up to the session's id says, /v1/models/<model>/sessions/; None where it says anything else."""
+        parts = start.split(b"/")
+        if len(parts) != 6 or parts[1:3] != [b"v1", b"models"] or parts[4] != b"sessions" or not parts[3].isascii():
             return None
-        self._remember(asked, address)
-        return address
-
-    def _remember(self, asked: tuple[str, bytes], address: Address) -> None:
-        """Keep an address at hand; those that were not asked for while as many others were are let go."""
-        if len(self._addresses) >= KNOWN_PATHS:
-            self._older, self._addresses = self._addresses, {}
-        self._addresses[asked] = address
+        namespace, model = caller.principal.namespace, parts[3].decode()
+        try:
+            self._rest.repository.live(model)
+        except StepcastError:
+            return None
+        if len(self._ways) >= KNOWN_WAYS:
+            self._ways.clear()
+        way = self._ways[namespace, start] = Way(namespace, model, f"{namespace}/{model}/")
+        return way
 
     def batch(self, path: bytes) -> str | None:
         """The model that the path of a batch step is about, where it is plainly written and served."""
@@ -122,16 +120,29 @@ class FastDoor:
             return False
         return True
 
-    def step(self, caller: Caller, address: Address, body: bytes, waiter: Waiter) -> bool:
-        """Queue a step; the waiter gets its answer. False: it has to come through ASGI."""
-        sessions = self._rest.sessions
+    def step(self, caller: Caller, path: bytes, body: bytes, waiter: Waiter) -> bool:
+        """Queue a step of the session that the path says; the waiter gets its answer.
+
+        A hot session is found by its key, put together from the path: among 100,000 sessions that is cheaper than to
+        remember an address for each path.
+
+        Returns:
+            False: it has to come through ASGI.
+        """
+        sessions, cut = self._rest.sessions, path.rfind(b"/", 0, -_STEP_CHARS) + 1
+        start = path[:cut]
+        way = self._ways.get((caller.principal.namespace, start)) or self._way(caller, start)
+        if way is None or not path.endswith(_STEP):
+            return False
         try:
-            features = sessions.repository.live(address.model).n_features
+            session = str(path[cut:-_STEP_CHARS], "ascii")
+            features = sessions.repository.live(way.model).n_features
             single = wire.single_reader(features).read(body, caller.kind)
             if single is None:
                 return False
-            sessions.single_step(address, *single, waiter)
-        except StepcastError:
+            if not sessions.join(way.prefix + session, *single, waiter):
+                sessions.single_step(Address(way.namespace, way.model, check_id(session)), *single, waiter)
+        except (StepcastError, UnicodeDecodeError):
             return False
         return True
 

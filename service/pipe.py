@@ -168,11 +168,8 @@ class Pipe(HttpToolsProtocol):
         path = data[5:path_end]
         if path.count(b"/") == _SLASHES_OF_BATCH:
             return self._step_many(door, head.caller, path, data[end + 4 :])
-        address = door.address(head.caller, path)
-        if address is None:
-            return False
         self._stepping = True  # before the step: its answer may be there at once
-        if door.step(head.caller, address, data[end + 4 :], Turn(self, door, head.caller)):
+        if door.step(head.caller, path, data[end + 4 :], Turn(self, door, head.caller)):
             return True
         self._stepping = False
         return False
