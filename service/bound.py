@@ -64,11 +64,6 @@ class BoundSteps:
         rows = len(x)
         room = self._rooms.get(rows) or self._bind(rows)
         room.x[:] = x
-        if rows == 1:  # then the buffers lie as a packed state does
-            self._read[: self._size] = before[0].view(np.float32)[0]
-            self._session.run_with_iobinding(room.binding)
-            after[0].view(np.float32)[0] = room.made[: self._size]
-            return room.y.copy(), is_finite(room.made)
         at = 0
         for part in before:
             old, end = part.view(np.float32), at + len(part)
@@ -83,6 +78,22 @@ class BoundSteps:
                 new[:, cut] = buffer[at:end]
             at = end
         return room.y.copy(), is_finite(room.made)
+
+    def step_one(self, x: bytes, record: bytes, at: int) -> tuple[Floats, bytes, bool]:
+        """Advance one row by one step; its buffers lie as a packed state does.
+
+        Args:
+            x: (F) float32.
+            record: Bytes with the packed state at offset `at`.
+
+        Returns:
+            Outputs (1, O), the caller's own, the new packed state, and whether both are finite.
+        """
+        room = self._rooms.get(1) or self._bind(1)
+        room.x[0] = np.frombuffer(x, np.float32)
+        self._read[: self._size] = np.frombuffer(record, np.float32, self._size, at)
+        self._session.run_with_iobinding(room.binding)
+        return room.y.copy(), room.made[: self._size].tobytes(), is_finite(room.made)
 
     def _grow(self, rows: int) -> None:
         """Make room for that many rows."""

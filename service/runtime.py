@@ -30,6 +30,7 @@ Lengths = npt.NDArray[np.int32]
 
 Run = Callable[[Floats, Lengths | None, Bytes], tuple[Floats, Bytes]]
 
+_NOT_FINITE: Final = "the model's outputs or its state would not be finite; nothing was committed"
 RECURRENT: Final = ("LSTM", "GRU", "RNN")
 _ORT_TYPES: Final = {
     "float32": "tensor(float)",
@@ -145,7 +146,7 @@ class Runtime:
         if self._bound is not None and self.resident is None:
             y, finite = self._bound.step(x, before, after)
             if not finite:
-                raise NonFinite("the model's outputs or its state would not be finite; nothing was committed")
+                raise NonFinite(_NOT_FINITE)
             return y
         states = before[0] if len(before) == 1 else np.concatenate(before)
         if tags is None:
@@ -156,6 +157,26 @@ class Runtime:
             part[:] = new[at : at + len(part)]
             at += len(part)
         return np.ascontiguousarray(y[:, 0])
+
+    def step_one(self, x: bytes, record: bytes, at: int) -> tuple[Floats, bytes] | None:
+        """The same for one row, None where the graph or the device takes no such way.
+
+        Args:
+            x: (F) float32.
+            record: Bytes with the packed state at offset `at`.
+
+        Returns:
+            y (1, O) float32, the caller's own, and the new packed state.
+
+        Raises:
+            NonFinite: as `run`.
+        """
+        if self._bound is None or self.resident is not None:
+            return None
+        y, state, finite = self._bound.step_one(x, record, at)
+        if not finite:
+            raise NonFinite(_NOT_FINITE)
+        return y, state
 
     def run_resident(self, x: Floats, lengths: Lengths | None, tags: Ints, states_of: StatesOf) -> tuple[Floats, Bytes]:
         """As `run`, for rows whose states may be on the device already.

@@ -3,12 +3,14 @@
 import struct
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from service import record as records
-from service.record import BadRecord, Record, decode, encode_answer
+from service import sheet
+from service.record import DIGEST_BYTES, BadRecord, Record, decode, encode_answer, new_record
 
 pytestmark = pytest.mark.service
 
@@ -161,3 +163,31 @@ def test_kept_answers_are_the_newest_within_their_bounds(sizes: list[int]) -> No
 def test_incarnations_are_never_used_twice() -> None:
     """A session that is ended and made again has another token at the same revision."""
     assert len({records.new_record(1, b"f" * 8).token for _ in range(1000)}) == 1000
+
+
+@pytest.mark.parametrize("features", [1, 16, 64, 65])
+def test_one_digest_is_that_of_its_row(features: int) -> None:
+    """By Python's numbers and by numpy's: the same bytes."""
+    x = np.random.default_rng(features).normal(size=(20, features)).astype(np.float32)
+    named = sheet.digests(x)
+    assert [sheet.digest(row.tobytes()) for row in x] == [bytes(row) for row in named]
+
+
+@pytest.mark.parametrize("outputs", [1, 4, 2000])
+def test_a_record_made_by_hand_is_that_of_a_sheet(outputs: int) -> None:
+    """From a session's first step until its kept answers are full, and some more."""
+    state_bytes, output_bytes, random = 40, 4 * outputs, np.random.default_rng(outputs)
+    first = new_record(3, b"fprint01", step=7, state=bytes(state_bytes), clock=lambda: 5000)
+    record = replace(first, examples=1).encode()
+    assert sheet.fits(record, b"fprint01", 3, state_bytes, output_bytes) == (7, 0)
+    for now_ms in (4000, *range(6000, 6020)):
+        state, named, answer = random.bytes(state_bytes), random.bytes(DIGEST_BYTES), random.bytes(output_bytes)
+        made = sheet.Sheet(sheet.side_by_side([record]), state_bytes, output_bytes, now_ms)
+        made.after[0] = np.frombuffer(state, np.uint8)
+        made.digests[0] = np.frombuffer(named, np.uint8)
+        made.outputs[0] = np.frombuffer(answer, np.uint8)
+        (want,) = made.records()
+        record = sheet.next_record(record, state, named, answer, state_bytes, output_bytes, now_ms)
+        assert record == want
+        assert decode(record).used_ms == max(5000, now_ms)
+    assert decode(record).step == 28
