@@ -121,6 +121,18 @@ async def test_replace_puts_steps_only_where_the_record_is_the_old_one(store: St
     assert await store.load(keys[1:3]) == [new[1], old[2]]
 
 
+async def test_two_writers_make_the_same_token_and_one_of_them_is_refused(store: Store, key: str) -> None:
+    """Two replicas that step one record both count its revision on: whoever comes second must not find itself there."""
+    first, second = (f"{key}-{i}" for i in range(2))
+    old, other = record(1), record(2)
+    theirs, ours, good = record(3), record(4), record(5)
+    ours = ours[:8] + token(theirs) + ours[24:]
+    await store.commit([Write(first, None, old), Write(second, None, other)])
+    assert await replaced(store, (first, old, theirs, None)) == [True]
+    assert await replaced(store, (first, old, ours, None), (second, other, good, None)) == [False, True]
+    assert await store.load([first, second]) == [theirs, good]
+
+
 def side_by_side(records: list[bytes]) -> Any:
     """Records as rows, in memory of their own."""
     return np.frombuffer(b"".join(records), np.uint8).reshape(len(records), -1).copy()

@@ -15,10 +15,10 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, cast
 
 from service.record import TOKEN, wall_clock_ms
-from service.store import Bytes, Replaced, Rows, Write, as_writes, hand_on, replace_each
+from service.store import Bytes, Replaced, Rows, Write, hand_on, replace_each
 from stepcast.errors import StoreUnavailable
 
 SCHEMA_VERSION: Final = 1
@@ -71,7 +71,9 @@ SELECT name FROM sides JOIN sessions USING (key) WHERE key = ? AND expires_ms > 
 _ROUND: Final = "SELECT id, key, expires_ms FROM sessions WHERE id > ? ORDER BY id LIMIT ?"
 
 _T = TypeVar("_T")
-_Waiting = tuple[Sequence[Write], asyncio.Future[list[bool]]]
+_Steps = list[tuple[bytes, int, bytes, str, bytes, int]]
+"""Plain steps, as _REPLACE takes them."""
+_Waiting = tuple[Sequence[Write] | _Steps, asyncio.Future[list[bool]]]
 
 
 class SqliteStore:
@@ -140,12 +142,17 @@ class SqliteStore:
         ttls_s: Sequence[float | None],
         done: Replaced,
     ) -> None:
-        self._accept(as_writes(keys, old, new, ttls_s)).add_done_callback(functools.partial(hand_on, done))
+        now_ms = self._clock_ms()
+        steps: _Steps = [
+            (after[TOKEN], _expires_ms(ttl_s, now_ms), after, key, before[TOKEN], now_ms)
+            for key, before, after, ttl_s in zip(keys, old, new, ttls_s, strict=True)
+        ]
+        self._accept(steps).add_done_callback(functools.partial(hand_on, done))
 
     def replace_rows(self, rows: Rows, new: Bytes, done: Replaced) -> None:
         replace_each(self, rows, new, done)
 
-    def _accept(self, asked: Sequence[Write]) -> "asyncio.Future[list[bool]]":
+    def _accept(self, asked: Sequence[Write] | _Steps) -> "asyncio.Future[list[bool]]":
         """Let writes wait for the next transaction."""
         done: asyncio.Future[list[bool]] = asyncio.get_running_loop().create_future()
         self._waiting.append((asked, done))
@@ -237,12 +244,29 @@ class SqliteStore:
     def _column(self, query: str, *values: str | int) -> list[Any]:
         return [row[0] for row in self._reader.use().execute(query, values)]
 
-    def _apply(self, calls: Sequence[Sequence[Write]]) -> list[list[bool]]:
-        """One transaction for several commits."""
+    def _apply(self, calls: Sequence[Sequence[Write] | _Steps]) -> list[list[bool]]:
+        """One transaction for several commits; where a plain step is refused, all of it again, step by step."""
+        try:
+            return self._transact(calls, _replace_all)
+        except _SomeRefused:
+            return self._transact(calls, _replace_each)
+
+    def _transact(
+        self,
+        calls: Sequence[Sequence[Write] | _Steps],
+        replace_steps: Callable[[sqlite3.Connection, _Steps], list[bool]],
+    ) -> list[list[bool]]:
         connection, now_ms = self._writer.use(), self._clock_ms()
+        results: list[list[bool]] = []
+        created = 0
         with _transaction(connection):
-            results = [[_write(connection, write, now_ms) for write in writes] for writes in calls]
-            created = sum(write.expect is None for writes in calls for write in writes)
+            for asked in calls:
+                if asked and not isinstance(asked[0], Write):
+                    results.append(replace_steps(connection, cast(_Steps, asked)))
+                else:
+                    writes = cast(Sequence[Write], asked)
+                    results.append([_write(connection, write, now_ms) for write in writes])
+                    created += sum(write.expect is None for write in writes)
             self._sweep(connection, created, now_ms)
         return results
 
@@ -288,10 +312,29 @@ class _Lane:
         self._executor.shutdown(wait=False)
 
 
+def _expires_ms(ttl_s: float | None, now_ms: int) -> int:
+    return _NEVER if ttl_s is None else now_ms + int(ttl_s * 1000)
+
+
+class _SomeRefused(Exception):
+    """A plain step found another record than its own: the transaction must not be kept."""
+
+
+def _replace_all(connection: sqlite3.Connection, steps: _Steps) -> list[bool]:
+    """Plain steps by one statement, which says how many were applied, but not which."""
+    if connection.executemany(_REPLACE, steps).rowcount != len(steps):
+        raise _SomeRefused
+    return [True] * len(steps)
+
+
+def _replace_each(connection: sqlite3.Connection, steps: _Steps) -> list[bool]:
+    return [connection.execute(_REPLACE, step).rowcount == 1 for step in steps]
+
+
 def _write(connection: sqlite3.Connection, write: Write, now_ms: int) -> bool:
     """One compare-and-set; says whether it was applied."""
     key, expect, record, ttl_s, sides, _ = write
-    expires_ms = _NEVER if ttl_s is None else now_ms + int(ttl_s * 1000)
+    expires_ms = _expires_ms(ttl_s, now_ms)
     if record is None:
         applied = _forget(connection, key, expect, now_ms)
     elif expect is None:
