@@ -22,7 +22,8 @@ Floats = npt.NDArray[np.float32]
 # The header as nine numbers of 64 bits: the first holds layout, flags, number of answers and examples.
 _ONE_EXAMPLE: Final = LAYOUT | RUN << 8 | 1 << 32
 _ANSWERS_SHIFT: Final = 16
-_REVISION_AND_STEP: Final = slice(2, 4)
+_ONE_MORE: Final = np.array([0, 0, 1, 1, 0, 0, 0, 0, 0], np.uint64)
+"""Revision and step."""
 _USED: Final = 5
 _VERSION: Final = slice(48, 52)
 _FACTS: Final = struct.Struct("<BBHI8x8xQ8x8xII8sII")
@@ -88,12 +89,11 @@ class Sheet:
         kept = min((width - answers_at) // entry, most_kept(output_bytes) - 1)
         shape = rows, answers_at + (kept + 1) * entry
         new = np.empty(shape, np.uint8) if spares is None else spares.take(shape)
-        new[:, :HEADER_BYTES] = old[:, :HEADER_BYTES]
         if kept:
             new[:, answers_at:-entry] = old[:, width - kept * entry :]
         header = new[:, :HEADER_BYTES].view(np.uint64)
+        np.add(old[:, :HEADER_BYTES].view(np.uint64), _ONE_MORE, out=header)
         header[:, 0] = _ONE_EXAMPLE | (kept + 1) << _ANSWERS_SHIFT
-        header[:, _REVISION_AND_STEP] += 1
         np.maximum(header[:, _USED], now_ms, out=header[:, _USED])
         self.new, self.full = new, kept + 1 == most_kept(output_bytes)
         self.rows = rows
