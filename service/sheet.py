@@ -37,6 +37,10 @@ _FEW_WORDS: Final = 64
 _ALL_BITS: Final = (1 << 64) - 1
 
 
+SPARE_BYTES: Final = 4 << 20
+"""A larger array is in no processor's cache and not worth the memory."""
+
+
 class Spares:
     """Arrays that nobody uses any more, for the next of their shape: they are in the processor's cache.
 
@@ -54,6 +58,8 @@ class Spares:
 
     def give(self, array: Bytes) -> None:
         """Nobody reads or writes this array any more."""
+        if array.nbytes > SPARE_BYTES:
+            return
         free = self._free.setdefault(array.shape, [])
         if len(self._free) > self._most:  # others have come into use
             self._free.clear()

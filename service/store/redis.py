@@ -30,6 +30,8 @@ _PER_COMMAND: Final = 16
 _REPLACES_PER_COMMAND: Final = 64
 _LOADS_PER_COMMAND: Final = 128
 _MOST_FRAMES: Final = 4
+_FRAME_BYTES: Final = 4 << 20
+"""Of records side by side; more are sent one by one, so that little memory is kept for them."""
 _SCANS_PER_PAGE: Final = 10
 _CURSOR: Final = re.compile(r"([0-9]{1,4}):([0-9]{1,20})")
 _PREFIX: Final = "stepcast:{"
@@ -142,7 +144,7 @@ class RedisStore:
 
     def replace_rows(self, rows: Rows, new: Bytes, done: Replaced) -> None:
         wire = self._nodes.wire()
-        if wire is None:
+        if wire is None or new.nbytes > _FRAME_BYTES:
             replace_each(self, rows, new, done)
             return
         heads = rows.place
