@@ -226,9 +226,9 @@ class Batcher(Generic[J]):
         if self._chunk_s is not None:
             chunk_s = self._chunk_s * (CROSSED_SHARE if self._crossed else 1.0)
             chunk = min(longest, max(1, int(chunk_s / (self._cell_s * rows))))
-        rests, self._crossed = self._crossed and not self._closing, False
+        crossed, self._crossed = self._crossed, False
         await self._round(jobs, chunk)
-        if rests and self._long:
+        if crossed and self._long and not self._closing:
             self._rest = asyncio.get_running_loop().call_later(REST_S, self._rested)
 
     async def _round(self, jobs: list[J], chunk: int) -> None:

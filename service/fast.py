@@ -129,10 +129,12 @@ class FastDoor:
         Returns:
             False: it has to come through ASGI.
         """
+        if not path.endswith(_STEP):
+            return False
         sessions, cut = self._rest.sessions, path.rfind(b"/", 0, -_STEP_CHARS) + 1
         start = path[:cut]
         way = self._ways.get((caller.principal.namespace, start)) or self._way(caller, start)
-        if way is None or not path.endswith(_STEP):
+        if way is None:
             return False
         try:
             session = str(path[cut:-_STEP_CHARS], "ascii")

@@ -212,10 +212,11 @@ class _Rewriter:
         values = [self._everywhere.get(name, self._scalar(name)) for name in node.input]
         if not any(name in self._everywhere for name in node.input):
             return
-        if node.op_type in ("Unsqueeze", "Squeeze", "Cast", "Identity", "Reshape"):
-            self._everywhere[node.output[0]] = values[0]  # type: ignore[assignment]  # it or the shape is everywhere
-        elif node.op_type in compare and values[0] is not None and values[1] is not None:
-            self._everywhere[node.output[0]] = compare[node.op_type](values[0], values[1])
+        first, second = (*values, None, None)[:2]
+        if node.op_type in ("Unsqueeze", "Squeeze", "Cast", "Identity", "Reshape") and first is not None:
+            self._everywhere[node.output[0]] = first
+        elif node.op_type in compare and first is not None and second is not None:
+            self._everywhere[node.output[0]] = compare[node.op_type](first, second)
 
     def _scalar(self, name: str) -> Array | None:
         value = self._constants.get(name)

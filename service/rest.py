@@ -158,13 +158,12 @@ class Rest:
         columns = wire.batch_inputs(asked, count, kind, manifest)
         many = ManySteps(count, manifest.n_outputs, then)
         places: Sequence[int] = range(count)
-        if columns.finite:
-            x, seqs = columns.x[:, 0], columns.seqs
-            if cohorts is not None and express.step_cohorts(cohorts, model, x, seqs, many):
-                return
-            names = names or wire.session_names(asked.sessions, kind)
-            places = express.step_many(model, namespace, names, roster, x, seqs, many)
+        x, seqs = columns.x[:, 0], columns.seqs
+        if cohorts is not None and columns.finite and express.step_cohorts(cohorts, model, x, seqs, many):
+            return
         names = names or wire.session_names(asked.sessions, kind)
+        if columns.finite:
+            places = express.step_many(model, namespace, names, roster, x, seqs, many)
         for place in places:
             try:
                 address = self.address(namespace, model, names[place])

@@ -54,7 +54,9 @@ class Settings(BaseModel):
 
     batch_rows: int = Field(256, ge=1, description="Most rows (examples) in one run.")
     chunk_s: float = Field(
-        0.002, gt=0, description="About how long one chunk of a long sequence may run before single steps go on."
+        0.002,
+        gt=0,
+        description="About how long one chunk of a long sequence may run; an eighth of it while single steps come.",
     )
     inline_s: float = Field(
         0.003, ge=0, description="Runs expected to be shorter than this are made on the event loop, others in a thread."

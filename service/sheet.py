@@ -27,16 +27,10 @@ _ONE_MORE: Final = np.array([0, 0, 1, 1, 0, 0, 0, 0, 0], np.uint64)
 _USED: Final = 5
 _VERSION: Final = slice(48, 52)
 _FACTS: Final = struct.Struct("<BBHI8x8xQ8x8xII8sII")
-
-
 _WORDS: Final = struct.Struct("<Q8sQQQQ24s")
-
-
 _FEW_WORDS: Final = 64
 """Up to these, Python's own numbers are faster than numpy's calls."""
 _ALL_BITS: Final = (1 << 64) - 1
-
-
 SPARE_BYTES: Final = 4 << 20
 """A larger array is in no processor's cache and not worth the memory."""
 
