@@ -283,7 +283,7 @@ class Express:
         sheet, entries = column.sheet, column.entries
         if sheet is None or not sheet.full or any(entry.busy or entry.track is not column.track for entry in entries):
             return
-        if any(entry.ttl_s != entries[0].ttl_s for entry in entries):
+        if any(entry.ttl_s != entries[0].ttl_s or self._hot.get(entry.key) is not entry for entry in entries):
             return
         many.cohorts[column.places[0]] = Cohort(column.track, entries, sheet.new)
         if sum(len(cohort.entries) for cohort in many.cohorts.values()) == len(many.steps):
