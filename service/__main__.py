@@ -16,10 +16,10 @@ from uvicorn.supervisors import Multiprocess
 from stepcast.errors import ConfigError, ManifestError, StepcastError
 
 from .app import create_app
-from .importer import import_onnx
-from .link import Link
-from .pipe import Pipe
-from .runtime import Runtime, placements
+from .doors.http.connection import Pipe
+from .doors.websocket.connection import Link
+from .engine.imports.onnx_graphs import import_onnx
+from .engine.model import Runtime, placements
 from .settings import PREFIX, Settings
 
 WEBSOCKET: Final = Link

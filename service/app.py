@@ -25,17 +25,17 @@ from stepcast.errors import (
 )
 
 from . import telemetry
-from .auth import Keys
-from .fast import FastDoor
-from .repository import Repository
-from .rest import Rest, problem
-from .sessions import Sessions
+from .doors.http.heads import FastDoor
+from .doors.http.routes import Rest, problem
+from .doors.keys import Keys
+from .doors.websocket.conversation import WebSocketDoor
+from .engine.repository import Repository
+from .sessions.edits import States
+from .sessions.turns import Sessions
 from .settings import Settings
-from .states import States
-from .store.behind import BehindStore
 from .store.urls import StoreOptions, open_store
+from .store.write_behind import BehindStore
 from .telemetry import Metrics, log
-from .websocket import WebSocketDoor
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]

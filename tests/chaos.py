@@ -24,7 +24,7 @@ import orjson
 from redis_servers import RedisServer, eventually
 from serving import MODELS, Process
 
-from service.runtime import Runtime
+from service.engine.model import Runtime
 
 KINDS = ("lstm", "gru", "graves_lstm", "stacked")
 PATIENCE_S = 60.0

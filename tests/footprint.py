@@ -24,8 +24,8 @@ from make_models import Toy
 from redis_servers import RedisServer
 from serving import Process
 
-from service.record import DIGEST_BYTES, KEPT_ANSWERS, encode_answer, new_record
-from service.runtime import Runtime
+from service.engine.model import Runtime
+from service.records.record import DIGEST_BYTES, KEPT_ANSWERS, encode_answer, new_record
 from service.store import Write
 from service.store.urls import open_store
 from training.config import Config

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import foreign
 import torch
 
-from service.importer import import_onnx
+from service.engine.imports.onnx_graphs import import_onnx
 from stepcast.manifest import Feature, Feedback, Output
 from training.config import Config
 from training.data.batch import Batch

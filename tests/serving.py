@@ -19,9 +19,9 @@ import pytest
 import uvicorn
 
 from service.app import create_app
-from service.pipe import Pipe
+from service.doors.http.connection import Pipe
+from service.doors.websocket.conversation import Link
 from service.settings import Settings
-from service.websocket import Link
 
 ROOT = Path(__file__).parents[1]
 MODELS = ROOT / "tests" / "models"

@@ -9,7 +9,7 @@ import httpx
 import pytest
 from serving import MODELS, Running, running
 
-from service.auth import ANYBODY, Keys, Principal
+from service.doors.keys import ANYBODY, Keys, Principal
 from stepcast.errors import Forbidden, Unauthorized
 
 pytestmark = pytest.mark.service

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.batcher import REST_S, Batcher, Job, advance
+from service.engine.batcher import REST_S, Batcher, Job, advance
 from stepcast.errors import DeadlineExceeded, Internal, NonFinite
 
 pytestmark = pytest.mark.service

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from serving import MODELS, Running, running
 
-from service.runtime import Runtime
+from service.engine.model import Runtime
 
 pytestmark = pytest.mark.service
 

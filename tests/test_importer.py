@@ -11,8 +11,8 @@ import pytest
 from serving import running
 
 from service.__main__ import main
-from service.importer import import_onnx, stem
-from service.runtime import Runtime
+from service.engine.imports.onnx_graphs import import_onnx, stem
+from service.engine.model import Runtime
 from stepcast.errors import ManifestError
 
 SR = {"name": "sr", "dtype": "int64", "shape": [], "values": [8000]}

@@ -27,8 +27,8 @@ from onnx import numpy_helper
 from redis_servers import cluster_url
 from serving import MODELS, Process, Running, golden, running
 
-from service.repository import Repository
-from service.runtime import Runtime
+from service.engine.model import Runtime
+from service.engine.repository import Repository
 from stepcast.errors import (
     DeadlineExceeded,
     ExamplesMismatch,

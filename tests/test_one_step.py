@@ -11,10 +11,10 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from serving import MODELS
 
-from service import runtime as runtime_module
-from service.one_step import one_step_graph
-from service.repository import Repository
-from service.runtime import Runtime
+from service.engine import model as runtime_module
+from service.engine.model import Runtime
+from service.engine.repository import Repository
+from service.engine.single_step_graph import one_step_graph
 from stepcast.errors import NonFinite
 
 RECURRENT = {"LSTM", "GRU", "RNN"}

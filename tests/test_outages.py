@@ -15,7 +15,7 @@ import pytest
 from redis_servers import RedisFactory, RedisServer, eventually
 from serving import MODELS, Running, running
 
-from service.runtime import Runtime
+from service.engine.model import Runtime
 
 pytestmark = pytest.mark.service
 

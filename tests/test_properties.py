@@ -27,16 +27,16 @@ from hypothesis.stateful import (
 )
 from serving import MODELS
 
-from service import wire
-from service.calls import Address
-from service.columns import Cell, ManySteps
-from service.ledger import etag
-from service.repository import Repository
-from service.rollout import rollout
-from service.runtime import Runtime
-from service.sessions import Sessions
+from service.doors import bodies as wire
+from service.engine.model import Runtime
+from service.engine.repository import Repository
+from service.sessions.columns import Cell, ManySteps
+from service.sessions.core import Address
+from service.sessions.edits import States
+from service.sessions.rollout import rollout
+from service.sessions.stored import etag
+from service.sessions.turns import Sessions
 from service.settings import Settings
-from service.states import States
 from service.store import Store
 from service.store.memory import MemoryStore
 from service.store.sqlite import SqliteStore

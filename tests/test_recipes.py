@@ -18,7 +18,7 @@ import pytest
 import yaml
 from serving import running
 
-from service.runtime import Runtime
+from service.engine.model import Runtime
 from stepcast.manifest import Manifest, read_manifest
 from training.__main__ import main
 from training.config import load

@@ -1,4 +1,4 @@
-"""A session's bytes are what service/record.py's first lines say, by value."""
+"""A session's bytes are what service/records/record.py's first lines say, by value."""
 
 import struct
 from dataclasses import replace
@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service import record as records
-from service import sheet
-from service.record import DIGEST_BYTES, BadRecord, Record, decode, encode_answer, new_record
+from service.records import block as sheet
+from service.records import record as records
+from service.records.record import DIGEST_BYTES, BadRecord, Record, decode, encode_answer, new_record
 
 pytestmark = pytest.mark.service
 

@@ -18,10 +18,10 @@ from onnx import helper
 from serving import MODELS, golden
 from test_runtime import COUNTER
 
-from service.importer import import_onnx
-from service.repository import Repository
-from service.resident import CanNotReside, Slots, resident_model
-from service.runtime import Runtime
+from service.engine.gpu_states import CanNotReside, Slots, resident_model
+from service.engine.imports.onnx_graphs import import_onnx
+from service.engine.model import Runtime
+from service.engine.repository import Repository
 from stepcast.errors import NonFinite
 from stepcast.manifest import GOLDEN_FILE, Manifest, read_manifest
 

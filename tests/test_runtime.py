@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from serving import MODELS, golden, running
 
-from service.importer import import_onnx
-from service.runtime import Runtime, placements
+from service.engine.imports.onnx_graphs import import_onnx
+from service.engine.model import Runtime, placements
 from stepcast.errors import ManifestError, NonFinite
 from stepcast.manifest import GOLDEN_FILE, MANIFEST_FILE, read_manifest
 

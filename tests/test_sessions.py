@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 from serving import MODELS
 
-from service import wire
-from service.calls import Address
-from service.record import decode
-from service.repository import Repository
-from service.rollout import rollout
-from service.sessions import Sessions
+from service.doors import bodies as wire
+from service.engine.repository import Repository
+from service.records.record import decode
+from service.sessions.core import Address
+from service.sessions.edits import States
+from service.sessions.rollout import rollout
+from service.sessions.turns import Sessions
 from service.settings import Settings
-from service.states import States
 from service.store import Store, Write
-from service.store.behind import BehindStore
 from service.store.memory import MemoryStore
+from service.store.write_behind import BehindStore
 from service.telemetry import Metrics
 from stepcast.errors import (
     CheckpointExists,

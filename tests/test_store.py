@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from service.record import new_record
+from service.records.record import new_record
 from service.store import Rows, Store, Write
 from service.store.memory import MemoryStore
 from service.store.sqlite import SqliteStore

@@ -20,13 +20,13 @@ import numpy as np
 import pytest
 from redis_servers import RedisFactory, RedisServer, cluster_url
 
-from service.record import new_record
+from service.records.record import new_record
 from service.store import Rows, Store, Write
-from service.store.behind import BehindStore
 from service.store.memory import MemoryStore
-from service.store.redis_nodes import slot_of
+from service.store.redis.topology import slot_of
 from service.store.sqlite import SqliteStore
 from service.store.urls import StoreOptions, open_store
+from service.store.write_behind import BehindStore
 from stepcast.errors import InvalidRequest, StoreUnavailable
 
 pytestmark = [pytest.mark.anyio, pytest.mark.service]
@@ -72,7 +72,7 @@ async def until(probe: Callable[[], bool], timeout_s: float = 20.0) -> None:
 
 _WRITER = """
 import asyncio, sys
-from service.record import new_record
+from service.records.record import new_record
 from service.store import Write
 from service.store.sqlite import SqliteStore
 

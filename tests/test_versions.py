@@ -16,7 +16,7 @@ import pytest
 from doors import WebSocketDoor
 from serving import MODELS, running
 
-from service.importer import import_onnx
+from service.engine.imports.onnx_graphs import import_onnx
 from stepcast.client import Client
 from stepcast.errors import ShapeMismatch
 from stepcast.manifest import GOLDEN_FILE, MANIFEST_FILE, read_manifest

@@ -8,7 +8,7 @@ import pytest
 import torch
 from networks import CELLS
 
-from service.runtime import Runtime
+from service.engine.model import Runtime
 from stepcast.manifest import read_manifest
 from training.__main__ import main
 from training.config import load

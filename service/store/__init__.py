@@ -1,6 +1,6 @@
 """Where sessions rest: one small protocol, several stores.
 
-A store keeps opaque records (service/record.py) under keys `<namespace>/<model>/<session>` and knows two things about
+A store keeps opaque records (records/record.py) under keys `<namespace>/<model>/<session>` and knows two things about
 them: bytes 8 to 24 are the token that compare-and-set compares, and a session may have side records (its
 checkpoints), which live and die with it.
 """
@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from service.record import TOKEN
+from ..records.record import TOKEN
 
 Bytes = npt.NDArray[np.uint8]
 

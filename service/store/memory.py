@@ -10,8 +10,8 @@ from heapq import nsmallest
 from math import inf
 from typing import Final
 
-from service.record import TOKEN
-from service.store import Bytes, Replaced, Rows, Write, replace_each
+from ..records.record import TOKEN
+from . import Bytes, Replaced, Rows, Write, replace_each
 
 _GONE: Final[tuple[bytes, float]] = (b"", inf)
 

@@ -17,9 +17,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, TypeVar, cast
 
-from service.record import TOKEN, wall_clock_ms
-from service.store import Bytes, Replaced, Rows, Write, hand_on, replace_each
 from stepcast.errors import StoreUnavailable
+
+from ..records.record import TOKEN, wall_clock_ms
+from . import Bytes, Replaced, Rows, Write, hand_on, replace_each
 
 SCHEMA_VERSION: Final = 1
 _NEVER: Final = 2**63 - 1

@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
-from service.store import Store
-from service.store.behind import BehindStore
-from service.store.memory import MemoryStore
-from service.store.redis import LOAD_SCRIPT, RedisStore
-from service.store.redis_nodes import Cluster, Node, Nodes, Replication, Single, ask_sentinels
-from service.store.redis_wire import Server, Timeouts, connect
-from service.store.sqlite import SqliteStore
 from stepcast.errors import ConfigError
+
+from . import Store
+from .memory import MemoryStore
+from .redis.connection import Server, Timeouts, connect
+from .redis.store import LOAD_SCRIPT, RedisStore
+from .redis.topology import Cluster, Node, Nodes, Replication, Single, ask_sentinels
+from .sqlite import SqliteStore
+from .write_behind import BehindStore
 
 DURABILITIES: Final = ("commit", "replicated", "interval")
 _REDIS: Final = frozenset({"redis", "rediss", "redis+sentinel", "rediss+sentinel", "redis+cluster", "rediss+cluster"})

@@ -23,8 +23,8 @@ import orjson
 from stepcast.errors import InvalidRequest, Malformed, NonFinite, ShapeMismatch, StateMismatch, TooLarge
 from stepcast.manifest import Manifest
 
-from . import sheet
-from .record import DIGEST_BYTES
+from ..records import block as sheet
+from ..records.record import DIGEST_BYTES
 
 Floats = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]

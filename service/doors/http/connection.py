@@ -15,12 +15,12 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
-from . import wire
-from .calls import StepAnswer
-from .columns import Answers, ManySteps
-from .fast import Caller, FastDoor
-from .rest import many_answer
-from .wire import JSON
+from ...sessions.columns import Answers, ManySteps
+from ...sessions.core import StepAnswer
+from .. import bodies as wire
+from ..bodies import JSON
+from .heads import Caller, FastDoor
+from .routes import many_answer
 
 KNOWN_HEADS: Final = 1024
 LONGEST_HEAD: Final = 4096

@@ -1,6 +1,6 @@
 """Single steps in columns: many sessions by one step each, as arrays from the door to the store.
 
-Sessions that are hot, idle, of the plainest kind (service/sheet.py) and where the caller thinks they are join the
+Sessions that are hot, idle, of the plainest kind (records/block.py) and where the caller thinks they are join the
 column that is open for their model version, or make one of their own (a batch step). A column is one run and one write
 of many records; nothing is made per session but its next record. Whatever does not fit, or is refused, steps by itself.
 """
@@ -14,15 +14,15 @@ import numpy.typing as npt
 
 from stepcast.errors import Internal, ShapeMismatch, StepcastError
 
-from . import wire
-from .batcher import Batcher, Job
-from .calls import Entry, StepAnswer
-from .record import HEADER_BYTES
-from .repository import Served
-from .sheet import Sheet, Spares, digest, digests, next_record, side_by_side
+from ..doors import bodies as wire
+from ..engine.batcher import Batcher, Job
+from ..engine.repository import Served
+from ..records.block import Sheet, Spares, digest, digests, next_record, side_by_side
+from ..records.record import HEADER_BYTES
+from .core import Entry, StepAnswer
 
 if TYPE_CHECKING:
-    from .cohort import Cohort
+    from .roster import Cohort
 
 Floats = npt.NDArray[np.float32]
 
@@ -109,7 +109,7 @@ class Column(Job):
     Attributes:
         entries, inputs, seqs, waiters: By row. `inputs` is empty where x was given.
         many, places: Of a batch step, instead of waiters: whose answer it is part of, and where.
-        cohort: All its sessions, where their records lie side by side (service/cohort.py).
+        cohort: All its sessions, where their records lie side by side (service/sessions/roster.py).
         next: The sessions' next records, once it ran and they are needed one by one.
         sheet: The same side by side, where they are of one length.
         answers: Once it ran.
@@ -254,7 +254,7 @@ class ManySteps:
     Attributes:
         steps: Each session's step after this one.
         errors: Why a session was not stepped, by its place.
-        roster: Of its sessions (service/cohort.py); empty: they form no cohorts.
+        roster: Of its sessions (service/sessions/roster.py); empty: they form no cohorts.
         cohorts: What they have formed, by the place of their first.
     """
 

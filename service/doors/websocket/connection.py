@@ -13,8 +13,8 @@ from uvicorn.config import Config
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from uvicorn.server import ServerState
 
-from . import framing
-from .framing import BadFrame, Framer, Message
+from . import rfc6455 as framing
+from .rfc6455 import BadFrame, Framer, Message
 
 EXTENSION: Final = "stepcast.link"
 CLOSE_S: Final = 5.0

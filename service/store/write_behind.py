@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from math import inf
 from typing import Final
 
-from service.record import TOKEN
-from service.store import Bytes, Replaced, Rows, Store, Write, as_writes, hand_on, replace_each
 from stepcast.errors import StoreUnavailable
+
+from ..records.record import TOKEN
+from . import Bytes, Replaced, Rows, Store, Write, as_writes, hand_on, replace_each
 
 _log = logging.getLogger(__name__)
 

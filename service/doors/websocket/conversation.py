@@ -27,17 +27,18 @@ from stepcast.errors import (
 )
 from stepcast.protocol import MARKER, STEP, ServerConversation, Ticket
 
-from . import framing, wire
-from .auth import ROLES, Principal
-from .calls import Address, StepAnswer
-from .columns import Answers
-from .link import EXTENSION, Link
-from .repository import Repository
-from .rest import Headers, Rest, problem
-from .rollout import rollout
-from .states import States, check_id
-from .telemetry import log
-from .wire import JSON, MSGPACK
+from ...engine.repository import Repository
+from ...sessions.columns import Answers
+from ...sessions.core import Address, StepAnswer
+from ...sessions.edits import States, check_id
+from ...sessions.rollout import rollout
+from ...telemetry import log
+from .. import bodies as wire
+from ..bodies import JSON, MSGPACK
+from ..http.routes import Headers, Rest, problem
+from ..keys import ROLES, Principal
+from . import rfc6455 as framing
+from .connection import EXTENSION, Link
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]

@@ -1,6 +1,6 @@
 """Records side by side: what a batch of single steps does to all of them, in a few calls instead of some per session.
 
-A sheet is uint8 [B, W], one record (service/record.py) of equal length per row, its kept answers a run. Only here and
+A sheet is uint8 [B, W], one record (record.py) of equal length per row, its kept answers a run. Only here and
 in record.py does anybody know where a record's fields lie.
 """
 
@@ -13,8 +13,8 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from ..store import as_records
 from .record import DIGEST_BYTES, HAS_CHECKPOINTS, HEADER_BYTES, KEPT_ANSWER_BYTES, KEPT_ANSWERS, LAYOUT, RUN
-from .store import as_records
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]

@@ -27,13 +27,13 @@ from stepcast.errors import (
     VersionInUse,
 )
 
-from . import record as records
-from . import wire
-from .calls import Address
-from .ledger import CHANGE_TRIES, Edit, Overtaken, new_session_id, only_from
-from .record import Record
-from .repository import Served
-from .sessions import Sessions
+from ..doors import bodies as wire
+from ..engine.repository import Served
+from ..records import record as records
+from ..records.record import Record
+from .core import Address
+from .stored import CHANGE_TRIES, Edit, Overtaken, new_session_id, only_from
+from .turns import Sessions
 
 SESSION_ID: Final = re.compile(r"[A-Za-z0-9._:@~-]{1,256}")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from stepcast.errors import ManifestError, ModelNotFound
 from stepcast.manifest import MANIFEST_FILE, Manifest
 
-from .runtime import Proof, Runtime
+from .model import Proof, Runtime
 
 log = logging.getLogger("stepcast.repository")
 

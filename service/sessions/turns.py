@@ -27,19 +27,19 @@ from stepcast.errors import (
     StepConflict,
 )
 
-from . import record as records
-from . import sheet
-from .batcher import Batcher, Job
-from .calls import Address, Call, Entry, Floats, Mask, SingleStep, Step, StepAnswer, as_ours
+from ..engine.batcher import Batcher, Job
+from ..engine.repository import Repository, Served
+from ..records import block as sheet
+from ..records import record as records
+from ..records.record import Record
+from ..settings import Settings
+from ..store import Store, Write
+from ..telemetry import Metrics, log
+from .cache import HotSessions
 from .columns import Column, Load, Track, Waiter
+from .core import Address, Call, Entry, Floats, Mask, SingleStep, Step, StepAnswer, as_ours
 from .express import Express
-from .hot import HotSessions
-from .ledger import Ledger
-from .record import Record
-from .repository import Repository, Served
-from .settings import Settings
-from .store import Store, Write
-from .telemetry import Metrics, log
+from .stored import Ledger
 from .versions import migrated, replayable
 
 

@@ -18,9 +18,9 @@ import onnxruntime as ort
 from stepcast.errors import ManifestError, NonFinite
 from stepcast.manifest import GOLDEN_FILE, ITEM_BYTES, MODEL_FILE, Manifest, StateTensor, read_manifest
 
-from .bound import BoundSteps
-from .one_step import one_step_graph
-from .resident import CanNotReside, Ints, ResidentStates, StatesOf
+from .buffers import BoundSteps
+from .gpu_states import CanNotReside, Ints, ResidentStates, StatesOf
+from .single_step_graph import one_step_graph
 
 log = logging.getLogger("stepcast.runtime")
 
@@ -232,7 +232,7 @@ class Runtime:
         return True
 
     def quicken(self) -> bool:
-        """Make plain single steps by a graph of their own from now on (service/one_step.py).
+        """Make plain single steps by a graph of their own from now on (service/engine/single_step_graph.py).
 
         Returns:
             Whether there is one and it reproduced golden.npz. If it did not, the log says why; steps go as before.

@@ -17,11 +17,12 @@ from typing import Any, Final, cast
 import numpy as np
 from hiredis import ReplyError, pack_command
 
-from service.record import TOKEN
-from service.store import Bytes, Replaced, Rows, Write, as_records, as_writes, hand_on, replace_each
-from service.store.redis_nodes import Job, Node, Nodes, Refused
-from service.store.redis_wire import Command, Wire, error_code, is_elsewhere
 from stepcast.errors import InvalidRequest, StoreUnavailable
+
+from ...records.record import TOKEN
+from .. import Bytes, Replaced, Rows, Write, as_records, as_writes, hand_on, replace_each
+from .connection import Command, Wire, error_code, is_elsewhere
+from .topology import Job, Node, Nodes, Refused
 
 _log = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """The way of plain steps: into a column, through one run, into the store by one write, and the answers out.
 
-Everything that is not plain, or is refused, goes back to where sessions take their turns (service/sessions.py).
+Everything that is not plain, or is refused, goes back to where sessions take their turns (service/sessions/turns.py).
 """
 
 import asyncio
@@ -13,14 +13,14 @@ import numpy.typing as npt
 
 from stepcast.errors import DeadlineExceeded, StepcastError
 
-from .calls import Entry, SingleStep, Step, StepAnswer, as_ours
-from .cohort import Cohort, Rosters
+from ..engine.repository import Repository, Served
+from ..settings import Settings
+from ..store import Store
+from ..telemetry import Metrics, log
+from .cache import HotSessions
 from .columns import OPEN_S, Column, ManySteps, Track, Waiter
-from .hot import HotSessions
-from .repository import Repository, Served
-from .settings import Settings
-from .store import Store
-from .telemetry import Metrics, log
+from .core import Entry, SingleStep, Step, StepAnswer, as_ours
+from .roster import Cohort, Rosters
 
 Floats = npt.NDArray[np.float32]
 
@@ -126,7 +126,7 @@ class Express:
 
         Args:
             namespace, sessions: Of their addresses.
-            roster: What the caller calls them all (service/cohort.py).
+            roster: What the caller calls them all (service/sessions/roster.py).
             x: (K, F) float32, finite, checked against the live version.
             many: Gets the answers.
 

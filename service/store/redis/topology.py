@@ -9,7 +9,9 @@ from typing import Any, Final, Generic, NamedTuple, Protocol, TypeVar
 
 from hiredis import ReplyError
 
-from service.store.redis_wire import (
+from stepcast.errors import StoreUnavailable
+
+from .connection import (
     Command,
     Server,
     Timeouts,
@@ -20,7 +22,6 @@ from service.store.redis_wire import (
     refusal,
     unavailable,
 )
-from stepcast.errors import StoreUnavailable
 
 SLOTS: Final = 16384
 _ROUNDS: Final = 5

@@ -1,4 +1,4 @@
-"""Door 1: native HTTP. Bodies are decoded by service/wire.py, errors become application/problem+json.
+"""Door 1: native HTTP. Bodies are decoded by service/doors/bodies.py, errors become application/problem+json.
 
 Handlers take the raw request: validation, shapes and content types are the same for every door, and FastAPI's own
 machinery stays out of the way. OpenAPI is written beside each route.
@@ -25,16 +25,18 @@ from stepcast.errors import (
 )
 from stepcast.manifest import Manifest
 
-from . import exchange, openapi, wire
-from .auth import Keys, Principal
-from .calls import Address
-from .columns import Cell, ManySteps
-from .ledger import etag
-from .record import Record
-from .rollout import rollout
-from .states import States, check_id
-from .telemetry import Metrics
-from .wire import JSON, MSGPACK
+from ...records.record import Record
+from ...sessions.columns import Cell, ManySteps
+from ...sessions.core import Address
+from ...sessions.edits import States, check_id
+from ...sessions.rollout import rollout
+from ...sessions.stored import etag
+from ...telemetry import Metrics
+from .. import bodies as wire
+from .. import state_files as exchange
+from ..bodies import JSON, MSGPACK
+from ..keys import Keys, Principal
+from . import openapi
 
 PROBLEM: Final = "application/problem+json"
 KNOWN_ADDRESSES: Final = 1 << 16

@@ -7,11 +7,11 @@ from typing import Final
 
 from stepcast.errors import PreconditionFailed, SessionBusy, SessionExists, SessionNotFound
 
-from . import record as records
-from .calls import Address
-from .record import Record
-from .store import Store, Write
-from .telemetry import log
+from ..records import record as records
+from ..records.record import Record
+from ..store import Store, Write
+from ..telemetry import log
+from .core import Address
 
 CHANGE_TRIES: Final = 16
 

@@ -4,7 +4,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Final
 
-from .calls import Address, Entry
+from .core import Address, Entry
 
 _ENTRY_BYTES: Final = 800
 """What a hot session costs beside its record, measured (tests/footprint.py)."""

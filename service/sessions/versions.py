@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from .record import Record
-from .repository import Served
+from ..engine.repository import Served
+from ..records.record import Record
 
 
 def replayable(record: Record, live: Served) -> bool:

@@ -11,9 +11,9 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from .calls import Entry
+from ..store import Rows, as_records
 from .columns import Track
-from .store import Rows, as_records
+from .core import Entry
 
 Bytes = npt.NDArray[np.uint8]
 

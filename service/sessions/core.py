@@ -8,16 +8,16 @@ import numpy.typing as npt
 
 from stepcast.errors import Internal, StepcastError
 
-from . import record as records
-from . import sheet
-from .batcher import Batcher, Job
-from .record import Record
-from .repository import Served
-from .telemetry import log
+from ..engine.batcher import Batcher, Job
+from ..engine.repository import Served
+from ..records import block as sheet
+from ..records import record as records
+from ..records.record import Record
+from ..telemetry import log
 
 if TYPE_CHECKING:
-    from .cohort import Cohort
     from .columns import Track
+    from .roster import Cohort
 
 Floats = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
@@ -133,9 +133,9 @@ class Entry:
 
     Attributes:
         data: The record as the store has it; None: not loaded, or there is none (see `stored`).
-        track: Where its single steps go; None: `data` is not known to be of the plainest kind (service/sheet.py).
+        track: Where its single steps go; None: `data` is not known to be of the plainest kind (records/block.py).
         step, ttl_s: Of the record, where there is a track.
-        cohort: Who has the record instead; whoever touches the session dissolves it first (service/cohort.py).
+        cohort: Who has the record instead; whoever touches the session dissolves it first (service/sessions/roster.py).
         tag: Of the state, where a device holds it (Runtime.run_resident).
         used: Since eviction looked at it.
     """

@@ -16,13 +16,13 @@ import numpy.typing as npt
 from stepcast.errors import InvalidRequest, NoFeedback, SessionBusy, ShapeMismatch, StepConflict, TooLarge
 from stepcast.manifest import Manifest
 
-from . import record as records
-from . import wire
-from .calls import Address, Floats
-from .ledger import CHANGE_TRIES, Edit, Overtaken, only_from
-from .record import DIGEST_BYTES, Record
-from .repository import Served
-from .states import States
+from ..doors import bodies as wire
+from ..engine.repository import Served
+from ..records import record as records
+from ..records.record import DIGEST_BYTES, Record
+from .core import Address, Floats
+from .edits import States
+from .stored import CHANGE_TRIES, Edit, Overtaken, only_from
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,13 +11,13 @@ from fastapi import Response
 
 from stepcast.errors import Internal, Malformed, StepcastError
 
-from . import wire
-from .auth import Principal
-from .calls import Address
-from .columns import ManySteps, Waiter
-from .rest import Headers, Rest, answer_type, problem, request_type, too_large
-from .states import check_id
-from .telemetry import log
+from ...sessions.columns import ManySteps, Waiter
+from ...sessions.core import Address
+from ...sessions.edits import check_id
+from ...telemetry import log
+from .. import bodies as wire
+from ..keys import Principal
+from .routes import Headers, Rest, answer_type, problem, request_type, too_large
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -58,7 +58,7 @@ class Way(NamedTuple):
 class FastDoor:
     """ASGI: steps by the short way, WebSockets to `sockets`, the rest to `api`.
 
-    Below ASGI, `caller`, `batch` and the steps serve the connection itself (service/pipe.py): None or False from
+    Below ASGI, `caller`, `batch` and the steps serve the connection itself (connection.py): None or False from
     any of them says that the request is not of the plainest kind, or not a good one, and has to come through ASGI.
 
     Attributes:

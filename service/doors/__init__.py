@@ -1,0 +1,1 @@
+"""Bytes and status codes: what comes in and goes out. Knows sessions and arrays, never a store or a batch."""

@@ -1,0 +1,1 @@
+"""A session as bytes: the only place with offsets."""
