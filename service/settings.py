@@ -68,6 +68,12 @@ class Settings(BaseModel):
         256 * 2**20, ge=0, description="Memory for sessions kept ready in the process, bytes; the rest is read again."
     )
 
+    digest_key: str = Field(
+        "",
+        description="Secret by which payloads are named to know a retry; the same for all servers of a store, now and "
+        "later; empty: a fixed one.",
+    )
+
     body_limit_bytes: int = Field(8 * 2**20, ge=1024, description="Largest request body or WebSocket frame.")
     steps_limit: int = Field(100_000, ge=1, description="Most time steps in one call.")
     examples_limit: int = Field(65_536, ge=1, description="Most examples in one session.")

@@ -10,7 +10,18 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import Collector
 
+from stepcast.errors import Internal, StepcastError
+
 log = logging.getLogger("stepcast")
+
+
+def as_ours(error: BaseException, otherwise: str) -> StepcastError:
+    """The error itself if it is one for callers; else it is logged, and `otherwise` is said."""
+    if isinstance(error, StepcastError):
+        return error
+    log.error("%s", otherwise, exc_info=error)
+    return Internal(otherwise)
+
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 

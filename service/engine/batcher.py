@@ -1,122 +1,122 @@
-"""Gathers concurrent jobs into few runs; bounded; knows no model and no session.
+"""Gathers concurrent work into few runs; bounded; knows no model and no session.
 
 The rule: whatever arrived while the last run was busy goes together into the next one. No timers, so a lone caller
-waits for nobody. Single steps go before long sequences; a long sequence runs in chunks, single steps in between.
+waits for nobody. Batches of single steps go before long sequences; these run in chunks, with batches in between.
 """
 
 import asyncio
-import logging
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Final, Generic, TypeVar
+from typing import Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from stepcast.errors import DeadlineExceeded, Internal, StepcastError
+from stepcast.errors import DeadlineExceeded, StepcastError
+
+from ..telemetry import as_ours
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 Lengths = npt.NDArray[np.int32]
-Run = Callable[[Floats, Lengths | None, Bytes], tuple[Floats, Bytes]]
-
-log = logging.getLogger("stepcast.batcher")
+RunGraph = Callable[[Floats, Lengths | None, Bytes], tuple[Floats, Bytes]]
 
 UNFINISHED_RUNS: Final = 2
-"""Batches that may wait for `finish` (their commit) while the next one runs; more would only make batches small."""
+"""Batches that may wait for their commit while the next one runs; more would only make batches small."""
 
 CROSSED_SHARE: Final = 0.125
-"""Of a chunk's time, where single steps come in between: those that come meanwhile wait for its end."""
+"""Of a chunk's time, where batches come in between: what comes meanwhile waits for its end."""
 
 REST_S: Final = 0.002
 """How long chunks stop then, even if nothing else is to be done: else every single step would find one under way."""
 
 FULL_ROWS: Final = 16
-"""Runs of this many single steps and more tell what one row costs; in smaller ones the fixed cost hides it."""
+"""Batches of this many rows and more tell what one row costs; in smaller ones the fixed cost hides it."""
 
 
-class Job:
-    """N rows that advance together by up to T steps.
+class Batch(Protocol):
+    """Single steps that run together.
+
+    Attributes:
+        rows: How many, so far: others may join until it begins.
+        error: Why its run failed.
+    """
+
+    rows: int
+    error: StepcastError | None
+
+    def begin(self, now: float) -> bool:
+        """Let nobody join any more, and drop what is too late; False: nothing is left to run."""
+
+    def go(self) -> None:
+        """Run; nothing changes if that raises."""
+
+    def finished(self) -> Awaitable[object] | None:
+        """The run was made, or `error` says why not; what is returned is awaited as the batch's commit."""
+
+
+class Run:
+    """N rows that advance together by T steps, in chunks if there are many.
 
     Args:
         x: (N, T, F) float32.
         lengths: (N,) int32 valid steps per row, None: all T.
         state: Packed state of the N rows.
-        deadline: Monotonic time (s) after which the job is not run any more.
+        deadline: Monotonic time (s) after which the run is not begun any more.
 
     After the run: `outputs` (N, T, O) float32 and `state`, or `error`.
     """
 
-    whole = False
-    """Whether the job is a run of its own: `begin` says that its time has come, `go` makes it, once."""
-
-    __slots__ = ("at", "deadline", "error", "features", "lengths", "outputs", "parts", "rows", "state", "steps", "x")
+    __slots__ = ("at", "deadline", "error", "lengths", "outputs", "parts", "rows", "state", "steps", "x")
 
     def __init__(self, x: Floats, lengths: Lengths | None, state: bytes, deadline: float) -> None:
-        self.x = x
-        self.lengths = lengths
-        self.state = state
-        self.deadline = deadline
-        self.rows, self.steps, self.features = x.shape
+        self.x, self.lengths, self.state, self.deadline = x, lengths, state, deadline
+        self.rows, self.steps = x.shape[:2]
         self.at = 0
         self.parts: list[Floats] = []
-        self.outputs: Floats | None = None
+        self.outputs: Floats = np.empty((0, 0, 0), np.float32)
         self.error: StepcastError | None = None
 
     def abandoned(self) -> bool:
         """Whether nobody waits for the answer any more."""
         return False
 
-    def count(self) -> int:
-        """Rows so far; others may join a whole job until it begins."""
-        rows: int = self.rows
-        return rows
-
-    def begin(self) -> None:
-        """The job was taken from the queue."""
-
-    def go(self) -> None:
-        """Run by itself; nothing changes if that raises."""
-        raise TypeError(f"{type(self).__name__} is no run of its own")
+    def finished(self) -> Awaitable[object] | None:
+        """The run was made, or `error` says why not; what is returned is awaited as its commit."""
+        return None
 
 
-J = TypeVar("J", bound=Job)
-
-
-class Batcher(Generic[J]):
-    """Runs jobs of one model, many at a time.
+class Batcher:
+    """Runs the work of one model.
 
     Args:
         run: (x (B,T,F), lengths (B,) or None, states (B,S) uint8) -> (y (B,T,O), new states). Called from the event
-            loop or from one thread, never twice at once.
-        finish: Takes the jobs of a run in order, done or failed; what it returns is awaited before more than
-            UNFINISHED_RUNS batches are under way.
+            loop or from one thread, never twice at once, nor while a batch runs.
         observe: Takes rows and seconds of each run.
-        batch_rows: Most rows in one run (a larger job runs alone).
-        chunk_s: About how long a chunk of a long sequence may take, and an eighth of it while single steps come in
-            between; None: sequences can not be cut.
-        inline_s: Runs expected to take longer are made in a thread, so that the event loop stays free.
+        batch_rows: Most rows in one chunk (a larger run goes alone).
+        chunk_s: About how long a chunk of a long sequence may take, and an eighth of it while batches come in
+            between; None: sequences cannot be cut.
+        inline_s: What is expected to take longer is run in a thread, so that the event loop stays free.
     """
 
     def __init__(
         self,
-        run: Run,
-        finish: Callable[[list[J]], Awaitable[object] | None],
+        run: RunGraph,
         observe: Callable[[int, float], None],
         *,
         batch_rows: int,
         chunk_s: float | None,
         inline_s: float,
     ) -> None:
-        self._run, self._finish, self._observe = run, finish, observe
+        self._run, self._observe = run, observe
         self._batch_rows, self._chunk_s, self._inline_s = batch_rows, chunk_s, inline_s
-        self._short: deque[J] = deque()
-        self._long: deque[J] = deque()
+        self._batches: deque[Batch] = deque()
+        self._runs: deque[Run] = deque()
         self._task: asyncio.Task[None] | None = None
         self._called = False  # `_look` is about to be
-        self._crossed = False  # single steps ran since the last chunk
+        self._crossed = False  # batches ran since the last chunk
         self._rest: asyncio.TimerHandle | None = None  # no chunk until then
         self._closing = False
         self._unfinished: set[asyncio.Future[object]] = set()
@@ -125,13 +125,18 @@ class Batcher(Generic[J]):
         self._row_s = 10e-6
         self._cell_s = 20e-6
 
-    def submit(self, job: J) -> None:
-        """Queue a job; it is handed to `finish` exactly once."""
-        (self._short if job.steps == 1 else self._long).append(job)
+    def submit(self, batch: Batch) -> None:
+        """Queue a batch; it begins once, and is finished once if it has anything to run."""
+        self._batches.append(batch)
+        self._look_soon()
+
+    def submit_run(self, run: Run) -> None:
+        """Queue a run; it is finished exactly once."""
+        self._runs.append(run)
         self._look_soon()
 
     async def close(self) -> None:
-        """Wait until every queued job has been finished."""
+        """Wait until everything that is queued has been finished."""
         self._closing = True
         if self._rest is not None:
             self._rest.cancel()
@@ -145,163 +150,162 @@ class Batcher(Generic[J]):
         if self._pool is not None:
             self._pool.shutdown(wait=False)
 
-    def _look(self) -> None:
-        """Make a short run at once, without a task; where there is more to it, let a task do it."""
-        self._called = False
-        if not self._ready():
-            return
-        loop, job = asyncio.get_running_loop(), self._short[0] if self._short else None
-        chunks = bool(self._long) and self._rest is None
-        if job is None or chunks or not job.whole or not self._may_run(job.count()):
-            self._task = loop.create_task(self._work())
-            return
-        jobs = self._take(self._short)
-        if jobs:
-            self._crossed = True
-            self._done(jobs, 1, self._timed(jobs, 1))
-        self._look_soon()
+    # --- when ---------------------------------------------------------------------------------------------------
 
     def _ready(self) -> bool:
         """Whether there is anything to run now."""
-        return bool(self._short) or (bool(self._long) and self._rest is None)
+        return bool(self._batches) or self._chunk_due()
+
+    def _chunk_due(self) -> bool:
+        return bool(self._runs) and self._rest is None
 
     def _look_soon(self) -> None:
         if self._task is None and not self._called and self._ready():
             self._called = True
             asyncio.get_running_loop().call_soon(self._look)
 
-    def _rested(self) -> None:
-        """Chunks may go on."""
-        self._rest = None
+    def _look(self) -> None:
+        """Run a short batch at once, without a task; where there is more to it, let a task do it."""
+        self._called = False
+        if not self._ready():
+            return
+        if self._chunk_due() or not self._may_run(self._batches[0].rows):
+            self._task = asyncio.get_running_loop().create_task(self._work())
+            return
+        batch = self._batches.popleft()
+        if batch.begin(time.monotonic()):
+            self._ran(batch, self._timed(batch))
         self._look_soon()
 
     def _may_run(self, rows: int) -> bool:
-        """Whether single steps of that many rows may run now, on the event loop."""
-        return len(self._unfinished) < UNFINISHED_RUNS and self._expected_s(rows, 1) <= self._inline_s
+        """Whether a batch of that many rows may run now, on the event loop."""
+        return len(self._unfinished) < UNFINISHED_RUNS and self._batch_s(rows) <= self._inline_s
 
     async def _work(self) -> None:
         try:
             while self._ready():
                 while len(self._unfinished) >= UNFINISHED_RUNS:
                     await asyncio.wait(self._unfinished, return_when=asyncio.FIRST_COMPLETED)
-                if self._short:
-                    jobs = self._take(self._short)
-                    if jobs:
-                        self._crossed = True
-                        await self._round(jobs, 1)
-                if self._long and self._rest is None:
-                    await self._long_round()
+                if self._batches:
+                    await self._next_batch()
+                if self._chunk_due():
+                    await self._next_chunk()
                 await asyncio.sleep(0)  # sockets are read and answers written between runs
         finally:
             self._task = None
             self._look_soon()
 
-    def _take(self, queue: deque[J]) -> list[J]:
-        """The oldest jobs that fit into one run; expired and abandoned ones are finished at once."""
-        now, rows = time.monotonic(), 0
-        jobs: list[J] = []
-        gone: list[J] = []
-        while queue and (not jobs or (not queue[0].whole and rows + queue[0].rows <= self._batch_rows)):
-            job = queue.popleft()
-            job.begin()
-            if job.at == 0 and (job.deadline < now or job.abandoned()):
-                job.error = DeadlineExceeded("the step waited longer than its deadline for its run; it was not applied")
-                gone.append(job)
-            else:
-                jobs.append(job)
-                rows += job.rows
-                if job.whole:
-                    break
-        if gone:
-            self._finished(gone)
-        return jobs
+    def _rested(self) -> None:
+        """Chunks may go on."""
+        self._rest = None
+        self._look_soon()
 
-    async def _long_round(self) -> None:
-        jobs = self._take(self._long)
-        if not jobs:
+    # --- batches ------------------------------------------------------------------------------------------------
+
+    async def _next_batch(self) -> None:
+        batch = self._batches.popleft()
+        if not batch.begin(time.monotonic()):
             return
-        longest = max(job.steps - job.at for job in jobs)
-        rows = sum(job.rows for job in jobs)
-        chunk = longest
-        if self._chunk_s is not None:
-            chunk_s = self._chunk_s * (CROSSED_SHARE if self._crossed else 1.0)
-            chunk = min(longest, max(1, int(chunk_s / (self._cell_s * rows))))
-        crossed, self._crossed = self._crossed, False
-        await self._round(jobs, chunk)
-        if crossed and self._long and not self._closing:
-            self._rest = asyncio.get_running_loop().call_later(REST_S, self._rested)
-
-    async def _round(self, jobs: list[J], chunk: int) -> None:
-        """Run jobs by up to `chunk` steps; those that are done go to `finish`, the rest to the queue's end."""
-        rows = sum(job.rows for job in jobs)
-        if self._expected_s(rows, chunk) <= self._inline_s:
-            busy = self._timed(jobs, chunk)
+        if self._batch_s(batch.rows) <= self._inline_s:
+            took = self._timed(batch)
         else:
-            busy = await asyncio.get_running_loop().run_in_executor(self._executor(), self._timed, jobs, chunk)
-        self._done(jobs, chunk, busy)
+            took = await asyncio.get_running_loop().run_in_executor(self._executor(), self._timed, batch)
+        self._ran(batch, took)
 
-    def _done(self, jobs: list[J], chunk: int, busy: float) -> None:
-        """After a run: learn from it, finish the jobs that are done and queue the others."""
-        rows = jobs[0].rows if len(jobs) == 1 else sum(job.rows for job in jobs)
-        self._learn(rows, chunk, busy)
-        self._observe(rows, busy)
-        done = jobs
-        if chunk > 1 or jobs[0].steps > 1:
-            done = [job for job in jobs if job.error is not None or job.at >= job.steps]
-            self._long.extend(job for job in jobs if job.error is None and job.at < job.steps)
-        if done:
-            self._finished(done)
-
-    def _expected_s(self, rows: int, steps: int) -> float:
-        if steps > 1:
-            return rows * steps * self._cell_s
-        return max(self._run_s, rows * self._row_s)
-
-    def _learn(self, rows: int, steps: int, busy: float) -> None:
-        if steps == 1:
-            self._run_s = _nearer(self._run_s, busy)
-            if rows >= FULL_ROWS:
-                self._row_s = _nearer(self._row_s, busy / rows)
-        else:
-            self._cell_s = _nearer(self._cell_s, busy / (rows * steps))
-
-    def _timed(self, jobs: Sequence[J], chunk: int) -> float:
+    def _timed(self, batch: Batch) -> float:
         """Run; the seconds it took."""
         started = time.perf_counter()
-        if jobs[0].whole:
-            self._go(jobs[0])
-        else:
-            self._advance(jobs, chunk)
+        try:
+            batch.go()
+        except Exception as error:
+            batch.error = as_ours(error, f"the model could not be run: {type(error).__name__}")
         return time.perf_counter() - started
+
+    def _ran(self, batch: Batch, took: float) -> None:
+        """Learn from a batch's run and let it go on to its commit."""
+        rows = batch.rows
+        self._crossed = True
+        self._run_s = _nearer(self._run_s, took)
+        if rows >= FULL_ROWS:
+            self._row_s = _nearer(self._row_s, took / rows)
+        self._observe(rows, took)
+        self._await(batch.finished())
+
+    def _batch_s(self, rows: int) -> float:
+        """How long a batch is expected to take."""
+        return max(self._run_s, rows * self._row_s)
+
+    def _await(self, commit: Awaitable[object] | None) -> None:
+        if commit is not None:
+            task = asyncio.ensure_future(commit)
+            self._unfinished.add(task)
+            task.add_done_callback(self._unfinished.discard)
 
     def _executor(self) -> ThreadPoolExecutor:
         if self._pool is None:
             self._pool = ThreadPoolExecutor(1, thread_name_prefix="stepcast-run")
         return self._pool
 
-    def _finished(self, jobs: list[J]) -> None:
-        waits = self._finish(jobs)
-        if waits is not None:
-            task = asyncio.ensure_future(waits)
-            self._unfinished.add(task)
-            task.add_done_callback(self._unfinished.discard)
+    # --- long sequences -----------------------------------------------------------------------------------------
 
-    def _go(self, job: J) -> None:
-        try:
-            job.go()
-        except Exception as error:
-            job.error = _as_ours(error)
+    async def _next_chunk(self) -> None:
+        """Advance the oldest runs by one chunk; those that are not at their end go to the queue's."""
+        runs = self._take_runs()
+        if not runs:
+            return
+        rows, chunk = sum(run.rows for run in runs), max(run.steps - run.at for run in runs)
+        if self._chunk_s is not None:
+            chunk_s = self._chunk_s * (CROSSED_SHARE if self._crossed else 1.0)
+            chunk = min(chunk, max(1, int(chunk_s / (self._cell_s * rows))))
+        crossed, self._crossed = self._crossed, False
+        if rows * chunk * self._cell_s <= self._inline_s:
+            took = self._timed_chunk(runs, chunk)
+        else:
+            took = await asyncio.get_running_loop().run_in_executor(self._executor(), self._timed_chunk, runs, chunk)
+        self._cell_s = _nearer(self._cell_s, took / (rows * chunk))
+        self._observe(rows, took)
+        for run in runs:
+            if run.error is None and run.at < run.steps:
+                self._runs.append(run)
+            else:
+                self._await(run.finished())
+        if crossed and self._runs and not self._closing:
+            self._rest = asyncio.get_running_loop().call_later(REST_S, self._rested)
 
-    def _advance(self, jobs: Sequence[J], chunk: int) -> None:
-        """Run; where a batch fails, run its jobs alone, so that only the guilty one fails."""
+    def _take_runs(self) -> list[Run]:
+        """The oldest runs that fit into one chunk; expired and abandoned ones are finished at once."""
+        now, rows = time.monotonic(), 0
+        runs: list[Run] = []
+        while self._runs and (not runs or rows + self._runs[0].rows <= self._batch_rows):
+            run = self._runs.popleft()
+            if run.at == 0 and (run.deadline < now or run.abandoned()):
+                run.error = too_late()
+                self._await(run.finished())
+            else:
+                runs.append(run)
+                rows += run.rows
+        return runs
+
+    def _timed_chunk(self, runs: Sequence[Run], chunk: int) -> float:
+        started = time.perf_counter()
+        self._advance(runs, chunk)
+        return time.perf_counter() - started
+
+    def _advance(self, runs: Sequence[Run], chunk: int) -> None:
+        """Run; if that fails, run each alone, so that only the guilty one fails."""
         try:
-            advance(self._run, jobs, chunk)
+            advance(self._run, runs, chunk)
         except Exception as error:
-            if len(jobs) == 1:
-                jobs[0].error = _as_ours(error)
+            if len(runs) == 1:
+                runs[0].error = as_ours(error, f"the model could not be run: {type(error).__name__}")
                 return
-            for job in jobs:
-                self._advance([job], chunk)
+            for run in runs:
+                self._advance([run], chunk)
+
+
+def too_late() -> DeadlineExceeded:
+    """The error of work that waited too long."""
+    return DeadlineExceeded("the step waited longer than its deadline for its run; it was not applied")
 
 
 def _nearer(average: float, seen: float) -> float:
@@ -312,54 +316,34 @@ def _nearer(average: float, seen: float) -> float:
     return average + (0.3 if seen < average else 0.05) * (seen - average)
 
 
-def _as_ours(error: Exception) -> StepcastError:
-    if isinstance(error, StepcastError):
-        return error
-    log.error("a run failed", exc_info=error)
-    return Internal(f"the model could not be run: {type(error).__name__}")
-
-
-def advance(run: Run, jobs: Sequence[Job], chunk: int) -> None:
-    """One run of several jobs by up to `chunk` steps: gather, run, scatter. Nothing changes if the run raises."""
-    first = jobs[0]
-    if len(jobs) == 1 and first.steps <= chunk:
+def advance(graph: RunGraph, runs: Sequence[Run], chunk: int) -> None:
+    """Advance several runs by up to `chunk` steps: gather, run, scatter. Nothing changes if the graph raises."""
+    first = runs[0]
+    if len(runs) == 1 and first.steps <= chunk:
         x, lengths, takes = first.x, first.lengths, [first.steps]
     else:
-        x, lengths, takes = _gather(jobs, chunk)
-    rows = len(x)
-    states = _joined(jobs, rows)
-    y, new = run(x, lengths, states)
+        x, lengths, takes = _gather(runs, chunk)
+    states = np.frombuffer(b"".join([run.state for run in runs]), np.uint8).reshape(len(x), -1)
+    y, new = graph(x, lengths, states)
     at = 0
-    for job, take in zip(jobs, takes, strict=True):
-        part = y[at : at + job.rows, :take]
-        job.state = new[at : at + job.rows].tobytes()
-        at += job.rows
-        job.at += take
-        if job.steps == take:
-            job.outputs = part
-            continue
-        job.parts.append(part)
-        if job.at >= job.steps:
-            job.outputs = np.concatenate(job.parts, axis=1)
+    for run, take in zip(runs, takes, strict=True):
+        run.parts.append(y[at : at + run.rows, :take])
+        run.state = new[at : at + run.rows].tobytes()
+        at += run.rows
+        run.at += take
+        if run.at >= run.steps:
+            run.outputs = run.parts[0] if len(run.parts) == 1 else np.concatenate(run.parts, axis=1)
 
 
-def _joined(jobs: Sequence[Job], rows: int) -> Bytes:
-    """The jobs' states (rows, S)."""
-    return np.frombuffer(b"".join([job.state for job in jobs]), np.uint8).reshape(rows, -1)
-
-
-def _gather(jobs: Sequence[Job], chunk: int) -> tuple[Floats, Lengths | None, list[int]]:
-    """Stack the next up to `chunk` steps of all jobs, padded on the right."""
-    takes = [min(chunk, job.steps - job.at) for job in jobs]
-    longest = max(takes)
-    if longest == 1 and all(job.lengths is None and job.steps == 1 for job in jobs):
-        return np.concatenate([job.x for job in jobs]), None, takes
-    rows = sum(job.rows for job in jobs)
-    x = np.zeros((rows, longest, jobs[0].x.shape[2]), np.float32)
+def _gather(runs: Sequence[Run], chunk: int) -> tuple[Floats, Lengths, list[int]]:
+    """Stack the next up to `chunk` steps of all runs, padded on the right."""
+    takes = [min(chunk, run.steps - run.at) for run in runs]
+    rows = sum(run.rows for run in runs)
+    x = np.zeros((rows, max(takes), runs[0].x.shape[2]), np.float32)
     lengths = np.empty(rows, np.int32)
     at = 0
-    for job, take in zip(jobs, takes, strict=True):
-        x[at : at + job.rows, :take] = job.x[:, job.at : job.at + take]
-        lengths[at : at + job.rows] = take if job.lengths is None else np.clip(job.lengths - job.at, 0, take)
-        at += job.rows
+    for run, take in zip(runs, takes, strict=True):
+        x[at : at + run.rows, :take] = run.x[:, run.at : run.at + take]
+        lengths[at : at + run.rows] = take if run.lengths is None else np.clip(run.lengths - run.at, 0, take)
+        at += run.rows
     return x, lengths, takes

@@ -1,38 +1,45 @@
-"""Records side by side: what a batch of single steps does to all of them, in a few calls instead of some per session.
+"""Records side by side: what a call does to all of them, in a few array operations instead of some per session.
 
-A sheet is uint8 [B, W], one record (record.py) of equal length per row, its kept answers a run. Only here and
-in record.py does anybody know where a record's fields lie.
+A block is what engine and store hand to each other: the next records of sessions of one shape (layout.py).
 """
 
 import struct
 from collections.abc import Sequence
-from functools import cache
-from operator import mul
+from functools import lru_cache
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
-from ..store import as_records
-from .record import DIGEST_BYTES, HAS_CHECKPOINTS, HEADER_BYTES, KEPT_ANSWER_BYTES, KEPT_ANSWERS, LAYOUT, RUN
+from .layout import (
+    ANSWER_BYTES,
+    DIGEST_BYTES,
+    HAS_CHECKPOINTS,
+    HEADER_BYTES,
+    LAYOUT,
+    TOKEN,
+    Advance,
+    Shape,
+)
 
 Bytes = npt.NDArray[np.uint8]
-Floats = npt.NDArray[np.float32]
 
 # The header as nine numbers of 64 bits: the first holds layout, flags, number of answers and examples.
-_ONE_EXAMPLE: Final = LAYOUT | RUN << 8 | 1 << 32
-_ANSWERS_SHIFT: Final = 16
-_ONE_MORE: Final = np.array([0, 0, 1, 1, 0, 0, 0, 0, 0], np.uint64)
-"""Revision and step."""
-_USED: Final = 5
-_VERSION: Final = slice(48, 52)
-_FACTS: Final = struct.Struct("<BBHI8x8xQ8x8xII8sII")
-_WORDS: Final = struct.Struct("<Q8sQQQQ24s")
-_FEW_WORDS: Final = 64
-"""Up to these, Python's own numbers are faster than numpy's calls."""
-_ALL_BITS: Final = (1 << 64) - 1
+_USED_WORD: Final = 5
+_WORDS: Final = struct.Struct("<Q8sQQQQ16s")
+_WORDS_BYTES: Final = _WORDS.size
 SPARE_BYTES: Final = 4 << 20
 """A larger array is in no processor's cache and not worth the memory."""
+
+
+@lru_cache(64)
+def _counted(steps: int) -> npt.NDArray[np.uint64]:
+    """What is added to a header: one revision, T steps."""
+    return np.array([0, 0, 1, steps, 0, 0, 0, 0], np.uint64)
+
+
+def _first_word(shape: Shape) -> int:
+    return LAYOUT | shape.flags << 8 | len(shape.sizes) << 16 | shape.examples << 32
 
 
 class Spares:
@@ -61,50 +68,162 @@ class Spares:
             free.append(array)
 
 
-class Sheet:
-    """The next records of sessions that take a single step each.
+class Block:
+    """The next records of sessions that are stepped together.
 
     Args:
-        old: (B, W) records of equal length, each of a layout and a model version that `fits` said yes to.
-        state_bytes: Of one row's state.
-        output_bytes: Of one step's outputs.
+        advance: How each record changes.
+        keys: B distinct keys of the store.
         now_ms: Wall clock.
         spares: Where the next records' array comes from; None: it is made.
 
     Attributes:
-        new: The next records (B, W').
-        full: Whether they have all the kept answers that a record may have: the ones after them are not longer.
-        before: The records' states (B, state_bytes), to be read.
-        after: The next records' states, to be filled.
-        digests, outputs: Of the new kept answer, to be filled: (B, DIGEST_BYTES) and (B, output_bytes).
+        ttl_s: Seconds until they are forgotten unless written again; None: never.
+        old: (B, W) the records that they replace.
+        new: (B, W') the next records.
+        before, after: The states (B, N x row bytes) of both, to be read and to be filled.
+        log: (B, bytes) the inputs that are appended to the log, to be filled; None: none are.
+        digests, outputs: Of the new kept answer, to be filled: (B, 2, DIGEST_BYTES / 2) and (B, bytes).
+        stays: The caller keeps the block and replaces it whole again: a store may keep `new` itself, and note
+            something in `place`, which the caller carries to the next block of these keys. Nobody writes to `old`
+            before the store has answered, nor to `new` before it was replaced in turn or given up.
     """
 
-    __slots__ = ("after", "before", "digests", "full", "new", "outputs", "rows")
+    __slots__ = (
+        *("_records", "advance", "after", "before", "digests", "keys", "log", "new", "old", "outputs", "place"),
+        *("stays", "ttl_s"),
+    )
 
     def __init__(
-        self, old: Bytes, state_bytes: int, output_bytes: int, now_ms: int, spares: Spares | None = None
+        self,
+        advance: Advance,
+        keys: Sequence[str],
+        old: Bytes,
+        now_ms: int,
+        spares: Spares | None = None,
     ) -> None:
-        (rows, width), entry = old.shape, DIGEST_BYTES + output_bytes
-        answers_at = HEADER_BYTES + state_bytes
-        kept = min((width - answers_at) // entry, most_kept(output_bytes) - 1)
-        shape = rows, answers_at + (kept + 1) * entry
-        new = np.empty(shape, np.uint8) if spares is None else spares.take(shape)
+        self.advance, self.keys, self.old, self.ttl_s = advance, keys, old, advance.after.ttl_s
+        self.stays = False
+        self.place: object = None
+        self._records: list[bytes] | None = None
+        before, after, entry = advance.before, advance.after, advance.entry
+        size = len(old), after.width
+        self.new = new = np.empty(size, np.uint8) if spares is None else spares.take(size)
+        named_at = after.width - entry
+        if after.answers_at < named_at:
+            new[:, after.answers_at : named_at] = old[:, advance.answers_from :]
+        if after.state_at > HEADER_BYTES:
+            new[:, HEADER_BYTES : after.state_at] = old[:, HEADER_BYTES : before.state_at]
+        new[:, _WORDS_BYTES:HEADER_BYTES] = old[:, _WORDS_BYTES:HEADER_BYTES]
+        self.log = self._keep_log(advance)
+        header = new[:, :_WORDS_BYTES].view(np.uint64)
+        np.add(old[:, :_WORDS_BYTES].view(np.uint64), _counted(advance.steps), out=header)
+        header[:, 0] = _first_word(after)
+        np.maximum(header[:, _USED_WORD], now_ms, out=header[:, _USED_WORD])
+        self.before = old[:, before.state_at : before.log_at]
+        self.after = new[:, after.state_at : after.log_at]
+        new[:, named_at + DIGEST_BYTES : named_at + ANSWER_BYTES] = np.frombuffer(advance.mark, np.uint8)
+        self.digests = new[:, named_at : named_at + DIGEST_BYTES].reshape(len(old), 2, -1)
+        self.outputs = new[:, named_at + ANSWER_BYTES :]
+
+    def _keep_log(self, advance: Advance) -> Bytes | None:
+        """Take over what is kept of the input log; where the new inputs go."""
+        after, kept = advance.after, advance.before.answers_at - advance.log_from
         if kept:
-            new[:, answers_at:-entry] = old[:, width - kept * entry :]
-        header = new[:, :HEADER_BYTES].view(np.uint64)
-        np.add(old[:, :HEADER_BYTES].view(np.uint64), _ONE_MORE, out=header)
-        header[:, 0] = _ONE_EXAMPLE | (kept + 1) << _ANSWERS_SHIFT
-        np.maximum(header[:, _USED], now_ms, out=header[:, _USED])
-        self.new, self.full = new, kept + 1 == most_kept(output_bytes)
-        self.rows = rows
-        self.before = old[:, HEADER_BYTES:answers_at]
-        self.after = new[:, HEADER_BYTES:answers_at]
-        self.digests = new[:, -entry : width_of(new) - output_bytes]
-        self.outputs = new[:, width_of(new) - output_bytes :]
+            self.new[:, after.log_at : after.log_at + kept] = self.old[:, advance.log_from : advance.before.answers_at]
+        log_bytes = after.answers_at - after.log_at
+        if log_bytes != advance.before.answers_at - advance.before.log_at:
+            self.new[:, HEADER_BYTES - 4 : HEADER_BYTES] = np.frombuffer(log_bytes.to_bytes(4, "little"), np.uint8)
+        return self.new[:, after.log_at + kept : after.answers_at] if advance.log_new else None
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def touch_sides(self) -> bool:
+        """Whether the sessions have side records, which get the new time to live too."""
+        return bool(self.advance.after.flags & HAS_CHECKPOINTS)
+
+    @property
+    def tokens(self) -> Bytes | None:
+        """The tokens (B, 16) that the stored records must have; None: there must be no records."""
+        return None if self.advance.before.fresh else self.old[:, TOKEN]
 
     def records(self) -> list[bytes]:
-        """The next records."""
-        return as_records(self.new)
+        """The next records, one by one."""
+        if self._records is None:
+            self._records = as_records(self.new)
+        return self._records
+
+    def expected(self) -> list[bytes]:
+        """The tokens, one by one; b"" where there must be no record."""
+        if self.advance.before.fresh:
+            return [b""] * len(self.keys)
+        return as_records(np.ascontiguousarray(self.old[:, TOKEN]))
+
+
+class LoneBlock(Block):
+    """The next record of one session, made by hand: numpy's calls would cost more than the model's run.
+
+    Args:
+        old: The record.
+        parts: Of the call: the new state, the name of its payload, its outputs float32 [N,T,O].
+        log: The inputs that are appended to the log.
+    """
+
+    __slots__ = ("_old_record",)
+
+    def __init__(
+        self,
+        advance: Advance,
+        key: str,
+        old: bytes,
+        now_ms: int,
+        parts: tuple[bytes, bytes, bytes],
+        log: bytes = b"",
+    ) -> None:
+        self.advance, self.keys, self.ttl_s = advance, (key,), advance.after.ttl_s
+        self.stays, self._old_record = False, old
+        self.place = None
+        self._records = [next_record(advance, old, now_ms, parts, log)]
+
+    def __getattr__(self, name: str) -> Bytes:
+        """The arrays, where somebody asks for them."""
+        if name == "old":
+            self.old = np.frombuffer(self._old_record, np.uint8)[None]
+            return self.old
+        if name == "new":
+            self.new = np.frombuffer(self.records()[0], np.uint8)[None]
+            return self.new
+        raise AttributeError(name)
+
+    def expected(self) -> list[bytes]:
+        return [b"" if self.advance.before.fresh else self._old_record[TOKEN]]
+
+
+def next_record(advance: Advance, old: bytes, now_ms: int, parts: tuple[bytes, bytes, bytes], log: bytes) -> bytes:
+    """What a Block of one record makes, by hand; see LoneBlock."""
+    state, digest, outputs = parts
+    before, after = advance.before, advance.after
+    _, incarnation, revision, step, created_ms, used_ms, versions = _WORDS.unpack_from(old)
+    used_ms = max(used_ms, now_ms)
+    step += advance.steps
+    head = _WORDS.pack(_first_word(after), incarnation, revision + 1, step, created_ms, used_ms, versions)
+    return b"".join(
+        (
+            head,
+            old[_WORDS_BYTES : HEADER_BYTES - 4],
+            (after.answers_at - after.log_at).to_bytes(4, "little"),
+            old[HEADER_BYTES : before.state_at],
+            state,
+            old[advance.log_from : before.answers_at],
+            log,
+            old[advance.answers_from :],
+            digest,
+            advance.mark,
+            outputs,
+        )
+    )
 
 
 def side_by_side(records: Sequence[bytes]) -> Bytes:
@@ -112,90 +231,7 @@ def side_by_side(records: Sequence[bytes]) -> Bytes:
     return np.frombuffer(b"".join(records), np.uint8).reshape(len(records), -1)
 
 
-def width_of(sheet: Bytes) -> int:
-    """W of a sheet (B, W)."""
-    return int(sheet.shape[1])
-
-
-def next_record(
-    old: bytes, state: bytes, named: bytes, outputs: bytes, state_bytes: int, output_bytes: int, now_ms: int
-) -> bytes:
-    """What a Sheet of one record makes, by hand: numpy's calls would cost more than the model's run.
-
-    Args:
-        state, named, outputs: Of the step: the new state, the digest of its inputs, its outputs.
-    """
-    entry, answers_at = DIGEST_BYTES + output_bytes, HEADER_BYTES + state_bytes
-    kept = min((len(old) - answers_at) // entry, most_kept(output_bytes) - 1)
-    _, incarnation, revision, step, created_ms, used_ms, rest = _WORDS.unpack_from(old)
-    first = _ONE_EXAMPLE | (kept + 1) << _ANSWERS_SHIFT
-    head = _WORDS.pack(first, incarnation, revision + 1, step + 1, created_ms, max(used_ms, now_ms), rest)
-    return b"".join((head, state, old[len(old) - kept * entry :], named, outputs))
-
-
-def most_kept(output_bytes: int) -> int:
-    """How many kept answers of single steps a record has at most."""
-    return max(1, min(KEPT_ANSWERS, KEPT_ANSWER_BYTES // (24 + output_bytes)))
-
-
-def fits(
-    record: bytes, fingerprint: bytes, version: int, state_bytes: int, output_bytes: int
-) -> tuple[int, int] | None:
-    """Step and time to live (as in the record) of a session that a Sheet takes, None: it takes the long way.
-
-    That is one example without checkpoints or input log, whose kept answers are a run, on the version asked for.
-    """
-    if len(record) < HEADER_BYTES:
-        return None
-    layout, flags, answers, examples, step, made_by, ttl_s, made_as, n_state, n_inputs = _FACTS.unpack_from(record)
-    if layout != LAYOUT or flags & HAS_CHECKPOINTS or examples != 1 or n_inputs or n_state != state_bytes:
-        return None
-    if (made_by, made_as) != (version, fingerprint) or (answers and not flags & RUN):
-        return None
-    if len(record) != HEADER_BYTES + state_bytes + answers * (DIGEST_BYTES + output_bytes):
-        return None
-    return step, ttl_s
-
-
-def version(record: bytes) -> int:
-    """The model version that made a record's state; 0 where it is too short to be a record."""
-    return int.from_bytes(record[_VERSION], "little")
-
-
-# --- digests --------------------------------------------------------------------------------------------------------
-
-
-def digests(x: Floats) -> Bytes:
-    """DIGEST_BYTES per row (B, F) that name the inputs of a single step.
-
-    The upper bits of a multilinear hash modulo 2**64 over the numbers' 32-bit words (Dietzfelbinger 1996; Lemire and
-    Kaser 2014). It tells payloads apart, it is no defence: whoever may step a session gains nothing from a collision.
-    """
-    words = np.ascontiguousarray(x).view(np.uint32).astype(np.uint64)
-    named: Bytes = (words @ _keys(x.shape[1])).astype("<u8", copy=False).view(np.uint8).reshape(len(x), 8)
-    return named[:, -DIGEST_BYTES:]
-
-
-def digest(data: bytes) -> bytes:
-    """The same of one row, given as bytes."""
-    count = len(data) // 4
-    if count > _FEW_WORDS:
-        return digests(np.frombuffer(data, np.float32)[None]).tobytes()
-    words, keys = _few(count)
-    total: int = sum(map(mul, words.unpack(data), keys)) & _ALL_BITS
-    return total.to_bytes(8, "little")[-DIGEST_BYTES:]
-
-
-@cache
-def _few(count: int) -> tuple[struct.Struct, list[int]]:
-    """How to read `count` words, and their keys."""
-    return struct.Struct(f"<{count}I"), _keys(count).tolist()
-
-
-@cache
-def _keys(count: int) -> npt.NDArray[np.uint64]:
-    """`count` odd numbers of splitmix64 (Steele, Lea and Flood 2014), started at 0."""
-    z: npt.NDArray[np.uint64] = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return (z ^ (z >> np.uint64(31))) | np.uint64(1)
+def as_records(rows: Bytes) -> list[bytes]:
+    """Records that lie side by side (B, W), one by one."""
+    made: list[bytes] = rows.view(f"V{rows.shape[1]}")[:, 0].tolist()  # some times as fast as cutting
+    return made

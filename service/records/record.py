@@ -1,86 +1,70 @@
-"""One session as bytes: what a store keeps, the same in every store.
-
-    offset  size  field
-         0     1  layout version, 2
-         1     1  flags: bit 0, the session has checkpoints; bit 1, its kept answers are a run
-         2     2  number of kept answers
-         4     4  N, examples; 0: not fixed yet (no stored state)
-         8     8  incarnation: random, chosen when the session is created
-        16     8  revision: +1 at every change of the record
-        24     8  step: steps taken so far
-        32     8  created, ms since the epoch
-        40     8  last used, ms since the epoch
-        48     4  model version that made the state
-        52     4  time to live, s; 0: the server's; 0xffffffff: for ever
-        56     8  fingerprint of graph and state layout (manifest)
-        64     4  bytes of state (N rows of all state tensors in manifest order)
-        68     4  bytes of the input log
-        72        state, input log, then the kept answers, oldest first, each:
-                  8 seq, 5 digest of its payload, 3 zero, 4 steps T, 4 bytes of outputs, outputs float32 [N,T,O]
-                  in a run, which ends at this step and has one step T and the same size per answer, only:
-                  5 digest of its payload, outputs float32 [N,1,O]
-
-Layout 1 had no runs; it is read, never written. All numbers are little-endian. Bytes 8 to 24 are the token that
-compare-and-set compares: an incarnation is never used twice, so a token names one record for ever.
-"""
+"""One session's record as an object: for everything that is done to a session besides stepping it."""
 
 import struct
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from secrets import token_bytes
-from typing import Final
+from typing import Final, NamedTuple
 
-LAYOUT: Final = 2
-HAS_CHECKPOINTS: Final = 1
-RUN: Final = 2
-DIGEST_BYTES: Final = 5
-"""A changed payload under a number that was used goes unnoticed once in 10**12 times."""
-TTL_FOR_EVER: Final = 0xFFFFFFFF
-TOKEN: Final = slice(8, 24)
+from .layout import (
+    ANSWER_BYTES,
+    DIGEST_BYTES,
+    HAS_CHECKPOINTS,
+    HAS_SOURCE,
+    HEADER,
+    HEADER_BYTES,
+    LAYOUT,
+    LEGACY,
+    MOST_STEPS,
+    SOURCE,
+    BadRecord,
+    answer_mark,
+    answer_sizes,
+    newest,
+)
 
-_HEADER = struct.Struct("<BBHI8sQQQQII8sII")
-_KINDS: Final = {(1, 0): 0, (2, 0): 0, (2, RUN): RUN}
-_ANSWER = struct.Struct("<Q5s3xII")
-HEADER_BYTES: Final = _HEADER.size
-ANSWER_BYTES: Final = _ANSWER.size
-_DIGEST: Final = slice(8, 8 + DIGEST_BYTES)
-
-KEPT_ANSWERS: Final = 16
-KEPT_ANSWER_BYTES: Final = 64 * 1024
+_RUN: Final = 2
+_OLD_ANSWER: Final = struct.Struct("<Q5s3xII")
+_OLD_DIGEST_BYTES: Final = 5
 
 
-class BadRecord(Exception):
-    """Bytes in the store that are not a record of a layout this server knows."""
+class Source(NamedTuple):
+    """How far a stream has been taken in: 8 bytes that name it, and a position of two numbers (an entry's id, say)."""
+
+    name: bytes
+    first: int
+    second: int
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A kept answer: which payload it answered, and its outputs float32 [N,T,O] as bytes."""
+    """A kept answer: which payload it answered, and its outputs float32 [N,T,O] as bytes.
+
+    `legacy`: the digest is one of layout 2 (records/digest.py).
+    """
 
     seq: int
     digest: bytes
     steps: int
     outputs: bytes
+    legacy: bool = False
 
 
-def encode_answer(seq: int, digest: bytes, steps: int, outputs: bytes) -> bytes:
-    """An answer as it lies in a record; `digest` has DIGEST_BYTES."""
-    return _ANSWER.pack(seq, digest, steps, len(outputs)) + outputs
+def encode_answer(digest: bytes, steps: int, width: int, outputs: bytes) -> bytes:
+    """An answer as it lies in a record.
 
-
-def decode_answer(entry: bytes) -> Answer:
-    """The inverse of encode_answer."""
-    seq, digest, steps, _ = _ANSWER.unpack_from(entry)
-    return Answer(seq, digest, steps, entry[ANSWER_BYTES:])
+    Args:
+        digest: DIGEST_BYTES.
+        width: O.
+        outputs: float32 [N,T,O].
+    """
+    return digest + answer_mark(steps, width) + outputs
 
 
 @dataclass(slots=True)
 class Record:
-    """A session at one moment. Never changed: every change makes the next revision.
-
-    Not declared frozen: one is made at every step, and a frozen one of 13 fields takes five times as long.
-    """
+    """A session at one moment. Never changed: every change makes the next revision."""
 
     version: int
     fingerprint: bytes
@@ -95,6 +79,7 @@ class Record:
     used_ms: int
     ttl_s: int
     flags: int
+    source: Source | None = None
 
     @property
     def token(self) -> bytes:
@@ -103,12 +88,9 @@ class Record:
 
     def encode(self) -> bytes:
         """The record as the store keeps it."""
-        answers, flags = self.answers, self.flags
-        if _are_run(answers, self.step):
-            answers, flags = tuple(entry[_DIGEST] + entry[ANSWER_BYTES:] for entry in answers), flags | RUN
-        header = _HEADER.pack(
+        header = HEADER.pack(
             LAYOUT,
-            flags,
+            self.flags | (HAS_SOURCE if self.source else 0),
             len(self.answers),
             self.examples,
             self.incarnation,
@@ -122,60 +104,40 @@ class Record:
             len(self.state),
             len(self.inputs),
         )
-        return b"".join((header, self.state, self.inputs, *answers))
+        source = SOURCE.pack(*self.source) if self.source else b""
+        return b"".join((header, source, self.state, self.inputs, *self.answers))
 
-    def advanced(self, step: int, examples: int, state: bytes, answer: bytes, inputs: bytes, now_ms: int) -> "Record":
-        """The next revision after a step call: `step` is the number of its last step."""
-        answers = (*self.answers[1 - KEPT_ANSWERS :], answer)
-        if sum(map(len, answers)) > KEPT_ANSWER_BYTES:
-            answers = _newest(answers)
-        return Record(
-            self.version,
-            self.fingerprint,
-            examples,
-            step,
-            state,
-            answers,
-            inputs,
-            self.incarnation,
-            self.revision + 1,
-            self.created_ms,
-            now_ms,
-            self.ttl_s,
-            self.flags,
+    def advanced(self, steps: int, examples: int, state: bytes, answer: bytes, now_ms: int) -> "Record":
+        """The next revision after a call of `steps` steps whose inputs are not kept."""
+        answers = (*self.answers, answer)
+        return replace(
+            self,
+            step=self.step + steps,
+            examples=examples,
+            state=state,
+            answers=answers[-newest(tuple(map(len, answers))) :],
+            inputs=b"",
+            revision=self.revision + 1,
+            used_ms=max(now_ms, self.used_ms),
         )
 
     def changed(self, now_ms: int, **fields: object) -> "Record":
         """The next revision with other fields (a set, clear, rewind or checkpoint)."""
         return replace(self, revision=self.revision + 1, used_ms=now_ms, **fields)  # type: ignore[arg-type]
 
+    def kept(self) -> list[Answer]:
+        """The kept answers, newest first; each one's seq is the number of its call's last step."""
+        found, seq = [], self.step
+        for entry in reversed(self.answers):
+            mark = int.from_bytes(entry[DIGEST_BYTES:ANSWER_BYTES], "little")
+            steps = mark & MOST_STEPS
+            found.append(Answer(seq, entry[:DIGEST_BYTES], steps, entry[ANSWER_BYTES:], bool(mark & LEGACY)))
+            seq -= steps
+        return found
+
     def answer(self, seq: int) -> Answer | None:
         """The kept answer of the call whose last step was `seq`, None if it is no longer kept."""
-        for entry in reversed(self.answers):
-            if _ANSWER.unpack_from(entry)[0] == seq:
-                return decode_answer(entry)
-        return None
-
-
-def _are_run(answers: tuple[bytes, ...], step: int) -> bool:
-    """Whether kept answers are of the last single steps, without a gap, and of one size."""
-    if not answers:
-        return False
-    size, first = len(answers[0]), step + 1 - len(answers)
-    return all(
-        len(entry) == size and _ANSWER.unpack_from(entry)[::2] == (first + i, 1) for i, entry in enumerate(answers)
-    )
-
-
-def _newest(answers: tuple[bytes, ...]) -> tuple[bytes, ...]:
-    """The newest answers that fit in the budget; the latest always."""
-    total, kept = 0, 0
-    for entry in reversed(answers):
-        total += len(entry)
-        if kept and total > KEPT_ANSWER_BYTES:
-            break
-        kept += 1
-    return answers[-kept:]
+        return next((answer for answer in self.kept() if answer.seq == seq), None)
 
 
 def wall_clock_ms() -> int:
@@ -198,27 +160,66 @@ def new_record(
     return Record(version, fingerprint, examples, step, state, (), b"", token_bytes(8), 1, now, now, ttl_s, 0)
 
 
+def blank(version: int, fingerprint: bytes, now_ms: int) -> bytes:
+    """The record that a session's first step replaces: no state, and revision 0, which no store has."""
+    return HEADER.pack(LAYOUT, 0, 0, 0, token_bytes(8), 0, 0, now_ms, now_ms, version, 0, fingerprint, 0, 0)
+
+
+def opened(record: bytes, examples: int, state: bytes) -> bytes:
+    """A record without a state (blank, or cleared) with one; its token stays."""
+    data = bytearray(record)
+    struct.pack_into("<I", data, 4, examples)
+    struct.pack_into("<I", data, 64, len(state))
+    at = HEADER_BYTES + (SOURCE.size if record[1] & HAS_SOURCE else 0)
+    data[at:at] = state
+    return bytes(data)
+
+
 def decode(data: bytes) -> Record:
-    """The inverse of Record.encode.
+    """The inverse of Record.encode; layouts 1 and 2 are read as well.
 
     Raises:
         BadRecord: another layout version, or lengths that do not add up.
     """
-    kind = _KINDS.get((data[0], data[1] & ~HAS_CHECKPOINTS)) if len(data) >= HEADER_BYTES else None
-    if kind is None:
-        raise BadRecord(f"record of {len(data)} bytes, layout {data[0] if data else None}; this server reads {LAYOUT}")
+    layout = data[0] if len(data) >= HEADER_BYTES else 0
+    if layout == LAYOUT and not data[1] & ~(HAS_CHECKPOINTS | HAS_SOURCE):
+        return _decoded(data, HAS_SOURCE & data[1])
+    if (layout in (1, 2) and not data[1] & ~(HAS_CHECKPOINTS | _RUN)) and (layout == 2 or not data[1] & _RUN):
+        return _decoded_old(data)
+    raise BadRecord(
+        f"record of {len(data)} bytes, layout {data[0] if data else None}; this server reads up to {LAYOUT}"
+    )
+
+
+def _decoded(data: bytes, has_source: int) -> Record:
+    record, n_answers, at = _parts(data, SOURCE.size if has_source else 0)
+    sizes = answer_sizes(data, at, n_answers, record.examples)
+    answers, steps = [], 0
+    for size in sizes:
+        answers.append(data[at : at + size])
+        steps += int.from_bytes(answers[-1][DIGEST_BYTES:ANSWER_BYTES], "little") & MOST_STEPS
+        at += size
+    if steps > record.step:
+        raise BadRecord(f"kept answers of {steps} steps in a record at step {record.step}")
+    record.answers = tuple(answers)
+    record.source = Source(*SOURCE.unpack_from(data, HEADER_BYTES)) if has_source else None
+    return record
+
+
+def _parts(data: bytes, source_bytes: int) -> tuple[Record, int, int]:
+    """A record without its answers, their number, and where they begin."""
     (_, flags, n_answers, examples, incarnation, revision, step, created_ms, used_ms, version, ttl_s, fingerprint,
-     n_state, n_inputs) = _HEADER.unpack_from(data)  # fmt: skip
-    at = HEADER_BYTES + n_state + n_inputs
-    answers = _run(data, at, n_answers, step) if kind == RUN else _listed(data, at, n_answers)
-    return Record(
+     n_state, n_inputs) = HEADER.unpack_from(data)  # fmt: skip
+    state_at = HEADER_BYTES + source_bytes
+    inputs_at = state_at + n_state
+    record = Record(
         version=version,
         fingerprint=fingerprint,
         examples=examples,
         step=step,
-        state=data[HEADER_BYTES : HEADER_BYTES + n_state],
-        answers=tuple(answers),
-        inputs=data[HEADER_BYTES + n_state : HEADER_BYTES + n_state + n_inputs],
+        state=data[state_at:inputs_at],
+        answers=(),
+        inputs=data[inputs_at : inputs_at + n_inputs],
         incarnation=incarnation,
         revision=revision,
         created_ms=created_ms,
@@ -226,26 +227,52 @@ def decode(data: bytes) -> Record:
         ttl_s=ttl_s,
         flags=flags & HAS_CHECKPOINTS,
     )
+    if inputs_at + n_inputs > len(data):
+        raise BadRecord(f"record of {len(data)} bytes, its header speaks of {inputs_at + n_inputs}")
+    return record, n_answers, inputs_at + n_inputs
 
 
-def _listed(data: bytes, at: int, count: int) -> list[bytes]:
-    """Kept answers with their heads, from offset `at` to the record's end."""
+# --- layouts 1 and 2 ------------------------------------------------------------------------------------------------
+
+
+def _decoded_old(data: bytes) -> Record:
+    record, count, at = _parts(data, 0)
+    found = (_run if data[1] & _RUN else _listed)(data, at, count, record.step)
     answers: list[bytes] = []
-    while len(answers) < count and at + ANSWER_BYTES <= len(data):
-        end = at + ANSWER_BYTES + _ANSWER.unpack_from(data, at)[3]
-        answers.append(data[at:end])
-        at = end
+    expected = record.step
+    for seq, digest, steps, outputs in reversed(found):
+        cells = 4 * record.examples * steps
+        if seq != expected or not cells or len(outputs) % cells or not 0 < steps <= MOST_STEPS:
+            break  # kept answers are consecutive; what is not is none of ours
+        name = digest + bytes(DIGEST_BYTES - _OLD_DIGEST_BYTES)
+        answers.insert(0, encode_answer(name, steps | LEGACY, len(outputs) // cells, outputs))
+        expected -= steps
+    record.answers = tuple(answers)
+    return record
+
+
+_OldAnswer = tuple[int, bytes, int, bytes]
+"""seq, digest, T, outputs."""
+
+
+def _listed(data: bytes, at: int, count: int, _: int) -> list[_OldAnswer]:
+    """Kept answers with their heads, from offset `at` to the record's end."""
+    answers: list[_OldAnswer] = []
+    while len(answers) < count and at + _OLD_ANSWER.size <= len(data):
+        seq, digest, steps, size = _OLD_ANSWER.unpack_from(data, at)
+        at += _OLD_ANSWER.size
+        answers.append((seq, digest, steps, data[at : at + size]))
+        at += size
     if at != len(data) or len(answers) != count:
         raise BadRecord(f"record of {len(data)} bytes, its header speaks of {at}")
     return answers
 
 
-def _run(data: bytes, at: int, count: int, step: int) -> list[bytes]:
-    """The kept answers of a run, their heads put back."""
-    size, rest = divmod(len(data) - at, count) if count and at <= len(data) else (0, 1)
-    if rest or size < DIGEST_BYTES or step < count:
+def _run(data: bytes, at: int, count: int, step: int) -> list[_OldAnswer]:
+    """The kept answers of single steps up to `step`, whose heads were left out."""
+    size, rest = divmod(len(data) - at, count) if count else (0, 1)
+    if rest or size < _OLD_DIGEST_BYTES or step < count:
         raise BadRecord(f"record of {len(data)} bytes, {len(data) - at} of them for a run of {count} answers")
     cuts = [data[start : start + size] for start in range(at, len(data), size)]
-    return [
-        encode_answer(step + 1 - count + i, cut[:DIGEST_BYTES], 1, cut[DIGEST_BYTES:]) for i, cut in enumerate(cuts)
-    ]
+    numbered = enumerate(cuts, step + 1 - count)
+    return [(seq, cut[:_OLD_DIGEST_BYTES], 1, cut[_OLD_DIGEST_BYTES:]) for seq, cut in numbered]

@@ -1,12 +1,12 @@
-"""The hot sessions of this process: copies of records; idle ones that were not used of late are let go."""
+"""Sessions kept ready in this process: copies of their records; evicts idle sessions by second chance."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Final
 
-from .core import Address, Entry
+from .core import Address, Session
 
-_ENTRY_BYTES: Final = 800
+_SESSION_BYTES: Final = 800
 """What a hot session costs beside its record, measured (tests/footprint.py)."""
 _LOOKS: Final = 8192
 """Sessions looked at in one go, where all were used since the last time; 2 ms of them."""
@@ -14,61 +14,61 @@ _BUSY: Final = 64
 """Busy sessions passed over in one go; keeps eviction short when all are."""
 
 
-class HotSessions:
+class SessionCache:
     """Entries by key, bounded by bytes.
 
     Args:
-        limit_bytes: Memory for entries; busy ones stay, so the bound is exceeded by at most those.
+        limit_bytes: Memory for sessions; busy ones stay, so the bound is exceeded by at most those.
     """
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes
-        self._entries: OrderedDict[str, Entry] = OrderedDict()
-        self.get: Callable[[str], Entry | None] = self._entries.get
-        """The entry of a key, None if that session is not hot."""
+        self._sessions: OrderedDict[str, Session] = OrderedDict()
+        self.get: Callable[[str], Session | None] = self._sessions.get
+        """The session of a key, None if that session is not hot."""
         self.bytes = 0
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._sessions)
 
-    def __iter__(self) -> Iterator[Entry]:
-        return iter(self._entries.values())
+    def __iter__(self) -> Iterator[Session]:
+        return iter(self._sessions.values())
 
-    def enter(self, address: Address) -> Entry:
-        """A new entry without a record."""
-        entry = self._entries[address.key] = Entry(address)
-        return entry
+    def enter(self, address: Address) -> Session:
+        """A new session without a record."""
+        session = self._sessions[address.key] = Session(address)
+        return session
 
-    def measure(self, entry: Entry, record_bytes: int) -> None:
-        """Take an entry's present size into account: its record's length as the store has it, and the rest."""
-        size = _ENTRY_BYTES + record_bytes
-        self.bytes += size - entry.size
-        entry.size = size
+    def measure(self, session: Session, record_bytes: int) -> None:
+        """Take an session's present size into account: its record's length as the store has it, and the rest."""
+        size = _SESSION_BYTES + record_bytes
+        self.bytes += size - session.size
+        session.size = size
 
     def evict(self) -> None:
-        """Let idle entries go until the rest fits, in the order they came; one used since it was looked at stays.
+        """Let idle sessions go until the rest fits, in the order they came; one used since it was looked at stays.
 
         That is "second chance": as good as the least recently used for a cache, and a use costs a flag.
         """
-        entries, passed = self._entries, 0
+        sessions, passed = self._sessions, 0
         for _ in range(_LOOKS):
-            if self.bytes <= self._limit_bytes or not entries or passed >= _BUSY:
+            if self.bytes <= self._limit_bytes or not sessions or passed >= _BUSY:
                 return
-            entry = next(iter(entries.values()))
-            if entry.used or (entry.cohort is not None and entry.cohort.note_use()):
-                entry.used = False
-                entries.move_to_end(entry.key)
-            elif not self.drop(entry):
+            session = next(iter(sessions.values()))
+            if session.used or (session.roster is not None and session.roster.note_use()):
+                session.used = False
+                sessions.move_to_end(session.key)
+            elif not self.drop(session):
                 passed += 1
-                entries.move_to_end(entry.key)
+                sessions.move_to_end(session.key)
 
-    def drop(self, entry: Entry) -> bool:
-        """Let an entry go; False: it is busy and stays."""
-        if entry.cohort is not None:
-            entry.cohort.dissolve()
-        if entry.busy or entry.queue:
+    def drop(self, session: Session) -> bool:
+        """Let an session go; False: it is busy and stays."""
+        if session.roster is not None:
+            session.roster.split()
+        if session.busy or session.queue:
             return False
-        if self._entries.pop(entry.key, None) is not None:
-            self.bytes -= entry.size
-            entry.size = 0
+        if self._sessions.pop(session.key, None) is not None:
+            self.bytes -= session.size
+            session.size = 0
         return True

@@ -1,28 +1,25 @@
-"""The nouns of stepping: which session, a call on its way, a hot session; and masks as compaction."""
+"""The nouns of stepping: which session, who waits, a session kept ready, a call that waits for its turn."""
 
+import asyncio
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from stepcast.errors import Internal, StepcastError
-
-from ..engine.batcher import Batcher, Job
+from ..engine.batcher import Batcher
 from ..engine.repository import Served
-from ..records import block as sheet
-from ..records import record as records
-from ..records.record import Record
-from ..telemetry import log
+from ..records.block import Spares
+from ..records.digest import Digests
+from ..records.layout import Shape, Shapes, facts
 
 if TYPE_CHECKING:
-    from .columns import Track
-    from .roster import Cohort
+    from .batch import Batch
 
 Floats = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
-Future: TypeAlias = Any
-"""An asyncio.Future, or what answers done, set_result and set_exception as one."""
+Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,171 +35,182 @@ class Address:
         object.__setattr__(self, "key", f"{self.namespace}/{self.model}/{self.session}")
 
 
-@dataclass(slots=True)
-class StepAnswer:
-    """The answer to a step call: outputs (N, T, O) float32, NaN where masked, and the number of its last step."""
-
-    outputs: Floats
-    step: int
-    version: int
-
-
-class Call(Job):
-    """Rows on their way through a model: a job of the batcher that knows its mask and who waits for it."""
-
-    __slots__ = ("calls", "future", "mask")
-
-    def __init__(self, x: Floats, mask: Mask | None, state: bytes, deadline: float, future: "Future") -> None:
-        self.calls = x.shape[1]
-        self.mask = mask
-        self.future = future
-        lengths = None
-        if mask is not None:
-            x, lengths = compact(x, mask)
-        super().__init__(x, lengths, state, deadline)
-
-    def abandoned(self) -> bool:
-        return bool(self.future.done())
-
-    def reply(self) -> Floats:
-        """Outputs (N, calls, O), NaN where the mask was 0."""
-        assert self.outputs is not None
-        return self.outputs if self.mask is None else scatter(self.outputs, self.mask)
-
-
-class Step(Call):
-    """A step call: it has its turn in its session."""
-
-    __slots__ = ("answer", "digest", "entry", "next", "policy", "seq", "verified")
-
-    def __init__(
-        self,
-        entry: "Entry",
-        x: Floats,
-        mask: Mask | None,
-        digest: bytes,
-        seq: int | None,
-        deadline: float,
-        future: "Future",
-        policy: str | None = None,
-    ) -> None:
-        super().__init__(x, mask, b"", deadline, future)
-        self.entry, self.digest, self.seq, self.policy = entry, digest, seq, policy
-        self.verified = False
-        self.next: Record | None = None
-        self.answer: Floats | None = None
-
-    def start(self, state: bytes) -> None:
-        """Make ready for a (further) run from `state`."""
-        self.state, self.at, self.parts, self.outputs, self.error = state, 0, [], None, None
-
-
-class SingleStep(Step):
-    """A step of one example by one step without a mask; it joins others in a column where its session can.
+class Answers:
+    """What sessions of one batch are answered.
 
     Args:
-        data: The inputs, float32.
-        alone: Do not join: the column that it was in failed.
-    """
-
-    __slots__ = ("alone", "data")
-
-    def __init__(
-        self, entry: "Entry", data: bytes, seq: int | None, deadline: float, future: Future, alone: bool = False
-    ) -> None:
-        self.entry, self.data, self.seq, self.deadline, self.future = entry, data, seq, deadline, future
-        self.alone, self.verified = alone, False
-        self.rows = self.steps = self.calls = 1
-        self.features, self.at, self.state = len(data) // 4, 0, b""
-        self.parts = []
-        self.mask = self.lengths = self.outputs = self.error = self.next = self.answer = self.policy = None
-
-    @property
-    def x(self) -> Floats:  # type: ignore[override]
-        """The inputs (1, 1, F)."""
-        return np.frombuffer(self.data, np.float32).reshape(1, 1, -1)
-
-    @property
-    def digest(self) -> bytes:  # type: ignore[override]
-        """Of the inputs; few need it, since a column digests its rows together."""
-        return sheet.digest(self.data)
-
-
-class Entry:
-    """A hot session: its record as last seen, and the calls that wait for their turn.
+        outputs: (B, N, T, O) float32, NaN where a step was masked.
+        version: Of the model.
 
     Attributes:
-        data: The record as the store has it; None: not loaded, or there is none (see `stored`).
-        track: Where its single steps go; None: `data` is not known to be of the plainest kind (records/block.py).
-        step, ttl_s: Of the record, where there is a track.
-        cohort: Who has the record instead; whoever touches the session dissolves it first (service/sessions/roster.py).
-        tag: Of the state, where a device holds it (Runtime.run_resident).
-        used: Since eviction looked at it.
+        made: Encodings of all rows that a door wants to make once.
+    """
+
+    __slots__ = ("made", "outputs", "version")
+
+    def __init__(self, outputs: Floats, version: int) -> None:
+        self.outputs, self.version = outputs, version
+        self.made: dict[str, Any] = {}
+
+
+class Waiter(Protocol):
+    """Who asked for a step; it answers at once, without a turn of the event loop."""
+
+    def stepped(self, answers: Answers, row: int, step: int) -> None:
+        """The session is at `step` now, or its kept answer of that step is here: row `row` of the answers."""
+
+    def refused(self, error: BaseException) -> None:
+        """The step was not made, or it is unknown whether it was."""
+
+    def done(self) -> bool:
+        """Whether nobody waits any more; a step that has not begun is dropped then."""
+
+
+class Load:
+    """The steps of a model that wait, of all its versions.
+
+    Attributes:
+        waiting: How many.
+        limit: The most that may; 0 while the server drains.
+    """
+
+    __slots__ = ("limit", "waiting")
+
+    def __init__(self, limit: int) -> None:
+        self.waiting, self.limit = 0, limit
+
+
+class Lane:
+    """One served version: where its steps go.
+
+    Attributes:
+        open: The batch that steps may join now, and `until` when (monotonic).
+        finish: Takes a batch that has run. drop: Refuses rows of one that are too late to be run.
+        calls, rows: Step calls made, and rows times steps, that are not in the metrics yet.
+        spares: For the records of rosters.
     """
 
     __slots__ = (
-        *("decoded", "address", "batcher", "busy", "data", "key", "queue", "served", "size", "step", "stored"),
-        *("cohort", "tag", "track", "ttl_s", "used"),
+        *("batcher", "calls", "digests", "drop", "finish", "load", "open", "rows", "served", "shapes", "spares"),
+        "until",
+    )
+
+    def __init__(
+        self,
+        served: Served,
+        batcher: Batcher,
+        shapes: Shapes,
+        load: Load,
+        digests: Digests,
+        finish: "Callable[[Batch], asyncio.Future[None] | None]",
+        drop: "Callable[[Batch, Sequence[int]], None]",
+    ) -> None:
+        self.served, self.batcher, self.shapes = served, batcher, shapes
+        self.load, self.digests, self.finish, self.drop = load, digests, finish, drop
+        self.open: Batch | None = None
+        self.until = 0.0
+        self.calls = self.rows = 0
+        self.spares = Spares()
+
+
+class Session:
+    """A session that is kept ready: its record as last seen, and the calls that wait for their turn.
+
+    Attributes:
+        data: The record as the store has it, or a blank one of a new session; None: it has to be loaded.
+        stored: Whether the store has `data`.
+        lane: Of the version that made its state; None: that is not served, or `data` is None.
+        shape, step: Of the record; `shape` is None where the lane is.
+        tag: Of the state, where a device holds it (Runtime.run_resident): a number, or one for each row.
+        busy: A call of it is on its way, or it is being loaded.
+        used: Since eviction looked at it.
+        roster: Who has the record instead; whoever touches the session splits the roster first.
+    """
+
+    __slots__ = (
+        *("address", "busy", "data", "key", "lane", "queue", "roster", "shape", "size", "step", "stored", "tag"),
+        "used",
     )
 
     def __init__(self, address: Address) -> None:
         self.address, self.key = address, address.key
-        self.decoded: Record | None = None
         self.data: bytes | None = None
         self.stored = False
-        self.served: Served | None = None
-        self.batcher: Batcher[Job] | None = None  # of `served`
-        self.track: Track | None = None
-        self.step = self.tag = 0
-        self.ttl_s: float | None = None
-        self.cohort: Cohort | None = None
-        self.queue: list[Step] = []  # short, and mostly empty: a deque would cost 600 bytes per hot session
+        self.lane: Lane | None = None
+        self.shape: Shape | None = None
+        self.step = 0
+        self.tag: int | Ints = 0
+        self.roster: Holder | None = None
+        self.queue: list[Ask] = []  # short, and mostly empty: a deque would cost 600 bytes per session
         self.busy = self.used = False
         self.size = 0
 
     @property
-    def known(self) -> bool:
-        """Whether the session's record, or that there is none, is known."""
-        return self.data is not None or self.decoded is not None
+    def examples(self) -> int:
+        """N; 0 where it is not fixed, or not known here."""
+        return 0 if self.shape is None else self.shape.examples
 
-    @property
-    def record(self) -> Record | None:
-        """The record; None: not known. BadRecord where the bytes are not one."""
-        if self.decoded is None and self.data is not None:
-            self.decoded = records.decode(self.data)
-        return self.decoded
+    def state(self) -> bytes:
+        """The packed state of the N rows."""
+        data, shape = self.data, self.shape
+        return b"" if data is None or shape is None else data[shape.state_at : shape.log_at]
 
-    def keep(self, data: bytes | None, record: Record | None = None) -> None:
-        """Take a record: the store's bytes, or (`data` None) one that is not stored so; both None: nothing is known."""
-        self.data, self.decoded, self.track, self.tag = data, record, None, 0
+    def forget(self) -> None:
+        """The record is unknown from now on: the next call loads it."""
+        self.data = self.lane = self.shape = None
+
+    def take(self, data: bytes, lane: Lane | None) -> None:
+        """Keep a record of the present layout, which is of the lane's version.
+
+        Raises:
+            BadRecord: its lengths are not those of the version.
+        """
+        found = facts(data)
+        self.shape = None if lane is None else lane.shapes.of(data, found)
+        self.data, self.lane, self.step, self.tag = data, lane, found.step, 0
 
 
-def compact(x: Floats, mask: Mask) -> tuple[Floats, npt.NDArray[np.int32]]:
-    """Gather each row's present steps to the front, as training does.
+class Holder(Protocol):
+    """What holds the records of several sessions (a roster)."""
+
+    def note_use(self) -> bool:
+        """Pass on to the sessions that they were used; whether they were, since the last time."""
+
+    def of(self, served: Served) -> bool:
+        """Whether its sessions are of that version."""
+
+    def split(self) -> None:
+        """Give every session its own record."""
+
+
+class Ask:
+    """A step call that waits for its turn.
 
     Args:
-        x: (N, T, F); mask: (N, T), True where present.
+        x: (N, T, F) float32, finite or NaN, checked against the model.
+        mask: (N, T) bool, False: this example's state stays as it is at this step; None: all True.
+        seq: The number that the last step of the call shall have; None: the next.
+        deadline: Monotonic time after which it is not begun any more.
+        policy: What to do if the session's version is not served: pin, reset, replay; None: the server's.
 
-    Returns:
-        x (N, T', F), T' the most present steps of a row (at least 1), and lengths (N,).
+    Attributes:
+        verified: The session's record was loaded after the call came, so the call may be refused on it.
     """
-    lengths = mask.sum(axis=1, dtype=np.int32)
-    order = np.argsort(~mask, axis=1, kind="stable")
-    front = np.take_along_axis(x, order[:, :, None], axis=1)[:, : max(1, int(lengths.max(initial=0)))]
-    return np.ascontiguousarray(front), lengths
 
+    __slots__ = ("deadline", "mask", "policy", "seq", "verified", "waiter", "x")
 
-def scatter(y: Floats, mask: Mask) -> Floats:
-    """The inverse of compact for outputs (N, T', O): (N, T, O), NaN where the mask is False."""
-    out = np.full((*mask.shape, y.shape[2]), np.nan, np.float32)
-    valid = np.arange(y.shape[1]) < mask.sum(axis=1)[:, None]
-    out[mask] = y[valid]
-    return out
+    def __init__(
+        self, x: Floats, mask: Mask | None, seq: int | None, deadline: float, waiter: Waiter, policy: str | None = None
+    ) -> None:
+        self.x, self.mask, self.seq, self.deadline, self.waiter, self.policy = x, mask, seq, deadline, waiter, policy
+        self.verified = False
 
+    @property
+    def steps(self) -> int:
+        """T."""
+        return int(self.x.shape[1])
 
-def as_ours(error: BaseException, otherwise: str) -> StepcastError:
-    """The error itself if it is one for callers; else it is logged, and `otherwise` is said."""
-    if isinstance(error, StepcastError):
-        return error
-    log.error("%s", otherwise, exc_info=error)
-    return Internal(otherwise)
+    @property
+    def single(self) -> bool:
+        """Whether it is a single step of all examples: it goes with others in a batch."""
+        return self.x.shape[1] == 1 and self.mask is None

@@ -1,19 +1,21 @@
 """Sessions that take the same batch step again and again: their records stay side by side between the steps.
 
-Who steps many locations by the hour sends the same sessions each time. When a roster comes for the second time, its
-sessions become a cohort: one array of records instead of one record each, so that the next batch step of them all
-costs nothing per session but its numbers. Whoever touches one of them by itself dissolves the cohort first: each
-session gets its record back, as if there had been none.
+Who steps many locations by the hour sends the same sessions each time. When they come for the second time and their
+records have stopped growing, they become a roster: one array of records instead of one record each, so that the next
+batch step costs nothing per session but its numbers. Any access to a single one splits the roster first: every session
+gets its own record back, as if there had been none.
 """
 
+from hashlib import blake2b
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
-from ..store import Rows, as_records
-from .columns import Track
-from .core import Entry
+from ..engine.repository import Served
+from ..records.block import as_records
+from ..records.layout import Advance
+from .core import Lane, Session
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -21,34 +23,41 @@ _MOST_ROSTERS: Final = 1024
 _MOST_SEEN: Final = 1 << 16
 
 
-class Cohort(Rows):
-    """Sessions of one served version; members have no record of their own while it is whole.
+class Roster:
+    """Sessions of one served version; they have no record of their own while it is whole.
 
     Attributes:
-        entries: The members.
+        sessions: In order; `keys` are theirs.
+        records: (B, W) uint8, and how each changes by a step: `advance`.
         steps: Their steps, and `following` those after the next batch step.
-        whole: No member has been touched by itself.
+        place: What the store has noted of them (records.Block).
+        whole: No session has been touched alone.
         busy: A batch step of all is under way.
         used: Since eviction looked.
     """
 
-    __slots__ = ("_level", "busy", "entries", "following", "steps", "track", "used", "whole")
+    __slots__ = (
+        *("_level", "advance", "busy", "following", "keys", "lane", "place", "records", "sessions", "steps", "used"),
+        "whole",
+    )
 
-    def __init__(self, track: Track, entries: list[Entry], records: Bytes) -> None:
-        super().__init__([entry.key for entry in entries], records, entries[0].ttl_s)
-        self.track, self.entries = track, entries
-        self.steps = [entry.step for entry in entries]
+    def __init__(self, lane: Lane, sessions: list[Session], records: Bytes, advance: Advance) -> None:
+        self.lane, self.sessions, self.records, self.advance = lane, sessions, records, advance
+        self.keys = [session.key for session in sessions]
+        self.steps = [session.step for session in sessions]
         self.following = [step + 1 for step in self.steps]
-        self._level = self.steps.count(self.steps[0]) == len(entries)
+        self._level = self.steps.count(self.steps[0]) == len(sessions)
+        self.place: object = None
         self.whole = self.used = True
         self.busy = False
-        for entry in entries:
-            entry.keep(None)
-            entry.cohort = self
+        for session in sessions:
+            session.forget()
+            session.roster = self
 
-    def stepped(self, records: Bytes) -> None:
+    def stepped(self, records: Bytes, place: object) -> None:
         """All have taken a step, and have these records now."""
-        self.records, self.steps = records, self.following
+        self.records, self.place = records, place
+        self.steps = self.following
         if self._level:
             self.following = [self.steps[0] + 1] * len(self.steps)
         else:
@@ -56,67 +65,80 @@ class Cohort(Rows):
         self.busy, self.used = False, True
 
     def note_use(self) -> bool:
-        """Pass on to the members that they were used; whether they were, since the last time."""
+        """Pass on to the sessions that they were used; whether they were, since the last time."""
         if not self.used:
             return False
         self.used = False
-        for entry in self.entries:
-            entry.used = True
+        for session in self.sessions:
+            session.used = True
         return True
 
-    def dissolve(self) -> None:
-        """Give each member its record; one whose step is under way stays busy until that is settled."""
+    def of(self, served: Served) -> bool:
+        """Whether its sessions are of that version."""
+        return self.lane.served is served
+
+    def split(self) -> None:
+        """Give every session its own record; one whose step is under way stays busy until that is settled."""
         if not self.whole:
             return
         self.note_use()
         self.whole = False
-        for entry, data, step in zip(self.entries, as_records(self.records), self.steps, strict=True):
-            entry.data, entry.step, entry.track, entry.cohort, entry.busy = data, step, self.track, None, self.busy
+        for session, data, step in zip(self.sessions, as_records(self.records), self.steps, strict=True):
+            session.data, session.step, session.lane, session.shape = data, step, self.lane, self.advance.before
+            session.roster, session.busy = None, self.busy
         if not self.busy:
             self.let_go()
 
     def let_go(self) -> None:
-        """Hold on to nothing: there may be names for it left (Rosters)."""
-        self.entries, self.records = [], self.records[:0].copy()
+        """Hold on to nothing: there may be names for it left."""
+        self.sessions, self.records, self.keys = [], self.records[:0].copy(), []
 
 
 class Rosters:
-    """The cohorts of a server, by what batch steps call their sessions: namespace, model and list, in bytes."""
+    """The rosters of a server, by what batch steps call their sessions: namespace, model and list, in bytes."""
 
     def __init__(self) -> None:
-        self._cohorts: dict[bytes, list[Cohort]] = {}
-        self._seen: dict[int, None] = {}
+        self._rosters: dict[bytes, list[Roster]] = {}
+        self._seen: dict[bytes, None] = {}
 
-    def find(self, roster: bytes) -> list[Cohort] | None:
-        """A roster's cohorts, whole and idle; None: there are none."""
-        cohorts = self._cohorts.get(roster)
-        if cohorts is None:
+    def find(self, name: bytes) -> list[Roster] | None:
+        """The rosters of these sessions, all whole and idle; None: there are none."""
+        rosters = self._rosters.get(name)
+        if rosters is None:
             return None
-        for cohort in cohorts:
-            if not cohort.whole:
-                del self._cohorts[roster]
+        for roster in rosters:
+            if not roster.whole:
+                self._drop(name)
                 return None
-            if cohort.busy:
+            if roster.busy:
                 return None
-        return cohorts
+        return rosters
 
-    def came_before(self, roster: bytes) -> bool:
-        """Whether a roster has been asked about before: it may come again."""
-        key = hash(roster)
-        if key in self._seen:
+    def came_before(self, name: bytes) -> bool:
+        """Whether these sessions have been asked for before: they may come again."""
+        if name in self._seen:
             return True
         if len(self._seen) >= _MOST_SEEN:
             del self._seen[next(iter(self._seen))]
-        self._seen[key] = None
+        self._seen[name] = None
         return False
 
-    def enter(self, roster: bytes, cohorts: list[Cohort]) -> None:
-        """From now on these are a roster's, in its order."""
-        self._drop(roster)
-        if len(self._cohorts) >= _MOST_ROSTERS:
-            self._drop(next(iter(self._cohorts)))
-        self._cohorts[roster] = cohorts
+    def enter(self, name: bytes, rosters: list[Roster]) -> None:
+        """From now on these are the rosters of that name, in its order."""
+        self._drop(name)
+        if len(self._rosters) >= _MOST_ROSTERS:
+            self._drop(next(iter(self._rosters)))
+        self._rosters[name] = rosters
 
-    def _drop(self, roster: bytes) -> None:
-        for cohort in self._cohorts.pop(roster, ()):
-            cohort.dissolve()
+    def _drop(self, name: bytes) -> None:
+        for roster in self._rosters.pop(name, ()):
+            roster.split()
+
+
+def roster_name(namespace: str, model: str, sessions: bytes) -> bytes:
+    """What the sessions of a batch step are called: short, however many they are.
+
+    Args:
+        sessions: Their list, as the request has it.
+    """
+    return blake2b(b"%s/%s/%s" % (namespace.encode(), model.encode(), sessions), digest_size=16).digest()

@@ -7,8 +7,8 @@ from typing import Final
 
 from stepcast.errors import PreconditionFailed, SessionBusy, SessionExists, SessionNotFound
 
-from ..records import record as records
-from ..records.record import Record
+from ..records.layout import HAS_CHECKPOINTS, BadRecord, seconds
+from ..records.record import Record, decode
 from ..store import Store, Write
 from ..telemetry import log
 from .core import Address
@@ -93,7 +93,7 @@ class Ledger:
         Raises:
             SessionExists: there is one of that id.
         """
-        (made,) = await self.store.commit([Write(address.key, None, fresh.encode(), self.ttl_s(fresh))])
+        (made,) = await self.store.change([Write(address.key, None, fresh.encode(), self.ttl_s(fresh))])
         if not made:
             raise SessionExists(
                 f"model {address.model!r} has a session {address.session!r} already", session=address.session
@@ -133,9 +133,9 @@ class Ledger:
                 after.encode() if after else None,
                 self.ttl_s(after) if after else None,
                 edited.sides,
-                bool(after and after.flags & records.HAS_CHECKPOINTS),
+                bool(after and after.flags & HAS_CHECKPOINTS),
             )
-            (applied,) = await self.store.commit([write])
+            (applied,) = await self.store.change([write])
             if applied:
                 self._replaced(address.key)
                 return after
@@ -144,15 +144,11 @@ class Ledger:
     def decode(self, key: str, data: bytes) -> Record:
         """A record from the store's bytes; SessionBusy where this server can not read them."""
         try:
-            return records.decode(data)
-        except records.BadRecord as error:
+            return decode(data)
+        except BadRecord as error:
             log.error("session %s: %s", key, error)
             raise SessionBusy(f"the stored session can not be read by this server: {error}") from error
 
     def ttl_s(self, record: Record) -> float | None:
         """Seconds until the session is forgotten, None: never."""
-        return self.seconds(record.ttl_s)
-
-    def seconds(self, ttl_s: int) -> float | None:
-        """The same of a record's field."""
-        return None if ttl_s == records.TTL_FOR_EVER else float(ttl_s or self._ttl_s) or None
+        return seconds(record.ttl_s, self._ttl_s)

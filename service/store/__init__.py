@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ..records.record import TOKEN
+from ..records.layout import TOKEN
 
 Bytes = npt.NDArray[np.uint8]
 

@@ -10,7 +10,7 @@ from heapq import nsmallest
 from math import inf
 from typing import Final
 
-from ..records.record import TOKEN
+from ..records.layout import TOKEN
 from . import Bytes, Replaced, Rows, Write, replace_each
 
 _GONE: Final[tuple[bytes, float]] = (b"", inf)

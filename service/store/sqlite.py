@@ -19,7 +19,7 @@ from typing import Any, Final, TypeVar, cast
 
 from stepcast.errors import StoreUnavailable
 
-from ..records.record import TOKEN, wall_clock_ms
+from ..records.layout import TOKEN
 from . import Bytes, Replaced, Rows, Write, hand_on, replace_each
 
 SCHEMA_VERSION: Final = 1

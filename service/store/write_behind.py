@@ -19,7 +19,7 @@ from typing import Final
 
 from stepcast.errors import StoreUnavailable
 
-from ..records.record import TOKEN
+from ..records.layout import TOKEN
 from . import Bytes, Replaced, Rows, Store, Write, as_writes, hand_on, replace_each
 
 _log = logging.getLogger(__name__)

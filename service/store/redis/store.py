@@ -19,7 +19,7 @@ from hiredis import ReplyError, pack_command
 
 from stepcast.errors import InvalidRequest, StoreUnavailable
 
-from ...records.record import TOKEN
+from ...records.layout import TOKEN
 from .. import Bytes, Replaced, Rows, Write, as_records, as_writes, hand_on, replace_each
 from .connection import Command, Wire, error_code, is_elsewhere
 from .topology import Job, Node, Nodes, Refused

@@ -1,0 +1,224 @@
+"""What becomes of a run: into the store by one compare-and-set per session, then the answers, then the next calls."""
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from stepcast.errors import SessionBusy, StepcastError
+
+from ..engine.batcher import too_late
+from ..records.block import LoneBlock
+from ..store import Store
+from ..telemetry import Metrics, as_ours, log
+from .batch import Batch, Group
+from .cache import SessionCache
+from .core import Answers, Lane, Load, Session, Waiter
+from .many import Many
+from .roster import Roster, Rosters
+from .run import Call
+
+Outcome = list[bool] | BaseException
+
+
+class Commits:
+    """The commits of a server.
+
+    Args:
+        clock: Wall clock in ms.
+        go_on: Lets the next call of a session begin.
+        leave: Hears how many calls wait no longer.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        cache: SessionCache,
+        rosters: Rosters,
+        metrics: Metrics,
+        clock: Callable[[], int],
+        go_on: Callable[[Session], None],
+        leave: Callable[[Load, int], None],
+    ) -> None:
+        self._store, self._cache, self._rosters = store, cache, rosters
+        self._metrics, self._clock, self._go_on, self._leave = metrics, clock, go_on, leave
+
+    # --- what ran -----------------------------------------------------------------------------------------------
+
+    def batch(self, batch: Batch) -> "asyncio.Future[None] | None":
+        """Commit a batch that ran; one that failed is run again row by row. None: all is known already."""
+        if batch.error is not None:
+            self._failed(batch, batch.error)
+            return None
+        for guest in batch.guests:
+            guest.finished()
+        batch.left, batch.started = len(batch.sessions), time.perf_counter()
+        for group in batch.groups:
+            self._store.replace(group.block, partial(self._told, batch, group))
+        if not batch.left:
+            return None
+        batch.committed = asyncio.get_running_loop().create_future()
+        return batch.committed
+
+    def call(self, call: Call) -> "asyncio.Future[None] | None":
+        """Commit a call that ran by itself."""
+        session, ask, shape, data = call.session, call.ask, call.session.shape, call.session.data
+        if call.error is not None or shape is None or data is None or ask.waiter.done():
+            changed = SessionBusy("the session was changed while the step ran")
+            self.refuse(call.lane.load, session, ask.waiter, call.error or changed)
+            self._go_on(session)
+            return None
+        outputs = call.reply()
+        advance = shape.advance(ask.steps, logs=ask.mask is None)
+        digest = call.lane.digests.call(ask.x, ask.mask)
+        log = ask.x.tobytes()[ask.x.nbytes - advance.log_new :]
+        parts = call.state, digest, outputs.tobytes()
+        block = LoneBlock(advance, session.key, data, self._clock(), parts, log)
+        group = Group([session], ask.x.reshape(1, -1), [ask.seq], block)
+        group.waiters, group.asks = [ask.waiter], {0: ask}
+        group.answers = Answers(outputs[None], call.lane.served.version)
+        batch = Batch(call.lane, ask.deadline, 0)
+        batch.sessions, batch.groups = [session], [group]
+        return self.batch(batch)
+
+    def _failed(self, batch: Batch, error: StepcastError) -> None:
+        """One of a batch's rows is guilty: each runs alone, so that the others do not suffer."""
+        if len(batch.sessions) + len(batch.guests) == 1:
+            for guest in batch.guests:
+                guest.error = error
+                guest.finished()
+            for session in batch.sessions:
+                self.refuse(batch.lane.load, session, batch.waiter(0), error)
+                self._go_on(session)
+            return
+        for row in range(len(batch.sessions)):
+            batch.lane.batcher.submit(batch.alone(row))
+        for guest in batch.guests:
+            batch.lane.batcher.submit(batch.guest_alone(guest))
+
+    def drop(self, batch: Batch, rows: Sequence[int]) -> None:
+        """Refuse rows of a batch that are too late to be run; their sessions are as they were."""
+        gone = [(batch.sessions[row], batch.waiter(row)) for row in rows]
+        batch.leave_out(rows)
+        for session, waiter in gone:
+            self.refuse(batch.lane.load, session, waiter, too_late())
+            self._go_on(session)
+
+    # --- what the store says ------------------------------------------------------------------------------------
+
+    def _told(self, batch: Batch, group: Group, rows: Sequence[int], outcome: Outcome) -> None:
+        """The store said what became of some rows of a group."""
+        if isinstance(outcome, list) and False not in outcome:
+            if group.roster is not None and group.roster.whole and len(rows) == len(group.sessions):
+                self._advance_roster(group, group.roster)
+            else:
+                self._advance(batch, group, rows)
+        else:
+            self._advance_some(batch, group, rows, outcome)
+        batch.left -= len(rows)
+        if not batch.left:
+            self._metrics.commit_seconds.observe(time.perf_counter() - batch.started)
+            self._cache.evict()
+            if batch.committed is not None and not batch.committed.done():
+                batch.committed.set_result(None)
+
+    def _advance_some(self, batch: Batch, group: Group, rows: Sequence[int], outcome: Outcome) -> None:
+        """Some rows were refused by the store, or it is unknown what it has."""
+        if group.roster is not None:
+            group.roster.split()
+            group.roster.let_go()
+        if not isinstance(outcome, list):
+            error = as_ours(outcome, "the step could not be stored")
+            for row in rows:
+                session = group.sessions[row]
+                session.forget()
+                self.refuse(batch.lane.load, session, group.waiter(row), error)
+                self._go_on(session)
+            return
+        self._advance(batch, group, [row for row, applied in zip(rows, outcome, strict=True) if applied])
+        for row, applied in zip(rows, outcome, strict=True):
+            if not applied:  # another writer was first: load, and compute again
+                session = group.sessions[row]
+                self._metrics.conflicts.labels(session.address.model).inc()
+                session.forget()
+                session.queue.insert(0, group.ask(row, batch.deadline))
+                self._go_on(session)
+
+    def _advance(self, batch: Batch, group: Group, rows: Sequence[int]) -> None:
+        """Answer rows that are stored, and let their sessions go on."""
+        if group.roster is not None:
+            group.roster.split()
+            group.roster.let_go()
+        sessions, waiters, many, answers = group.sessions, group.waiters, group.many, group.answers
+        records, advance = group.block.records(), group.block.advance
+        shape, taken, grown = advance.after, advance.steps, not advance.steady
+        tags, steps, lane = group.tags, [], batch.lane
+        self._leave(lane.load, len(rows))
+        lane.calls += len(rows)
+        lane.rows += len(rows) * taken * shape.examples
+        for row in rows:
+            session = sessions[row]
+            session.data, session.shape, session.stored = records[row], shape, True
+            session.step = step = session.step + taken
+            if grown:
+                self._cache.measure(session, shape.width)
+            if tags is not None:
+                session.tag = tags[row] if shape.examples > 1 else int(tags[row, 0])
+            if many is not None:
+                steps.append(step)
+            else:
+                try:
+                    waiters[row].stepped(answers, row, step)
+                except Exception:  # it writes to a socket: others of the batch must not suffer
+                    log.exception("an answer for session %s could not be given", session.key)
+            if session.queue:
+                self._go_on(session)
+            else:
+                session.busy = False
+        if many is not None and steps:
+            whole = len(rows) == len(sessions)
+            places = group.places if whole else [group.places[row] for row in rows]
+            outputs = answers.outputs if whole else answers.outputs[list(rows)]
+            self._form(lane, group, many)
+            many.answer(places, outputs[:, 0, 0], steps)
+
+    def _advance_roster(self, group: Group, roster: Roster) -> None:
+        """The store has all records of a roster."""
+        lane, count, before = roster.lane, len(group.sessions), roster.records
+        self._leave(lane.load, count)
+        lane.calls += count
+        lane.rows += count
+        roster.stepped(group.block.new, group.block.place)
+        lane.spares.give(before)
+        if group.many is not None:
+            group.many.answer(group.places, group.answers.outputs[:, 0, 0], roster.steps)
+
+    def _form(self, lane: Lane, group: Group, many: Many) -> None:
+        """Let the sessions of a batch step that came before be a roster, if their records have stopped growing."""
+        sessions, advance = group.sessions, group.block.advance
+        if many.rosters is None or not advance.steady or any(s.busy or s.shape is not advance.after for s in sessions):
+            return
+        if any(self._cache.get(session.key) is not session for session in sessions):
+            return
+        many.rosters[group.places[0]] = Roster(lane, sessions, group.block.new, advance)
+        if sum(len(roster.sessions) for roster in many.rosters.values()) == len(many.steps):
+            self._rosters.enter(many.name, [many.rosters[place] for place in sorted(many.rosters)])
+
+    # --- answers ------------------------------------------------------------------------------------------------
+
+    def refuse(self, load: Load, session: Session, waiter: Waiter, error: BaseException) -> None:
+        """Refuse a call that has left its queue."""
+        self._leave(load, 1)
+        try:
+            waiter.refused(error)
+        except Exception:  # it writes to a socket: others of the batch must not suffer
+            log.exception("an error for session %s could not be given", session.key)
+
+    def repeat(self, load: Load, session: Session, waiter: Waiter, answers: Answers, step: int) -> None:
+        """Answer a call by a kept answer."""
+        self._metrics.retries.labels(session.address.model).inc()
+        self._leave(load, 1)
+        try:
+            waiter.stepped(answers, 0, step)
+        except Exception:
+            log.exception("an answer for session %s could not be given", session.key)

@@ -1,0 +1,173 @@
+"""Where the steps of each served version go, and how many may wait."""
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from stepcast.errors import Draining, NotStreaming, QueueFull
+
+from ..engine.batcher import Batcher
+from ..engine.repository import Served
+from ..records.digest import Digests
+from ..records.layout import Shapes
+from ..settings import Settings
+from ..telemetry import Metrics
+from .batch import Batch
+from .core import Lane, Load
+
+OPEN_S: Final = 0.02
+"""How long steps may join a batch: its deadline is that of the first."""
+
+Finish = Callable[[Batch], "asyncio.Future[None] | None"]
+Drop = Callable[[Batch, Sequence[int]], None]
+
+
+class Lanes:
+    """The lanes of a server.
+
+    Args:
+        clock: Wall clock in ms.
+        finish: Takes a batch that has run.
+        drop: Refuses rows of a batch that are too late to be run.
+    """
+
+    def __init__(
+        self, settings: Settings, metrics: Metrics, clock: Callable[[], int], finish: Finish, drop: Drop
+    ) -> None:
+        self.settings, self._metrics, self._clock = settings, metrics, clock
+        self._finish, self._drop = finish, drop
+        self.digests = Digests(settings.digest_key.encode())
+        self._lanes: dict[tuple[str, int], Lane] = {}
+        self._loads: dict[str, Load] = {}
+        self._settled = asyncio.Event()
+        self._closing: set[asyncio.Task[None]] = set()
+        self.draining = False
+
+    # --- admission ----------------------------------------------------------------------------------------------
+
+    def admit(self, served: Served, count: int) -> Load:
+        """The steps of a model that wait, where `count` more may.
+
+        Raises:
+            NotStreaming, QueueFull, Draining.
+        """
+        check_streams(served)
+        return self.room(served.name, count)
+
+    def room(self, model: str, count: int) -> Load:
+        """The same of rows that are of no session."""
+        load = self.load(model)
+        if load.waiting + count > load.limit:
+            if self.draining:
+                raise Draining("the server is shutting down. Connect again.", retry_after_s=1.0)
+            raise full(f"model {model!r}", load.waiting, load.limit, count)
+        return load
+
+    def load(self, model: str) -> Load:
+        """The steps of a model that wait."""
+        load = self._loads.get(model)
+        if load is None:
+            load = self._loads[model] = Load(0 if self.draining else self.settings.queue_limit)
+        return load
+
+    def leave(self, load: Load, count: int = 1) -> None:
+        """That many calls wait no longer."""
+        load.waiting -= count
+        if self.draining:
+            self._settled.set()
+
+    # --- lanes and batches --------------------------------------------------------------------------------------
+
+    def of(self, served: Served) -> Lane:
+        """The lane of a served version."""
+        lane = self._lanes.get((served.name, served.version))
+        if lane is None or lane.served is not served:
+            lane = self._lanes[served.name, served.version] = self._lane(served)
+        return lane
+
+    def _lane(self, served: Served) -> Lane:
+        manifest, settings = served.manifest, self.settings
+        rows, seconds = self._metrics.batch_rows.of(served.name), self._metrics.run_seconds.of(served.name)
+
+        def observe(count: int, took: float) -> None:
+            rows.observe(count)
+            seconds.observe(took)
+
+        batcher = Batcher(
+            served.runtime.run,
+            observe,
+            batch_rows=settings.batch_rows,
+            chunk_s=settings.chunk_s if manifest.streaming else None,
+            inline_s=settings.inline_s if served.runtime.device == "cpu" else -1.0,
+        )
+        sizes = manifest.state_row_bytes, served.input_bytes, manifest.n_outputs
+        shapes = Shapes(*sizes, settings.log_steps, settings.ttl_s)
+        return Lane(served, batcher, shapes, self.load(served.name), self.digests, self._finish, self._drop)
+
+    def open(self, lane: Lane, now: float) -> Batch:
+        """The batch that single steps of a lane join now (monotonic)."""
+        if lane.open is not None and now <= lane.until:
+            return lane.open
+        batch = lane.open = Batch(lane, now + self.settings.deadline_s, self._clock())
+        lane.until = now + OPEN_S
+        lane.batcher.submit(batch)
+        return batch
+
+    def closed(self, lane: Lane) -> Batch:
+        """A batch that nobody else joins; its maker fills and submits it."""
+        return Batch(lane, time.monotonic() + self.settings.deadline_s, self._clock())
+
+    # --- life ---------------------------------------------------------------------------------------------------
+
+    def count(self) -> int:
+        """Bring the counters of steps up to date; how many steps wait."""
+        for lane in self._lanes.values():
+            self._flush(lane)
+        return sum(load.waiting for load in self._loads.values())
+
+    def _flush(self, lane: Lane) -> None:
+        name, calls, rows = lane.served.name, lane.calls, lane.rows
+        lane.calls = lane.rows = 0
+        self._metrics.calls.labels(name).inc(calls)
+        self._metrics.steps.labels(name).inc(rows)
+
+    def retire(self, served: Served) -> None:
+        """A version is not served any more: nothing here keeps it once its batches are finished."""
+        lane = self._lanes.pop((served.name, served.version), None)
+        if lane is not None:
+            self._flush(lane)
+            task = asyncio.ensure_future(lane.batcher.close())
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+
+    async def drain(self) -> None:
+        """Refuse new steps and wait until the accepted ones are answered."""
+        self.draining = True
+        for load in self._loads.values():
+            load.limit = 0
+        while any(load.waiting for load in self._loads.values()):
+            self._settled.clear()
+            await self._settled.wait()
+        for lane in list(self._lanes.values()):
+            await lane.batcher.close()
+
+
+def check_streams(served: Served) -> None:
+    """Raises NotStreaming where the model cannot be stepped."""
+    if not served.manifest.streaming:
+        raise NotStreaming(
+            f"model {served.name!r} version {served.version} reads sequences from both ends. Use predict.",
+            model=served.name,
+        )
+
+
+def full(what: str, waiting: int, limit: int, count: int = 1) -> QueueFull:
+    """The error for a queue that does not take `count` more."""
+    asked = f", got {count} more" if count > 1 else ""
+    return QueueFull(
+        f"{what} has {waiting} steps waiting (limit {limit}){asked}. Retry after 0.05 s.",
+        waiting=waiting,
+        limit=limit,
+        retry_after_s=0.05,
+    )
