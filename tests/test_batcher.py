@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.engine.batcher import REST_S, Batcher, Job, advance
-from stepcast.errors import DeadlineExceeded, Internal, NonFinite
+from service.engine.batcher import REST_S, Batcher, Run, advance, too_late
+from stepcast.errors import DeadlineExceeded, Internal, NonFinite, StepcastError
 
 pytestmark = pytest.mark.service
 
@@ -36,8 +36,54 @@ def total(x: Array, lengths: Array | None, states: Array) -> tuple[Array, Array]
     return y, np.ascontiguousarray(y[:, -1]).view(np.uint8)
 
 
+class Job(Run):
+    """A run that tells its bench when it is finished."""
+
+    __slots__ = ("bench", "left")
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.left = False
+
+    def abandoned(self) -> bool:
+        return self.left
+
+    def finished(self) -> Awaitable[object] | None:
+        return self.bench.finish([self])
+
+
+class Singles:
+    """Single steps that run together; `jobs` may join until it begins."""
+
+    def __init__(self, *jobs: Job) -> None:
+        self.jobs = list(jobs)
+        self.error: StepcastError | None = None
+        self.bench: Bench
+
+    @property
+    def rows(self) -> int:
+        return sum(job.rows for job in self.jobs)
+
+    def begin(self, now: float) -> bool:
+        late = [job for job in self.jobs if job.deadline < now or job.left]
+        for job in late:
+            job.error = too_late()
+        self.jobs = [job for job in self.jobs if job not in late]
+        if late:
+            self.bench.finish(late)
+        return bool(self.jobs)
+
+    def go(self) -> None:
+        advance(self.bench.graph, self.jobs, 1)
+
+    def finished(self) -> Awaitable[object] | None:
+        for job in self.jobs:
+            job.error = self.error
+        return self.bench.finish(self.jobs)
+
+
 def job(values: Any, start: float = 0.0, lengths: list[int] | None = None, wait_s: float = 60) -> Job:
-    """A job of rows of numbers."""
+    """Rows of numbers."""
     x = np.array(values, np.float32, ndmin=2)[:, :, None]
     counts = None if lengths is None else np.array(lengths, np.int32)
     return Job(x, counts, np.full(len(x), start, np.float32).tobytes(), time.monotonic() + wait_s)
@@ -52,27 +98,40 @@ class Bench:
         self.done: list[Job] = []
         self._then = finish
         limits = {"batch_rows": 100, "chunk_s": 1.0, "inline_s": 1.0, **options}
-        self.batcher: Batcher[Job] = Batcher(self._run, self._finish, lambda rows, seconds: None, **limits)
+        self.batcher = Batcher(self.graph, lambda rows, seconds: None, **limits)
 
-    def _run(self, x: Array, lengths: Array | None, states: Array) -> tuple[Array, Array]:
+    def graph(self, x: Array, lengths: Array | None, states: Array) -> tuple[Array, Array]:
         self.runs.append((len(x), x.shape[1]))
         self.threads.add(threading.get_ident())
         return total(x, lengths, states)
 
-    def _finish(self, jobs: list[Job]) -> Awaitable[object] | None:
+    def finish(self, jobs: list[Job]) -> Awaitable[object] | None:
         self.done.extend(jobs)
         return self._then(jobs) if self._then else None
 
-    def go(self, *jobs: Job) -> "Bench":
+    def submit(self, one: Job | Singles) -> None:
+        """Queue; single steps as a batch of their own."""
+        one.bench = self
+        if isinstance(one, Singles):
+            for each in one.jobs:
+                each.bench = self
+            self.batcher.submit(one)
+        elif one.steps == 1:
+            self.submit(Singles(one))
+        else:
+            self.batcher.submit_run(one)
+
+    def go(self, *jobs: Job | Singles) -> "Bench":
         """Submit at once, wait for the end."""
 
         async def all_at_once() -> None:
             for one in jobs:
-                self.batcher.submit(one)
+                self.submit(one)
             await self.batcher.close()
 
+        every = [each for one in jobs for each in (one.jobs if isinstance(one, Singles) else [one])]
         asyncio.run(all_at_once())
-        assert sorted(map(id, self.done)) == sorted(map(id, jobs))  # each exactly once
+        assert sorted(map(id, self.done)) == sorted(map(id, every))  # each exactly once
         return self
 
 
@@ -88,22 +147,31 @@ def end(one: Job) -> list[float]:
     return np.frombuffer(bytes(one.state), np.float32).tolist()
 
 
-def test_what_arrives_together_runs_together() -> None:
+def test_what_joins_a_batch_before_it_begins_runs_with_it() -> None:
     """Ten single steps are one run; each has its own numbers, in the order they came."""
     jobs = [job([[i]], start=100 * i) for i in range(10)]
-    bench = Bench().go(*jobs)
+    bench = Bench()
+
+    async def one_by_one() -> None:
+        batch = Singles(jobs[0])
+        bench.submit(batch)
+        for one in jobs[1:]:
+            batch.jobs.append(one)
+        await bench.batcher.close()
+
+    asyncio.run(one_by_one())
     assert bench.runs == [(10, 1)]
     assert [outputs(one) for one in jobs] == [[[101.0 * i]] for i in range(10)]
     assert [end(one) for one in jobs] == [[101.0 * i] for i in range(10)]
     assert bench.done == jobs
 
 
-def test_a_run_has_at_most_batch_rows_and_a_larger_job_runs_alone() -> None:
-    """Rows, not jobs, are counted."""
-    jobs = [job([[1]]) for _ in range(10)] + [job([[2]] * 9), job([[3]] * 3), job([[4]])]
+def test_a_chunk_has_at_most_batch_rows_and_a_larger_run_goes_alone() -> None:
+    """Rows, not runs, are counted."""
+    jobs = [job([[1, 1]]) for _ in range(10)] + [job([[2, 2]] * 9), job([[3, 3]] * 3), job([[4, 4]])]
     bench = Bench(batch_rows=4).go(*jobs)
-    assert bench.runs == [(4, 1), (4, 1), (2, 1), (9, 1), (4, 1)]
-    assert outputs(jobs[10]) == [[2.0]] * 9
+    assert bench.runs == [(4, 2), (4, 2), (2, 2), (9, 2), (4, 2)]
+    assert outputs(jobs[10]) == [[2.0, 4.0]] * 9
 
 
 def test_a_long_sequence_runs_in_chunks_and_single_steps_go_between() -> None:
@@ -124,17 +192,17 @@ def test_chunks_are_short_and_rest_while_single_steps_come() -> None:
     at: list[tuple[float, int]] = []
 
     class Timed(Bench):
-        def _run(self, x: Array, lengths: Array | None, states: Array) -> tuple[Array, Array]:
+        def graph(self, x: Array, lengths: Array | None, states: Array) -> tuple[Array, Array]:
             at.append((time.perf_counter(), x.shape[1]))
             time.sleep(2e-6 * x.shape[1])
-            return super()._run(x, lengths, states)
+            return super().graph(x, lengths, states)
 
     bench = Timed(chunk_s=2e-3)
 
     async def crossed() -> None:
-        bench.batcher.submit(long)
+        bench.submit(long)
         while long not in bench.done and len(at) < 400:
-            bench.batcher.submit(job([[1]]))
+            bench.submit(job([[1]]))
             await asyncio.sleep(2e-4)
         await bench.batcher.close()
 
@@ -156,34 +224,36 @@ def test_sequences_that_can_not_be_cut_run_whole() -> None:
 
 def test_expired_and_abandoned_jobs_are_never_run() -> None:
     """They are finished with DeadlineExceeded, their state as it was; the others run."""
-
-    class Left(Job):
-        __slots__ = ()
-
-        def abandoned(self) -> bool:
-            return True
-
-    late, fine = job([[1]], start=3, wait_s=-1), job([[2]])
-    left = Left(fine.x, None, fine.state, fine.deadline)
-    long = job([[1] * 50], wait_s=-1)
-    bench = Bench().go(late, fine, left, long)
-    assert bench.runs == [(1, 1)]
-    assert isinstance(late.error, DeadlineExceeded)
-    assert isinstance(left.error, DeadlineExceeded)
-    assert isinstance(long.error, DeadlineExceeded)
+    late, fine, left = job([[1]], start=3, wait_s=-1), job([[2]]), job([[2]])
+    long, gone, last = job([[1] * 50], wait_s=-1), job([[1] * 50]), job([[1] * 5])
+    left.left = gone.left = True
+    bench = Bench().go(Singles(late, fine, left), Singles(job([[1]], wait_s=-1)), long, gone, last)
+    assert bench.runs == [(1, 1), (1, 5)]
+    for one in (late, left, long, gone):
+        assert isinstance(one.error, DeadlineExceeded)
     assert end(late) == [3.0]
     assert outputs(fine) == [[2.0]]
+    assert end(last) == [5.0]
 
 
 def test_only_the_guilty_fail() -> None:
-    """Where a run raises, each job runs alone: one has our error, one its own, the others their numbers."""
-    jobs = [job([[1]]), job([[666]], start=9), job([[3]]), job([[777]]), job([[5]])]
+    """Where a chunk raises, each run goes alone: one has our error, one its own, the others their numbers."""
+    jobs = [job([[i, i]], start=9 if i == 666 else 0) for i in (1, 666, 3, 777, 5)]
     Bench().go(*jobs)
-    assert [outputs(jobs[i]) for i in (0, 2, 4)] == [[[1.0]], [[3.0]], [[5.0]]]
+    assert [outputs(jobs[i]) for i in (0, 2, 4)] == [[[1.0, 2.0]], [[3.0, 6.0]], [[5.0, 10.0]]]
     assert isinstance(jobs[1].error, Internal)
     assert "ValueError" in jobs[1].error.message
     assert isinstance(jobs[3].error, NonFinite)
     assert end(jobs[1]) == [9.0]
+
+
+def test_a_batch_that_fails_says_why() -> None:
+    """The batch is finished with the error; our own errors as they are, a stranger's as ours."""
+    for value, kind in ((666, Internal), (777, NonFinite)):
+        batch = Singles(job([[1]]), job([[value]], start=9))
+        Bench().go(batch)
+        assert isinstance(batch.error, kind)
+        assert end(batch.jobs[1]) == [9.0]
 
 
 def test_a_long_job_that_fails_in_a_later_chunk_is_finished_once() -> None:
