@@ -9,17 +9,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from asking import ask
 from serving import MODELS
 
 from service.doors import bodies as wire
 from service.engine.repository import Repository
+from service.records.block import Block
 from service.records.record import decode
 from service.sessions.core import Address
 from service.sessions.edits import States
 from service.sessions.rollout import rollout
 from service.sessions.turns import Sessions
 from service.settings import Settings
-from service.store import Store, Write
+from service.store import Done, Store, Write
 from service.store.memory import MemoryStore
 from service.store.write_behind import BehindStore
 from service.telemetry import Metrics
@@ -48,7 +50,7 @@ def rooms(store: Store, models: Path = MODELS, **settings: Any) -> States:
 
 
 def send(states: States, name: str, x: Any = X, seq: int | None = None, **more: Any) -> "asyncio.Future[Any]":
-    return states.sessions.step(at(name), x, None, wire.digest(x, None), seq, **more)
+    return ask(states.sessions, at(name), x, seq=seq, **more)
 
 
 def at(name: str) -> Address:
@@ -90,21 +92,22 @@ class Faulty(MemoryStore):
     def __init__(self) -> None:
         super().__init__()
         self.on_load: Exception | None = None
-        self.before_commit: Exception | None = None
-        self.after_commit: Exception | None = None
+        self.before_replace: Exception | None = None
+        self.after_replace: Exception | None = None
 
     async def load(self, keys: Sequence[str]) -> list[bytes | None]:
         if self.on_load is not None:
             raise self.on_load
         return await super().load(keys)
 
-    async def commit(self, writes: Sequence[Write]) -> list[bool]:
-        if self.before_commit is not None:
-            raise self.before_commit
-        applied = await super().commit(writes)
-        if self.after_commit is not None:
-            raise self.after_commit
-        return applied
+    def replace(self, block: Block, done: Done) -> None:
+        after = self.after_replace
+        if self.before_replace is not None:
+            done(range(len(block)), self.before_replace)
+        elif after is not None:
+            super().replace(block, lambda rows, _: done(rows, after))
+        else:
+            super().replace(block, done)
 
 
 class Gated(MemoryStore):
@@ -121,10 +124,18 @@ class Gated(MemoryStore):
             await self.gate.wait()
         return await super().load(keys)
 
-    async def commit(self, writes: Sequence[Write]) -> list[bool]:
+    async def change(self, writes: Sequence[Write]) -> list[bool]:
         self.reached.set()
         await self.gate.wait()
-        return await super().commit(writes)
+        return await super().change(writes)
+
+    def replace(self, block: Block, done: Done) -> None:
+        self.reached.set()
+        self.later = asyncio.ensure_future(self._replace_later(block, done))
+
+    async def _replace_later(self, block: Block, done: Done) -> None:
+        await self.gate.wait()
+        super().replace(block, done)
 
 
 # --- errors of the store ----------------------------------------------------------------------------------------------
@@ -134,7 +145,7 @@ async def test_a_defect_of_the_store_answers_every_waiting_call() -> None:
     """An exception that is not one of ours is an Internal to each caller; nobody waits for ever, nothing is stuck."""
     store = Faulty()
     states = rooms(store)
-    for fault in ("on_load", "before_commit"):
+    for fault in ("on_load", "before_replace"):
         setattr(store, fault, ValueError("a defect"))
         calls = [send(states, name) for name in ("a", "a", "b")]
         results = await asyncio.gather(*calls, return_exceptions=True)
@@ -150,7 +161,7 @@ async def test_a_commit_of_unknown_outcome_is_resolved_by_the_retry(applied: boo
     store = Faulty()
     states = rooms(store)
     first = await send(states, "a", seq=1)
-    fault = "after_commit" if applied else "before_commit"
+    fault = "after_replace" if applied else "before_replace"
     setattr(store, fault, StoreUnavailable("no reply within 1 s.", retry_after_s=0.5))
     with pytest.raises(StoreUnavailable):
         await send(states, "a", seq=2)
@@ -168,9 +179,9 @@ async def test_calls_behind_a_commit_of_unknown_outcome_see_what_was_applied() -
     store = Faulty()
     states = rooms(store)
     await send(states, "a", seq=1)
-    store.after_commit = StoreUnavailable("no reply within 1 s.", retry_after_s=0.5)
+    store.after_replace = StoreUnavailable("no reply within 1 s.", retry_after_s=0.5)
     calls = [send(states, "a", seq=seq) for seq in (2, 3, 4)]
-    calls[0].add_done_callback(lambda _: setattr(store, "after_commit", None))
+    calls[0].add_done_callback(lambda _: setattr(store, "after_replace", None))
     results = await asyncio.gather(*calls, return_exceptions=True)
     assert isinstance(results[0], StoreUnavailable)
     assert [result.step for result in results[1:]] == [3, 4]
@@ -178,15 +189,13 @@ async def test_calls_behind_a_commit_of_unknown_outcome_see_what_was_applied() -
 
 
 class Broken:
-    """Stands for a future, and can not take what it is given."""
+    """Waits, and cannot take what it is given."""
 
     def done(self) -> bool:
         return False
 
-    def set_result(self, answer: Any) -> None:
+    def refused(self, _: BaseException) -> None:
         raise ConnectionError("gone")
-
-    set_exception = set_result
 
     def stepped(self, *_: Any) -> None:
         raise ConnectionError("gone")
@@ -196,8 +205,7 @@ async def test_a_caller_that_can_not_be_answered_harms_nobody_else() -> None:
     """The others of its batch are answered, its session goes on, and what it asked for was done once."""
     states = rooms(MemoryStore())
     await asyncio.gather(send(states, "a"), send(states, "b"))
-    broken: Any = Broken()
-    states.sessions.single_step(at("a"), X.tobytes(), 2, broken)
+    states.sessions.step(at("a"), X.tobytes(), 1, 2, Broken())
     answers = await asyncio.gather(send(states, "b", seq=2), send(states, "a", seq=3))
     assert [answer.step for answer in answers] == [2, 3]
     assert hot(states) == (2, 0)

@@ -176,9 +176,6 @@ class Holder(Protocol):
     def note_use(self) -> bool:
         """Pass on to the sessions that they were used; whether they were, since the last time."""
 
-    def of(self, served: Served) -> bool:
-        """Whether its sessions are of that version."""
-
     def split(self) -> None:
         """Give every session its own record."""
 

@@ -130,6 +130,11 @@ class Rosters:
             self._drop(next(iter(self._rosters)))
         self._rosters[name] = rosters
 
+    def retire(self, served: Served) -> None:
+        """Split the rosters of a version, and forget them."""
+        for name in [name for name, there in self._rosters.items() if any(roster.of(served) for roster in there)]:
+            self._drop(name)
+
     def _drop(self, name: bytes) -> None:
         for roster in self._rosters.pop(name, ()):
             roster.split()

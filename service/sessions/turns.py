@@ -415,9 +415,8 @@ class Sessions:
 
     def retired(self, served: Served) -> None:
         """A version is not served any more: sessions that are kept ready ask again which one is theirs."""
+        self._rosters.retire(served)
         for session in self._cache:
-            if session.roster is not None and session.roster.of(served):
-                session.roster.split()
             if session.lane is not None and session.lane.served is served:
                 session.lane = session.shape = None
         self._lanes.retire(served)
