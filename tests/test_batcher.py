@@ -76,11 +76,6 @@ class Singles:
     def go(self) -> None:
         advance(self.bench.graph, self.jobs, 1)
 
-    def finished(self) -> Awaitable[object] | None:
-        for job in self.jobs:
-            job.error = self.error
-        return self.bench.finish(self.jobs)
-
 
 def job(values: Any, start: float = 0.0, lengths: list[int] | None = None, wait_s: float = 60) -> Job:
     """Rows of numbers."""
@@ -98,7 +93,7 @@ class Bench:
         self.done: list[Job] = []
         self._then = finish
         limits = {"batch_rows": 100, "chunk_s": 1.0, "inline_s": 1.0, **options}
-        self.batcher = Batcher(self.graph, lambda rows, seconds: None, **limits)
+        self.batcher = Batcher(self.graph, self.finish_batch, **limits)
 
     def graph(self, x: Array, lengths: Array | None, states: Array) -> tuple[Array, Array]:
         self.runs.append((len(x), x.shape[1]))
@@ -108,6 +103,11 @@ class Bench:
     def finish(self, jobs: list[Job]) -> Awaitable[object] | None:
         self.done.extend(jobs)
         return self._then(jobs) if self._then else None
+
+    def finish_batch(self, batch: Singles) -> Awaitable[object] | None:
+        for job in batch.jobs:
+            job.error = batch.error
+        return self.finish(batch.jobs)
 
     def submit(self, one: Job | Singles) -> None:
         """Queue; single steps as a batch of their own."""

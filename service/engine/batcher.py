@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Final, Protocol
+from typing import Final, Generic, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -29,8 +29,15 @@ UNFINISHED_RUNS: Final = 2
 CROSSED_SHARE: Final = 0.125
 """Of a chunk's time, where batches come in between: what comes meanwhile waits for its end."""
 
+MOST_NOTES: Final = 1 << 16
+"""Runs remembered for the metrics until these are read."""
+
 REST_S: Final = 0.002
 """How long chunks stop then, even if nothing else is to be done: else every single step would find one under way."""
+
+FASTER: Final = 0.3
+SLOWER: Final = 0.05
+"""A moving average believes a short time sooner than a long one, which other processes may have caused."""
 
 FULL_ROWS: Final = 16
 """Batches of this many rows and more tell what one row costs; in smaller ones the fixed cost hides it."""
@@ -53,8 +60,8 @@ class Batch(Protocol):
     def go(self) -> None:
         """Run; nothing changes if that raises."""
 
-    def finished(self) -> Awaitable[object] | None:
-        """The run was made, or `error` says why not; what is returned is awaited as the batch's commit."""
+
+B = TypeVar("B", bound=Batch)
 
 
 class Run:
@@ -88,13 +95,13 @@ class Run:
         return None
 
 
-class Batcher:
+class Batcher(Generic[B]):
     """Runs the work of one model.
 
     Args:
         run: (x (B,T,F), lengths (B,) or None, states (B,S) uint8) -> (y (B,T,O), new states). Called from the event
             loop or from one thread, never twice at once, nor while a batch runs.
-        observe: Takes rows and seconds of each run.
+        finish: Takes a batch that has run; what it returns is awaited as its commit.
         batch_rows: Most rows in one chunk (a larger run goes alone).
         chunk_s: About how long a chunk of a long sequence may take, and an eighth of it while batches come in
             between; None: sequences cannot be cut.
@@ -104,15 +111,15 @@ class Batcher:
     def __init__(
         self,
         run: RunGraph,
-        observe: Callable[[int, float], None],
+        finish: Callable[[B], Awaitable[object] | None],
         *,
         batch_rows: int,
         chunk_s: float | None,
         inline_s: float,
     ) -> None:
-        self._run, self._observe = run, observe
+        self._run, self._finish = run, finish
         self._batch_rows, self._chunk_s, self._inline_s = batch_rows, chunk_s, inline_s
-        self._batches: deque[Batch] = deque()
+        self._batches: deque[B] = deque()
         self._runs: deque[Run] = deque()
         self._task: asyncio.Task[None] | None = None
         self._called = False  # `_look` is about to be
@@ -121,14 +128,17 @@ class Batcher:
         self._closing = False
         self._unfinished: set[asyncio.Future[object]] = set()
         self._pool: ThreadPoolExecutor | None = None
+        self._made: list[tuple[int, float]] = []
         self._run_s = 50e-6  # moving averages: a run's fixed cost is not told apart from its cells'
         self._row_s = 10e-6
         self._cell_s = 20e-6
 
-    def submit(self, batch: Batch) -> None:
+    def submit(self, batch: B) -> None:
         """Queue a batch; it begins once, and is finished once if it has anything to run."""
         self._batches.append(batch)
-        self._look_soon()
+        if self._task is None and not self._called:
+            self._called = True
+            asyncio.get_running_loop().call_soon(self._look)
 
     def submit_run(self, run: Run) -> None:
         """Queue a run; it is finished exactly once."""
@@ -167,19 +177,18 @@ class Batcher:
     def _look(self) -> None:
         """Run a short batch at once, without a task; where there is more to it, let a task do it."""
         self._called = False
-        if not self._ready():
+        chunk_due = self._runs and self._rest is None
+        if not self._batches and not chunk_due:
             return
-        if self._chunk_due() or not self._may_run(self._batches[0].rows):
+        waits = chunk_due or len(self._unfinished) >= UNFINISHED_RUNS
+        if waits or max(self._run_s, self._batches[0].rows * self._row_s) > self._inline_s:
             self._task = asyncio.get_running_loop().create_task(self._work())
             return
         batch = self._batches.popleft()
         if batch.begin(time.monotonic()):
             self._ran(batch, self._timed(batch))
-        self._look_soon()
-
-    def _may_run(self, rows: int) -> bool:
-        """Whether a batch of that many rows may run now, on the event loop."""
-        return len(self._unfinished) < UNFINISHED_RUNS and self._batch_s(rows) <= self._inline_s
+        if self._batches:
+            self._look_soon()
 
     async def _work(self) -> None:
         try:
@@ -206,13 +215,13 @@ class Batcher:
         batch = self._batches.popleft()
         if not batch.begin(time.monotonic()):
             return
-        if self._batch_s(batch.rows) <= self._inline_s:
+        if max(self._run_s, batch.rows * self._row_s) <= self._inline_s:
             took = self._timed(batch)
         else:
             took = await asyncio.get_running_loop().run_in_executor(self._executor(), self._timed, batch)
         self._ran(batch, took)
 
-    def _timed(self, batch: Batch) -> float:
+    def _timed(self, batch: B) -> float:
         """Run; the seconds it took."""
         started = time.perf_counter()
         try:
@@ -221,25 +230,37 @@ class Batcher:
             batch.error = as_ours(error, f"the model could not be run: {type(error).__name__}")
         return time.perf_counter() - started
 
-    def _ran(self, batch: Batch, took: float) -> None:
+    def _ran(self, batch: B, took: float) -> None:
         """Learn from a batch's run and let it go on to its commit."""
-        rows = batch.rows
+        rows, average = batch.rows, self._run_s
         self._crossed = True
-        self._run_s = _nearer(self._run_s, took)
+        self._run_s = average + (FASTER if took < average else SLOWER) * (took - average)
         if rows >= FULL_ROWS:
             self._row_s = _nearer(self._row_s, took / rows)
-        self._observe(rows, took)
-        self._await(batch.finished())
-
-    def _batch_s(self, rows: int) -> float:
-        """How long a batch is expected to take."""
-        return max(self._run_s, rows * self._row_s)
-
-    def _await(self, commit: Awaitable[object] | None) -> None:
+        self._note(rows, took)
+        commit = self._finish(batch)
         if commit is not None:
-            task = asyncio.ensure_future(commit)
-            self._unfinished.add(task)
-            task.add_done_callback(self._unfinished.discard)
+            self._await(commit)
+
+    def _note(self, rows: int, took: float) -> None:
+        self._made.append((rows, took))
+        if len(self._made) > MOST_NOTES:
+            del self._made[: -MOST_NOTES // 2]
+
+    def take_runs(self) -> list[tuple[int, float]]:
+        """Rows and seconds of the runs since the last time, the newest of them."""
+        made, self._made = self._made, []
+        return made
+
+    def _await(self, commit: Awaitable[object]) -> None:
+        task = asyncio.ensure_future(commit)
+        self._unfinished.add(task)
+        task.add_done_callback(self._unfinished.discard)
+
+    def _end(self, run: Run) -> None:
+        commit = run.finished()
+        if commit is not None:
+            self._await(commit)
 
     def _executor(self) -> ThreadPoolExecutor:
         if self._pool is None:
@@ -263,12 +284,12 @@ class Batcher:
         else:
             took = await asyncio.get_running_loop().run_in_executor(self._executor(), self._timed_chunk, runs, chunk)
         self._cell_s = _nearer(self._cell_s, took / (rows * chunk))
-        self._observe(rows, took)
+        self._note(rows, took)
         for run in runs:
             if run.error is None and run.at < run.steps:
                 self._runs.append(run)
             else:
-                self._await(run.finished())
+                self._end(run)
         if crossed and self._runs and not self._closing:
             self._rest = asyncio.get_running_loop().call_later(REST_S, self._rested)
 
@@ -280,7 +301,7 @@ class Batcher:
             run = self._runs.popleft()
             if run.at == 0 and (run.deadline < now or run.abandoned()):
                 run.error = too_late()
-                self._await(run.finished())
+                self._end(run)
             else:
                 runs.append(run)
                 rows += run.rows
@@ -309,11 +330,8 @@ def too_late() -> DeadlineExceeded:
 
 
 def _nearer(average: float, seen: float) -> float:
-    """A moving average that believes a short time sooner than a long one, which other processes may have caused.
-
-    (The thread's processor time would be the measure, but asking for it can take as long as a small run.)
-    """
-    return average + (0.3 if seen < average else 0.05) * (seen - average)
+    """A moving average. (A thread's processor time would be the measure, but asking for it takes as long as a run.)"""
+    return average + (FASTER if seen < average else SLOWER) * (seen - average)
 
 
 def advance(graph: RunGraph, runs: Sequence[Run], chunk: int) -> None:

@@ -16,10 +16,8 @@ from .layout import (
     DIGEST_BYTES,
     HAS_CHECKPOINTS,
     HEADER_BYTES,
-    LAYOUT,
     TOKEN,
     Advance,
-    Shape,
 )
 
 Bytes = npt.NDArray[np.uint8]
@@ -36,10 +34,6 @@ SPARE_BYTES: Final = 4 << 20
 def _counted(steps: int) -> npt.NDArray[np.uint64]:
     """What is added to a header: one revision, T steps."""
     return np.array([0, 0, 1, steps, 0, 0, 0, 0], np.uint64)
-
-
-def _first_word(shape: Shape) -> int:
-    return LAYOUT | shape.flags << 8 | len(shape.sizes) << 16 | shape.examples << 32
 
 
 class Spares:
@@ -118,7 +112,7 @@ class Block:
         self.log = self._keep_log(advance)
         header = new[:, :_WORDS_BYTES].view(np.uint64)
         np.add(old[:, :_WORDS_BYTES].view(np.uint64), _counted(advance.steps), out=header)
-        header[:, 0] = _first_word(after)
+        header[:, 0] = after.first_word
         np.maximum(header[:, _USED_WORD], now_ms, out=header[:, _USED_WORD])
         self.before = old[:, before.state_at : before.log_at]
         self.after = new[:, after.state_at : after.log_at]
@@ -185,7 +179,26 @@ class LoneBlock(Block):
         self.advance, self.keys, self.ttl_s = advance, (key,), advance.after.ttl_s
         self.stays, self._old_record = False, old
         self.place = None
-        self._records = [next_record(advance, old, now_ms, parts, log)]
+        state, digest, outputs = parts
+        before, after = advance.before, advance.after
+        _, incarnation, revision, step, created_ms, used_ms, versions = _WORDS.unpack_from(old)
+        used_ms = max(used_ms, now_ms)
+        step += advance.steps
+        head = _WORDS.pack(after.first_word, incarnation, revision + 1, step, created_ms, used_ms, versions)
+        record = (
+            head,
+            old[_WORDS_BYTES : HEADER_BYTES - 4],
+            (after.answers_at - after.log_at).to_bytes(4, "little"),
+            old[HEADER_BYTES : before.state_at],
+            state,
+            old[advance.log_from : before.answers_at],
+            log,
+            old[advance.answers_from :],
+            digest,
+            advance.mark,
+            outputs,
+        )
+        self._records = [b"".join(record)]
 
     def __getattr__(self, name: str) -> Bytes:
         """The arrays, where somebody asks for them."""
@@ -199,31 +212,6 @@ class LoneBlock(Block):
 
     def expected(self) -> list[bytes]:
         return [b"" if self.advance.before.fresh else self._old_record[TOKEN]]
-
-
-def next_record(advance: Advance, old: bytes, now_ms: int, parts: tuple[bytes, bytes, bytes], log: bytes) -> bytes:
-    """What a Block of one record makes, by hand; see LoneBlock."""
-    state, digest, outputs = parts
-    before, after = advance.before, advance.after
-    _, incarnation, revision, step, created_ms, used_ms, versions = _WORDS.unpack_from(old)
-    used_ms = max(used_ms, now_ms)
-    step += advance.steps
-    head = _WORDS.pack(_first_word(after), incarnation, revision + 1, step, created_ms, used_ms, versions)
-    return b"".join(
-        (
-            head,
-            old[_WORDS_BYTES : HEADER_BYTES - 4],
-            (after.answers_at - after.log_at).to_bytes(4, "little"),
-            old[HEADER_BYTES : before.state_at],
-            state,
-            old[advance.log_from : before.answers_at],
-            log,
-            old[advance.answers_from :],
-            digest,
-            advance.mark,
-            outputs,
-        )
-    )
 
 
 def side_by_side(records: Sequence[bytes]) -> Bytes:

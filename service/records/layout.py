@@ -117,11 +117,13 @@ class Shape:
         sizes: Bytes of each kept answer, oldest first.
         input_bytes: Of one step's inputs [N,F].
         state_at, log_at, answers_at, width: Offsets; `width` is the record's length.
+        first_word: The header's first eight bytes, as a number.
+        single: What `following` made, once it was asked.
     """
 
     __slots__ = (
-        *("_following", "_shapes", "_ttl_s", "answers_at", "examples", "flags", "fresh", "input_bytes", "log_at"),
-        *("sizes", "state_at", "ttl_s", "width"),
+        *("_shapes", "_ttl_s", "answers_at", "examples", "first_word", "flags", "fresh", "input_bytes", "log_at"),
+        *("single", "sizes", "state_at", "ttl_s", "width"),
     )
 
     def __init__(
@@ -135,13 +137,14 @@ class Shape:
         self.log_at = self.state_at + examples * shapes.row_bytes
         self.answers_at = self.log_at + log_bytes
         self.width = self.answers_at + sum(sizes)
-        self._following: Advance | None = None
+        self.first_word = LAYOUT | flags << 8 | len(sizes) << 16 | examples << 32
+        self.single: Advance | None = None
 
     def following(self) -> "Advance":
         """The change that a single step makes."""
-        if self._following is None:
-            self._following = self.advance(1, logs=True)
-        return self._following
+        if self.single is None:
+            self.single = self.advance(1, logs=True)
+        return self.single
 
     def advance(self, steps: int, *, logs: bool) -> "Advance":
         """The change that a call of T steps makes.
@@ -167,6 +170,7 @@ class Shape:
             entry=entry,
             mark=answer_mark(steps, shapes.outputs),
             steps=steps,
+            steady=after is self,
         )
 
 
@@ -175,6 +179,7 @@ class Advance(NamedTuple):
 
     `log_from` and `answers_from` are offsets of what is kept of the old record's input log and kept answers; `log_new`
     bytes of inputs are appended to the log, and one answer of `entry` bytes, with `mark` after its digest, is the last.
+    `steady`: the record's shape does not change any more.
     """
 
     before: Shape
@@ -185,11 +190,7 @@ class Advance(NamedTuple):
     entry: int
     mark: bytes
     steps: int
-
-    @property
-    def steady(self) -> bool:
-        """Whether the record's shape does not change any more."""
-        return self.after is self.before
+    steady: bool
 
 
 class Shapes:

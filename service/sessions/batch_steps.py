@@ -1,5 +1,6 @@
 """Batch steps: a single step of many sessions of one example each, in one call."""
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -10,8 +11,8 @@ from ..settings import Settings
 from .cache import SessionCache
 from .core import Address, Floats, Lane, Mask, Session, Waiter
 from .lanes import Lanes
-from .many import Cell, Columns, Many
-from .roster import Roster, Rosters, roster_name
+from .many import Columns, Many
+from .roster import Forming, Roster, Rosters, roster_name
 
 FEW: Final = 32
 """Batch steps of fewer sessions form no batch of their own, their steps join those of other calls."""
@@ -59,12 +60,10 @@ class BatchSteps:
         Raises:
             ModelNotFound, NotStreaming, QueueFull, Draining, and what `names` and `read` raise: nothing was queued.
         """
-        served, rosters = self._repository.live(model), None
-        name, listed = roster_name(namespace, model, sessions), None
+        served, name = self._repository.live(model), roster_name(namespace, model, sessions)
         rosters = self._rosters.find(name)
-        if rosters is None:
-            listed = names()
-        count = sum(len(roster.keys) for roster in rosters) if rosters else len(listed or ())
+        listed = None if rosters else names()
+        count = len(listed) if listed is not None else sum(len(roster.keys) for roster in rosters or ())
         self._lanes.admit(served, count)
         columns, lane = read(count), self._lanes.of(served)
         many = Many(count, served.manifest.n_outputs, then)
@@ -74,11 +73,11 @@ class BatchSteps:
             listed = names()
         others = self._step_ready(lane, f"{namespace}/{model}/", listed, columns, many)
         if not others and not columns.refused and served.runtime.resident is None and self._rosters.came_before(name):
-            many.form(name)
+            many.rosters = Forming(self._rosters, name)
         for place in others:
             try:
                 row, seq = columns.x[place : place + 1, None], None if columns.seqs is None else columns.seqs[place]
-                self._ask(address(listed[place]), row, None, seq, Cell(many, place), None)
+                self._ask(address(listed[place]), row, None, seq, many.waiter(place), None)
             except StepcastError as error:
                 many.refuse(place, error)
         for place, refusal in columns.refused.items():
@@ -93,17 +92,8 @@ class BatchSteps:
         start = 0
         for roster in rosters:
             end = start + len(roster.keys)
-            batch = self._lanes.closed(lane)
-            batch.sessions, batch.x, batch.many, batch.places = (
-                roster.sessions,
-                columns.x[start:end],
-                many,
-                range(start, end),
-            )
-            batch.seqs = [None] * (end - start) if columns.seqs is None else columns.seqs[start:end]
-            batch.roster, batch.rows, roster.busy = roster, end - start, True
-            lane.load.waiting += end - start
-            lane.batcher.submit(batch)
+            roster.busy = True
+            _submit(lane, roster.sessions, columns, many, range(start, end), roster)
             start = end
         return True
 
@@ -131,13 +121,27 @@ class BatchSteps:
             others.append(place)
         for start in range(0, len(sessions), self._settings.batch_rows):
             cut = slice(start, start + self._settings.batch_rows)
-            there = places[cut]
-            batch = self._lanes.closed(lane)
-            whole = len(there) == len(names)
-            batch.sessions, batch.many, batch.places = sessions[cut], many, everyone if whole else there
-            batch.x = columns.x if whole else columns.x[there]
-            batch.seqs = [None] * len(there) if seqs is None else [seqs[place] for place in there]
-            batch.rows = len(there)
-            lane.load.waiting += len(there)
-            lane.batcher.submit(batch)
+            _submit(lane, sessions[cut], columns, many, everyone[cut] if len(sessions) == len(names) else places[cut])
         return others
+
+
+def _submit(
+    lane: Lane,
+    sessions: list[Session],
+    columns: Columns,
+    many: Many,
+    places: Sequence[int],
+    roster: Roster | None = None,
+) -> None:
+    """Queue a batch of sessions that are ready, at these places of a batch step."""
+    batch, seqs = lane.closed(time.monotonic()), columns.seqs
+    if isinstance(places, range):  # all that lie between its ends
+        cut = slice(places.start, places.stop)
+        batch.x, batch.seqs = columns.x[cut], [None] * len(places) if seqs is None else seqs[cut]
+    else:
+        batch.x = columns.x[places]
+        batch.seqs = [None] * len(places) if seqs is None else [seqs[place] for place in places]
+    batch.sessions, batch.many, batch.places, batch.roster = sessions, many, places, roster
+    batch.rows = len(sessions)
+    lane.load.waiting += len(sessions)
+    lane.batcher.submit(batch)

@@ -22,7 +22,7 @@ class SessionCache:
     """
 
     def __init__(self, limit_bytes: int) -> None:
-        self._limit_bytes = limit_bytes
+        self.limit_bytes = limit_bytes
         self._sessions: OrderedDict[str, Session] = OrderedDict()
         self.get: Callable[[str], Session | None] = self._sessions.get
         """The session of a key, None if that session is not hot."""
@@ -40,7 +40,7 @@ class SessionCache:
         return session
 
     def measure(self, session: Session, record_bytes: int) -> None:
-        """Take an session's present size into account: its record's length as the store has it, and the rest."""
+        """Take a session's present size into account: its record's length as the store has it, and the rest."""
         size = _SESSION_BYTES + record_bytes
         self.bytes += size - session.size
         session.size = size
@@ -52,7 +52,7 @@ class SessionCache:
         """
         sessions, passed = self._sessions, 0
         for _ in range(_LOOKS):
-            if self.bytes <= self._limit_bytes or not sessions or passed >= _BUSY:
+            if self.bytes <= self.limit_bytes or not sessions or passed >= _BUSY:
                 return
             session = next(iter(sessions.values()))
             if session.used or (session.roster is not None and session.roster.note_use()):
@@ -63,7 +63,7 @@ class SessionCache:
                 sessions.move_to_end(session.key)
 
     def drop(self, session: Session) -> bool:
-        """Let an session go; False: it is busy and stays."""
+        """Let a session go; False: it is busy and stays."""
         if session.roster is not None:
             session.roster.split()
         if session.busy or session.queue:

@@ -11,11 +11,8 @@ from ..engine.batcher import too_late
 from ..records.block import LoneBlock
 from ..store import Store
 from ..telemetry import Metrics, as_ours, log
-from .batch import Batch, Group
 from .cache import SessionCache
-from .core import Answers, Lane, Load, Session, Waiter
-from .many import Many
-from .roster import Roster, Rosters
+from .core import Answers, Batch, Group, Lane, Load, Session, Together, Waiter
 from .run import Call
 
 Outcome = list[bool] | BaseException
@@ -27,21 +24,18 @@ class Commits:
     Args:
         clock: Wall clock in ms.
         go_on: Lets the next call of a session begin.
-        leave: Hears how many calls wait no longer.
     """
 
     def __init__(
         self,
         store: Store,
         cache: SessionCache,
-        rosters: Rosters,
         metrics: Metrics,
         clock: Callable[[], int],
         go_on: Callable[[Session], None],
-        leave: Callable[[Load, int], None],
     ) -> None:
-        self._store, self._cache, self._rosters = store, cache, rosters
-        self._metrics, self._clock, self._go_on, self._leave = metrics, clock, go_on, leave
+        self._store, self._cache = store, cache
+        self._metrics, self._clock, self._go_on = metrics, clock, go_on
 
     # --- what ran -----------------------------------------------------------------------------------------------
 
@@ -110,15 +104,16 @@ class Commits:
         """The store said what became of some rows of a group."""
         if isinstance(outcome, list) and False not in outcome:
             if group.roster is not None and group.roster.whole and len(rows) == len(group.sessions):
-                self._advance_roster(group, group.roster)
+                self._advance_roster(batch.lane, group, group.roster)
             else:
                 self._advance(batch, group, rows)
         else:
             self._advance_some(batch, group, rows, outcome)
         batch.left -= len(rows)
         if not batch.left:
-            self._metrics.commit_seconds.observe(time.perf_counter() - batch.started)
-            self._cache.evict()
+            batch.lane.commits.append(time.perf_counter() - batch.started)
+            if self._cache.bytes > self._cache.limit_bytes:
+                self._cache.evict()
             if batch.committed is not None and not batch.committed.done():
                 batch.committed.set_result(None)
 
@@ -153,7 +148,7 @@ class Commits:
         records, advance = group.block.records(), group.block.advance
         shape, taken, grown = advance.after, advance.steps, not advance.steady
         tags, steps, lane = group.tags, [], batch.lane
-        self._leave(lane.load, len(rows))
+        lane.load.leave(len(rows))
         lane.calls += len(rows)
         lane.rows += len(rows) * taken * shape.examples
         for row in rows:
@@ -179,13 +174,13 @@ class Commits:
             whole = len(rows) == len(sessions)
             places = group.places if whole else [group.places[row] for row in rows]
             outputs = answers.outputs if whole else answers.outputs[list(rows)]
-            self._form(lane, group, many)
+            many.form(lane, group)
             many.answer(places, outputs[:, 0, 0], steps)
 
-    def _advance_roster(self, group: Group, roster: Roster) -> None:
+    def _advance_roster(self, lane: Lane, group: Group, roster: Together) -> None:
         """The store has all records of a roster."""
-        lane, count, before = roster.lane, len(group.sessions), roster.records
-        self._leave(lane.load, count)
+        count, before = len(group.sessions), roster.records
+        lane.load.leave(count)
         lane.calls += count
         lane.rows += count
         roster.stepped(group.block.new, group.block.place)
@@ -193,22 +188,11 @@ class Commits:
         if group.many is not None:
             group.many.answer(group.places, group.answers.outputs[:, 0, 0], roster.steps)
 
-    def _form(self, lane: Lane, group: Group, many: Many) -> None:
-        """Let the sessions of a batch step that came before be a roster, if their records have stopped growing."""
-        sessions, advance = group.sessions, group.block.advance
-        if many.rosters is None or not advance.steady or any(s.busy or s.shape is not advance.after for s in sessions):
-            return
-        if any(self._cache.get(session.key) is not session for session in sessions):
-            return
-        many.rosters[group.places[0]] = Roster(lane, sessions, group.block.new, advance)
-        if sum(len(roster.sessions) for roster in many.rosters.values()) == len(many.steps):
-            self._rosters.enter(many.name, [many.rosters[place] for place in sorted(many.rosters)])
-
     # --- answers ------------------------------------------------------------------------------------------------
 
     def refuse(self, load: Load, session: Session, waiter: Waiter, error: BaseException) -> None:
         """Refuse a call that has left its queue."""
-        self._leave(load, 1)
+        load.leave(1)
         try:
             waiter.refused(error)
         except Exception:  # it writes to a socket: others of the batch must not suffer
@@ -217,7 +201,7 @@ class Commits:
     def repeat(self, load: Load, session: Session, waiter: Waiter, answers: Answers, step: int) -> None:
         """Answer a call by a kept answer."""
         self._metrics.retries.labels(session.address.model).inc()
-        self._leave(load, 1)
+        load.leave(1)
         try:
             waiter.stepped(answers, 0, step)
         except Exception:

@@ -1,9 +1,7 @@
 """Where the steps of each served version go, and how many may wait."""
 
 import asyncio
-import time
 from collections.abc import Callable, Sequence
-from typing import Final
 
 from stepcast.errors import Draining, NotStreaming, QueueFull
 
@@ -13,11 +11,7 @@ from ..records.digest import Digests
 from ..records.layout import Shapes
 from ..settings import Settings
 from ..telemetry import Metrics
-from .batch import Batch
-from .core import Lane, Load
-
-OPEN_S: Final = 0.02
-"""How long steps may join a batch: its deadline is that of the first."""
+from .core import Batch, Lane, Load
 
 Finish = Callable[[Batch], "asyncio.Future[None] | None"]
 Drop = Callable[[Batch, Sequence[int]], None]
@@ -40,7 +34,6 @@ class Lanes:
         self.digests = Digests(settings.digest_key.encode())
         self._lanes: dict[tuple[str, int], Lane] = {}
         self._loads: dict[str, Load] = {}
-        self._settled = asyncio.Event()
         self._closing: set[asyncio.Task[None]] = set()
         self.draining = False
 
@@ -71,12 +64,6 @@ class Lanes:
             load = self._loads[model] = Load(0 if self.draining else self.settings.queue_limit)
         return load
 
-    def leave(self, load: Load, count: int = 1) -> None:
-        """That many calls wait no longer."""
-        load.waiting -= count
-        if self.draining:
-            self._settled.set()
-
     # --- lanes and batches --------------------------------------------------------------------------------------
 
     def of(self, served: Served) -> Lane:
@@ -88,35 +75,17 @@ class Lanes:
 
     def _lane(self, served: Served) -> Lane:
         manifest, settings = served.manifest, self.settings
-        rows, seconds = self._metrics.batch_rows.of(served.name), self._metrics.run_seconds.of(served.name)
-
-        def observe(count: int, took: float) -> None:
-            rows.observe(count)
-            seconds.observe(took)
-
         batcher = Batcher(
             served.runtime.run,
-            observe,
+            self._finish,
             batch_rows=settings.batch_rows,
             chunk_s=settings.chunk_s if manifest.streaming else None,
             inline_s=settings.inline_s if served.runtime.device == "cpu" else -1.0,
         )
         sizes = manifest.state_row_bytes, served.input_bytes, manifest.n_outputs
         shapes = Shapes(*sizes, settings.log_steps, settings.ttl_s)
-        return Lane(served, batcher, shapes, self.load(served.name), self.digests, self._finish, self._drop)
-
-    def open(self, lane: Lane, now: float) -> Batch:
-        """The batch that single steps of a lane join now (monotonic)."""
-        if lane.open is not None and now <= lane.until:
-            return lane.open
-        batch = lane.open = Batch(lane, now + self.settings.deadline_s, self._clock())
-        lane.until = now + OPEN_S
-        lane.batcher.submit(batch)
-        return batch
-
-    def closed(self, lane: Lane) -> Batch:
-        """A batch that nobody else joins; its maker fills and submits it."""
-        return Batch(lane, time.monotonic() + self.settings.deadline_s, self._clock())
+        load, deadline_s = self.load(served.name), settings.deadline_s
+        return Lane(served, batcher, shapes, load, self.digests, deadline_s, self._clock, self._drop)
 
     # --- life ---------------------------------------------------------------------------------------------------
 
@@ -131,6 +100,13 @@ class Lanes:
         lane.calls = lane.rows = 0
         self._metrics.calls.labels(name).inc(calls)
         self._metrics.steps.labels(name).inc(rows)
+        commits, lane.commits = lane.commits, []
+        for took in commits:
+            self._metrics.commit_seconds.observe(took)
+        batch_rows, run_seconds = self._metrics.batch_rows.of(name), self._metrics.run_seconds.of(name)
+        for count, took in lane.batcher.take_runs():
+            batch_rows.observe(count)
+            run_seconds.observe(took)
 
     def retire(self, served: Served) -> None:
         """A version is not served any more: nothing here keeps it once its batches are finished."""
@@ -146,9 +122,10 @@ class Lanes:
         self.draining = True
         for load in self._loads.values():
             load.limit = 0
-        while any(load.waiting for load in self._loads.values()):
-            self._settled.clear()
-            await self._settled.wait()
+        for load in list(self._loads.values()):
+            while load.waiting:
+                load.left.clear()
+                await load.left.wait()
         for lane in list(self._lanes.values()):
             await lane.batcher.close()
 

@@ -2,16 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from stepcast.errors import Internal, ShapeMismatch, StepcastError
 
-from .core import Answers, Floats
-
-if TYPE_CHECKING:
-    from .roster import Roster
+from .core import Answers, Floats, Group, Lane
+from .roster import Forming
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +34,7 @@ class Many:
     Attributes:
         steps: Each session's step after this one.
         errors: Why a session was not stepped, by its place.
-        name: Of the sessions (roster.roster_name), where they may form rosters.
-        rosters: What they form, by the place of the first; None: they form none.
+        rosters: What the sessions form as they are stepped; None: nothing.
     """
 
     def __init__(self, count: int, n_outputs: int, then: "Callable[[Many], None]") -> None:
@@ -47,8 +43,7 @@ class Many:
         self.steps: list[int | None] = [None] * count
         self.errors: dict[int, StepcastError] = {}
         self._left = count
-        self.name = b""
-        self.rosters: dict[int, Roster] | None = None
+        self.rosters: Forming | None = None
 
     @property
     def outputs(self) -> Floats:
@@ -57,11 +52,16 @@ class Many:
             self._outputs = np.full((self._count, self._n_outputs), np.nan, np.float32)
         return self._outputs
 
-    def form(self, name: bytes) -> None:
-        """Let the sessions form rosters of that name if they can."""
-        self.name, self.rosters = name, {}
+    def form(self, lane: Lane, group: Group) -> None:
+        """Let sessions that were stepped together be a roster, if they may."""
+        if self.rosters is not None:
+            self.rosters.add(lane, group, self._count)
 
-    def answer(self, places: Sequence[int], outputs: Floats, steps: list[int]) -> None:
+    def waiter(self, place: int) -> "Cell":
+        """Who waits for one of its sessions."""
+        return Cell(self, place)
+
+    def answer(self, places: Sequence[int], outputs: Floats, steps: Sequence[int]) -> None:
         """Sessions at these places were stepped: outputs (B, O)."""
         if outputs.shape[1] != self._n_outputs:
             text = f"its version has {outputs.shape[1]} outputs, the live one {self._n_outputs}"

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from ..engine.repository import Served
 from ..records.block import as_records
 from ..records.layout import Advance
-from .core import Lane, Session
+from .core import Group, Lane, Session
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -138,6 +138,31 @@ class Rosters:
     def _drop(self, name: bytes) -> None:
         for roster in self._rosters.pop(name, ()):
             roster.split()
+
+
+class Forming:
+    """The rosters that the sessions of one batch step become, if all do.
+
+    Args:
+        name: By which the batch step will be known.
+    """
+
+    def __init__(self, rosters: Rosters, name: bytes) -> None:
+        self._rosters, self._name = rosters, name
+        self._made: dict[int, Roster] = {}
+
+    def add(self, lane: Lane, group: Group, count: int) -> None:
+        """Sessions were stepped: they become a roster if their records have stopped growing and nothing has begun.
+
+        Args:
+            count: Of all sessions of the batch step.
+        """
+        sessions, advance = group.sessions, group.block.advance
+        if not advance.steady or any(s.busy or s.shape is not advance.after for s in sessions):
+            return
+        self._made[group.places[0]] = Roster(lane, sessions, group.block.new, advance)
+        if sum(len(roster.sessions) for roster in self._made.values()) == count:
+            self._rosters.enter(self._name, [self._made[place] for place in sorted(self._made)])
 
 
 def roster_name(namespace: str, model: str, sessions: bytes) -> bytes:

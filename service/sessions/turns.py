@@ -36,7 +36,7 @@ from ..telemetry import Metrics, as_ours, log
 from .batch_steps import BatchSteps
 from .cache import SessionCache
 from .commit import Commits
-from .core import Address, Answers, Ask, Floats, Lane, Load, Mask, Session, Waiter
+from .core import Address, Answers, Ask, Floats, Lane, Mask, Session, Waiter
 from .lanes import Lanes, check_streams, full
 from .roster import Rosters
 from .run import Beside, Call, Replay
@@ -62,7 +62,7 @@ class Sessions:
         self.ledger = Ledger(store, settings.ttl_s, clock, self._replaced)
         self._clock = clock
         self._cache, self._rosters = SessionCache(settings.hot_bytes), Rosters()
-        self._commits = Commits(store, self._cache, self._rosters, metrics, clock, self._go_on, self._leave)
+        self._commits = Commits(store, self._cache, metrics, clock, self._go_on)
         self._lanes = Lanes(settings, metrics, clock, self._commits.batch, self._commits.drop)
         self.digests = self._lanes.digests
         self.batch_steps = BatchSteps(repository, self._cache, self._rosters, self._lanes, settings, self._ask)
@@ -73,9 +73,6 @@ class Sessions:
     def draining(self) -> bool:
         """Whether new steps are refused."""
         return self._lanes.draining
-
-    def _leave(self, load: Load, count: int) -> None:
-        self._lanes.leave(load, count)
 
     # --- taking steps -------------------------------------------------------------------------------------------
 
@@ -97,9 +94,7 @@ class Sessions:
         lane, shape = session.lane, session.shape
         if lane is None or shape is None or len(data) != shape.input_bytes or lane.load.waiting >= lane.load.limit:
             return False
-        batch, now = lane.open, time.monotonic()
-        if batch is None or now > lane.until:
-            batch = self._lanes.open(lane, now)
+        batch = lane.joinable(time.monotonic())
         lane.load.waiting += 1
         session.busy = session.used = True
         batch.sessions.append(session)
@@ -156,14 +151,14 @@ class Sessions:
         load.waiting += 1
         try:
             if run.steps == 1 and run.lengths is None and served.manifest.streaming:
-                batch = self._lanes.open(lane, now)
+                batch = lane.joinable(now)
                 batch.guests.append(run)
                 batch.rows += run.rows
             else:
                 lane.batcher.submit_run(run)
             await future
         finally:
-            self._lanes.leave(load, 1)
+            load.leave(1)
         if run.error is not None:
             raise run.error
         return run
@@ -262,7 +257,7 @@ class Sessions:
         if not ask.single:
             lane.batcher.submit_run(Call(session, lane, ask, session.state(), self._commits.call))
             return
-        batch = self._lanes.open(lane, time.monotonic())
+        batch = lane.joinable(time.monotonic())
         batch.asks[len(batch.sessions)] = ask
         batch.sessions.append(session)
         batch.inputs.append(ask.x.tobytes())
