@@ -18,7 +18,7 @@ from onnx import helper
 from serving import MODELS, golden
 from test_runtime import COUNTER
 
-from service.engine.gpu_states import CanNotReside, Slots, resident_model
+from service.engine.gpu_states import CannotReside, Slots, resident_model
 from service.engine.imports.onnx_graphs import import_onnx
 from service.engine.model import Runtime
 from service.engine.repository import Repository
@@ -347,9 +347,9 @@ def test_a_graph_whose_order_would_not_be_certain_is_not_wrapped(tmp_path: Path)
         helper.make_node("ReduceSum", ["x", "one"], ["total"], keepdims=0),
         helper.make_node("Add", ["total", "s_in"], ["s_out"]),
     ]
-    with pytest.raises(CanNotReside, match="do not depend"):
+    with pytest.raises(CannotReside, match="do not depend"):
         resident_model(*graph(alone), 1)
-    with pytest.raises(CanNotReside, match="fixed batch size"):
+    with pytest.raises(CannotReside, match="fixed batch size"):
         resident_model(*graph(both, batch=1), 1)
     assert resident_model(*graph(both), 1)
 

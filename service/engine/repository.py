@@ -7,7 +7,8 @@ from pathlib import Path
 from stepcast.errors import ManifestError, ModelNotFound
 from stepcast.manifest import MANIFEST_FILE, Manifest
 
-from .model import Proof, Runtime
+from .golden import Proof
+from .model import Runtime
 
 log = logging.getLogger("stepcast.repository")
 

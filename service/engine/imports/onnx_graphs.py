@@ -22,7 +22,8 @@ from pydantic import ValidationError
 from stepcast.errors import ManifestError, StepcastError
 from stepcast.manifest import GOLDEN_FILE, MODEL_FILE, Manifest, sha256_of, write_manifest
 
-from ..model import Port, Runtime, runtime_version, signature
+from ..model import Runtime
+from ..onnx_session import Port, runtime_version, signature
 
 _OURS: Final = ("schema_version", "name", "version", "sha256")
 _AFFIXES: Final = re.compile(
