@@ -338,7 +338,7 @@ def stem(name: str) -> str:
     """What two names of one state have in common: `h_in` and `h_out`, `h0` and `hn`, `state` and `stateN` are alike."""
     words = re.findall(r"[a-z]+|\d+", re.sub(r"(?<=[a-z])N\b", "", name).replace("::", "_").lower())
     kept = [word for word in words if not _AFFIXES.fullmatch(word)]
-    if len(kept) > 1 and kept[-1] in ("0", "n", "1"):
+    if len(kept) == len(words) > 1 and kept[-1] in ("0", "n", "1"):  # behind `in` or `out` a number is a layer's
         kept.pop()
     if kept and len(kept[-1]) == 2 and kept[-1][1] == "n":
         kept[-1] = kept[-1][0]
