@@ -164,7 +164,9 @@ def test_names_of_a_state_have_one_stem(one: str, other: str) -> None:
     assert stem(one) == stem(other) != ""
 
 
-@pytest.mark.parametrize(("one", "other"), [("h0", "cn"), ("x", "y"), ("h_1_in", "h_2_out"), ("h0_in", "h1_out"), ("lstm0_h", "lstm2_h")])
+@pytest.mark.parametrize(
+    ("one", "other"), [("h0", "cn"), ("x", "y"), ("h_1_in", "h_2_out"), ("h0_in", "h1_out"), ("lstm0_h", "lstm2_h")]
+)
 def test_names_of_different_tensors_have_not(one: str, other: str) -> None:
     """Others stay apart."""
     assert stem(one) != stem(other)
