@@ -6,6 +6,7 @@ that tensors of any dtype and batch axis are copied by the same two lines.
 """
 
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
@@ -101,7 +102,8 @@ class BoundSteps:
         self._row = row_type(manifest)
         self._names = self._row.names or ()
         self._lengths_port = manifest.lengths if manifest.lengths in {p.name for p in session.get_inputs()} else None
-        places = [self._row.fields[name] for name in self._names] if self._row.fields else []
+        places = (self._row.fields or {}).values()
+        self._lock = threading.Lock()  # the batcher's thread and the event loop may both want one step
         self._aligned = all(offset % dtype.base.itemsize == 0 for dtype, offset, *_ in places)
         self._grow(_LEAST_ROWS)
 
@@ -119,55 +121,31 @@ class BoundSteps:
         return y, new
 
     def step(self, x: Floats, before: Sequence[Bytes], after: Sequence[Bytes]) -> Floats:
-        """Advance R rows by one step.
-
-        Args:
-            x: (R, F).
-            before: Packed states, each uint8 (b, n * row_bytes): b times n rows whose bytes lie one behind the other.
-                Together R rows, in order.
-            after: Where the new states go, in the same cuts.
-
-        Returns:
-            Outputs (R, O), the caller's own.
-
-        Raises:
-            NonFinite: an output or a state is NaN or infinite; `after` has been written all the same.
-        """
-        rows = len(x)
-        bound = self._bound.get(rows) or self._bind(rows)
-        bound.x[:] = x
-        for packed, buffer in self._in_pairs(before, bound.before):
-            buffer[...] = packed
-        self._session.run_with_iobinding(bound.binding)
-        for packed, buffer in self._in_pairs(after, bound.after):
-            packed[...] = buffer
-        return _sound(bound)
+        """`Runtime.step`; where it raises NonFinite, `after` has been written all the same."""
+        with self._lock:
+            bound = self._bound.get(len(x)) or self._bind(len(x))
+            bound.x[:] = x
+            for packed, buffer in self._in_pairs(before, bound.before):
+                buffer[...] = packed
+            self._session.run_with_iobinding(bound.binding)
+            for packed, buffer in self._in_pairs(after, bound.after):
+                packed[...] = buffer
+            return _sound(bound)
 
     def step_one(self, x: bytes, record: bytes, at: int, rows: int) -> tuple[Floats, bytes]:
-        """Advance the rows of one session by one step.
-
-        Args:
-            x: (N, F) float32.
-            record: Bytes with the packed state of N rows at offset `at`.
-            rows: N.
-
-        Returns:
-            Outputs (N, O), the caller's own, and the new packed state.
-
-        Raises:
-            NonFinite: as `step`.
-        """
+        """`Runtime.step_one`."""
         size = self._row.itemsize
         if rows > 1 or not self._aligned:
             before = np.frombuffer(record, np.uint8, rows * size, at)[None]
             after = np.empty_like(before)
             y = self.step(np.frombuffer(x, np.float32).reshape(rows, -1), [before], [after])
             return y, after.tobytes()
-        bound = self._bound.get(1) or self._bind(1)  # its tensors lie as a packed row does
-        bound.x[0] = np.frombuffer(x, np.float32)
-        self._read[:size] = np.frombuffer(record, np.uint8, size, at)
-        self._session.run_with_iobinding(bound.binding)
-        return _sound(bound), self._written[:size].tobytes()
+        with self._lock:
+            bound = self._bound.get(1) or self._bind(1)  # its tensors lie as a packed row does
+            bound.x[0] = np.frombuffer(x, np.float32)
+            self._read[:size] = np.frombuffer(record, np.uint8, size, at)
+            self._session.run_with_iobinding(bound.binding)
+            return _sound(bound), self._written[:size].tobytes()
 
     def _in_pairs(self, parts: Sequence[Bytes], buffers: Sequence[Array]) -> Iterator[tuple[Array, Array]]:
         """Each tensor of packed rows and its rows of the buffer, in one shape."""
@@ -255,11 +233,7 @@ class BoundSteps:
 
 
 def _sound(bound: Buffers) -> Floats:
-    """The outputs of a run (B, O).
-
-    Raises:
-        NonFinite: it made something that is NaN or infinite.
-    """
+    """The outputs of a run (B, O); NonFinite where it made something that is not."""
     for flat in bound.floats:
         if not is_finite(flat):
             raise NonFinite("the model's outputs or its state would not be finite; nothing was committed")

@@ -270,7 +270,7 @@ def _check_manifest(m: Manifest) -> None:
             raise CannotReside(reason)
 
 
-def packed_model(path: Path, manifest: Manifest) -> Any:
+def _states_in_one(path: Path, manifest: Manifest) -> Any:
     """The model with one input and one output for all states: packed rows (B, S) float32, in the manifest's order.
 
     Returns:
@@ -280,38 +280,31 @@ def packed_model(path: Path, manifest: Manifest) -> Any:
         CannotReside: the graph is too old or of fixed batch size.
     """
     model = onnx.load(str(path))
-    graph = model.graph
+    graph, states = model.graph, manifest.states
     opset = max((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), default=0)
     if opset < 13:
         raise CannotReside(f"its opset is {opset}, the least is 13")
-    inputs = {port.name: port for port in graph.input}
-    outputs = {port.name: port for port in graph.output}
-    for name in (manifest.input.name, *(s.input for s in manifest.states)):
-        if inputs[name].type.tensor_type.shape.dim[0].HasField("dim_value"):
+    ports = {port.name: port for port in (*graph.input, *graph.output)}
+    for name in (manifest.input.name, *(s.input for s in states)):
+        if ports[name].type.tensor_type.shape.dim[0].HasField("dim_value"):
             raise CannotReside(f"input {name!r} has a fixed batch size")
-    states = manifest.states
-    before = [onnx.helper.make_node("Split", [_STATES, f"{_NAME}sizes"], [f"{_NAME}{s.input}" for s in states], axis=1)]
+    node = onnx.helper.make_node
+    before = [node("Split", [_STATES, f"{_NAME}sizes"], [f"{_NAME}{s.input}" for s in states], axis=1)]
     after = []
     graph.initializer.append(_constant(f"{_NAME}sizes", [s.size for s in states]))
     for state in states:
-        graph.input.remove(inputs[state.input])
+        graph.input.remove(ports[state.input])
         if state.output != manifest.output.name:
-            graph.output.remove(outputs[state.output])
-        graph.initializer.append(_constant(f"{_NAME}{state.input}/shape", [-1, *state.shape]))
-        graph.initializer.append(_constant(f"{_NAME}{state.output}/shape", [-1, state.size]))
-        before.append(
-            onnx.helper.make_node("Reshape", [f"{_NAME}{state.input}", f"{_NAME}{state.input}/shape"], [state.input])
-        )
-        after.append(
-            onnx.helper.make_node("Reshape", [state.output, f"{_NAME}{state.output}/shape"], [f"{_NAME}{state.output}"])
-        )
-    after.append(onnx.helper.make_node("Concat", [f"{_NAME}{s.output}" for s in states], [_NEW], axis=1))
-    nodes = [*before, *graph.node, *after]
-    del graph.node[:]
-    graph.node.extend(nodes)
+            graph.output.remove(ports[state.output])
+        apart, flat = f"{_NAME}{state.input}/shape", f"{_NAME}{state.output}/shape"
+        graph.initializer.extend([_constant(apart, [-1, *state.shape]), _constant(flat, [-1, state.size])])
+        before.append(node("Reshape", [f"{_NAME}{state.input}", apart], [state.input]))
+        after.append(node("Reshape", [state.output, flat], [f"{_NAME}{state.output}"]))
+    after.append(node("Concat", [f"{_NAME}{s.output}" for s in states], [_NEW], axis=1))
+    _put_around(graph, before, after)
     floats = sum(s.size for s in states)
-    graph.input.append(onnx.helper.make_tensor_value_info(_STATES, onnx.TensorProto.FLOAT, [None, floats]))
-    graph.output.append(onnx.helper.make_tensor_value_info(_NEW, onnx.TensorProto.FLOAT, [None, floats]))
+    graph.input.append(_port(_STATES, [None, floats]))
+    graph.output.append(_port(_NEW, [None, floats]))
     return model
 
 
@@ -322,20 +315,17 @@ def resident_model(path: Path, manifest: Manifest, pieces: int) -> bytes:
     The table is (rows x pieces, floats per piece): one index per piece, so that a GPU's threads share a row.
 
     Raises:
-        CannotReside: as in `packed_model`, or no new state depends on an old one.
+        CannotReside: the graph is too old or of fixed batch size, or no new state depends on an old one.
     """
-    model = packed_model(path, manifest)
+    model = _states_in_one(path, manifest)
     graph = model.graph
     if not _depends(graph, _NEW, _STATES):  # else nothing would keep the scatter from running before the gather
         raise CannotReside("its new states do not depend on the old ones")
     floats = sum(s.size for s in manifest.states)
-    shape = [None, floats // pieces]
     graph.input.remove(next(port for port in graph.input if port.name == _STATES))
-    graph.input.append(onnx.helper.make_tensor_value_info(_TABLE, onnx.TensorProto.FLOAT, shape))
-    graph.input.append(onnx.helper.make_tensor_value_info(_SLOTS, onnx.TensorProto.INT64, [None]))
-    graph.output.append(onnx.helper.make_tensor_value_info(_TABLE_OUT, onnx.TensorProto.FLOAT, shape))
+    graph.input.extend([_port(_TABLE, [None, floats // pieces]), _slots_port()])
+    graph.output.extend([_port(_TABLE_OUT, [None, floats // pieces]), _port(_SOUND, [None, 1])])
     constants, indices = _indices(pieces)
-    graph.output.append(onnx.helper.make_tensor_value_info(_SOUND, onnx.TensorProto.FLOAT, [None, 1]))
     zeros = onnx.numpy_helper.from_array(np.zeros((floats, 1), np.float32), f"{_NAME}zeros")
     graph.initializer.extend([*constants, _constant(f"{_NAME}packed", [-1, floats]), zeros])
     gather = [
@@ -343,9 +333,7 @@ def resident_model(path: Path, manifest: Manifest, pieces: int) -> bytes:
         onnx.helper.make_node("Reshape", [f"{_NAME}found", f"{_NAME}packed"], [_STATES]),
     ]
     sound = onnx.helper.make_node("MatMul", [_NEW, f"{_NAME}zeros"], [_SOUND])  # 0 x inf and 0 x NaN are NaN
-    nodes = [*indices, *gather, *graph.node, *_scatter(_NEW, pieces, floats, graph.initializer), sound]
-    del graph.node[:]
-    graph.node.extend(nodes)
+    _put_around(graph, [*indices, *gather], [*_scatter(_NEW, pieces, floats, graph.initializer), sound])
     return bytes(model.SerializeToString())
 
 
@@ -354,15 +342,24 @@ def _upload_model(floats: int, pieces: int) -> bytes:
     constants, indices = _indices(pieces)
     nodes = [*indices, *_scatter(_STATES, pieces, floats, constants)]
     shape = [None, floats // pieces]
-    ports = [
-        onnx.helper.make_tensor_value_info(_TABLE, onnx.TensorProto.FLOAT, shape),
-        onnx.helper.make_tensor_value_info(_SLOTS, onnx.TensorProto.INT64, [None]),
-        onnx.helper.make_tensor_value_info(_STATES, onnx.TensorProto.FLOAT, [None, floats]),
-    ]
-    out = onnx.helper.make_tensor_value_info(_TABLE_OUT, onnx.TensorProto.FLOAT, shape)
-    graph = onnx.helper.make_graph(nodes, "upload", ports, [out], constants)
+    ports = [_port(_TABLE, shape), _slots_port(), _port(_STATES, [None, floats])]
+    graph = onnx.helper.make_graph(nodes, "upload", ports, [_port(_TABLE_OUT, shape)], constants)
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
     return bytes(model.SerializeToString())
+
+
+def _put_around(graph: Any, before: list[Any], after: list[Any]) -> None:
+    nodes = [*before, *graph.node, *after]
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _port(name: str, shape: list[int | None]) -> Any:
+    return onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
+
+
+def _slots_port() -> Any:
+    return onnx.helper.make_tensor_value_info(_SLOTS, onnx.TensorProto.INT64, [None])
 
 
 def _indices(pieces: int) -> tuple[list[Any], list[Any]]:

@@ -58,7 +58,8 @@ class Runtime:
         self._outputs = [self.manifest.output.name, *(s.output for s in self.manifest.states)]
         self._constants = {c.name: np.array(c.values, dtype=c.dtype).reshape(c.shape) for c in self.manifest.constants}
         self._initial_row = b"".join(np.full(s.shape, s.initial, dtype=s.dtype).tobytes() for s in self.manifest.states)
-        self._axes_are_ours = _axes_are_ours(self.manifest)
+        axes = {(port.batch_axis, port.time_axis) for port in (self.manifest.input, self.manifest.output)}
+        self._mixes_lengths = self.manifest.lengths is not None and axes == {(0, 1)}
         self.quick = False
         self._bound: BoundSteps | None = None
         if self.device == "cpu":
@@ -83,10 +84,9 @@ class Runtime:
         Raises:
             NonFinite: an output or a state of some row is NaN or infinite.
         """
-        if x.shape[1] == 1 and self._bound is not None:
+        if x.shape[1] == 1 and len(x) and self._bound is not None:
             return self._bound.run(x, lengths, states)
-        whole = self._axes_are_ours and self.manifest.lengths is not None
-        y, new = (self._run_graph if whole else self._run_by_length)(x, lengths, states)
+        y, new = (self._run_graph if self._mixes_lengths else self._run_by_length)(x, lengths, states)
         self._check_finite(y, lengths, new)
         return y, new
 
@@ -261,9 +261,11 @@ class Runtime:
         return y, new
 
     def _run_graph(self, x: Floats, lengths: Lengths | None, states: Bytes) -> tuple[Floats, Bytes]:
-        """One run of model.onnx; where its axes are not ours, of rows of equal length."""
+        """One run of model.onnx; of rows of equal length, where it does not mix lengths."""
         spec, rows, steps = self.manifest, *x.shape[:2]
-        feeds = {spec.input.name: np.ascontiguousarray(_to_graph(x, spec.input)), **self._constants}
+        into, out_of = _axes(spec.input), _axes(spec.output)
+        moved = np.moveaxis(x if len(into) > 1 else x[:, 0], range(len(into)), into)
+        feeds = {spec.input.name: np.ascontiguousarray(moved), **self._constants}
         tensors = rows_of(states, self._row)
         for state in spec.states:
             feeds[state.input] = np.ascontiguousarray(np.moveaxis(tensors[state.input], 0, state.batch_axis))
@@ -273,7 +275,8 @@ class Runtime:
         new, tensors = self._blank(rows)
         for state, value in zip(spec.states, values, strict=True):
             tensors[state.input][:] = np.moveaxis(value, state.batch_axis, 0)
-        return _from_graph(y, spec.output).reshape(rows, steps, spec.n_outputs), new
+        y = np.moveaxis(y, out_of, range(len(out_of)))
+        return y.reshape(rows, steps, spec.n_outputs), new
 
     def _run_tagged(self) -> Run:
         """`run` by way of the table, for one batch after the other with the same rows, in which each goes on."""
@@ -291,23 +294,14 @@ class Runtime:
 
     def _check_finite(self, y: Floats, lengths: Lengths | None, states: Bytes) -> None:
         _check_outputs(y, lengths)
-        if all(state.dtype == "float32" for state in self.manifest.states):
-            floats = [states.reshape(-1).view(np.float32)]
-        else:
-            tensors = rows_of(states, self._row).values()
-            floats = [np.ascontiguousarray(tensor).reshape(-1) for tensor in tensors if tensor.dtype.kind == "f"]
-        if not all(map(is_finite, floats)):
+        floats = [tensor for tensor in rows_of(states, self._row).values() if tensor.dtype.kind == "f"]
+        if not all(is_finite(tensor.reshape(-1)) for tensor in floats):
             raise NonFinite("the model's state would not be finite; nothing was committed")
 
     def _warn(self, what: str, error: Exception) -> None:
         known = isinstance(error, CannotReside | ManifestError)
         why = error if known else f"{type(error).__name__}: {error}"
         log.warning("%s: %s: %s", self.directory / MODEL_FILE, what, why)
-
-
-def _axes_are_ours(manifest: Manifest) -> bool:
-    """Whether x and y are (B, T, ...)."""
-    return all((port.batch_axis, port.time_axis) == (0, 1) for port in (manifest.input, manifest.output))
 
 
 def _joined(parts: Sequence[Bytes], rows: int) -> Bytes:
@@ -317,16 +311,9 @@ def _joined(parts: Sequence[Bytes], rows: int) -> Bytes:
     return np.concatenate([part.reshape(-1) for part in parts]).reshape(rows, -1)
 
 
-def _to_graph(x: Floats, port: InputTensor) -> Floats:
-    if port.time_axis is None:
-        return np.moveaxis(x[:, 0], 0, port.batch_axis)
-    return np.moveaxis(x, (0, 1), (port.batch_axis, port.time_axis))
-
-
-def _from_graph(y: Floats, port: OutputTensor) -> Floats:
-    if port.time_axis is None:
-        return np.moveaxis(y, port.batch_axis, 0)
-    return np.moveaxis(y, (port.batch_axis, port.time_axis), (0, 1))
+def _axes(port: InputTensor | OutputTensor) -> list[int]:
+    """Where a graph has the rows, and the steps if it has steps."""
+    return [port.batch_axis] if port.time_axis is None else [port.batch_axis, port.time_axis]
 
 
 def _check_outputs(y: Floats, lengths: Lengths | None) -> None:
