@@ -99,14 +99,12 @@ class _Rewriter:
         self._nodes: list[Any] = []
         self._constants: dict[str, Array] = {i.name: onnx.numpy_helper.to_array(i) for i in graph.initializer}
         self._shapes = _shapes(graph)
-        self._same: dict[str, str] = {}
-        """Names that stand for others."""
         self._views: dict[str, tuple[str, Axes]] = {}
-        """Names of tensors that are others with axes of size 1 put in: at these places of the result."""
+        """Names of tensors that are others with axes of size 1 put in, if any: at these places of the result."""
         self._stacks: dict[str, list[str]] = {}
         """Names of tensors that are others one behind the other, along a first axis that these do not have."""
-        self._whole: dict[str, str] = {}
-        """Of views and stacks that somebody needed: what was made for them."""
+        self._whole: dict[tuple[str, Axes], str] = {}
+        """Views and stacks that somebody needed: what was made for them."""
         self._everywhere: dict[str, Array] = {}
         """Names of tensors that have one value all over."""
         if lengths is not None:
@@ -175,8 +173,8 @@ class _Rewriter:
             **dict.fromkeys(("LSTM", "GRU", "RNN"), self._recurrent),
             **dict.fromkeys(("MatMul", "Add"), self._through),
             **dict.fromkeys(_ONE_OF_MANY, self._one_of_many),
-            **{"Unsqueeze": self._unsqueeze, "Squeeze": self._squeeze, "Transpose": self._transpose},
-            **{"Identity": self._identity, "Where": self._where, "Concat": self._concat},
+            **dict.fromkeys(("Unsqueeze", "Squeeze", "Transpose", "Identity"), self._moves_nothing),
+            **{"Where": self._where, "Concat": self._concat},
         }.get(node.op_type)
         return rewrite is not None and rewrite(node)
 
@@ -198,72 +196,51 @@ class _Rewriter:
 
     def _made(self, name: str) -> str:
         """The name of a tensor that is there; a view or a stack is made when first needed."""
-        name = self._same.get(name, name)
-        if name not in self._whole and name in self._views:
-            base, axes = self._views[name]
-            self._whole[name] = self._add("Unsqueeze", [base, self._constant(np.array(axes, np.int64))])
-        elif name not in self._whole and name in self._stacks:
-            first = self._constant(np.array([0], np.int64))
-            parts = [self._add("Unsqueeze", [part, first]) for part in self._stacks[name]]
-            self._whole[name] = self._add("Concat", parts, axis=0)
-        return self._whole.get(name, name)
+        base, axes = self._view_of(name)
+        if (base, axes) not in self._whole:
+            if base in self._stacks:
+                first = self._constant(np.array([0], np.int64))
+                parts = [self._add("Unsqueeze", [part, first]) for part in self._stacks[base]]
+                self._whole[base, axes] = self._add("Concat", parts, axis=0)
+            elif axes:
+                self._whole[base, axes] = self._add("Unsqueeze", [base, self._constant(np.array(axes, np.int64))])
+        return self._whole.get((base, axes), base)
 
     def _view_of(self, name: str) -> tuple[str, Axes]:
-        name = self._same.get(name, name)
         return self._views.get(name, (name, ()))
 
     def _be(self, name: str, base: str, axes: Axes) -> bool:
         """Let `name` stand for `base` with axes put in."""
-        if axes:
-            self._views[name] = base, axes
-        else:
-            self._same[name] = self._same.get(base, base)
+        self._views[name] = base, axes
         return True
 
-    def _identity(self, node: Any) -> bool:
-        return self._be(node.output[0], *self._view_of(node.input[0]))
-
-    def _axes(self, node: Any, rank: int) -> Axes | None:
-        axes = self._constants.get(node.input[1]) if len(node.input) > 1 else None
-        return None if axes is None else tuple(sorted(int(axis) % rank for axis in axes.reshape(-1)))
-
-    def _unsqueeze(self, node: Any) -> bool:
-        base, inside = self._view_of(node.input[0])
-        shape = self._shapes.get(node.output[0])
-        axes = None if shape is None else self._axes(node, len(shape))
-        if shape is None or axes is None or inside or base in self._stacks:
+    def _moves_nothing(self, node: Any) -> bool:
+        """Axes of size 1 come, go or change places."""
+        (base, inside), order = self._view_of(node.input[0]), _attributes(node).get("perm")
+        before, after = (self._shapes.get(name) for name in (node.input[0], node.output[0]))
+        if before is None or after is None or base in self._stacks:
             return False
-        return self._be(node.output[0], base, axes)
+        if order is not None:
+            kept = [at for at in order if before[at] != 1]
+            if kept != sorted(kept):
+                return False
+            ones = tuple(at for at, size in enumerate(before) if size == 1)
+            if inside != ones:
+                base, inside = self._flat(node.input[0], *ones), ones
+        axes = _put_in(after, [size for at, size in enumerate(before) if at not in inside])
+        return axes is not None and self._be(node.output[0], base, axes)
 
-    def _squeeze(self, node: Any) -> bool:
-        base, inside = self._view_of(node.input[0])
-        shape = self._shapes.get(node.input[0])
-        axes = None if shape is None else self._axes(node, len(shape))
-        if axes is None or not inside or not set(axes) <= set(inside):
-            return False
-        left = tuple(axis - sum(gone < axis for gone in axes) for axis in inside if axis not in axes)
-        return self._be(node.output[0], base, left)
-
-    def _transpose(self, node: Any) -> bool:
-        """Of (B, 1, F) to (1, B, F) and back: nothing moves."""
-        shape = self._shapes.get(node.input[0])
-        order = _attributes(node).get("perm")
-        if order != [1, 0, 2] or shape is None or 1 not in shape[:2]:
-            return False
-        one = 1 if shape[1] == 1 else 0
-        return self._be(node.output[0], self._flat(node.input[0], one), (1 - one,))
-
-    def _flat(self, name: str, axis: int) -> str:
-        """A tensor without its axis `axis` of size 1."""
+    def _flat(self, name: str, *axes: int) -> str:
+        """A tensor without these axes of size 1."""
         base, inside = self._view_of(name)
-        if inside == (axis,):
+        if inside == axes:
             return base
-        return self._add("Squeeze", [self._made(name), self._constant(np.array([axis], np.int64))])
+        return self._add("Squeeze", [self._made(name), self._constant(np.array(axes, np.int64))])
 
     def _through(self, node: Any) -> bool:
         """The product of a view with a matrix, or its sum with a vector, is a view of that of its base."""
-        most = 2 if node.op_type == "MatMul" else 1
-        constant = [name in self._constants and self._constants[name].ndim <= most for name in node.input]
+        ranks = (2,) if node.op_type == "MatMul" else (0, 1)
+        constant = [name in self._constants and self._constants[name].ndim in ranks for name in node.input]
         if constant.count(True) != 1 or (node.op_type == "MatMul" and constant[0]):
             return False
         name = node.input[constant.index(False)]
@@ -457,6 +434,17 @@ def _without_ones(shape: Shape) -> tuple[Shape, Axes]:
     rows = shape.index(ROWS) if shape else 0
     axes = tuple(at for at, size in enumerate(shape) if size == 1 and (at < rows or at == rows + 1 == len(shape) - 2))
     return tuple(size for at, size in enumerate(shape) if at not in axes), axes
+
+
+def _put_in(shape: Sequence[int | str], base: Sequence[int | str]) -> Axes | None:
+    """Where axes of size 1 are put into `base` to make `shape`; None where that does not make it."""
+    axes, left = [], list(base)
+    for at, size in enumerate(shape):
+        if left and size == left[0]:
+            left.pop(0)
+        else:
+            axes.append(at)
+    return None if left or any(shape[at] != 1 for at in axes) else tuple(axes)
 
 
 def _has_graphs(graph: Any) -> bool:
