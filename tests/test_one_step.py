@@ -1,4 +1,4 @@
-"""The graph for one step against model.onnx: the same numbers, for every recurrent node that is written anew."""
+"""The graph for one step against model.onnx: the same numbers, for every recurrent node that becomes equations."""
 
 import logging
 from pathlib import Path

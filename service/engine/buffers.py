@@ -14,7 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from stepcast.errors import ManifestError, NonFinite
-from stepcast.manifest import Manifest
+from stepcast.manifest import MODEL_FILE, Manifest
+
+from .onnx_session import reading
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
@@ -52,20 +54,18 @@ def step_ports(session: Any, manifest: Manifest, constants: Mapping[str, Array])
         ManifestError: the graph does not run with these shapes.
     """
     spec, y = manifest.input, manifest.output
-    x = [manifest.n_features] * (2 if spec.time_axis is None else 3)
-    try:
+    types = {s.input: s.dtype for s in manifest.states}
+    with reading(MODEL_FILE):
+        x = [manifest.n_features] * (2 if spec.time_axis is None else 3)
         if spec.time_axis is not None:
             x[spec.time_axis] = 1
         x[spec.batch_axis] = ROWS
         inputs = {spec.name: tuple(x), **{s.input: _with_rows(s.shape, s.batch_axis) for s in manifest.states}}
-        types = {s.input: s.dtype for s in manifest.states}
         feeds = {name: np.zeros([abs(n) for n in shape], types.get(name, "f4")) for name, shape in inputs.items()}
         if manifest.lengths is not None:
             feeds[manifest.lengths] = np.ones(1, np.int32)
         (found,) = session.run([y.name], {**feeds, **constants})
         left = np.delete(found.shape, y.batch_axis)
-    except Exception as error:  # onnxruntime's exceptions have no common base but this
-        raise ManifestError(f"the graph does not run as the manifest reads it: {error}") from error
     if found.size != manifest.n_outputs:
         raise ManifestError(f"output {y.name!r} is {found.shape} for one step, not {manifest.n_outputs} numbers")
     outputs = {s.output: inputs[s.input] for s in manifest.states} | {y.name: _with_rows(left.tolist(), y.batch_axis)}

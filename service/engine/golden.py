@@ -9,8 +9,10 @@ from typing import Any, Final, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from stepcast.errors import ManifestError, StepcastError
+from stepcast.errors import ManifestError
 from stepcast.manifest import GOLDEN_FILE, Manifest
+
+from .onnx_session import reading
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
@@ -110,15 +112,8 @@ class Golden:
         return y, states
 
     def _compare(self, how: str, answer: Callable[[], tuple[Floats, Bytes]]) -> tuple[float, float]:
-        try:
+        with reading(f"{self._model.directory}: {how}"):
             y, states = answer()
-        except ManifestError:
-            raise
-        except StepcastError as error:
-            raise ManifestError(f"{self._model.directory}: golden.npz in {how}: {error}") from error
-        except Exception as error:  # onnxruntime's exceptions have no common base but this
-            text = f"the graph does not run as the manifest reads it: {type(error).__name__}: {error}"
-            raise ManifestError(f"{self._model.directory}: {text}") from error
         valid = np.arange(self._x.shape[1]) < self._lengths[:, None]
         output_error = self._differ("outputs", y[valid], self._arrays["y"][valid], how)
         got, want = (self._model.unpack(s.tobytes(), len(self._x)) for s in (states, self._after))

@@ -46,7 +46,7 @@ _RUNS = itertools.count(1)  # of all tables, so that a tag of one is never found
 
 
 class CannotReside(Exception):
-    """Why a model's states can not stay on the device; it runs as any other."""
+    """Why a model's states cannot stay on the device; it runs as any other."""
 
 
 class Slots:
@@ -155,7 +155,7 @@ class ResidentStates:
         self._session = open_session(resident_model(model, manifest, pieces))
         self._uploads = open_session(_upload_model(self._floats, pieces))
         self._slots = Slots(self.capacity)
-        self._lanes: dict[int, _Lane] = {}
+        self._buffers: dict[int, _Buffers] = {}
         self._lock = threading.Lock()
         shape = ((self.capacity + 1) * pieces, self._grain)  # the last row is scratch, for padding
         self._table = ort.OrtValue.ortvalue_from_shape_and_type(shape, np.float32, device, 0)
@@ -172,11 +172,11 @@ class ResidentStates:
             if len(missing):
                 self._upload(slots[missing], states_of(missing))
                 self.uploaded += len(missing)
-            lane, rows = self._advance(x, lengths, slots), len(x)
-            y = lane.y[:rows].copy()
-            check(y, lengths, lane.sound[:rows])
+            buffers, rows = self._advance(x, lengths, slots), len(x)
+            y = buffers.y[:rows].copy()
+            check(y, lengths, buffers.sound[:rows])
             tags[:] = self._slots.keep(slots)
-            return y, lane.new[:rows].view(np.uint8)
+            return y, buffers.new[:rows].view(np.uint8)
 
     def _upload(self, slots: Ints, states: Bytes) -> None:
         """Write packed states (M, row_bytes) into their slots; in buckets of rows, as in `_advance`."""
@@ -192,24 +192,24 @@ class ResidentStates:
         binding.synchronize_inputs()
         self._uploads.run_with_iobinding(binding)
 
-    def _advance(self, x: Floats, lengths: Lengths | None, slots: Ints) -> "_Lane":
-        """Run the rows in their slots; the lane holds what came out."""
+    def _advance(self, x: Floats, lengths: Lengths | None, slots: Ints) -> "_Buffers":
+        """Run the rows in their slots; their buffers hold what came out."""
         rows, steps = x.shape[:2]
         bucket = _bucket(rows)
-        lane = self._lanes.get(bucket) if steps == 1 else None
-        if lane is None:
-            lane = _Lane(self._session, self._manifest, self._table, bucket, steps)
+        buffers = self._buffers.get(bucket) if steps == 1 else None
+        if buffers is None:
+            buffers = _Buffers(self._session, self._manifest, self._table, bucket, steps)
             if steps == 1:
-                self._lanes[bucket] = lane
-        lane.x[:rows] = x
-        lane.lengths[:rows] = steps if lengths is None else lengths
-        lane.slots[:rows] = slots
-        lane.x[rows:], lane.lengths[rows:], lane.slots[rows:] = 0, 0, self.capacity
-        lane.run()
-        return lane
+                self._buffers[bucket] = buffers
+        buffers.x[:rows] = x
+        buffers.lengths[:rows] = steps if lengths is None else lengths
+        buffers.slots[:rows] = slots
+        buffers.x[rows:], buffers.lengths[rows:], buffers.slots[rows:] = 0, 0, self.capacity
+        buffers.run()
+        return buffers
 
 
-class _Lane:
+class _Buffers:
     """Buffers and bindings for runs of one shape, padded to a power of two of rows so that shapes are few."""
 
     def __init__(
@@ -236,7 +236,7 @@ class _Lane:
     def run(self) -> None:
         """x, lengths and slots through the graph; y, new, sound and the table change."""
         for name, value in self._inputs.items():
-            self._binding.bind_ortvalue_input(name, value)  # anew each time: this is what copies it to the device
+            self._binding.bind_ortvalue_input(name, value)  # each time: this is what copies it to the device
         self._binding.synchronize_inputs()
         self._session.run_with_iobinding(self._binding)
 

@@ -137,7 +137,7 @@ class Runtime:
     def run_resident(self, x: Floats, lengths: Lengths | None, tags: Ints, states_of: StatesOf) -> tuple[Floats, Bytes]:
         """As `run`, for rows whose states may be on the device already.
 
-        A tag names one state of one row for as long as this process lives. The caller keeps it beside the state's
+        A tag names one state of one row for as long as this process lives. The caller keeps it with the state's
         bytes and drops it together with them (a state that was loaded or set has tag 0). It need not tell whether a
         result was committed: of a refused one it forgets the tag, and what it goes back to is uploaded. Without
         residency all of this does nothing but `run`.

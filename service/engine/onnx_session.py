@@ -1,12 +1,14 @@
 """Opens graphs in onnxruntime and says what their inputs and outputs are."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import onnxruntime as ort
 
-from stepcast.errors import ManifestError
+from stepcast.errors import ManifestError, StepcastError
 from stepcast.manifest import ITEM_BYTES, Manifest
 
 _ORT_TYPES: Final = {"float32": "float", "float64": "double", **{name: name for name in ("float16", "int64", "int32")}}
@@ -25,9 +27,14 @@ class Port:
         return f"{self.name!r} {self.dtype} [{', '.join(map(str, self.shape))}]"
 
     @property
-    def fixed_rows(self) -> bool:
+    def dynamic(self) -> list[int]:
+        """The axes of no fixed size."""
+        return [at for at, size in enumerate(self.shape) if not isinstance(size, int)]
+
+    @property
+    def has_fixed_rows(self) -> bool:
         """Whether one axis at most is of no fixed size: a state's, not a sequence's."""
-        return sum(not isinstance(size, int) for size in self.shape) <= 1
+        return len(self.dynamic) <= 1
 
 
 def open_session(
@@ -106,6 +113,23 @@ def check_signature(manifest: Manifest, session: ort.InferenceSession) -> None:
     extra = sorted({port.name for port in inputs} - set(takes))
     if extra:
         raise ManifestError(f"model.onnx has inputs that manifest.json does not speak of: {extra}")
+
+
+@contextmanager
+def reading(what: Path | str) -> Iterator[None]:
+    """Run a graph that may not be what its manifest says.
+
+    Raises:
+        ManifestError: whatever was raised inside, with `what` before it.
+    """
+    try:
+        yield
+    except ManifestError:
+        raise
+    except StepcastError as error:
+        raise ManifestError(f"{what}: {error}") from error
+    except Exception as error:  # onnxruntime's exceptions have no common base but this
+        raise ManifestError(f"{what}: the graph does not run as the manifest reads it: {error}") from error
 
 
 def runtime_version() -> str:
