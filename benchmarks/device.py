@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from service.engine.model import Runtime, open_session
+from service.engine.model import Runtime
+from service.engine.onnx_session import open_session
 from stepcast.errors import ManifestError
 
 from . import model

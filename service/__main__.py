@@ -18,8 +18,9 @@ from stepcast.errors import ConfigError, ManifestError, StepcastError
 from .app import create_app
 from .doors.http.connection import Pipe
 from .doors.websocket.connection import Link
+from .engine.golden import placements
 from .engine.imports.onnx_graphs import import_onnx
-from .engine.model import Runtime, placements
+from .engine.model import Runtime
 from .settings import PREFIX, Settings
 
 WEBSOCKET: Final = Link
@@ -82,15 +83,16 @@ def serve(arguments: argparse.Namespace) -> int:
 def check(arguments: argparse.Namespace) -> int:
     """Prove golden.npz and say where each recurrent node runs."""
     directory = Path(arguments.directory)
-    runtime = Runtime(directory, device=arguments.device)
-    proof = runtime.prove()
+    with tempfile.TemporaryDirectory() as folder:
+        runtime = Runtime(directory, device=arguments.device, profile=Path(folder) / "profile")
+        proof = runtime.prove()
+        places = placements(runtime.end_profile())
     manifest = runtime.manifest
     print(f"{manifest.name} version {manifest.version}: fingerprint {manifest.fingerprint}, on {runtime.device}")
     print(f"golden.npz: {proof.rows} rows of {proof.steps} steps, outputs within {proof.output_error:.2e}, ", end="")
     print(f"states within {proof.state_error:.2e}, " + ("also step by step" if proof.stepped else "one call only"))
-    with tempfile.TemporaryDirectory() as folder:
-        for node, provider in placements(directory, arguments.device, Path(folder) / "profile").items():
-            print(f"{node}: {provider}")
+    for node, provider in places.items():
+        print(f"{node}: {provider}")
     return 0
 
 

@@ -132,3 +132,71 @@ def counter(path: Path) -> Path:
     inputs = [("x", T.FLOAT, [1, "n"]), ("total_in", T.DOUBLE, [1, "n"]), ("count_in", T.INT64, [1, "n"])]
     outputs = [("y", T.FLOAT, [1, "n"]), ("total_out", T.DOUBLE, [1, "n"]), ("count_out", T.INT64, [1, "n"])]
     return save(path, nodes, inputs, outputs, {"one": np.array([1])})
+
+
+LAYOUTS = {"batch first": ["B", "T", FEATURES], "time first": ["T", "B", FEATURES], "no time": ["B", FEATURES]}
+"""Shapes of x, as others export them; y is alike, and both layers' states are one tensor (2, B, UNITS)."""
+
+
+def stacked_lstm(path: Path, layout: str) -> Path:
+    """Two LSTM layers, h0 and c0 of both in one tensor each; the first layer's weights do for both."""
+    node = helper.make_node
+    nodes = {
+        "batch first": [node("Transpose", ["x"], ["x0"], perm=[1, 0, 2])],
+        "time first": [node("Identity", ["x"], ["x0"])],
+        "no time": [node("Unsqueeze", ["x", "zero"], ["x0"])],
+    }[layout]
+    weights = {"zero": np.array([0]), "one": np.array([1]), "two": np.array([2]), "W": GATES, "R": BACK}
+    weights["W1"] = GATES[:, :, :UNITS].copy()
+    for layer, (start, end) in enumerate((("zero", "one"), ("one", "two"))):
+        for state in "hc":
+            nodes.append(node("Slice", [f"{state}0", start, end, "zero"], [f"{state}0.{layer}"]))
+        inputs = [f"x{layer}", "W1" if layer else "W", "R", "", "", f"h0.{layer}", f"c0.{layer}"]
+        nodes.append(node("LSTM", inputs, [f"all{layer}", f"hn.{layer}", f"cn.{layer}"], hidden_size=UNITS))
+        nodes.append(node("Squeeze", [f"all{layer}", "one"], [f"x{layer + 1}"]))
+    nodes += {
+        "batch first": [node("Transpose", ["x2"], ["y"], perm=[1, 0, 2])],
+        "time first": [node("Identity", ["x2"], ["y"])],
+        "no time": [node("Squeeze", ["x2", "zero"], ["y"])],
+    }[layout]
+    nodes += [node("Concat", [f"{s}n.0", f"{s}n.1"], [f"{s}n"], axis=0) for s in "hc"]
+    shape = LAYOUTS[layout]
+    inputs = [("x", T.FLOAT, shape), *((f"{s}0", T.FLOAT, [2, "B", UNITS]) for s in "hc")]
+    outputs = [("y", T.FLOAT, [*shape[:-1], UNITS]), *((f"{s}n", T.FLOAT, [2, "B", UNITS]) for s in "hc")]
+    return save(path, nodes, inputs, outputs, weights)
+
+
+def odd(path: Path) -> Path:
+    """Features first, one step a time, y (B,), a constant, and states that are not float32 or begin at odd bytes.
+
+    total += sum(x), count += 1, half += x, flag = not flag; y = total * scale + count.
+    """
+    node = helper.make_node
+    nodes = [
+        node("ReduceSum", ["x", "zero"], ["sum"], keepdims=0),
+        node("Cast", ["sum"], ["wide"], to=T.DOUBLE),
+        node("Add", ["total", "wide"], ["total_out"]),
+        node("Add", ["count", "one"], ["count_out"]),
+        node("Cast", ["x"], ["narrow"], to=T.FLOAT16),
+        node("Add", ["half", "narrow"], ["half_out"]),
+        node("Not", ["flag"], ["flag_out"]),
+        node("Cast", ["scale"], ["factor"], to=T.DOUBLE),
+        node("Mul", ["total_out", "factor"], ["scaled"]),
+        node("Squeeze", ["count_out", "one"], ["steps"]),
+        node("Cast", ["steps"], ["steps_wide"], to=T.DOUBLE),
+        node("Add", ["scaled", "steps_wide"], ["both"]),
+        node("Cast", ["both"], ["y"], to=T.FLOAT),
+    ]
+    states = {"flag": (T.BOOL, ["n"]), "half": (T.FLOAT16, [2, "n"]), "total": (T.DOUBLE, ["n"])}
+    states["count"] = (T.INT64, ["n", 1])
+    inputs = [("x", T.FLOAT, [2, "n"]), ("scale", T.INT64, [])]
+    inputs += [(name, kind, shape) for name, (kind, shape) in states.items()]
+    outputs = [("y", T.FLOAT, ["n"]), *((f"{name}_out", kind, shape) for name, (kind, shape) in states.items())]
+    return save(path, nodes, inputs, outputs, {"zero": np.array([0]), "one": np.array([1])})
+
+
+ODD: dict[str, Any] = {
+    "input": {"name": "x", "batch_axis": 1, "time_axis": None},
+    "output": {"name": "y", "batch_axis": 0, "time_axis": None},
+    "constants": [{"name": "scale", "dtype": "int64", "shape": [], "values": [10]}],
+}

@@ -141,7 +141,7 @@ def test_what_can_not_be_read_says_what_would_help(
 def test_a_file_that_is_no_graph_is_refused(tmp_path: Path) -> None:
     """onnxruntime's complaint, not a traceback."""
     (tmp_path / "x.onnx").write_bytes(b"no graph")
-    with pytest.raises(ManifestError, match="can not load"):
+    with pytest.raises(ManifestError, match="cannot load"):
         import_onnx(tmp_path / "x.onnx", tmp_path / "models", "m")
     assert main(["import-onnx", str(tmp_path / "none.onnx"), "--name", "m", "--models", str(tmp_path)]) == 2
 
@@ -164,7 +164,9 @@ def test_names_of_a_state_have_one_stem(one: str, other: str) -> None:
     assert stem(one) == stem(other) != ""
 
 
-@pytest.mark.parametrize(("one", "other"), [("h0", "cn"), ("x", "y"), ("h_1_in", "h_2_out"), ("lstm0_h", "lstm2_h")])
+@pytest.mark.parametrize(
+    ("one", "other"), [("h0", "cn"), ("x", "y"), ("h_1_in", "h_2_out"), ("h0_in", "h1_out"), ("lstm0_h", "lstm2_h")]
+)
 def test_names_of_different_tensors_have_not(one: str, other: str) -> None:
     """Others stay apart."""
     assert stem(one) != stem(other)

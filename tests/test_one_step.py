@@ -1,4 +1,4 @@
-"""The graph for one step against model.onnx: the same numbers, for every recurrent node that is written anew."""
+"""The graph for one step against model.onnx: the same numbers, for every recurrent node that becomes equations."""
 
 import logging
 from pathlib import Path
@@ -12,14 +12,20 @@ from onnx import TensorProto, helper, numpy_helper
 from serving import MODELS
 
 from service.engine import model as runtime_module
+from service.engine.buffers import ROWS, Ports
 from service.engine.model import Runtime
 from service.engine.repository import Repository
-from service.engine.single_step_graph import one_step_graph
+from service.engine.single_step_graph import SingleStepGraph, single_step_graph
 from stepcast.errors import NonFinite
 
 RECURRENT = {"LSTM", "GRU", "RNN"}
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 F, H = 3, 5
+PORTS: Ports = {
+    "x": [("x", (ROWS, 1, F))],
+    "y": [("y", (ROWS, 1, H))],
+    **{name: [(name, (ROWS, H))] for name in ("h.in", "c.in", "h.out", "c.out")},
+}
 
 
 def kinds() -> list[str]:
@@ -99,17 +105,25 @@ def recurrent_model(path: Path, op: str, *, bias: bool = True, peepholes: bool =
     return path
 
 
-def outputs_of(model: bytes | str, rows: int) -> dict[str, Any]:
-    """All outputs of a graph for one step of random rows."""
-    session = ort.InferenceSession(model, providers=["CPUExecutionProvider"])
+def outputs_of(model: str | SingleStepGraph, rows: int) -> dict[str, Any]:
+    """All outputs of a graph for one step of random rows, in the shapes of model.onnx."""
+    graph, ports = model if isinstance(model, SingleStepGraph) else (model, PORTS)
+    session = ort.InferenceSession(graph, providers=["CPUExecutionProvider"])
     random = np.random.default_rng(5)
-    feeds: dict[str, Any] = {"x": random.normal(size=(rows, 1, F)).astype(np.float32)}
+    values: dict[str, Any] = {"x": random.normal(size=(rows, 1, F)).astype(np.float32)}
     for name in ("h.in", "c.in"):
-        feeds[name] = random.normal(size=(rows, H)).astype(np.float32)
-    feeds["lengths"] = np.ones(rows, np.int32)
+        values[name] = random.normal(size=(rows, H)).astype(np.float32)
+    feeds: dict[str, Any] = {"lengths": np.ones(rows, np.int32)}
+    for name, value in values.items():
+        ((port, shape),) = ports[name]
+        feeds[port] = value.reshape(shape)
     wanted = {port.name for port in session.get_inputs()}
     names = [port.name for port in session.get_outputs()]
-    return dict(zip(names, session.run(None, {k: v for k, v in feeds.items() if k in wanted}), strict=True))
+    got = dict(zip(names, session.run(None, {k: v for k, v in feeds.items() if k in wanted}), strict=True))
+    known = {ports[name][0][0]: name for name in ports}
+    return {
+        known.get(name, name): value.reshape(rows, *([1] * (known.get(name) == "y")), -1) for name, value in got.items()
+    }
 
 
 @pytest.mark.parametrize(
@@ -130,9 +144,9 @@ def outputs_of(model: bytes | str, rows: int) -> dict[str, Any]:
 def test_equations_are_those_of_the_operators(tmp_path: Path, op: str, options: dict[str, Any], rows: int) -> None:
     """What onnxruntime's own LSTM, GRU and RNN answer, without them and without lengths."""
     path = recurrent_model(tmp_path / "model.onnx", op, **options)
-    made = one_step_graph(path, "x", "y", "lengths")
+    made = single_step_graph(path, PORTS, "lengths")
     assert made is not None
-    graph = onnx.load_from_string(made).graph
+    graph = onnx.load_from_string(made.model).graph
     assert not RECURRENT & {node.op_type for node in graph.node}
     assert "lengths" not in {port.name for port in graph.input}
     want, got = outputs_of(str(path), rows), outputs_of(made, rows)
@@ -152,7 +166,7 @@ def test_equations_are_those_of_the_operators(tmp_path: Path, op: str, options: 
 )
 def test_other_nodes_stay(tmp_path: Path, op: str, options: dict[str, Any]) -> None:
     """Nothing is gained where the only recurrent node has rarer attributes."""
-    assert one_step_graph(recurrent_model(tmp_path / "model.onnx", op, **options), "x", "y", "lengths") is None
+    assert single_step_graph(recurrent_model(tmp_path / "model.onnx", op, **options), PORTS, "lengths") is None
 
 
 def test_a_selection_that_repeats_stays(tmp_path: Path) -> None:
@@ -171,7 +185,7 @@ def test_a_selection_that_repeats_stays(tmp_path: Path) -> None:
     )
     graph.output.append(helper.make_tensor_value_info("many", TensorProto.FLOAT, ["B", H]))
     onnx.save(model, str(path))
-    made = one_step_graph(path, "x", "y", "lengths")
+    made = single_step_graph(path, PORTS, "lengths")
     assert made is not None
     assert outputs_of(made, 4)["many"].tolist() == np.ones((4, H)).tolist()
 
@@ -179,15 +193,15 @@ def test_a_selection_that_repeats_stays(tmp_path: Path) -> None:
 def test_a_graph_that_is_wrong_is_not_taken(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """golden.npz is the judge: steps go on by model.onnx, and the log says so."""
 
-    def wrong(path: Path, *names: Any) -> bytes | None:
-        made = one_step_graph(path, *names)
+    def wrong(path: Path, ports: Ports, lengths: str | None) -> SingleStepGraph | None:
+        made = single_step_graph(path, ports, lengths)
         assert made is not None
-        model = onnx.load_from_string(made)
+        model = onnx.load_from_string(made.model)
         for value in model.graph.initializer:
             value.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(value) * 2, value.name))
-        return bytes(model.SerializeToString())
+        return made._replace(model=bytes(model.SerializeToString()))
 
-    monkeypatch.setattr(runtime_module, "one_step_graph", wrong)
+    monkeypatch.setattr(runtime_module, "single_step_graph", wrong)
     runtime = Runtime(MODELS / "rnn_loss" / "1", device="cpu")
     with caplog.at_level(logging.WARNING):
         assert not runtime.quicken()

@@ -18,7 +18,7 @@ from onnx import helper
 from serving import MODELS, golden
 from test_runtime import COUNTER
 
-from service.engine.gpu_states import CanNotReside, Slots, resident_model
+from service.engine.gpu_states import CannotReside, Slots, resident_model
 from service.engine.imports.onnx_graphs import import_onnx
 from service.engine.model import Runtime
 from service.engine.repository import Repository
@@ -131,8 +131,8 @@ def test_the_table_is_changed_in_place_and_nowhere_else(device: str, grain: int 
         np.testing.assert_array_equal(after[others], before[others])
         assert after[16].tobytes() == rows.runtime.initial(1), "padding steps the scratch row by nothing"
     assert rows.resident._table.data_ptr() == address
-    for lane in rows.resident._lanes.values():
-        outputs = dict(zip(("table", "y", "new", "sound"), lane._binding.get_outputs(), strict=True))
+    for buffers in rows.resident._buffers.values():
+        outputs = dict(zip(("table", "y", "new", "sound"), buffers._binding.get_outputs(), strict=True))
         assert outputs["table"].data_ptr() == address
 
 
@@ -222,6 +222,26 @@ def test_copies_of_one_state_in_one_batch_do_not_share_a_slot(device: str) -> No
 
 
 @pytest.mark.service
+def test_sessions_of_several_rows_step_in_the_table(device: str) -> None:
+    """`step` with a tag per row: sessions of one, of three and of two rows, strided; uploaded once."""
+    rows = Rows(device, 9, rows=16)
+    size, cuts = rows.runtime.row_bytes, [(1, 1), (2, 3), (1, 2)]
+    matrices = [np.zeros((sessions, 8 + n * size), np.uint8) for sessions, n in cuts]
+    parts = [matrix[:, 4 : 4 + n * size] for matrix, (_, n) in zip(matrices, cuts, strict=True)]
+    for part in parts:
+        part[:] = np.frombuffer(rows.runtime.initial(part.size // size), np.uint8).reshape(part.shape)
+    for _ in range(3):
+        x = rows.inputs(9, 1)[:, 0]
+        y = rows.runtime.step(x, parts, parts, rows.tags)
+        want, rows.states = rows.plain.run(x[:, None], None, rows.states)
+        np.testing.assert_allclose(y, want[:, 0], 1e-4, 1e-5)
+        got = np.frombuffer(b"".join(part.tobytes() for part in parts), np.float32)
+        np.testing.assert_allclose(got, rows.states.reshape(-1).view(np.float32), 1e-4, 1e-5)
+        assert len(set(rows.tags.tolist())) == 9
+    assert rows.resident.uploaded == rows.fetched_before + 9
+
+
+@pytest.mark.service
 def test_tags_of_another_table_are_never_found() -> None:
     """A session that moves to another version takes its old tag along."""
     first, second = Rows("cpu", 4, rows=64), Rows("cpu", 4, rows=5)
@@ -240,7 +260,7 @@ def test_batches_come_in_few_shapes() -> None:
     rows = Rows("cpu", 16)
     for count in range(1, 17):
         rows.step(list(range(count)))
-    assert sorted(rows.resident._lanes) == [1, 2, 4, 8, 16]
+    assert sorted(rows.resident._buffers) == [1, 2, 4, 8, 16]
 
 
 @pytest.mark.service
@@ -347,9 +367,9 @@ def test_a_graph_whose_order_would_not_be_certain_is_not_wrapped(tmp_path: Path)
         helper.make_node("ReduceSum", ["x", "one"], ["total"], keepdims=0),
         helper.make_node("Add", ["total", "s_in"], ["s_out"]),
     ]
-    with pytest.raises(CanNotReside, match="do not depend"):
+    with pytest.raises(CannotReside, match="do not depend"):
         resident_model(*graph(alone), 1)
-    with pytest.raises(CanNotReside, match="fixed batch size"):
+    with pytest.raises(CannotReside, match="fixed batch size"):
         resident_model(*graph(both, batch=1), 1)
     assert resident_model(*graph(both), 1)
 

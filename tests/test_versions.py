@@ -1,9 +1,11 @@
 """Model versions: sessions stay on theirs, new ones go live under load, and policies say what becomes of the rest."""
 
+import gc
 import json
 import shutil
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,13 +14,17 @@ from typing import Any
 import foreign
 import httpx
 import numpy as np
+import orjson
 import pytest
 from doors import WebSocketDoor
 from serving import MODELS, running
 
+from service.engine import repository as repository_module
 from service.engine.imports.onnx_graphs import import_onnx
+from service.engine.model import Runtime
+from service.engine.repository import Repository
 from stepcast.client import Client
-from stepcast.errors import ShapeMismatch
+from stepcast.errors import ModelNotFound, ShapeMismatch
 from stepcast.manifest import GOLDEN_FILE, MANIFEST_FILE, read_manifest
 
 X = np.random.default_rng(5).normal(size=(20, 3)).round(3).tolist()
@@ -137,6 +143,90 @@ def test_a_version_that_can_not_prove_itself_never_goes_live(models: Path) -> No
             wrong.rename(models / "m" / str(version))
         goes_live(client, models, 4, "simple_rnn")
         assert client.get(MODEL).json()["versions"] == [1, 4]
+
+
+def repository_of(models: Path) -> Repository:
+    """As a server has it."""
+    return Repository(models, device="cpu", threads=1)
+
+
+@pytest.mark.service
+def test_a_version_that_failed_is_not_loaded_at_every_poll(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading and proving cost a core where the model is large; a file that comes back is seen."""
+    wrong = publish(models, 2, "gru")
+    golden = (wrong / GOLDEN_FILE).read_bytes()
+    (wrong / GOLDEN_FILE).unlink()
+    loads = []
+
+    def counted(directory: Path, **options: Any) -> Runtime:
+        loads.append(directory)
+        return Runtime(directory, **options)
+
+    monkeypatch.setattr(repository_module, "Runtime", counted)
+    repository = repository_of(models)
+    for _ in range(5):
+        repository.scan()
+    assert loads == [models / "m" / "1", wrong]
+    (wrong / GOLDEN_FILE).write_bytes(golden)
+    repository.scan()
+    repository.scan()
+    assert loads == [models / "m" / "1", wrong, wrong]
+    assert repository.versions("m") == [1, 2]
+
+
+@pytest.mark.service
+@pytest.mark.parametrize("resident", [False, True])
+def test_a_retired_version_is_freed(models: Path, resident: bool) -> None:
+    """Nothing in the engine keeps its weights, its buffers or its table."""
+    publish(models, 2, "gru")
+    repository = repository_of(models)
+    repository.scan()
+    runtime = repository.require("m", 2).runtime
+    assert runtime.quick
+    if resident:
+        assert runtime.reside(2**16)
+    runtime.step(
+        np.zeros((2, 3), np.float32),
+        [np.zeros((2, runtime.row_bytes), np.uint8)],
+        [np.zeros((2, runtime.row_bytes), np.uint8)],
+    )
+    there = weakref.ref(runtime)
+    del runtime
+    repository.retire("m", 2)
+    gc.collect()
+    assert there() is None
+    assert repository.live("m").version == 1
+
+
+@pytest.mark.service
+def test_a_version_of_more_than_64_bits_is_not_found(models: Path) -> None:
+    """The fact can be encoded: a 404, not a 500."""
+    repository = repository_of(models)
+    repository.scan()
+    for version, fact in ((2**63 - 1, 2**63 - 1), (2**64, "18446744073709551616")):
+        with pytest.raises(ModelNotFound, match=f"no version {version}") as refusal:
+            repository.require("m", version)
+        assert refusal.value.facts["version"] == fact
+        assert orjson.dumps(refusal.value.problem())
+
+
+@pytest.mark.service
+def test_folders_that_are_no_versions_are_passed_over(models: Path) -> None:
+    """A digit that is no decimal number does not end the scan."""
+    shutil.copytree(models / "m" / "1", models / "m" / "²")
+    repository = repository_of(models)
+    assert [served.version for served in repository.scan()] == [1]
+
+
+@pytest.mark.service
+def test_a_golden_file_of_another_shape_is_a_failure_not_a_crash(models: Path) -> None:
+    """The other versions are served."""
+    wrong = publish(models, 2, "gru")
+    arrays = dict(np.load(wrong / GOLDEN_FILE))
+    np.savez(wrong / GOLDEN_FILE, **{**arrays, "x": arrays["x"][:, :, :2]})
+    repository = repository_of(models)
+    assert [served.version for served in repository.scan()] == [1]
+    assert "x, lengths and y are" in repository.failures[str(wrong)]
 
 
 @pytest.mark.service

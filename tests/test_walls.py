@@ -10,8 +10,8 @@ import pytest
 from serving import ROOT
 
 DOORS = {
-    "onnxruntime": ["service/engine/model.py", "service/engine/gpu_states.py", "training/"],
-    "onnx": ["service/engine/single_step_graph.py", "service/engine/gpu_states.py", "training/"],
+    "onnxruntime": ["service/engine/onnx_session.py", "service/engine/gpu_states.py", "training/"],
+    "onnx": ["service/engine/onnx_door.py", "training/"],
     "torch": ["training/"],
     "pandas": ["training/"],
     "sklearn": ["training/"],

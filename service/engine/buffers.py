@@ -1,143 +1,246 @@
 """Single steps on the CPU: buffers that are bound to the graph once, so that a run is copies in, the model, copies out.
 
-onnxruntime's `run` makes its outputs anew and copies them each time; with IO binding it reads and writes these buffers.
+onnxruntime's `run` makes its outputs each time and copies them; with IO binding it reads and writes these buffers. A
+packed row is every state tensor of the manifest, in order, without padding; numpy reads it as a structured type, so
+that tensors of any dtype and batch axis are copied by the same two lines.
 """
 
 import math
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from stepcast.manifest import Manifest
+from stepcast.errors import ManifestError, NonFinite
+from stepcast.manifest import MODEL_FILE, Manifest
 
+from .onnx_session import reading
+
+Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
+Lengths = npt.NDArray[np.int32]
+Shape = tuple[int, ...]
+Ports = Mapping[str, Sequence[tuple[str, Shape]]]
+"""What a graph has for the manifest's input, output and states by name: a port of the shape for one step, or one port
+for each index of the tensor's first axis."""
+
+ROWS: Final = -1
+"""In a shape: as many as there are rows."""
 
 _LEAST_ROWS: Final = 64
-_MOST_ROOMS: Final = 1024
+_MOST_BOUND: Final = 1024
 
 
-class Room(NamedTuple):
+def row_type(manifest: Manifest) -> np.dtype[Any]:
+    """One row's packed state as a structured type; a field per state tensor, named as its input."""
+    return np.dtype([(state.input, state.dtype, state.shape) for state in manifest.states])
+
+
+def rows_of(states: Bytes, row: np.dtype[Any]) -> dict[str, Array]:
+    """The state tensors (B, *shape) of packed rows (B, row_bytes), by input; views."""
+    if not row.names:
+        return {}
+    rows: Array = states.view(row)[:, 0]
+    return {name: rows[name] for name in row.names}
+
+
+def step_ports(session: Any, manifest: Manifest, constants: Mapping[str, Array]) -> Ports:
+    """The ports of model.onnx for one step. The output's is learned from a run: exporters forget sizes of outputs.
+
+    Raises:
+        ManifestError: the graph does not run with these shapes.
+    """
+    spec, y = manifest.input, manifest.output
+    types = {s.input: s.dtype for s in manifest.states}
+    with reading(MODEL_FILE):
+        x = [manifest.n_features] * (2 if spec.time_axis is None else 3)
+        if spec.time_axis is not None:
+            x[spec.time_axis] = 1
+        x[spec.batch_axis] = ROWS
+        inputs = {spec.name: tuple(x), **{s.input: _with_rows(s.shape, s.batch_axis) for s in manifest.states}}
+        feeds = {name: np.zeros([abs(n) for n in shape], types.get(name, "f4")) for name, shape in inputs.items()}
+        if manifest.lengths is not None:
+            feeds[manifest.lengths] = np.ones(1, np.int32)
+        (found,) = session.run([y.name], {**feeds, **constants})
+        left = np.delete(found.shape, y.batch_axis)
+    if found.size != manifest.n_outputs:
+        raise ManifestError(f"output {y.name!r} is {found.shape} for one step, not {manifest.n_outputs} numbers")
+    outputs = {s.output: inputs[s.input] for s in manifest.states} | {y.name: _with_rows(left.tolist(), y.batch_axis)}
+    return {name: [(name, shape)] for name, shape in {**inputs, **outputs}.items()}
+
+
+def _with_rows(shape: Sequence[int], axis: int) -> Shape:
+    return (*shape[:axis], ROWS, *shape[axis:])
+
+
+class Buffers(NamedTuple):
     """The buffers for B rows, and the graph bound to them."""
 
     binding: Any
-    x: Floats
-    states_in: list[Floats]
-    states_out: list[Floats]
-    y: Floats
-    made: Floats
-    """All that the graph writes, flat: the new states, tensor by tensor, then the outputs."""
+    x: Floats  # (B, F)
+    before: list[Array]  # (B, *shape) of each state tensor
+    after: list[Array]
+    y: Floats  # (B, ...)
+    floats: list[Array]
+    """All numbers that the graph writes and that may be infinite; flat."""
 
 
 class BoundSteps:
     """Runs of B rows by one step, B of any size.
 
     Args:
-        session: The graph; batch first, time second, all states float32. It may do without `lengths`.
+        session: The graph. It may do without `lengths`.
+        ports: Of the graph.
         constants: Further inputs, by name.
     """
 
-    def __init__(self, session: Any, manifest: Manifest, constants: dict[str, npt.NDArray[Any]]) -> None:
-        self._session, self._manifest, self._constants = session, manifest, constants
-        ports = {port.name for port in session.get_inputs()}
-        self._lengths_port = manifest.lengths if manifest.lengths in ports else None
-        self._cuts: list[slice] = []
-        self._size = 0
-        for state in manifest.states:
-            self._cuts.append(slice(self._size, self._size + state.size))
-            self._size += state.size
+    def __init__(self, session: Any, manifest: Manifest, ports: Ports, constants: Mapping[str, Array]) -> None:
+        self._session, self._manifest, self.ports, self._constants = session, manifest, ports, constants
+        self._row = row_type(manifest)
+        self._names = self._row.names or ()
+        self._lengths_port = manifest.lengths if manifest.lengths in {p.name for p in session.get_inputs()} else None
+        places = (self._row.fields or {}).values()
+        self._lock = threading.Lock()  # the batcher's thread and the event loop may both want one step
+        self._aligned = all(offset % dtype.base.itemsize == 0 for dtype, offset, *_ in places)
         self._grow(_LEAST_ROWS)
 
-    def step(self, x: Floats, before: Sequence[Bytes], after: Sequence[Bytes]) -> tuple[Floats, bool]:
-        """Advance rows by one step.
+    def run(self, x: Floats, lengths: Lengths | None, states: Bytes) -> tuple[Floats, Bytes]:
+        """`Runtime.run` for x (B, 1, F); rows of length 0 keep their state."""
+        if lengths is None or lengths.all():
+            new = np.empty_like(states)
+            return self.step(x[:, 0], [states], [new])[:, None], new
+        y, new = np.zeros((len(x), 1, self._manifest.n_outputs), np.float32), np.array(states)
+        rows = np.flatnonzero(lengths)
+        if len(rows):
+            after = new[rows]
+            y[rows, 0] = self.step(x[rows, 0], [states[rows]], [after])
+            new[rows] = after
+        return y, new
 
-        Args:
-            x: (B, F).
-            before: Packed states, together B rows, each uint8 (rows, state_row_bytes) with rows of contiguous bytes.
-            after: Where the new states go, in the same cuts. Written also where they are not finite.
+    def step(self, x: Floats, before: Sequence[Bytes], after: Sequence[Bytes]) -> Floats:
+        """`Runtime.step`; where it raises NonFinite, `after` has been written all the same."""
+        with self._lock:
+            bound = self._bound.get(len(x)) or self._bind(len(x))
+            bound.x[:] = x
+            for packed, buffer in self._in_pairs(before, bound.before):
+                buffer[...] = packed
+            self._session.run_with_iobinding(bound.binding)
+            for packed, buffer in self._in_pairs(after, bound.after):
+                packed[...] = buffer
+            return _sound(bound)
 
-        Returns:
-            Outputs (B, O), the caller's own, and whether outputs and states are finite.
-        """
-        rows = len(x)
-        room = self._rooms.get(rows) or self._bind(rows)
-        room.x[:] = x
+    def step_one(self, x: bytes, record: bytes, at: int, rows: int) -> tuple[Floats, bytes]:
+        """`Runtime.step_one`."""
+        size = self._row.itemsize
+        if rows > 1 or not self._aligned:
+            before = np.frombuffer(record, np.uint8, rows * size, at)[None]
+            after = np.empty_like(before)
+            y = self.step(np.frombuffer(x, np.float32).reshape(rows, -1), [before], [after])
+            return y, after.tobytes()
+        with self._lock:
+            bound = self._bound.get(1) or self._bind(1)  # its tensors lie as a packed row does
+            bound.x[0] = np.frombuffer(x, np.float32)
+            self._read[:size] = np.frombuffer(record, np.uint8, size, at)
+            self._session.run_with_iobinding(bound.binding)
+            return _sound(bound), self._written[:size].tobytes()
+
+    def _in_pairs(self, parts: Sequence[Bytes], buffers: Sequence[Array]) -> Iterator[tuple[Array, Array]]:
+        """Each tensor of packed rows and its rows of the buffer, in one shape."""
         at = 0
-        for part in before:
-            old, end = part.view(np.float32), at + len(part)
-            for buffer, cut in zip(room.states_in, self._cuts, strict=True):
-                buffer[at:end] = old[:, cut]
+        for part in parts if self._names else ():
+            packed = part.view(self._row)  # (b, n)
+            end = at + packed.size
+            alone = packed.shape[1] == 1
+            rows = packed[:, 0] if alone else packed
+            for name, buffer in zip(self._names, buffers, strict=True):
+                cut = buffer[at:end]
+                yield rows[name], cut if alone else cut.reshape(*packed.shape, *cut.shape[1:])
             at = end
-        self._session.run_with_iobinding(room.binding)
-        at = 0
-        for part in after:
-            new, end = part.view(np.float32), at + len(part)
-            for buffer, cut in zip(room.states_out, self._cuts, strict=True):
-                new[:, cut] = buffer[at:end]
-            at = end
-        return room.y.copy(), is_finite(room.made)
-
-    def step_one(self, x: bytes, record: bytes, at: int) -> tuple[Floats, bytes, bool]:
-        """Advance one row by one step; its buffers lie as a packed state does.
-
-        Args:
-            x: (F) float32.
-            record: Bytes with the packed state at offset `at`.
-
-        Returns:
-            Outputs (1, O), the caller's own, the new packed state, and whether both are finite.
-        """
-        room = self._rooms.get(1) or self._bind(1)
-        room.x[0] = np.frombuffer(x, np.float32)
-        self._read[: self._size] = np.frombuffer(record, np.float32, self._size, at)
-        self._session.run_with_iobinding(room.binding)
-        return room.y.copy(), room.made[: self._size].tobytes(), is_finite(room.made)
 
     def _grow(self, rows: int) -> None:
         """Make room for that many rows."""
         self._most = rows = 1 << (rows - 1).bit_length()
-        manifest = self._manifest
-        self._x = np.zeros((rows, manifest.n_features), np.float32)
+        pad = 8 * (len(self._names) + 1)  # where a tensor must not begin behind another at once
         self._lengths = np.ones(rows, np.int32)
-        self._read = np.zeros(rows * self._size, np.float32)
-        self._written = np.zeros(rows * (self._size + manifest.n_outputs), np.float32)
-        self._rooms: dict[int, Room] = {}
+        self._x = np.zeros(rows * 4 * self._manifest.n_features, np.uint8)
+        self._read = np.zeros(rows * self._row.itemsize + pad, np.uint8)
+        self._written = np.zeros(rows * (self._row.itemsize + 4 * self._manifest.n_outputs) + pad, np.uint8)
+        self._bound: dict[int, Buffers] = {}
 
-    def _bind(self, rows: int) -> Room:
+    def _bind(self, rows: int) -> Buffers:
         """The buffers' beginnings as the inputs and outputs of `rows` rows."""
         if rows > self._most:
             self._grow(rows)
-        manifest, binding = self._manifest, self._session.io_binding()
-        states_in, states_out = self._split(self._read, rows), self._split(self._written, rows)
-        made = self._written[: rows * (self._size + manifest.n_outputs)]
-        room = Room(binding, self._x[:rows], states_in, states_out, made[rows * self._size :].reshape(rows, -1), made)
-
-        def bind(to: Any, name: str, buffer: npt.NDArray[Any], *shape: int) -> None:
-            to(name, "cpu", 0, buffer.dtype, (rows, *shape), buffer.ctypes.data)
-
-        into, out_of = binding.bind_input, binding.bind_output
-        bind(into, manifest.input.name, room.x, 1, manifest.n_features)
+        spec, binding = self._manifest, self._session.io_binding()
+        x = self._tensors(self._x, {spec.input.name: "float32"}, rows)
+        before = self._tensors(self._read, {s.input: s.dtype for s in spec.states}, rows)
+        # The output may be a state's as well: then it is there once.
+        made = self._tensors(
+            self._written, {s.output: s.dtype for s in spec.states} | {spec.output.name: "float32"}, rows
+        )
+        for name, tensor in {**x, **before}.items():
+            self._bind_tensor(binding.bind_input, name, tensor)
+        for name, tensor in made.items():
+            self._bind_tensor(binding.bind_output, name, tensor)
         if self._lengths_port is not None:
-            bind(into, self._lengths_port, self._lengths)
-        for state, before, after in zip(manifest.states, states_in, states_out, strict=True):
-            bind(into, state.input, before, *state.shape)
-            bind(out_of, state.output, after, *state.shape)
-        bind(out_of, manifest.output.name, room.y, 1, manifest.n_outputs)
+            binding.bind_cpu_input(self._lengths_port, self._lengths[:rows])
         for name, value in self._constants.items():
             binding.bind_cpu_input(name, value)
-        if len(self._rooms) >= _MOST_ROOMS:
-            self._rooms.clear()
-        self._rooms[rows] = room
-        return room
+        bound = Buffers(
+            binding,
+            self._by_row(spec.input.name, x[spec.input.name]).reshape(rows, -1),
+            [self._by_row(s.input, before[s.input]).reshape(rows, *s.shape) for s in spec.states],
+            [self._by_row(s.output, made[s.output]).reshape(rows, *s.shape) for s in spec.states],
+            self._by_row(spec.output.name, made[spec.output.name]),
+            self._floats(list(made.values())),
+        )
+        if len(self._bound) >= _MOST_BOUND:
+            self._bound.clear()
+        self._bound[rows] = bound
+        return bound
 
-    def _split(self, flat: Floats, rows: int) -> list[Floats]:
-        """State tensors (rows, size), one behind the other."""
-        return [flat[rows * cut.start : rows * cut.stop].reshape(rows, -1) for cut in self._cuts]
+    def _tensors(self, memory: Bytes, dtypes: Mapping[str, str], rows: int) -> dict[str, Array]:
+        """Tensors as the graph has them, one behind the other, each at a multiple of its item size."""
+        tensors, at = {}, 0
+        for name, dtype in dtypes.items():
+            shape = [rows if size == ROWS else size for size in self._shape(name)]
+            item = np.dtype(dtype).itemsize
+            at = -(-at // item) * item
+            end = at + item * math.prod(shape)
+            tensors[name], at = memory[at:end].view(dtype).reshape(shape), end
+        return tensors
+
+    def _shape(self, name: str) -> Shape:
+        ports = self.ports[name]
+        return ports[0][1] if len(ports) == 1 else (len(ports), *ports[0][1])
+
+    def _by_row(self, name: str, tensor: Array) -> Array:
+        return np.moveaxis(tensor, self._shape(name).index(ROWS), 0)
+
+    def _bind_tensor(self, bind: Callable[..., None], name: str, tensor: Array) -> None:
+        ports = self.ports[name]
+        for (port, _), part in zip(ports, [tensor] if len(ports) == 1 else tensor, strict=True):
+            bind(port, "cpu", 0, part.dtype, part.shape, part.ctypes.data)
+
+    def _floats(self, tensors: Sequence[Array]) -> list[Array]:
+        """What may be infinite, flat; one array where all is float32, which is most models."""
+        if all(tensor.dtype == np.float32 for tensor in tensors):
+            return [self._written[: sum(tensor.nbytes for tensor in tensors)].view(np.float32)]
+        return [tensor.reshape(-1) for tensor in tensors if tensor.dtype.kind == "f"]
 
 
-def is_finite(flat: Floats) -> bool:
-    """Whether all of a flat float32 array is finite."""
+def _sound(bound: Buffers) -> Floats:
+    """The outputs of a run (B, O); NonFinite where it made something that is not."""
+    for flat in bound.floats:
+        if not is_finite(flat):
+            raise NonFinite("the model's outputs or its state would not be finite; nothing was committed")
+    return bound.y.copy().reshape(len(bound.y), -1)
+
+
+def is_finite(flat: Array) -> bool:
+    """Whether all of a flat array of floats is finite."""
     # The product overflows first, cheaply; vdot, unlike dot, does not warn of it.
     return math.isfinite(np.vdot(flat, flat)) or bool(np.isfinite(flat).all())

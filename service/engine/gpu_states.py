@@ -25,6 +25,8 @@ import onnxruntime as ort
 
 from stepcast.manifest import Manifest
 
+from . import onnx_door as onnx
+
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 Lengths = npt.NDArray[np.int32]
@@ -43,8 +45,8 @@ GRAIN: Final = 8
 _RUNS = itertools.count(1)  # of all tables, so that a tag of one is never found in another
 
 
-class CanNotReside(Exception):
-    """Why a model's states can not stay on the device; it runs as any other."""
+class CannotReside(Exception):
+    """Why a model's states cannot stay on the device; it runs as any other."""
 
 
 class Slots:
@@ -126,7 +128,7 @@ class ResidentStates:
         grain: Floats per index of the scatter; None: what the device likes.
 
     Raises:
-        CanNotReside: the graph is not of a form that can be wrapped, or there is no room for one row.
+        CannotReside: the graph is not of a form that can be wrapped, or there is no room for one row.
     """
 
     def __init__(
@@ -146,14 +148,14 @@ class ResidentStates:
         self._floats = self._row_bytes // 4
         self.capacity = min(budget_bytes // self._row_bytes, MOST_SLOTS)
         if self.capacity < 1:
-            raise CanNotReside(f"resident_bytes is {budget_bytes}, one row's state takes {self._row_bytes}")
+            raise CannotReside(f"resident_bytes is {budget_bytes}, one row's state takes {self._row_bytes}")
         grain = grain or (GRAIN if device == "cuda" else self._floats)
         self._grain = math.gcd(grain, self._floats)
         pieces = self._floats // self._grain
         self._session = open_session(resident_model(model, manifest, pieces))
         self._uploads = open_session(_upload_model(self._floats, pieces))
         self._slots = Slots(self.capacity)
-        self._lanes: dict[int, _Lane] = {}
+        self._buffers: dict[int, _Buffers] = {}
         self._lock = threading.Lock()
         shape = ((self.capacity + 1) * pieces, self._grain)  # the last row is scratch, for padding
         self._table = ort.OrtValue.ortvalue_from_shape_and_type(shape, np.float32, device, 0)
@@ -170,11 +172,11 @@ class ResidentStates:
             if len(missing):
                 self._upload(slots[missing], states_of(missing))
                 self.uploaded += len(missing)
-            lane, rows = self._advance(x, lengths, slots), len(x)
-            y = lane.y[:rows].copy()
-            check(y, lengths, lane.sound[:rows])
+            buffers, rows = self._advance(x, lengths, slots), len(x)
+            y = buffers.y[:rows].copy()
+            check(y, lengths, buffers.sound[:rows])
             tags[:] = self._slots.keep(slots)
-            return y, lane.new[:rows].view(np.uint8)
+            return y, buffers.new[:rows].view(np.uint8)
 
     def _upload(self, slots: Ints, states: Bytes) -> None:
         """Write packed states (M, row_bytes) into their slots; in buckets of rows, as in `_advance`."""
@@ -190,24 +192,24 @@ class ResidentStates:
         binding.synchronize_inputs()
         self._uploads.run_with_iobinding(binding)
 
-    def _advance(self, x: Floats, lengths: Lengths | None, slots: Ints) -> "_Lane":
-        """Run the rows in their slots; the lane holds what came out."""
+    def _advance(self, x: Floats, lengths: Lengths | None, slots: Ints) -> "_Buffers":
+        """Run the rows in their slots; their buffers hold what came out."""
         rows, steps = x.shape[:2]
         bucket = _bucket(rows)
-        lane = self._lanes.get(bucket) if steps == 1 else None
-        if lane is None:
-            lane = _Lane(self._session, self._manifest, self._table, bucket, steps)
+        buffers = self._buffers.get(bucket) if steps == 1 else None
+        if buffers is None:
+            buffers = _Buffers(self._session, self._manifest, self._table, bucket, steps)
             if steps == 1:
-                self._lanes[bucket] = lane
-        lane.x[:rows] = x
-        lane.lengths[:rows] = steps if lengths is None else lengths
-        lane.slots[:rows] = slots
-        lane.x[rows:], lane.lengths[rows:], lane.slots[rows:] = 0, 0, self.capacity
-        lane.run()
-        return lane
+                self._buffers[bucket] = buffers
+        buffers.x[:rows] = x
+        buffers.lengths[:rows] = steps if lengths is None else lengths
+        buffers.slots[:rows] = slots
+        buffers.x[rows:], buffers.lengths[rows:], buffers.slots[rows:] = 0, 0, self.capacity
+        buffers.run()
+        return buffers
 
 
-class _Lane:
+class _Buffers:
     """Buffers and bindings for runs of one shape, padded to a power of two of rows so that shapes are few."""
 
     def __init__(
@@ -234,7 +236,7 @@ class _Lane:
     def run(self) -> None:
         """x, lengths and slots through the graph; y, new, sound and the table change."""
         for name, value in self._inputs.items():
-            self._binding.bind_ortvalue_input(name, value)  # anew each time: this is what copies it to the device
+            self._binding.bind_ortvalue_input(name, value)  # each time: this is what copies it to the device
         self._binding.synchronize_inputs()
         self._session.run_with_iobinding(self._binding)
 
@@ -265,54 +267,44 @@ def _check_manifest(m: Manifest) -> None:
     }
     for reason, applies in why.items():
         if applies:
-            raise CanNotReside(reason)
+            raise CannotReside(reason)
 
 
-def packed_model(path: Path, manifest: Manifest) -> Any:
+def _states_in_one(path: Path, manifest: Manifest) -> Any:
     """The model with one input and one output for all states: packed rows (B, S) float32, in the manifest's order.
 
     Returns:
         An onnx.ModelProto.
 
     Raises:
-        CanNotReside: the graph is too old or of fixed batch size.
+        CannotReside: the graph is too old or of fixed batch size.
     """
-    import onnx
-    from onnx import helper
-
     model = onnx.load(str(path))
-    graph = model.graph
+    graph, states = model.graph, manifest.states
     opset = max((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), default=0)
     if opset < 13:
-        raise CanNotReside(f"its opset is {opset}, the least is 13")
-    inputs = {port.name: port for port in graph.input}
-    outputs = {port.name: port for port in graph.output}
-    for name in (manifest.input.name, *(s.input for s in manifest.states)):
-        if inputs[name].type.tensor_type.shape.dim[0].HasField("dim_value"):
-            raise CanNotReside(f"input {name!r} has a fixed batch size")
-    states = manifest.states
-    before = [helper.make_node("Split", [_STATES, f"{_NAME}sizes"], [f"{_NAME}{s.input}" for s in states], axis=1)]
+        raise CannotReside(f"its opset is {opset}, the least is 13")
+    ports = {port.name: port for port in (*graph.input, *graph.output)}
+    for name in (manifest.input.name, *(s.input for s in states)):
+        if ports[name].type.tensor_type.shape.dim[0].HasField("dim_value"):
+            raise CannotReside(f"input {name!r} has a fixed batch size")
+    node = onnx.helper.make_node
+    before = [node("Split", [_STATES, f"{_NAME}sizes"], [f"{_NAME}{s.input}" for s in states], axis=1)]
     after = []
     graph.initializer.append(_constant(f"{_NAME}sizes", [s.size for s in states]))
     for state in states:
-        graph.input.remove(inputs[state.input])
+        graph.input.remove(ports[state.input])
         if state.output != manifest.output.name:
-            graph.output.remove(outputs[state.output])
-        graph.initializer.append(_constant(f"{_NAME}{state.input}/shape", [-1, *state.shape]))
-        graph.initializer.append(_constant(f"{_NAME}{state.output}/shape", [-1, state.size]))
-        before.append(
-            helper.make_node("Reshape", [f"{_NAME}{state.input}", f"{_NAME}{state.input}/shape"], [state.input])
-        )
-        after.append(
-            helper.make_node("Reshape", [state.output, f"{_NAME}{state.output}/shape"], [f"{_NAME}{state.output}"])
-        )
-    after.append(helper.make_node("Concat", [f"{_NAME}{s.output}" for s in states], [_NEW], axis=1))
-    nodes = [*before, *graph.node, *after]
-    del graph.node[:]
-    graph.node.extend(nodes)
+            graph.output.remove(ports[state.output])
+        apart, flat = f"{_NAME}{state.input}/shape", f"{_NAME}{state.output}/shape"
+        graph.initializer.extend([_constant(apart, [-1, *state.shape]), _constant(flat, [-1, state.size])])
+        before.append(node("Reshape", [f"{_NAME}{state.input}", apart], [state.input]))
+        after.append(node("Reshape", [state.output, flat], [f"{_NAME}{state.output}"]))
+    after.append(node("Concat", [f"{_NAME}{s.output}" for s in states], [_NEW], axis=1))
+    _put_around(graph, before, after)
     floats = sum(s.size for s in states)
-    graph.input.append(helper.make_tensor_value_info(_STATES, onnx.TensorProto.FLOAT, [None, floats]))
-    graph.output.append(helper.make_tensor_value_info(_NEW, onnx.TensorProto.FLOAT, [None, floats]))
+    graph.input.append(_port(_STATES, [None, floats]))
+    graph.output.append(_port(_NEW, [None, floats]))
     return model
 
 
@@ -323,87 +315,81 @@ def resident_model(path: Path, manifest: Manifest, pieces: int) -> bytes:
     The table is (rows x pieces, floats per piece): one index per piece, so that a GPU's threads share a row.
 
     Raises:
-        CanNotReside: as in `packed_model`, or no new state depends on an old one.
+        CannotReside: the graph is too old or of fixed batch size, or no new state depends on an old one.
     """
-    model = packed_model(path, manifest)
-    from onnx import TensorProto, helper, numpy_helper
-
+    model = _states_in_one(path, manifest)
     graph = model.graph
     if not _depends(graph, _NEW, _STATES):  # else nothing would keep the scatter from running before the gather
-        raise CanNotReside("its new states do not depend on the old ones")
+        raise CannotReside("its new states do not depend on the old ones")
     floats = sum(s.size for s in manifest.states)
-    shape = [None, floats // pieces]
     graph.input.remove(next(port for port in graph.input if port.name == _STATES))
-    graph.input.append(helper.make_tensor_value_info(_TABLE, TensorProto.FLOAT, shape))
-    graph.input.append(helper.make_tensor_value_info(_SLOTS, TensorProto.INT64, [None]))
-    graph.output.append(helper.make_tensor_value_info(_TABLE_OUT, TensorProto.FLOAT, shape))
+    graph.input.extend([_port(_TABLE, [None, floats // pieces]), _slots_port()])
+    graph.output.extend([_port(_TABLE_OUT, [None, floats // pieces]), _port(_SOUND, [None, 1])])
     constants, indices = _indices(pieces)
-    graph.output.append(helper.make_tensor_value_info(_SOUND, TensorProto.FLOAT, [None, 1]))
-    zeros = numpy_helper.from_array(np.zeros((floats, 1), np.float32), f"{_NAME}zeros")
+    zeros = onnx.numpy_helper.from_array(np.zeros((floats, 1), np.float32), f"{_NAME}zeros")
     graph.initializer.extend([*constants, _constant(f"{_NAME}packed", [-1, floats]), zeros])
     gather = [
-        helper.make_node("Gather", [_TABLE, f"{_NAME}indices"], [f"{_NAME}found"], axis=0),
-        helper.make_node("Reshape", [f"{_NAME}found", f"{_NAME}packed"], [_STATES]),
+        onnx.helper.make_node("Gather", [_TABLE, f"{_NAME}indices"], [f"{_NAME}found"], axis=0),
+        onnx.helper.make_node("Reshape", [f"{_NAME}found", f"{_NAME}packed"], [_STATES]),
     ]
-    sound = helper.make_node("MatMul", [_NEW, f"{_NAME}zeros"], [_SOUND])  # 0 x inf and 0 x NaN are NaN
-    nodes = [*indices, *gather, *graph.node, *_scatter(_NEW, pieces, floats, graph.initializer), sound]
-    del graph.node[:]
-    graph.node.extend(nodes)
+    sound = onnx.helper.make_node("MatMul", [_NEW, f"{_NAME}zeros"], [_SOUND])  # 0 x inf and 0 x NaN are NaN
+    _put_around(graph, [*indices, *gather], [*_scatter(_NEW, pieces, floats, graph.initializer), sound])
     return bytes(model.SerializeToString())
 
 
 def _upload_model(floats: int, pieces: int) -> bytes:
     """(table, slots (M,), states (M, S)) -> the table with these rows."""
-    from onnx import TensorProto, helper
-
     constants, indices = _indices(pieces)
     nodes = [*indices, *_scatter(_STATES, pieces, floats, constants)]
     shape = [None, floats // pieces]
-    ports = [
-        helper.make_tensor_value_info(_TABLE, TensorProto.FLOAT, shape),
-        helper.make_tensor_value_info(_SLOTS, TensorProto.INT64, [None]),
-        helper.make_tensor_value_info(_STATES, TensorProto.FLOAT, [None, floats]),
-    ]
-    out = helper.make_tensor_value_info(_TABLE_OUT, TensorProto.FLOAT, shape)
-    graph = helper.make_graph(nodes, "upload", ports, [out], constants)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    ports = [_port(_TABLE, shape), _slots_port(), _port(_STATES, [None, floats])]
+    graph = onnx.helper.make_graph(nodes, "upload", ports, [_port(_TABLE_OUT, shape)], constants)
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
     return bytes(model.SerializeToString())
+
+
+def _put_around(graph: Any, before: list[Any], after: list[Any]) -> None:
+    nodes = [*before, *graph.node, *after]
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _port(name: str, shape: list[int | None]) -> Any:
+    return onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
+
+
+def _slots_port() -> Any:
+    return onnx.helper.make_tensor_value_info(_SLOTS, onnx.TensorProto.INT64, [None])
 
 
 def _indices(pieces: int) -> tuple[list[Any], list[Any]]:
     """Constants and nodes that make the indices (B, pieces) of slots (B,): slot x pieces + 0, 1, 2..."""
-    from onnx import helper
-
     constants = [
         _constant(f"{_NAME}last", [1]),
         _constant(f"{_NAME}pieces", [pieces]),
         _constant(f"{_NAME}range", list(range(pieces))),
     ]
     nodes = [
-        helper.make_node("Unsqueeze", [_SLOTS, f"{_NAME}last"], [f"{_NAME}column"]),
-        helper.make_node("Mul", [f"{_NAME}column", f"{_NAME}pieces"], [f"{_NAME}first"]),
-        helper.make_node("Add", [f"{_NAME}first", f"{_NAME}range"], [f"{_NAME}indices"]),
+        onnx.helper.make_node("Unsqueeze", [_SLOTS, f"{_NAME}last"], [f"{_NAME}column"]),
+        onnx.helper.make_node("Mul", [f"{_NAME}column", f"{_NAME}pieces"], [f"{_NAME}first"]),
+        onnx.helper.make_node("Add", [f"{_NAME}first", f"{_NAME}range"], [f"{_NAME}indices"]),
     ]
     return constants, nodes
 
 
 def _scatter(rows: str, pieces: int, floats: int, constants: Any) -> list[Any]:
     """Nodes that write rows (B, S) into the table; their constants are appended."""
-    from onnx import helper
-
     constants.append(_constant(f"{_NAME}innermost", [2]))
     constants.append(_constant(f"{_NAME}cut", [-1, pieces, floats // pieces]))
     return [
-        helper.make_node("Unsqueeze", [f"{_NAME}indices", f"{_NAME}innermost"], [f"{_NAME}places"]),
-        helper.make_node("Reshape", [rows, f"{_NAME}cut"], [f"{_NAME}cuts"]),
-        helper.make_node("ScatterND", [_TABLE, f"{_NAME}places", f"{_NAME}cuts"], [_TABLE_OUT]),
+        onnx.helper.make_node("Unsqueeze", [f"{_NAME}indices", f"{_NAME}innermost"], [f"{_NAME}places"]),
+        onnx.helper.make_node("Reshape", [rows, f"{_NAME}cut"], [f"{_NAME}cuts"]),
+        onnx.helper.make_node("ScatterND", [_TABLE, f"{_NAME}places", f"{_NAME}cuts"], [_TABLE_OUT]),
     ]
 
 
 def _constant(name: str, values: list[int]) -> Any:
-    from onnx import numpy_helper
-
-    return numpy_helper.from_array(np.array(values, np.int64), name)
+    return onnx.numpy_helper.from_array(np.array(values, np.int64), name)
 
 
 def _depends(graph: Any, value: str, on: str) -> bool:

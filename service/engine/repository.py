@@ -5,11 +5,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from stepcast.errors import ManifestError, ModelNotFound
-from stepcast.manifest import MANIFEST_FILE, Manifest
+from stepcast.manifest import GOLDEN_FILE, MANIFEST_FILE, MODEL_FILE, Manifest
 
-from .model import Proof, Runtime
+from .golden import Proof
+from .model import Runtime
 
 log = logging.getLogger("stepcast.repository")
+
+Stamp = list[tuple[int, int, int] | None]
+"""Time of change (ns), size and inode of each file of a version, None where it is not there."""
 
 
 @dataclass(slots=True)
@@ -55,7 +59,10 @@ class Repository:
         self.changes = 0
         """How often what is live has changed."""
         self._retired: set[tuple[str, int]] = set()
+        self._failed: dict[Path, Stamp] = {}
+        """Versions that were not served, as they were then: loading them again would change nothing."""
         self.failures: dict[str, str] = {}
+        """Why a version is not served, by its directory."""
 
     def scan(self) -> list[Served]:
         """Load what is new, let go of nothing. Blocking: call it in a thread while requests are served.
@@ -86,34 +93,37 @@ class Repository:
             self._mixed.discard(name)
             return
         self._live[name] = versions[max(versions)]
-        if len({served.n_features for served in versions.values()}) > 1:
-            self._mixed.add(name)
-        else:
-            self._mixed.discard(name)
+        mixed = len({served.n_features for served in versions.values()}) > 1
+        (self._mixed.add if mixed else self._mixed.discard)(name)
 
     def _load(self, directory: Path) -> Served | None:
         name, version = directory.parent.name, directory.name
-        if not version.isdigit() or int(version) in self._served.get(name, {}):
+        if not (version.isascii() and version.isdigit()) or int(version) in self._served.get(name, {}):
             return None
-        if (name, int(version)) in self._retired:
+        stamp = _stamp(directory)
+        if (name, int(version)) in self._retired or self._failed.get(directory) == stamp:
             return None
         try:
-            runtime = Runtime(directory, device=self._device, threads=self._threads)
-            if (runtime.manifest.name, runtime.manifest.version) != (name, int(version)):
-                raise ManifestError(
-                    f"{directory}: manifest.json is of {runtime.manifest.name}/{runtime.manifest.version}"
-                )
-            served = Served(runtime, runtime.prove())
-            runtime.quicken()
-            if runtime.device == "cuda" and self._resident_bytes:
-                runtime.reside(self._resident_bytes)
+            served = self._proved(directory)
         except ManifestError as error:
-            if self.failures.get(str(directory)) != str(error):
-                log.error("not served: %s", error)
-            self.failures[str(directory)] = str(error)
+            log.error("not served: %s", error)
+            self._failed[directory], self.failures[str(directory)] = stamp, str(error)
             return None
+        self._failed.pop(directory, None)
         self.failures.pop(str(directory), None)
-        log.info("serving %s version %s on %s", name, version, runtime.device)
+        log.info("serving %s version %s on %s", name, version, served.runtime.device)
+        return served
+
+    def _proved(self, directory: Path) -> Served:
+        """A version that has reproduced its golden.npz, as fast as it goes here."""
+        runtime = Runtime(directory, device=self._device, threads=self._threads)
+        name, version = runtime.manifest.name, runtime.manifest.version
+        if (name, version) != (directory.parent.name, int(directory.name)):
+            raise ManifestError(f"{directory}: manifest.json is of {name}/{version}")
+        served = Served(runtime, runtime.prove())
+        runtime.quicken()
+        if runtime.device == "cuda" and self._resident_bytes:
+            runtime.reside(self._resident_bytes)
         return served
 
     def names(self) -> list[str]:
@@ -156,9 +166,9 @@ class Repository:
         """
         served = self._of(name).get(version)
         if served is None:
-            raise ModelNotFound(
-                f"model {name!r} has no version {version}, it has {self.versions(name)}", model=name, version=version
-            )
+            text = f"model {name!r} has no version {version}, it has {self.versions(name)}"
+            # Problem documents are encoded with integers of 64 bits.
+            raise ModelNotFound(text, model=name, version=version if version.bit_length() < 64 else str(version))
         return served
 
     def retire(self, name: str, version: int) -> None:
@@ -175,3 +185,14 @@ class Repository:
         if not versions:
             raise ModelNotFound(f"model {name!r} is not served, there are {self.names()}", model=name)
         return versions
+
+
+def _stamp(directory: Path) -> Stamp:
+    stamp: Stamp = []
+    for name in (MODEL_FILE, MANIFEST_FILE, GOLDEN_FILE):
+        try:
+            found = (directory / name).stat()
+            stamp.append((found.st_mtime_ns, found.st_size, found.st_ino))
+        except OSError:
+            stamp.append(None)
+    return stamp

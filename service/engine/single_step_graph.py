@@ -1,17 +1,22 @@
-"""The graph for one step: what model.onnx says of T steps, written anew for a single one.
+"""The graph for one step: what model.onnx says of T steps, written for a single one.
 
 A recurrent node walks over time; for one step its loop, its lengths and the selection of rows that have any step are
 work for nothing. Here each LSTM, GRU and RNN becomes the matrix products and activations of its equations
 (https://onnx.ai/onnx/operators/, opset 13), which onnxruntime fuses and vectorises. A run takes 0.55 to 0.9 of the
-time. All other nodes stay as they are. The caller proves the result against golden.npz, as it does model.onnx.
+time. Inputs and outputs lose their axes of size 1, and a state of all layers in one tensor becomes one port per layer:
+the bytes in memory are the same, and nothing is copied from one shape to the other. All other nodes stay as they are.
+The caller proves the result against golden.npz, as it does model.onnx.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+from . import onnx_door as onnx
+from .buffers import ROWS, Ports, Shape
 
 Array = npt.NDArray[Any]
 Axes = tuple[int, ...]
@@ -27,67 +32,79 @@ _DEFAULTS: Final[Mapping[str, tuple[str, ...]]] = {
     "RNN": ("Tanh",),
 }
 _KNOWN_ATTRIBUTES: Final = frozenset({"activations", "direction", "hidden_size", "layout", "linear_before_reset"})
+_COMPARE: Final[Mapping[str, Callable[[Array, Array], Array]]] = {
+    **{"Greater": np.greater, "GreaterOrEqual": np.greater_equal, "Less": np.less},
+    **{"LessOrEqual": np.less_equal, "Equal": np.equal},
+}
+_ONE_OF_MANY: Final = frozenset({"Slice", "Gather", "Split"})
 _NAME: Final = "one_step/"
+_ROWS_AXIS: Final = "one_step/rows"
 
 
-def one_step_graph(path: Path, x: str, y: str, lengths: str | None) -> bytes | None:
-    """The graph for x (B, 1, F), every row having that step; without `lengths` where nothing is left that needs it.
+class SingleStepGraph(NamedTuple):
+    """A serialised model, and its ports."""
+
+    model: bytes
+    ports: Ports
+
+
+def single_step_graph(path: Path, ports: Ports, lengths: str | None) -> SingleStepGraph | None:
+    """The graph for one step, every row having that step; without `lengths` where nothing is left that needs it.
 
     Args:
-        path: model.onnx of batch first, time second, all states float32 and batch first.
-        x, y, lengths: Names of its input, output and input of valid steps per row.
+        path: model.onnx.
+        ports: Of it.
+        lengths: The name of its input of valid steps per row.
 
     Returns:
-        A serialised model; None where there is nothing to gain: no recurrent node that could be written anew, a graph
-        with graphs inside, or one that is large.
+        None where there is nothing to gain: no recurrent node that could be written as equations, a graph with graphs
+        inside, or one that is large.
     """
-    import onnx
-
     model = onnx.load(str(path), load_external_data=False)
     graph = model.graph
     opset = max((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), default=0)
     outside = any(i.data_location == onnx.TensorProto.EXTERNAL for i in graph.initializer)
     if opset < _LEAST_OPSET or model.functions or outside or _has_graphs(graph) or path.stat().st_size > MOST_BYTES:
         return None
-    for port in graph.input:
-        if port.name == x:
-            port.type.tensor_type.shape.dim[1].dim_value = 1
-    for port in graph.output:
-        if port.name == y and len(port.type.tensor_type.shape.dim) > 1:
-            port.type.tensor_type.shape.dim[1].dim_value = 1
-    rewriter = _Rewriter(onnx.shape_inference.infer_shapes(model).graph, lengths)
+    for port in (*graph.input, *graph.output):
+        if port.name in ports:
+            port.CopyFrom(_port(port.name, port.type.tensor_type.elem_type, ports[port.name][0][1]))
+    rewriter = _Rewriter(onnx.shape_inference.infer_shapes(model).graph, ports, lengths)
     nodes = rewriter.rewritten()
-    if not rewriter.written_anew:
+    if not rewriter.rewrote:
         return None
-    del graph.node[:]
     del graph.value_info[:]
-    graph.node.extend(nodes)
+    _replace(graph.node, nodes)
     graph.initializer.extend(rewriter.made)
+    for side in (graph.input, graph.output):
+        _replace(side, [new for port in side for new in rewriter.new_ports(port)])
     _drop_unused(graph, lengths)
-    return bytes(model.SerializeToString())
+    return SingleStepGraph(bytes(model.SerializeToString()), rewriter.ports)
 
 
 class _Rewriter:
     """Goes through the nodes in order. Views are followed, not made, until somebody needs them.
 
     Attributes:
+        ports: Of the graph that is made.
         made: Initializers that were added.
-        written_anew: How many recurrent nodes were.
+        rewrote: How many recurrent nodes are equations now.
     """
 
-    def __init__(self, graph: Any, lengths: str | None) -> None:
-        from onnx import numpy_helper
-
+    def __init__(self, graph: Any, ports: Ports, lengths: str | None) -> None:
         self._graph = graph
+        self.ports = dict(ports)
         self.made: list[Any] = []
-        self.written_anew = 0
+        self.rewrote = 0
         self._nodes: list[Any] = []
-        self._constants: dict[str, Array] = {i.name: numpy_helper.to_array(i) for i in graph.initializer}
+        self._constants: dict[str, Array] = {i.name: onnx.numpy_helper.to_array(i) for i in graph.initializer}
         self._shapes = _shapes(graph)
-        self._same: dict[str, str] = {}
-        """Names that stand for others."""
         self._views: dict[str, tuple[str, Axes]] = {}
-        """Names of tensors that are others with axes of size 1 put in: at these places of the result."""
+        """Names of tensors that are others with axes of size 1 put in, if any: at these places of the result."""
+        self._stacks: dict[str, list[str]] = {}
+        """Names of tensors that are others one behind the other, along a first axis that these do not have."""
+        self._whole: dict[tuple[str, Axes], str] = {}
+        """Views and stacks that somebody needed: what was made for them."""
         self._everywhere: dict[str, Array] = {}
         """Names of tensors that have one value all over."""
         if lengths is not None:
@@ -95,128 +112,185 @@ class _Rewriter:
 
     def rewritten(self) -> list[Any]:
         """All nodes."""
+        for port in self._graph.input:
+            if port.name in self.ports:
+                self._take_apart(port.name)
         for node in self._graph.node:
             if not self._rewrite(node):
                 self._keep(node)
         for port in self._graph.output:
-            if port.name in self._same or port.name in self._views:
-                self._add("Identity", [self._made(self._same.get(port.name, port.name))], port.name)
-        return _without_copies(self._nodes, {port.name for port in self._graph.output})
+            self._give(port.name)
+        return _without_copies(self._nodes, {new.name for port in self._graph.output for new in self.new_ports(port)})
+
+    def new_ports(self, port: Any) -> list[Any]:
+        """What is declared instead of an input or output."""
+        new = self.ports.get(port.name, ())
+        if not new or new[0][0] == port.name:
+            return [port]
+        kind = port.type.tensor_type.elem_type
+        return [_port(name, kind, shape) for name, shape in new]
+
+    # --- inputs and outputs -------------------------------------------------------------------------------------
+
+    def _take_apart(self, name: str) -> None:
+        """Let an input have no axes of size 1, and be several where it is only read layer by layer."""
+        shape, axes = _without_ones(self.ports[name][0][1])
+        readers = [node for node in self._graph.node if name in node.input]
+        if shape[0] != ROWS and shape[1:2] == (ROWS,) and not axes and all(n.op_type in _ONE_OF_MANY for n in readers):
+            self._stacks[name] = self._declare(name, shape[1:], shape[0])
+        elif axes:
+            self._views[name] = self._declare(name, shape, 1)[0], axes
+
+    def _give(self, name: str) -> None:
+        """Make an output, in the shape that it has already."""
+        (base, axes), stack = self._view_of(name), self._stacks.get(name)
+        whole = self.ports[name][0][1] if name in self.ports else ()
+        shape, ones = _without_ones(whole)
+        if stack and whole[1:2] == (ROWS,):
+            for new, part in zip(self._declare(name, whole[1:], len(stack)), stack, strict=True):
+                self._add("Identity", [part], new)
+        elif axes and axes == ones:
+            self._add("Identity", [base], self._declare(name, shape, 1)[0])
+        elif stack or axes or base != name:
+            self._add("Identity", [self._made(name)], name)
+
+    def _declare(self, name: str, shape: Shape, count: int) -> list[str]:
+        names = [f"{_NAME}{name}/{number}" for number in range(count)]
+        self.ports[name] = [(new, shape) for new in names]
+        return names
+
+    # --- nodes --------------------------------------------------------------------------------------------------
 
     def _rewrite(self, node: Any) -> bool:
         """Whether a node is dealt with; else it stays."""
-        if node.op_type == "Constant" and node.attribute[0].name == "value":
-            from onnx import numpy_helper
-
-            self._constants[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
+        if node.op_type == "Constant" and node.attribute[0].name in ("value", "value_int", "value_ints"):
+            value = onnx.helper.get_attribute_value(node.attribute[0])
+            is_tensor = node.attribute[0].name == "value"
+            self._constants[node.output[0]] = onnx.numpy_helper.to_array(value) if is_tensor else np.array(value)
             return False
         self._look_for_one_value(node)
-        if node.op_type in ("LSTM", "GRU", "RNN"):
-            return self._recurrent(node)
-        view = {"Unsqueeze": self._unsqueeze, "Squeeze": self._squeeze, "Transpose": self._transpose}.get(node.op_type)
-        if view is not None:
-            return view(node)
-        return (node.op_type == "Identity" and self._identity(node)) or (node.op_type == "Where" and self._where(node))
+        rewrite: Callable[[Any], bool] | None = {
+            **dict.fromkeys(("LSTM", "GRU", "RNN"), self._recurrent),
+            **dict.fromkeys(("MatMul", "Add"), self._through),
+            **dict.fromkeys(_ONE_OF_MANY, self._one_of_many),
+            **dict.fromkeys(("Unsqueeze", "Squeeze", "Transpose", "Identity"), self._moves_nothing),
+            **{"Where": self._where, "Concat": self._concat},
+        }.get(node.op_type)
+        return rewrite is not None and rewrite(node)
 
     def _keep(self, node: Any) -> None:
-        inputs = [self._made(name) for name in node.input]
-        del node.input[:]
-        node.input.extend(inputs)
+        _replace(node.input, [self._made(name) for name in node.input])
         self._nodes.append(node)
 
     def _add(self, op: str, inputs: Sequence[str], output: str = "", **attributes: Any) -> str:
-        from onnx import helper
-
         output = output or f"{_NAME}{len(self._nodes)}"
-        self._nodes.append(helper.make_node(op, list(inputs), [output], **attributes))
+        self._nodes.append(onnx.helper.make_node(op, list(inputs), [output], **attributes))
         return output
 
     def _constant(self, value: Array) -> str:
-        from onnx import numpy_helper
-
         name = f"{_NAME}constant_{len(self.made)}"
-        self.made.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
+        self.made.append(onnx.numpy_helper.from_array(np.ascontiguousarray(value), name))
         return name
 
     # --- what is the same as something else ---------------------------------------------------------------------
 
     def _made(self, name: str) -> str:
-        """The name of a tensor that is there; a view is made when first needed."""
-        name = self._same.get(name, name)
-        if name in self._views:
-            base, axes = self._views.pop(name)
-            self._same[name] = self._add("Unsqueeze", [base, self._constant(np.array(axes, np.int64))])
-            return self._same[name]
-        return name
+        """The name of a tensor that is there; a view or a stack is made when first needed."""
+        base, axes = self._view_of(name)
+        if (base, axes) not in self._whole:
+            if base in self._stacks:
+                first = self._constant(np.array([0], np.int64))
+                parts = [self._add("Unsqueeze", [part, first]) for part in self._stacks[base]]
+                self._whole[base, axes] = self._add("Concat", parts, axis=0)
+            elif axes:
+                self._whole[base, axes] = self._add("Unsqueeze", [base, self._constant(np.array(axes, np.int64))])
+        return self._whole.get((base, axes), base)
 
     def _view_of(self, name: str) -> tuple[str, Axes]:
-        name = self._same.get(name, name)
         return self._views.get(name, (name, ()))
 
     def _be(self, name: str, base: str, axes: Axes) -> bool:
         """Let `name` stand for `base` with axes put in."""
-        if axes:
-            self._views[name] = base, axes
-        else:
-            self._same[name] = self._same.get(base, base)
+        self._views[name] = base, axes
         return True
 
-    def _identity(self, node: Any) -> bool:
-        return self._be(node.output[0], *self._view_of(node.input[0]))
-
-    def _axes(self, node: Any, rank: int) -> Axes | None:
-        axes = self._constants.get(node.input[1]) if len(node.input) > 1 else None
-        return None if axes is None else tuple(sorted(int(axis) % rank for axis in axes.reshape(-1)))
-
-    def _unsqueeze(self, node: Any) -> bool:
-        base, inside = self._view_of(node.input[0])
-        shape = self._shapes.get(node.output[0])
-        axes = None if shape is None else self._axes(node, len(shape))
-        if shape is None or axes is None or inside:
+    def _moves_nothing(self, node: Any) -> bool:
+        """Axes of size 1 come, go or change places."""
+        (base, inside), order = self._view_of(node.input[0]), _attributes(node).get("perm")
+        before, after = (self._shapes.get(name) for name in (node.input[0], node.output[0]))
+        if before is None or after is None or base in self._stacks:
             return False
-        return self._be(node.output[0], base, axes)
+        if order is not None:
+            kept = [at for at in order if before[at] != 1]
+            if kept != sorted(kept):
+                return False
+            ones = tuple(at for at, size in enumerate(before) if size == 1)
+            if inside != ones:
+                base, inside = self._flat(node.input[0], *ones), ones
+        axes = _put_in(after, [size for at, size in enumerate(before) if at not in inside])
+        return axes is not None and self._be(node.output[0], base, axes)
 
-    def _squeeze(self, node: Any) -> bool:
-        base, inside = self._view_of(node.input[0])
-        shape = self._shapes.get(node.input[0])
-        axes = None if shape is None else self._axes(node, len(shape))
-        if axes is None or not inside or not set(axes) <= set(inside):
-            return False
-        left = tuple(axis - sum(gone < axis for gone in axes) for axis in inside if axis not in axes)
-        return self._be(node.output[0], base, left)
-
-    def _transpose(self, node: Any) -> bool:
-        """Of (B, 1, F) to (1, B, F) and back: nothing moves."""
-        shape = self._shapes.get(node.input[0])
-        order = next((list(a.ints) for a in node.attribute if a.name == "perm"), None)
-        if order != [1, 0, 2] or shape is None or 1 not in shape[:2]:
-            return False
-        one = 1 if shape[1] == 1 else 0
-        return self._be(node.output[0], self._flat(node.input[0], one), (1 - one,))
-
-    def _flat(self, name: str, axis: int) -> str:
-        """A tensor without its axis `axis` of size 1."""
+    def _flat(self, name: str, *axes: int) -> str:
+        """A tensor without these axes of size 1."""
         base, inside = self._view_of(name)
-        if inside == (axis,):
+        if inside == axes:
             return base
-        return self._add("Squeeze", [self._made(name), self._constant(np.array([axis], np.int64))])
+        return self._add("Squeeze", [self._made(name), self._constant(np.array(axes, np.int64))])
+
+    def _through(self, node: Any) -> bool:
+        """The product of a view with a matrix, or its sum with a vector, is a view of that of its base."""
+        ranks = (2,) if node.op_type == "MatMul" else (0, 1)
+        constant = [name in self._constants and self._constants[name].ndim in ranks for name in node.input]
+        if constant.count(True) != 1 or (node.op_type == "MatMul" and constant[0]):
+            return False
+        name = node.input[constant.index(False)]
+        (base, axes), shape = self._view_of(name), self._shapes.get(name)
+        if not axes or shape is None or axes[-1] >= len(shape) - 1:
+            return False
+        inputs = [given if fixed else base for given, fixed in zip(node.input, constant, strict=True)]
+        return self._be(node.output[0], self._add(node.op_type, inputs), axes)
+
+    # --- layers in one tensor -----------------------------------------------------------------------------------
+
+    def _one_of_many(self, node: Any) -> bool:
+        """One index of the first axis of a stack."""
+        stack, given = self._stacks.get(node.input[0]), _attributes(node)
+        numbers = [self._constants.get(name) for name in node.input[1:]]
+        if stack is None or any(number is None for number in numbers):
+            return False
+        first = [number.reshape(-1).tolist() for number in numbers if number is not None]
+        if node.op_type == "Split" and given.get("axis", 0) == 0 and len(node.output) == len(stack):
+            for name, part in zip(node.output, stack, strict=True):
+                self._be(name, part, (0,))
+            return True
+        if node.op_type == "Gather" and given.get("axis", 0) == 0 and len(first[0]) == 1:
+            scalar = self._constants[node.input[1]].ndim == 0
+            return self._be(node.output[0], stack[first[0][0]], () if scalar else (0,))
+        if node.op_type == "Slice" and first[2:] in ([[0]], [[0], [1]]):
+            picked = stack[first[0][0] : first[1][0]]
+            return len(picked) == 1 and self._be(node.output[0], picked[0], (0,))
+        return False
+
+    def _concat(self, node: Any) -> bool:
+        """What is put together along a first axis, layer by layer, is a stack."""
+        parts = [self._view_of(name) for name in node.input]
+        if _attributes(node).get("axis") != 0 or any(axes != (0,) for _, axes in parts):
+            return False
+        self._stacks[node.output[0]] = [base for base, _ in parts]
+        return True
 
     # --- what is the same for every row -------------------------------------------------------------------------
 
     def _look_for_one_value(self, node: Any) -> None:
         """Follow that every row has one step: `lengths` is 1 everywhere, so a row is present everywhere."""
-        compare: Mapping[str, Callable[[Array, Array], Array]] = {
-            **{"Greater": np.greater, "GreaterOrEqual": np.greater_equal, "Less": np.less},
-            **{"LessOrEqual": np.less_equal, "Equal": np.equal},
-        }
         values = [self._everywhere.get(name, self._scalar(name)) for name in node.input]
         if not any(name in self._everywhere for name in node.input):
             return
         first, second = (*values, None, None)[:2]
         if node.op_type in ("Unsqueeze", "Squeeze", "Cast", "Identity", "Reshape") and first is not None:
             self._everywhere[node.output[0]] = first
-        elif node.op_type in compare and first is not None and second is not None:
-            self._everywhere[node.output[0]] = compare[node.op_type](first, second)
+        elif node.op_type in _COMPARE and first is not None and second is not None:
+            self._everywhere[node.output[0]] = _COMPARE[node.op_type](first, second)
 
     def _scalar(self, name: str) -> Array | None:
         value = self._constants.get(name)
@@ -237,9 +311,7 @@ class _Rewriter:
     # --- recurrent nodes ----------------------------------------------------------------------------------------
 
     def _recurrent(self, node: Any) -> bool:
-        from onnx import helper
-
-        given = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        given = _attributes(node)
         names = [*node.input, *[""] * (8 - len(node.input))]
         x, w, r, b, lengths, h_before, c_before, p = names
         kind = node.op_type
@@ -276,7 +348,7 @@ class _Rewriter:
         for name, (base, axes) in zip(node.output, after, strict=False):
             if name:
                 self._be(name, base, axes)
-        self.written_anew += 1
+        self.rewrote += 1
         return True
 
 
@@ -349,6 +421,32 @@ class _Cell:
 # --- graphs ---------------------------------------------------------------------------------------------------------
 
 
+def _attributes(node: Any) -> dict[str, Any]:
+    return {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+
+
+def _port(name: str, kind: int, shape: Shape) -> Any:
+    return onnx.helper.make_tensor_value_info(name, kind, [_ROWS_AXIS if size == ROWS else size for size in shape])
+
+
+def _without_ones(shape: Shape) -> tuple[Shape, Axes]:
+    """A shape without axes of size 1 before the rows, nor time behind them; which axes these were."""
+    rows = shape.index(ROWS) if shape else 0
+    axes = tuple(at for at, size in enumerate(shape) if size == 1 and (at < rows or at == rows + 1 == len(shape) - 2))
+    return tuple(size for at, size in enumerate(shape) if at not in axes), axes
+
+
+def _put_in(shape: Sequence[int | str], base: Sequence[int | str]) -> Axes | None:
+    """Where axes of size 1 are put into `base` to make `shape`; None where that does not make it."""
+    axes, left = [], list(base)
+    for at, size in enumerate(shape):
+        if left and size == left[0]:
+            left.pop(0)
+        else:
+            axes.append(at)
+    return None if left or any(shape[at] != 1 for at in axes) else tuple(axes)
+
+
 def _has_graphs(graph: Any) -> bool:
     return any(attribute.HasField("g") or attribute.graphs for node in graph.node for attribute in node.attribute)
 
@@ -377,9 +475,7 @@ def _without_copies(nodes: list[Any], outputs: set[str]) -> list[Any]:
         if node.op_type == "Identity" and renamed.get(node.input[0]) == node.output[0]:
             continue
         for names in (node.input, node.output):
-            new = [renamed.get(name, name) for name in names]
-            del names[:]
-            names.extend(new)
+            _replace(names, [renamed.get(name, name) for name in names])
         kept.append(node)
     return kept
 
@@ -392,12 +488,13 @@ def _drop_unused(graph: Any, lengths: str | None) -> None:
         if needed.intersection(node.output):
             needed.update(node.input)
             kept.append(node)
-    _keep_only(graph.node, reversed(kept))
-    _keep_only(graph.initializer, (value for value in list(graph.initializer) if value.name in needed))
-    _keep_only(graph.input, (port for port in list(graph.input) if port.name != lengths or lengths in needed))
+    _replace(graph.node, reversed(kept))
+    _replace(graph.initializer, (value for value in graph.initializer if value.name in needed))
+    _replace(graph.input, (port for port in graph.input if port.name != lengths or lengths in needed))
 
 
-def _keep_only(field: Any, kept: Iterator[Any]) -> None:
-    whole = list(kept)
+def _replace(field: Any, values: Iterable[Any]) -> None:
+    """Let a repeated field hold these values."""
+    kept = list(values)
     del field[:]
-    field.extend(whole)
+    field.extend(kept)

@@ -19,10 +19,11 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import ValidationError
 
-from stepcast.errors import ManifestError, StepcastError
-from stepcast.manifest import GOLDEN_FILE, MODEL_FILE, Manifest, sha256_of, write_manifest
+from stepcast.errors import ManifestError
+from stepcast.manifest import GOLDEN_FILE, MODEL_FILE, Manifest, Tolerance, sha256_of, write_manifest
 
-from ..model import Port, Runtime, runtime_version, signature
+from ..model import Runtime
+from ..onnx_session import Port, reading, runtime_version, signature
 
 _OURS: Final = ("schema_version", "name", "version", "sha256")
 _AFFIXES: Final = re.compile(
@@ -49,7 +50,7 @@ def import_onnx(
         partial: JSON of manifest fields that are known; they win over guesses.
 
     Raises:
-        ManifestError: the graph can not be served, or can be read in more than one way; the message says which
+        ManifestError: the graph cannot be served, or can be read in more than one way; the message says which
             fields of a partial manifest would help.
     """
     known = _read_partial(partial)
@@ -94,17 +95,14 @@ def record(directory: Path) -> None:
     x = random.normal(size=(_ROWS, _STEPS, runtime.manifest.n_features)).astype(np.float32)
     lengths = np.array([_STEPS, _STEPS, 5, 3, 1, 0], np.int32)
     blank = np.frombuffer(runtime.initial(_ROWS), np.uint8).reshape(_ROWS, -1)
-    try:
+    with reading(directory / MODEL_FILE):
         _, start = runtime.run(x[::-1].copy(), None, blank)  # a state that the graph itself has made
         start = np.where(np.arange(_ROWS)[:, None] % 2, start, blank)
         y, end = runtime.run(x, lengths, start)
-        _check_rows(runtime, x, lengths, start, y)
-    except StepcastError as error:
-        raise ManifestError(f"{directory / MODEL_FILE}: {error}") from error
-    except ManifestError:
-        raise
-    except Exception as error:  # onnxruntime's exceptions have no common base but this
-        raise ManifestError(f"the graph does not run as the manifest reads it: {error}") from error
+        for row, length in enumerate(lengths[:-1]):
+            cut = slice(row, row + 1)
+            alone, _ = runtime.run(x[cut], lengths[cut], start[cut])
+            _check_alone(runtime.manifest.tolerance, alone[0, :length], y[row, :length])
     arrays: dict[str, npt.NDArray[Any]] = {"x": x, "lengths": lengths, "y": y}
     for side, states in (("state_in", start), ("state_out", end)):
         for layer, keys in runtime.unpack(states.tobytes(), _ROWS).items():
@@ -113,23 +111,12 @@ def record(directory: Path) -> None:
     runtime.prove()
 
 
-def _check_rows(
-    runtime: Runtime,
-    x: npt.NDArray[np.float32],
-    lengths: npt.NDArray[np.int32],
-    start: npt.NDArray[np.uint8],
-    y: npt.NDArray[np.float32],
-) -> None:
-    tolerance = runtime.manifest.tolerance
-    for row in range(_ROWS - 1):
-        cut = slice(row, row + 1)
-        alone, _ = runtime.run(x[cut], lengths[cut], start[cut])
-        valid = int(lengths[row])
-        if not np.allclose(alone[0, :valid], y[row, :valid], tolerance.rtol, tolerance.atol):
-            raise ManifestError(
-                "a row's answer depends on the rows beside it: an axis is read wrongly, or the graph mixes its batch. "
-                "Give $.input, $.output and $.states with their batch_axis and time_axis."
-            )
+def _check_alone(tolerance: Tolerance, alone: npt.NDArray[np.float32], in_company: npt.NDArray[np.float32]) -> None:
+    if not np.allclose(alone, in_company, tolerance.rtol, tolerance.atol):
+        raise ManifestError(
+            "a row's answer depends on the rows beside it: an axis is read wrongly, or the graph mixes its batch. "
+            "Give $.input, $.output and $.states with their batch_axis and time_axis."
+        )
 
 
 def _read_partial(path: Path | None) -> dict[str, Any]:
@@ -138,7 +125,7 @@ def _read_partial(path: Path | None) -> dict[str, Any]:
     try:
         known = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise ManifestError(f"{path}: can not be read ({error})") from error
+        raise ManifestError(f"{path}: cannot be read ({error})") from error
     if not isinstance(known, dict):
         raise ManifestError(f"{path}: is not an object")
     given = sorted(set(known) & set(_OURS))
@@ -204,33 +191,27 @@ class _Guess:
         return self.free_in.pop(found[0].name).name
 
     def _states(self) -> list[dict[str, Any]]:
-        if "states" in self.known:
-            states = [self._stated(number, dict(state)) for number, state in enumerate(self.known["states"])]
-        else:
-            states = [self._state(i, o, {}) for i, o in self._pairs()]
+        if "states" not in self.known:
+            return [self._state(i, o, {}) for i, o in self._pairs()]
+        states = []
+        for number, given in enumerate(self.known["states"]):
+            port = self._take(self.free_in, given.get("input"), f"$.states[{number}].input")
+            result = self._take(self.free_out, given.get("output"), f"$.states[{number}].output")
+            states.append(self._state(port, result, given))
         return states
 
-    def _stated(self, number: int, given: dict[str, Any]) -> dict[str, Any]:
-        where = f"$.states[{number}]"
-        port = self._take(self.free_in, given.get("input"), f"{where}.input")
-        result = self._take(self.free_out, given.get("output"), f"{where}.output")
-        return self._state(port, result, given)
-
     def _state(self, port: Port, result: Port, given: dict[str, Any]) -> dict[str, Any]:
-        if "batch_axis" in given:
-            axis = int(given["batch_axis"])
-        else:
-            dynamic = [at for at, size in enumerate(port.shape) if not isinstance(size, int)]
-            if not dynamic:
-                raise ManifestError(
-                    f"state input {port} has no dynamic axis, so sessions can not be batched. Export the graph with a "
-                    "dynamic batch axis."
-                )
-            if len(dynamic) > 1:
-                raise ManifestError(
-                    f"state input {port} has {len(dynamic)} dynamic axes. Give $.states with batch_axis and shape."
-                )
-            (axis,) = dynamic
+        dynamic = port.dynamic
+        if "batch_axis" not in given and not dynamic:
+            raise ManifestError(
+                f"state input {port} has no dynamic axis, so sessions cannot be batched. Export the graph with a "
+                "dynamic batch axis."
+            )
+        if "batch_axis" not in given and len(dynamic) > 1:
+            raise ManifestError(
+                f"state input {port} has {len(dynamic)} dynamic axes. Give $.states with batch_axis and shape."
+            )
+        axis = int(given["batch_axis"] if "batch_axis" in given else dynamic[0])
         shape = [size for at, size in enumerate(port.shape) if at != axis]
         made = {"layer": "state", "key": port.name, "input": port.name, "output": result.name, "dtype": port.dtype}
         return {**made, "shape": shape, "batch_axis": axis, **given}
@@ -257,11 +238,11 @@ class _Guess:
         if len(self.free_in) < 2 or len(self.free_out) < 2:
             return []
         pairs = []
-        for port in [p for p in self.free_in.values() if p.fixed_rows]:
-            fitting = [o for o in self.free_out.values() if _fits(port, o) and o.fixed_rows]
+        for port in [p for p in self.free_in.values() if p.has_fixed_rows]:
+            fitting = [o for o in self.free_out.values() if _fits(port, o) and o.has_fixed_rows]
             if not fitting:
                 continue
-            rivals = [i for i in self.free_in.values() if i.fixed_rows and _fits(i, fitting[0])]
+            rivals = [i for i in self.free_in.values() if i.has_fixed_rows and _fits(i, fitting[0])]
             if len(fitting) > 1 or len(rivals) > 1:
                 raise self._ambiguous(port, fitting)
             pairs.append((port, fitting[0]))
@@ -301,7 +282,7 @@ class _Guess:
         made = {"name": port.name, **given}
         if "batch_axis" in given and "time_axis" in given:
             return made
-        dynamic = [at for at, size in enumerate(port.shape) if not isinstance(size, int)]
+        dynamic = port.dynamic
         named = [at for at in dynamic if port.shape[at] in batch]
         if "batch_axis" in given:
             axis = int(given["batch_axis"])
@@ -337,7 +318,7 @@ def stem(name: str) -> str:
     """What two names of one state have in common: `h_in` and `h_out`, `h0` and `hn`, `state` and `stateN` are alike."""
     words = re.findall(r"[a-z]+|\d+", re.sub(r"(?<=[a-z])N\b", "", name).replace("::", "_").lower())
     kept = [word for word in words if not _AFFIXES.fullmatch(word)]
-    if len(kept) > 1 and kept[-1] in ("0", "n", "1"):
+    if len(kept) == len(words) > 1 and kept[-1] in ("0", "n", "1"):  # behind `in` or `out` a number is a layer's
         kept.pop()
     if kept and len(kept[-1]) == 2 and kept[-1][1] == "n":
         kept[-1] = kept[-1][0]

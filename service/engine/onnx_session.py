@@ -1,0 +1,137 @@
+"""Opens graphs in onnxruntime and says what their inputs and outputs are."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import onnxruntime as ort
+
+from stepcast.errors import ManifestError, StepcastError
+from stepcast.manifest import ITEM_BYTES, Manifest
+
+_ORT_TYPES: Final = {"float32": "float", "float64": "double", **{name: name for name in ("float16", "int64", "int32")}}
+_DTYPES: Final = {f"tensor({_ORT_TYPES.get(dtype, dtype)})": dtype for dtype in ITEM_BYTES}
+
+
+@dataclass(frozen=True, slots=True)
+class Port:
+    """An input or output of a graph; axes of no fixed size have a name, or None."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str | None, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name!r} {self.dtype} [{', '.join(map(str, self.shape))}]"
+
+    @property
+    def dynamic(self) -> list[int]:
+        """The axes of no fixed size."""
+        return [at for at, size in enumerate(self.shape) if not isinstance(size, int)]
+
+    @property
+    def has_fixed_rows(self) -> bool:
+        """Whether one axis at most is of no fixed size: a state's, not a sequence's."""
+        return len(self.dynamic) <= 1
+
+
+def open_session(
+    model: Path | bytes, device: str, threads: int = 1, profile: Path | None = None
+) -> ort.InferenceSession:
+    """A graph on a device; the arguments are Runtime's.
+
+    Raises:
+        ManifestError: onnxruntime cannot load it, or the device is not there.
+    """
+    name = "a graph made of it" if isinstance(model, bytes) else str(model)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = 3
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
+    source = model if isinstance(model, bytes) else name
+    try:
+        session = ort.InferenceSession(source, options, providers=_providers(device))
+    except ManifestError:
+        raise
+    except Exception as error:  # onnxruntime's exceptions have no common base but this
+        raise ManifestError(f"{name}: onnxruntime cannot load it: {error}") from error
+    if device == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
+        raise ManifestError(f"{name}: device is 'cuda', but onnxruntime fell back to {session.get_providers()}")
+    return session
+
+
+def _providers(device: str) -> list[Any]:
+    """What onnxruntime may run a graph on, the best first."""
+    available = ort.get_available_providers()
+    if device == "cuda" and "CUDAExecutionProvider" not in available:
+        raise ManifestError(f"device is 'cuda', onnxruntime has {available}. Install service-gpu.")
+    if device == "cpu" or "CUDAExecutionProvider" not in available:
+        return ["CPUExecutionProvider"]
+    if hasattr(ort, "preload_dlls"):
+        ort.preload_dlls()  # CUDA's libraries from their own packages, where they are not on the system's path
+    # TF32 has 10 bits of mantissa: golden.npz would not be reproduced within float32's tolerance
+    return [("CUDAExecutionProvider", {"use_tf32": "0"}), "CPUExecutionProvider"]
+
+
+def signature(path: Path) -> tuple[list[Port], list[Port]]:
+    """Inputs and outputs of a graph.
+
+    Raises:
+        ManifestError: onnxruntime cannot load it.
+    """
+    session = open_session(path, "cpu")
+    return [_port(i) for i in session.get_inputs()], [_port(o) for o in session.get_outputs()]
+
+
+def _port(given: Any) -> Port:
+    return Port(given.name, _DTYPES.get(given.type, given.type), tuple(given.shape))
+
+
+def check_signature(manifest: Manifest, session: ort.InferenceSession) -> None:
+    """See that a graph has what its manifest speaks of, and takes nothing else.
+
+    Raises:
+        ManifestError: it has not; the message says which tensor.
+    """
+    takes = {manifest.input.name: "float32", **{c.name: c.dtype for c in manifest.constants}}
+    takes |= {s.input: s.dtype for s in manifest.states}
+    if manifest.lengths is not None:
+        takes[manifest.lengths] = "int32"
+    gives = {manifest.output.name: "float32", **{s.output: s.dtype for s in manifest.states}}
+    inputs, outputs = session.get_inputs(), session.get_outputs()
+    for side, ports, wanted in (("input", inputs, takes), ("output", outputs, gives)):
+        found = {port.name: _port(port).dtype for port in ports}
+        for name, dtype in wanted.items():
+            if found.get(name) != dtype:
+                raise ManifestError(f"{side} {name!r} is {found.get(name)} in model.onnx, {dtype} in manifest.json")
+    extra = sorted({port.name for port in inputs} - set(takes))
+    if extra:
+        raise ManifestError(f"model.onnx has inputs that manifest.json does not speak of: {extra}")
+
+
+@contextmanager
+def reading(what: Path | str) -> Iterator[None]:
+    """Run a graph that may not be what its manifest says.
+
+    Raises:
+        ManifestError: whatever was raised inside, with `what` before it.
+    """
+    try:
+        yield
+    except ManifestError:
+        raise
+    except StepcastError as error:
+        raise ManifestError(f"{what}: {error}") from error
+    except Exception as error:  # onnxruntime's exceptions have no common base but this
+        raise ManifestError(f"{what}: the graph does not run as the manifest reads it: {error}") from error
+
+
+def runtime_version() -> str:
+    """onnxruntime's version."""
+    return str(ort.__version__)
