@@ -98,10 +98,10 @@ class Faulty(MemoryStore):
             raise self.on_load
         return await super().load(keys)
 
-    async def commit(self, writes: Sequence[Write]) -> list[bool]:
+    async def change(self, writes: Sequence[Write]) -> list[bool]:
         if self.before_commit is not None:
             raise self.before_commit
-        applied = await super().commit(writes)
+        applied = await super().change(writes)
         if self.after_commit is not None:
             raise self.after_commit
         return applied
@@ -121,10 +121,10 @@ class Gated(MemoryStore):
             await self.gate.wait()
         return await super().load(keys)
 
-    async def commit(self, writes: Sequence[Write]) -> list[bool]:
+    async def change(self, writes: Sequence[Write]) -> list[bool]:
         self.reached.set()
         await self.gate.wait()
-        return await super().commit(writes)
+        return await super().change(writes)
 
 
 # --- errors of the store ----------------------------------------------------------------------------------------------

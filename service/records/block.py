@@ -13,8 +13,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from ..store import as_records
-from .record import DIGEST_BYTES, HAS_CHECKPOINTS, HEADER_BYTES, KEPT_ANSWER_BYTES, KEPT_ANSWERS, LAYOUT, RUN
+from .record import DIGEST_BYTES, HAS_CHECKPOINTS, HEADER_BYTES, KEPT_ANSWER_BYTES, KEPT_ANSWERS, LAYOUT, RUN, TOKEN
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
@@ -199,3 +198,51 @@ def _keys(count: int) -> npt.NDArray[np.uint64]:
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return (z ^ (z >> np.uint64(31))) | np.uint64(1)
+
+
+def as_records(rows: Bytes) -> list[bytes]:
+    """Records that lie side by side (B, W), one by one."""
+    made: list[bytes] = rows.view(f"V{rows.shape[1]}")[:, 0].tolist()  # some times as fast as cutting
+    return made
+
+
+class Block:
+    """The next records of sessions that are stepped together, side by side."""
+
+    def __init__(
+        self,
+        keys: Sequence[str],
+        old: Bytes | Sequence[bytes] | None,
+        new: Bytes | Sequence[bytes],
+        ttl_s: float | None,
+        stays: bool = False,
+    ) -> None:
+        self.keys, self.ttl_s, self.stays, self.touch_sides = keys, ttl_s, stays, False
+        self.old = old if isinstance(old, np.ndarray) else None
+        self._old, self._new = old, new
+        self.place: object = None
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def new(self) -> Bytes:
+        """The next records (B, W)."""
+        return self._new if isinstance(self._new, np.ndarray) else side_by_side(self._new)
+
+    @property
+    def tokens(self) -> Bytes | None:
+        """The tokens expected (B, 16)."""
+        if self.old is not None:
+            return self.old[:, TOKEN]
+        return None if self._old is None else side_by_side(self.expected())
+
+    def records(self) -> list[bytes]:
+        """The next records one by one."""
+        return as_records(self._new) if isinstance(self._new, np.ndarray) else list(self._new)
+
+    def expected(self) -> list[bytes]:
+        """The tokens expected one by one."""
+        if isinstance(self._old, np.ndarray):
+            return as_records(np.ascontiguousarray(self._old[:, TOKEN]))
+        return [b""] * len(self) if self._old is None else [record[TOKEN] for record in self._old]

@@ -4,6 +4,7 @@ Everything that is not plain, or is refused, goes back to where sessions take th
 """
 
 import asyncio
+import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -14,8 +15,9 @@ import numpy.typing as npt
 from stepcast.errors import DeadlineExceeded, StepcastError
 
 from ..engine.repository import Repository, Served
+from ..records.block import Block
 from ..settings import Settings
-from ..store import Store
+from ..store import Done, Store
 from ..telemetry import Metrics, log
 from .cache import HotSessions
 from .columns import OPEN_S, Column, ManySteps, Track, Waiter
@@ -217,10 +219,19 @@ class Express:
             return None
         entries, started = column.entries, time.perf_counter()
         wait: asyncio.Future[None] | None = None
-        settled = False
+        settled, left = False, column.rows
+        results: list[bool | BaseException] = [False] * left
 
-        def done(outcome: list[bool] | BaseException) -> None:
-            nonlocal settled
+        def done(rows: Sequence[int], outcome: list[bool] | BaseException) -> None:
+            nonlocal settled, left
+            left -= len(rows)
+            told: Sequence[bool | BaseException] = outcome if isinstance(outcome, list) else [outcome] * len(rows)
+            for row, applied in zip(rows, told, strict=True):
+                results[row] = applied
+            if left:
+                return
+            lost = [applied for applied in results if not isinstance(applied, bool)]
+            outcome = lost[0] if lost else [applied is True for applied in results]
             settled = True
             if isinstance(outcome, list):
                 if cohort is not None and cohort.whole and False not in outcome:
@@ -236,12 +247,24 @@ class Express:
 
         if cohort is not None and cohort.whole:
             assert column.sheet is not None
-            self._store.replace_rows(cohort, column.sheet.new, done)
+            block = Block(cohort.keys, cohort.records, column.sheet.new, cohort.ttl_s, stays=True)
+            block.place = cohort.place
+            self._store.replace(block, done)
+            cohort.place = block.place
         else:
             column.part()
-            keys, ttls_s = [entry.key for entry in entries], [entry.ttl_s for entry in entries]
+            blocks: dict[float | None, list[int]] = {}
+            for row, entry in enumerate(entries):
+                blocks.setdefault(entry.ttl_s, []).append(row)
             old: list[bytes] = [entry.data for entry in entries]  # type: ignore[misc]  # they have a track
-            self._store.replace(keys, old, column.next, ttls_s, done)
+            for ttl_s, rows in blocks.items():
+                block = Block(
+                    [entries[row].key for row in rows],
+                    [old[row] for row in rows],
+                    [column.next[row] for row in rows],
+                    ttl_s,
+                )
+                self._store.replace(block, functools.partial(_some, done, rows))
         if not settled:
             wait = asyncio.get_running_loop().create_future()
         return wait
@@ -333,3 +356,7 @@ class Express:
         step = SingleStep(entry, column.input(row), column.seqs[row], column.deadline, column.waiter(row), alone)
         entry.queue.insert(0, step)
         self._turns.go_on(entry)
+
+
+def _some(done: Done, rows: list[int], at: Sequence[int], outcome: list[bool] | BaseException) -> None:
+    done([rows[i] for i in at], outcome)

@@ -11,7 +11,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from ..store import Rows, as_records
+from ..records.block import as_records
 from .columns import Track
 from .core import Entry
 
@@ -21,7 +21,7 @@ _MOST_ROSTERS: Final = 1024
 _MOST_SEEN: Final = 1 << 16
 
 
-class Cohort(Rows):
+class Cohort:
     """Sessions of one served version; members have no record of their own while it is whole.
 
     Attributes:
@@ -32,10 +32,24 @@ class Cohort(Rows):
         used: Since eviction looked.
     """
 
-    __slots__ = ("_level", "busy", "entries", "following", "steps", "track", "used", "whole")
+    __slots__ = (
+        "_level",
+        "busy",
+        "entries",
+        "following",
+        "keys",
+        "place",
+        "records",
+        "steps",
+        "track",
+        "ttl_s",
+        "used",
+        "whole",
+    )
 
     def __init__(self, track: Track, entries: list[Entry], records: Bytes) -> None:
-        super().__init__([entry.key for entry in entries], records, entries[0].ttl_s)
+        self.keys, self.records, self.ttl_s = [entry.key for entry in entries], records, entries[0].ttl_s
+        self.place: object = None
         self.track, self.entries = track, entries
         self.steps = [entry.step for entry in entries]
         self.following = [step + 1 for step in self.steps]

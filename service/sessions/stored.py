@@ -93,7 +93,7 @@ class Ledger:
         Raises:
             SessionExists: there is one of that id.
         """
-        (made,) = await self.store.commit([Write(address.key, None, fresh.encode(), self.ttl_s(fresh))])
+        (made,) = await self.store.change([Write(address.key, None, fresh.encode(), self.ttl_s(fresh))])
         if not made:
             raise SessionExists(
                 f"model {address.model!r} has a session {address.session!r} already", session=address.session
@@ -135,7 +135,7 @@ class Ledger:
                 edited.sides,
                 bool(after and after.flags & records.HAS_CHECKPOINTS),
             )
-            (applied,) = await self.store.commit([write])
+            (applied,) = await self.store.change([write])
             if applied:
                 self._replaced(address.key)
                 return after

@@ -368,7 +368,7 @@ class Sessions:
             return
         started = time.perf_counter()
         try:
-            applied = await self.store.commit(writes)
+            applied = await self.store.change(writes)
         except Exception as error:
             refusal = as_ours(error, "the step could not be stored")
             for step in ready:
