@@ -94,7 +94,7 @@ async def fill(url: str, runtime: Runtime, sessions: int) -> tuple[int, int, int
         return Write(f"default/{NAME}/{session(number)}", None, data)
 
     for start in range(0, sessions, PER_CALL):
-        assert all(await store.commit([write(n) for n in range(start, min(start + PER_CALL, sessions))]))
+        assert all(await store.change([write(n) for n in range(start, min(start + PER_CALL, sessions))]))
     await store.close()
     (size,) = sizes
     return size

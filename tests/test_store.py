@@ -9,11 +9,11 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import numpy as np
 import pytest
+from blocks import Block, replaced
 
 from service.records.record import new_record
-from service.store import Rows, Store, Write
+from service.store import Store, Write
 from service.store.memory import MemoryStore
 from service.store.sqlite import SqliteStore
 from service.store.urls import StoreOptions, open_store
@@ -79,45 +79,32 @@ def key() -> str:
     return f"default/pump/{next(_names)}"
 
 
-async def test_commit_creates_only_where_nothing_is(store: Store, key: str) -> None:
+async def test_change_creates_only_where_nothing_is(store: Store, key: str) -> None:
     first, second = record(), record()
     assert await store.load([key]) == [None]
-    assert await store.commit([Write(key, None, first)]) == [True]
-    assert await store.commit([Write(key, None, second)]) == [False]
+    assert await store.change([Write(key, None, first)]) == [True]
+    assert await store.change([Write(key, None, second)]) == [False]
     assert await store.load([key]) == [first]
 
 
-async def test_commit_replaces_only_the_record_it_names(store: Store, key: str) -> None:
+async def test_change_replaces_only_the_record_it_names(store: Store, key: str) -> None:
     old, new, late = record(1), record(2), record(3)
-    assert await store.commit([Write(key, token(old), new)]) == [False]
-    assert await store.commit([Write(key, None, old)]) == [True]
-    assert await store.commit([Write(key, token(old), new)]) == [True]
-    assert await store.commit([Write(key, token(old), late)]) == [False]
+    assert await store.change([Write(key, token(old), new)]) == [False]
+    assert await store.change([Write(key, None, old)]) == [True]
+    assert await store.change([Write(key, token(old), new)]) == [True]
+    assert await store.change([Write(key, token(old), late)]) == [False]
     assert await store.load([key]) == [new]
-
-
-async def replaced(store: Store, *steps: tuple[str, bytes, bytes, float | None]) -> list[bool]:
-    """What Store.replace said of (key, old, new, ttl_s)."""
-    done: asyncio.Future[list[bool]] = asyncio.get_running_loop().create_future()
-
-    def said(outcome: list[bool] | BaseException) -> None:
-        done.set_result(outcome) if isinstance(outcome, list) else done.set_exception(outcome)
-
-    keys, old, new, ttls_s = (list(column) for column in zip(*steps, strict=True))
-    store.replace(keys, old, new, ttls_s, said)
-    return await done
 
 
 async def test_replace_puts_steps_only_where_the_record_is_the_old_one(store: Store, key: str) -> None:
     """More than one command of them, each judged by itself; a time to live holds."""
     keys = [f"{key}-{i}" for i in range(40)]
     old, new = [record(i) for i in range(40)], [record(100 + i) for i in range(40)]
-    assert await replaced(store, (keys[0], old[0], new[0], None)) == [False]  # there is none
-    await store.commit([Write(k, None, data) for k, data in zip(keys, old, strict=True) if k != keys[7]])
-    want = [k != keys[7] for k in keys]
-    assert await replaced(store, *((k, o, n, 60.0) for k, o, n in zip(keys, old, new, strict=True))) == want
+    assert await replaced(store, Block(keys[:1], old[:1], new[:1])) == [False]  # there is none
+    await store.change([Write(k, None, data) for k, data in zip(keys, old, strict=True) if k != keys[7]])
+    assert await replaced(store, Block(keys, old, new, 60.0)) == [k != keys[7] for k in keys]
     assert await store.load(keys) == [n if k != keys[7] else None for k, n in zip(keys, new, strict=True)]
-    assert await replaced(store, (keys[1], old[1], new[2], None), (keys[2], new[2], old[2], None)) == [False, True]
+    assert await replaced(store, Block(keys[1:3], [old[1], new[2]], [new[2], old[2]])) == [False, True]
     assert await store.load(keys[1:3]) == [new[1], old[2]]
 
 
@@ -127,85 +114,96 @@ async def test_two_writers_make_the_same_token_and_one_of_them_is_refused(store:
     old, other = record(1), record(2)
     theirs, ours, good = record(3), record(4), record(5)
     ours = ours[:8] + token(theirs) + ours[24:]
-    await store.commit([Write(first, None, old), Write(second, None, other)])
-    assert await replaced(store, (first, old, theirs, None)) == [True]
-    assert await replaced(store, (first, old, ours, None), (second, other, good, None)) == [False, True]
+    await store.change([Write(first, None, old), Write(second, None, other)])
+    assert await replaced(store, Block([first], [old], [theirs])) == [True]
+    assert await replaced(store, Block([first, second], [old, other], [ours, good])) == [False, True]
     assert await store.load([first, second]) == [theirs, good]
 
 
-def side_by_side(records: list[bytes]) -> Any:
-    """Records as rows, in memory of their own."""
-    return np.frombuffer(b"".join(records), np.uint8).reshape(len(records), -1).copy()
+@pytest.mark.parametrize("count", [1, 2, 300])
+async def test_block_creates_sessions_where_there_are_none(store: Store, key: str, count: int) -> None:
+    """One that is there already is refused alone, and keeps its side records; a new one has none."""
+    keys, new = [f"{key}-{i}" for i in range(count)], [record(i) for i in range(count)]
+    there = record(1000)
+    await store.change([Write(keys[0], None, there, None, {"c": b"1"})])
+    assert await replaced(store, Block(keys, None, new, 60.0)) == [False] + [True] * (count - 1)
+    assert await store.load(keys) == [there, *new[1:]]
+    assert await store.list_sides(keys[0]) == ["c"]
+    assert await store.change([Write(keys[0], token(there), None)]) == [True]
+    assert await replaced(store, Block(keys[:1], None, new[:1])) == [True]
+    assert await store.load(keys) == new
+    assert await store.list_sides(keys[0]) == []
 
 
-async def rows_replaced(store: Store, rows: Rows, new: list[bytes]) -> list[bool]:
-    """What Store.replace_rows said; where all were replaced, the rows are the new ones."""
-    done: asyncio.Future[list[bool]] = asyncio.get_running_loop().create_future()
-
-    def said(outcome: list[bool] | BaseException) -> None:
-        done.set_result(outcome) if isinstance(outcome, list) else done.set_exception(outcome)
-
-    after = side_by_side(new)
-    store.replace_rows(rows, after, said)
-    applied = await done
-    if all(applied):
-        rows.records[:] = 0  # nobody may read the old ones any more
-        rows.records = after
-    return applied
+@pytest.mark.parametrize("count", [1, 40])
+async def test_block_of_sessions_with_sides_gives_these_the_new_time_to_live(
+    store: Store, key: str, count: int
+) -> None:
+    keys, old, new = [f"{key}-{i}" for i in range(count)], *([record(i) for i in range(count)] for _ in range(2))
+    await store.change([Write(k, None, data, 0.3, {"c": b"1"}) for k, data in zip(keys, old, strict=True)])
+    assert await replaced(store, Block(keys, old, new, None, touch_sides=True)) == [True] * count
+    await asyncio.sleep(0.4)
+    assert await store.load(keys) == new
+    assert await store.load_side(keys[-1], "c") == b"1"
+    assert await replaced(store, Block(keys, new, old, 0.05, touch_sides=True)) == [True] * count
+    await until(lambda: store.load(keys), [None] * count)
+    assert await store.list_sides(keys[-1]) == []
 
 
 @pytest.mark.parametrize("ttl_s", [None, 60.0])
-async def test_rows_are_replaced_together_and_judged_each_by_itself(
+async def test_block_that_stays_is_replaced_whole_and_judged_row_by_row(
     store: Store, key: str, ttl_s: float | None
 ) -> None:
     """Many commands of them, many times; one that another writer has changed is refused alone, and others read them."""
-    keys = [f"{key}-{i}" for i in range(150)]
-    now = [record(i) for i in range(150)]
-    await store.commit([Write(k, None, data, ttl_s) for k, data in zip(keys, now, strict=True)])
-    rows = Rows(keys, side_by_side(now), ttl_s)
+    keys = [f"{key}-{i}" for i in range(300)]
+    now = [record(i) for i in range(300)]
+    await store.change([Write(k, None, data, ttl_s) for k, data in zip(keys, now, strict=True)])
+    block = Block(keys, now, now, ttl_s, stays=True)
     for _ in range(3):
-        now = [record(i) for i in range(150)]
+        now = [record(i) for i in range(300)]
         # the same incarnation and the next revision would do; any other token does as well
-        assert await rows_replaced(store, rows, now) == [True] * 150
+        block = block.following(now)
+        assert await replaced(store, block) == [True] * 300
+        block.old[:] = 0  # nobody may read the old ones any more
         assert await store.load(keys) == now
     others = record(1000)
-    assert await store.commit([Write(keys[70], token(now[70]), others, ttl_s)]) == [True]
-    assert await store.commit([Write(keys[71], token(now[71]), None)]) == [True]
-    new = [record(i) for i in range(150)]
-    assert await rows_replaced(store, rows, new) == [i not in (70, 71) for i in range(150)]
+    assert await store.change([Write(keys[70], token(now[70]), others, ttl_s)]) == [True]
+    assert await store.change([Write(keys[71], token(now[71]), None)]) == [True]
+    new = [record(i) for i in range(300)]
+    assert await replaced(store, block.following(new)) == [i not in (70, 71) for i in range(300)]
     found = await store.load(keys)
     assert found[70:72] == [others, None]
     assert found[:70] + found[72:] == new[:70] + new[72:]
-    assert await replaced(store, (keys[3], new[3], now[3], ttl_s)) == [True]
+    assert await replaced(store, Block(keys[3:4], new[3:4], now[3:4], ttl_s)) == [True]
     assert await store.load(keys[2:5]) == [new[2], now[3], new[4]]
 
 
-async def test_commit_forgets_only_the_record_it_names(store: Store, key: str) -> None:
+async def test_change_forgets_only_the_record_it_names(store: Store, key: str) -> None:
     data = record()
-    await store.commit([Write(key, None, data)])
-    assert await store.commit([Write(key, token(record()), None)]) == [False]
-    assert await store.commit([Write(key, None, None)]) == [False]
+    await store.change([Write(key, None, data)])
+    assert await store.change([Write(key, token(record()), None)]) == [False]
+    assert await store.change([Write(key, None, None)]) == [False]
     assert await store.load([key]) == [data]
-    assert await store.commit([Write(key, token(data), None)]) == [True]
+    assert await store.change([Write(key, token(data), None)]) == [True]
     assert await store.load([key]) == [None]
-    assert await store.commit([Write(key, token(data), data)]) == [False]
-    assert await store.commit([Write(key, None, None)]) == [True]
+    assert await store.change([Write(key, token(data), data)]) == [False]
+    assert await store.change([Write(key, None, None)]) == [True]
 
 
-async def test_commit_judges_each_write_of_a_call_by_itself(store: Store) -> None:
+async def test_change_judges_each_write_of_a_call_by_itself(store: Store) -> None:
     """150 sessions, every third one refused; more than one command's worth in Redis."""
     keys = [f"default/pump/{next(_names)}" for _ in range(150)]
     old, new = [record(i) for i in range(150)], [record(i + 1) for i in range(150)]
-    assert all(await store.commit([Write(k, None, r) for k, r in zip(keys, old, strict=True)]))
+    assert all(await store.change([Write(k, None, r) for k, r in zip(keys, old, strict=True)]))
     expect = [token(r) if i % 3 else token(record()) for i, r in enumerate(old)]
     writes = [Write(k, e, r) for k, e, r in zip(keys, expect, new, strict=True)]
-    assert await store.commit(writes) == [i % 3 != 0 for i in range(150)]
+    assert await store.change(writes) == [i % 3 != 0 for i in range(150)]
     loaded = await store.load([*keys, "default/pump/none"])
     assert loaded == [*(n if i % 3 else o for i, (o, n) in enumerate(zip(old, new, strict=True))), None]
 
 
-async def test_commit_and_load_take_nothing(store: Store) -> None:
-    assert await store.commit([]) == []
+async def test_change_and_load_take_nothing(store: Store) -> None:
+    assert await store.change([]) == []
     assert await store.load([]) == []
     await store.ping()
 
@@ -213,31 +211,31 @@ async def test_commit_and_load_take_nothing(store: Store) -> None:
 async def test_record_of_any_bytes_and_a_megabyte_comes_back_as_it_was(store: Store, key: str) -> None:
     data = record(state=bytes(range(256)) * 4096)
     side = b"\x00\r\n$-1\r\n\xff"
-    assert await store.commit([Write(key, None, data, 60.0, {"a name": side})]) == [True]
+    assert await store.change([Write(key, None, data, 60.0, {"a name": side})]) == [True]
     assert await store.load([key]) == [data]
     assert await store.load_side(key, "a name") == side
 
 
 async def test_session_is_forgotten_when_its_time_is_over(store: Store, key: str) -> None:
     other = key + "-for-ever"
-    await store.commit([Write(key, None, record(), 0.05, {"c": b"1"}), Write(other, None, record())])
+    await store.change([Write(key, None, record(), 0.05, {"c": b"1"}), Write(other, None, record())])
     await until(lambda: store.load([key]), [None])
     assert await store.list_sides(key) == []
     assert await store.load_side(key, "c") is None
     assert await store.list_keys(key, "", 10) == ([other], "")
-    assert await store.commit([Write(key, token(record()), record())]) == [False]
-    assert await store.commit([Write(key, None, record(), 60.0)]) == [True]
+    assert await store.change([Write(key, token(record()), record())]) == [False]
+    assert await store.change([Write(key, None, record(), 60.0)]) == [True]
     assert await store.list_sides(key) == []
 
 
 async def test_write_gives_the_session_and_its_sides_a_new_time_to_live(store: Store, key: str) -> None:
     first, second, third = record(1), record(2), record(3)
-    await store.commit([Write(key, None, first, 0.3, {"c": b"1"})])
-    assert await store.commit([Write(key, token(first), second, None, touch_sides=True)]) == [True]
+    await store.change([Write(key, None, first, 0.3, {"c": b"1"})])
+    assert await store.change([Write(key, token(first), second, None, touch_sides=True)]) == [True]
     await asyncio.sleep(0.4)
     assert await store.load([key]) == [second]
     assert await store.load_side(key, "c") == b"1"
-    assert await store.commit([Write(key, token(second), third, 0.05, touch_sides=True)]) == [True]
+    assert await store.change([Write(key, token(second), third, 0.05, touch_sides=True)]) == [True]
     await until(lambda: store.load([key]), [None])
     assert await store.list_sides(key) == []
 
@@ -246,10 +244,10 @@ async def test_sides_are_set_with_the_record_or_not_at_all(store: Store, key: st
     first, second = record(1), record(2)
     assert await store.load_side(key, "a") is None
     assert await store.list_sides(key) == []
-    await store.commit([Write(key, None, first, 60.0, {"b": b"1", "a": b"2"})])
-    assert await store.commit([Write(key, token(second), second, 60.0, {"a": b"no", "z": b"no"})]) == [False]
+    await store.change([Write(key, None, first, 60.0, {"b": b"1", "a": b"2"})])
+    assert await store.change([Write(key, token(second), second, 60.0, {"a": b"no", "z": b"no"})]) == [False]
     assert await store.list_sides(key) == ["a", "b"]
-    assert await store.commit([Write(key, token(first), second, 60.0, {"a": b"3"})]) == [True]
+    assert await store.change([Write(key, token(first), second, 60.0, {"a": b"3"})]) == [True]
     assert await store.load_side(key, "a") == b"3"
     assert await store.load_side(key, "b") == b"1"
     assert await store.load_side(key, "c") is None
@@ -257,10 +255,10 @@ async def test_sides_are_set_with_the_record_or_not_at_all(store: Store, key: st
 
 async def test_sides_die_with_the_session(store: Store, key: str) -> None:
     first, second = record(1), record(2)
-    await store.commit([Write(key, None, first, None, {"a": b"1"})])
-    await store.commit([Write(key, token(first), None)])
+    await store.change([Write(key, None, first, None, {"a": b"1"})])
+    await store.change([Write(key, token(first), None)])
     assert await store.list_sides(key) == []
-    await store.commit([Write(key, None, second)])
+    await store.change([Write(key, None, second)])
     assert await store.list_sides(key) == []
 
 
@@ -268,7 +266,7 @@ async def test_list_pages_through_every_key_of_a_prefix(store: Store, key: str) 
     """Names with the characters that mean something to a pattern; neighbours that only look alike."""
     mine = {f"{key}*@:{i:03d}" for i in range(250)}
     others = [f"{key}x@:1", f"{key}", f"{key}-", "default/pump/*"]
-    await store.commit([Write(k, None, record(), 60.0, {"c": b"1"}) for k in [*mine, *others]])
+    await store.change([Write(k, None, record(), 60.0, {"c": b"1"}) for k in [*mine, *others]])
     found, cursor = await store.list_keys(f"{key}*", "", 20)
     while cursor:
         page, cursor = await store.list_keys(f"{key}*", cursor, 20)
@@ -281,7 +279,7 @@ async def test_concurrent_writers_never_lose_an_update(opener: Callable[[], Stor
     stores = [opener() for _ in range(1 if "Behind" in type(opener()).__name__ else 2)]
     for store in stores:
         await store.open()
-    await stores[0].commit([Write(key, None, new_record(1, b"fprint01").encode())])
+    await stores[0].change([Write(key, None, new_record(1, b"fprint01").encode())])
 
     async def count_up(store: Store) -> None:
         done = 0
@@ -289,7 +287,7 @@ async def test_concurrent_writers_never_lose_an_update(opener: Callable[[], Stor
             (data,) = await store.load([key])
             assert data is not None
             step = int.from_bytes(data[24:32], "little") + 1
-            (applied,) = await store.commit([Write(key, token(data), record(step))])
+            (applied,) = await store.change([Write(key, token(data), record(step))])
             done += applied
 
     await asyncio.gather(*(count_up(store) for store in stores * (4 // len(stores))))
@@ -313,7 +311,7 @@ async def test_store_agrees_with_a_dict_whatever_the_order(store: Store, key: st
             expected.append((token(old) if old else None) == write.expect)
             if expected[-1]:
                 _apply(write, model, sides)
-        assert await store.commit(writes) == expected
+        assert await store.change(writes) == expected
         assert await store.load(keys) == [model.get(k) for k in keys]
         assert await store.list_sides(keys[0]) == sorted(sides.get(keys[0], {}))
 
@@ -336,13 +334,13 @@ def _apply(write: Write, model: dict[str, bytes], sides: dict[str, dict[str, byt
 
 async def test_commits_in_flight_together_all_come_true(store: Store, key: str) -> None:
     writes = [Write(f"{key}-{i}", None, record(i)) for i in range(200)]
-    results = await asyncio.gather(*(store.commit([write]) for write in writes))
+    results = await asyncio.gather(*(store.change([write]) for write in writes))
     assert results == [[True]] * 200
     assert await store.load([write.key for write in writes]) == [write.record for write in writes]
 
 
 async def test_cancelled_commit_harms_no_other(store: Store, key: str) -> None:
-    tasks = [asyncio.ensure_future(store.commit([Write(f"{key}-{i}", None, record(i))])) for i in range(50)]
+    tasks = [asyncio.ensure_future(store.change([Write(f"{key}-{i}", None, record(i))])) for i in range(50)]
     await asyncio.sleep(0)
     for task in tasks[::2]:
         task.cancel()
@@ -356,7 +354,7 @@ async def test_cancelled_commit_harms_no_other(store: Store, key: str) -> None:
 async def test_close_can_be_called_twice(opener: Callable[[], Store], key: str) -> None:
     store = opener()
     await store.open()
-    await store.commit([Write(key, None, record())])
+    await store.change([Write(key, None, record())])
     await store.close()
     await store.close()
 
@@ -367,8 +365,8 @@ async def test_acknowledged_sessions_are_there_after_a_restart(opener: Callable[
         return
     await first.open()
     old, new = record(1), record(2)
-    await first.commit([Write(key, None, old, 60.0, {"c": b"1"})])
-    await first.commit([Write(key, token(old), new, 60.0, touch_sides=True)])
+    await first.change([Write(key, None, old, 60.0, {"c": b"1"})])
+    await first.change([Write(key, token(old), new, 60.0, touch_sides=True)])
     await first.close()
     second = opener()
     await second.open()
@@ -386,10 +384,10 @@ async def test_sweep_frees_expired_sessions_with_bounded_work(make: Any, tmp_pat
     else:
         store = MemoryStore(clock=lambda: now)
     await store.open()
-    await store.commit([Write(f"old{i}", None, record(), 5.0, {"c": b"1"}) for i in range(1000)])
+    await store.change([Write(f"old{i}", None, record(), 5.0, {"c": b"1"}) for i in range(1000)])
     now += 6
     for i in range(600):
-        await store.commit([Write(f"new{i}", None, record())])
+        await store.change([Write(f"new{i}", None, record())])
     assert held(store) <= 600
     assert (await store.list_keys("old", "", 10))[0] == []
     await store.close()

@@ -16,12 +16,12 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import numpy as np
 import pytest
+from blocks import Block, outcomes, replaced
 from redis_servers import RedisFactory, RedisServer, cluster_url
 
 from service.records.record import new_record
-from service.store import Rows, Store, Write
+from service.store import Store, Write
 from service.store.memory import MemoryStore
 from service.store.redis.topology import slot_of
 from service.store.sqlite import SqliteStore
@@ -80,7 +80,7 @@ async def main(path, first):
     store = SqliteStore(path)
     await store.open()
     for n in range(first, 1_000_000):
-        assert await store.commit([Write(f"k{n:07d}", None, new_record(1, b"fprint01").encode())]) == [True]
+        assert await store.change([Write(f"k{n:07d}", None, new_record(1, b"fprint01").encode())]) == [True]
         print(n, flush=True)
 
 asyncio.run(main(sys.argv[1], int(sys.argv[2])))
@@ -107,7 +107,7 @@ def test_sqlite_keeps_every_acknowledged_commit_when_killed(tmp_path: Path) -> N
 async def test_sqlite_file_can_be_made_by_many_at_once(tmp_path: Path) -> None:
     stores = [SqliteStore(tmp_path / "own.db") for _ in range(8)]
     await asyncio.gather(*(store.open() for store in stores))
-    applied = await asyncio.gather(*(store.commit([Write("k", None, record())]) for store in stores))
+    applied = await asyncio.gather(*(store.change([Write("k", None, record())]) for store in stores))
     assert sorted(applied) == [[False]] * 7 + [[True]]
     for store in stores:
         await store.close()
@@ -120,10 +120,10 @@ async def test_sqlite_waits_for_another_process_and_then_gives_up(tmp_path: Path
     other = sqlite3.connect(tmp_path / "own.db", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
     with pytest.raises(StoreUnavailable, match="locked") as caught:
-        await store.commit([Write("k", None, data)])
+        await store.change([Write("k", None, data)])
     assert isinstance(caught.value.__cause__, sqlite3.OperationalError)
     assert caught.value.retry_after_s == 0.1
-    waiting = [asyncio.ensure_future(store.commit([Write(f"k{i}", None, data)])) for i in range(20)]
+    waiting = [asyncio.ensure_future(store.change([Write(f"k{i}", None, data)])) for i in range(20)]
     await asyncio.sleep(0.05)
     assert await store.load(["k"]) == [None]  # readers wait for nobody
     other.execute("ROLLBACK")
@@ -136,17 +136,17 @@ async def test_sqlite_refuses_when_the_disk_is_full_and_goes_on_when_it_is_not(t
     store = SqliteStore(tmp_path / "own.db")
     await store.open()
     small = record()
-    assert await store.commit([Write("k", None, small)]) == [True]
+    assert await store.change([Write("k", None, small)]) == [True]
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
     try:
         with pytest.raises(StoreUnavailable, match=r"full|disk I/O") as caught:
-            await store.commit([Write("big", None, record(state=bytes(400_000)))])
+            await store.change([Write("big", None, record(state=bytes(400_000)))])
         assert await store.load(["k"]) == [small]
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert caught.value.retry_after_s is not None
-    assert await store.commit([Write("k", token(small), record(1))]) == [True]
+    assert await store.change([Write("k", token(small), record(1))]) == [True]
     await store.close()
 
 
@@ -176,7 +176,7 @@ async def test_sqlite_says_that_a_file_is_damaged_or_another_programs(tmp_path: 
 async def test_sqlite_says_that_a_file_is_damaged_in_use(tmp_path: Path) -> None:
     store = SqliteStore(tmp_path / "own.db")
     await store.open()
-    await store.commit([Write(f"k{i}", None, record(state=bytes(3000))) for i in range(100)])
+    await store.change([Write(f"k{i}", None, record(state=bytes(3000))) for i in range(100)])
     await store.close()
     _patch(tmp_path / "own.db", 4096, os.urandom(40_000))
     await store.open()
@@ -203,7 +203,7 @@ async def test_sqlite_refuses_after_close(tmp_path: Path) -> None:
     with pytest.raises(StoreUnavailable, match="closed"):
         await store.load(["k"])
     with pytest.raises(StoreUnavailable, match="closed"):
-        await store.commit([Write("k", None, record())])
+        await store.change([Write("k", None, record())])
 
 
 def _patch(path: Path, at: int, data: bytes) -> None:
@@ -218,9 +218,9 @@ def _patch(path: Path, at: int, data: bytes) -> None:
 async def test_redis_down_is_said_within_the_time_and_over_without_a_restart(redis_factory: RedisFactory) -> None:
     server = redis_factory()
     store, key, data = await opened(server.url), next(_names), record()
-    assert await store.commit([Write(key, None, data)]) == [True]
+    assert await store.change([Write(key, None, data)]) == [True]
     server.kill()
-    for call in (store.ping(), store.load([key]), store.commit([Write(key, token(data), record())])):
+    for call in (store.ping(), store.load([key]), store.change([Write(key, token(data), record())])):
         started = time.monotonic()
         with pytest.raises(StoreUnavailable, match=server.name) as caught:
             await call
@@ -228,7 +228,7 @@ async def test_redis_down_is_said_within_the_time_and_over_without_a_restart(red
         assert time.monotonic() - started < 1.0
     server.start()
     assert await store.load([key]) == [data]
-    assert await store.commit([Write(key, token(data), record())]) == [True]
+    assert await store.change([Write(key, token(data), record())]) == [True]
     await store.close()
 
 
@@ -236,13 +236,13 @@ async def test_redis_restarted_empty_makes_absent_records_and_refused_writes(red
     """The script cache is gone as well as the sessions."""
     server = redis_factory()
     store, key, data = await opened(server.url), next(_names), record()
-    await store.commit([Write(key, None, data)])
+    await store.change([Write(key, None, data)])
     server.kill()
     (server.folder / "appendonly.aof").unlink()
     server.start()
-    assert await recovered(lambda: store.commit([Write(key, token(data), record())])) == [False]
+    assert await recovered(lambda: store.change([Write(key, token(data), record())])) == [False]
     assert await store.load([key]) == [None]
-    assert await store.commit([Write(key, None, data)]) == [True]
+    assert await store.change([Write(key, None, data)]) == [True]
     await store.close()
 
 
@@ -250,39 +250,40 @@ async def test_redis_that_forgot_the_script_gets_it_again(redis_factory: RedisFa
     server = redis_factory()
     store = await opened(server.url)
     writes = [Write(next(_names), None, record()) for _ in range(40)]
-    await store.commit([Write(next(_names), None, record())])
+    await store.change([Write(next(_names), None, record())])
     assert server.cli("SCRIPT", "FLUSH") == "OK"
-    assert await store.commit(writes) == [True] * 40
+    assert await store.change(writes) == [True] * 40
     first, second, third = writes[0].record, record(7), record(8)
-    for old, new in ((first, second), (second, third)):  # replace teaches its own script, then finds it forgotten
-        done: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        store.replace([writes[0].key], [old], [new], [None], done.set_result)
-        assert await done == [True]
+    for old, new in ((first, second), (second, third)):
+        assert await replaced(store, Block([writes[0].key], [old], [new])) == [True]
         assert await store.load([writes[0].key]) == [new]
         assert server.cli("SCRIPT", "FLUSH") == "OK"
-    rows = Rows([writes[0].key], np.frombuffer(third, np.uint8)[None], None)
-    done = asyncio.get_running_loop().create_future()
-    store.replace_rows(rows, np.frombuffer(second, np.uint8)[None], done.set_result)
-    assert await done == [True]
+    block = Block([writes[0].key], [third], [third], stays=True)
+    assert await replaced(store, block.following([second])) == [True]
     assert await store.load([writes[0].key]) == [second]
+    many = [record(i) for i in range(300)]
+    keys = [next(_names) for _ in many]
+    assert server.cli("SCRIPT", "FLUSH") == "OK"
+    assert await replaced(store, Block(keys, None, many)) == [True] * 300
+    assert await store.load(keys) == many
     await store.close()
 
 
 async def test_redis_full_refuses_and_keeps_what_it_has(redis_factory: RedisFactory) -> None:
     server = redis_factory("maxmemory 3mb", "maxmemory-policy noeviction")
     store, key, data = await opened(server.url), next(_names), record()
-    await store.commit([Write(key, None, data)])
+    await store.change([Write(key, None, data)])
     big = [Write(next(_names), None, record(state=bytes(100_000))) for _ in range(100)]
     with pytest.raises(StoreUnavailable, match="OOM") as caught:
-        await store.commit(big)
+        await store.change(big)
     assert caught.value.retry_after_s == 5.0
     assert await store.load([key]) == [data]
     assert server.cli("CONFIG", "SET", "maxmemory", "1mb") == "OK"
     with pytest.raises(StoreUnavailable, match="OOM"):
         await store.ping()
-    assert await store.commit([Write(key, token(data), None)]) == [True]  # forgetting helps
+    assert await store.change([Write(key, token(data), None)]) == [True]  # forgetting helps
     assert server.cli("CONFIG", "SET", "maxmemory", "0") == "OK"
-    assert await store.commit([Write(key, None, data)]) == [True]
+    assert await store.change([Write(key, None, data)]) == [True]
     await store.close()
 
 
@@ -296,13 +297,13 @@ async def test_redis_that_becomes_a_replica_refuses_writes_until_it_is_primary_a
 ) -> None:
     primary, replica = redis_pair
     store, key, data = await opened(primary.url), next(_names), record()
-    await store.commit([Write(key, None, data)])
+    await store.change([Write(key, None, data)])
     assert replica.cli("REPLICAOF", "NO", "ONE") == "OK"
     assert primary.cli("REPLICAOF", "127.0.0.1", str(replica.port)) == "OK"
     with pytest.raises(StoreUnavailable, match="READONLY"):
-        await store.commit([Write(key, token(data), record())])
+        await store.change([Write(key, token(data), record())])
     assert primary.cli("REPLICAOF", "NO", "ONE") == "OK"
-    assert await recovered(lambda: store.commit([Write(key, token(data), record())])) == [True]
+    assert await recovered(lambda: store.change([Write(key, token(data), record())])) == [True]
     await store.close()
 
 
@@ -311,11 +312,11 @@ async def test_redis_slow_is_said_within_the_time_and_does_not_mix_up_replies(re
     server = redis_factory()
     store = await opened(server.url)
     keys, datas = [next(_names) for _ in range(5)], [record(i) for i in range(5)]
-    await store.commit([Write(k, None, d) for k, d in zip(keys, datas, strict=True)])
+    await store.change([Write(k, None, d) for k, d in zip(keys, datas, strict=True)])
     server.pause()
     started = time.monotonic()
     late = record(9)
-    calls = [*(store.load([k]) for k in keys[1:]), store.commit([Write(keys[0], token(datas[0]), late)])]
+    calls = [*(store.load([k]) for k in keys[1:]), store.change([Write(keys[0], token(datas[0]), late)])]
     outcomes = await asyncio.gather(*calls, return_exceptions=True)
     assert time.monotonic() - started < 2.0
     assert all(isinstance(outcome, StoreUnavailable) for outcome in outcomes)
@@ -329,7 +330,7 @@ async def test_redis_slow_is_said_within_the_time_and_does_not_mix_up_replies(re
 async def test_redis_that_still_loads_its_file_is_unavailable(redis_factory: RedisFactory) -> None:
     server = redis_factory()
     store = open_store(server.url, options=StoreOptions(connect_timeout_s=10.0, reply_timeout_s=10.0))
-    await store.commit([Write(next(_names), None, record()) for _ in range(3000)])
+    await store.change([Write(next(_names), None, record()) for _ in range(3000)])
     server.stop()
     with server.config.open("a") as config:
         config.write("key-load-delay 1000\n")  # it answers after every 1000 commands
@@ -349,7 +350,7 @@ async def test_redis_wrong_password_is_said_without_the_password(redis_factory: 
     with pytest.raises(StoreUnavailable, match="NOAUTH"):
         await opened(server.url)
     store = await opened(f"redis://default:right@{server.name}/3")
-    assert await store.commit([Write("k", None, record())]) == [True]
+    assert await store.change([Write("k", None, record())]) == [True]
     assert server.cli("-a", "right", "-n", "3", "EXISTS", "stepcast:{k}").startswith("1")
     await store.close()
 
@@ -385,7 +386,7 @@ async def test_rediss_talks_tls_and_checks_the_certificate(redis_server: RedisSe
         url = f"rediss://127.0.0.1:{front.sockets[0].getsockname()[1]}/0"
         store, data = await opened(f"{url}?ssl_ca_certs={certificate}"), record(state=bytes(200_000))
         key = next(_names)
-        assert await store.commit([Write(key, None, data)]) == [True]
+        assert await store.change([Write(key, None, data)]) == [True]
         assert await store.load([key]) == [data]
         await store.close()
         with pytest.raises(StoreUnavailable, match="certificate verify failed"):
@@ -415,7 +416,7 @@ async def test_redis_connection_closed_while_idle_costs_nothing(redis_factory: R
     store = await opened(server.url)
     server.cli("CLIENT", "KILL", "TYPE", "normal")
     await asyncio.sleep(0.05)
-    assert await store.commit([Write(next(_names), None, record())]) == [True]
+    assert await store.change([Write(next(_names), None, record())]) == [True]
     await store.close()
     with pytest.raises(StoreUnavailable, match="closed"):
         await store.ping()
@@ -424,7 +425,7 @@ async def test_redis_connection_closed_while_idle_costs_nothing(redis_factory: R
 async def test_redis_calls_in_flight_share_one_connection(redis_factory: RedisFactory) -> None:
     server = redis_factory()
     store = await opened(server.url)
-    await asyncio.gather(*(store.commit([Write(next(_names), None, record())]) for _ in range(100)))
+    await asyncio.gather(*(store.change([Write(next(_names), None, record())]) for _ in range(100)))
     assert server.cli("CLIENT", "LIST").count("name=stepcast") == 1
     await store.close()
 
@@ -445,17 +446,17 @@ async def test_replicated_acknowledges_only_what_a_replica_has(redis_pair: tuple
     """Also not by reading back what was refused; and what was acknowledged outlives the primary."""
     primary, replica = redis_pair
     store, key, first, second = await opened(primary.url, "replicated"), next(_names), record(1), record(2)
-    assert await store.commit([Write(key, None, first)]) == [True]
+    assert await store.change([Write(key, None, first)]) == [True]
     replica.pause()
     with pytest.raises(StoreUnavailable, match="0 of 1 replicas"):
-        await store.commit([Write(key, token(first), second)])
+        await store.change([Write(key, token(first), second)])
     with pytest.raises(StoreUnavailable, match="0 of 1 replicas"):
         await store.load([key])
     replica.resume()
     (kept,) = await recovered(lambda: store.load([key]))
     assert kept == second
     third = record(3)
-    assert await store.commit([Write(key, token(second), third)]) == [True]
+    assert await store.change([Write(key, token(second), third)]) == [True]
     await store.close()
     primary.kill()
     replica.cli("REPLICAOF", "NO", "ONE")
@@ -468,7 +469,7 @@ async def test_replicated_commits_in_flight_do_not_wait_in_one_line(
     redis_pair: tuple[RedisServer, RedisServer],
 ) -> None:
     store = await opened(redis_pair[0].url, "replicated")
-    results = await asyncio.gather(*(store.commit([Write(next(_names), None, record())]) for _ in range(100)))
+    results = await asyncio.gather(*(store.change([Write(next(_names), None, record())]) for _ in range(100)))
     assert results == [[True]] * 100
     await store.close()
 
@@ -479,11 +480,11 @@ async def test_sentinel_failover_is_followed(
     primary, replica = redis_pair
     url = f"redis+sentinel://127.0.0.1:1,{redis_sentinel.name}/pump/0"
     store, key, first = await opened(url, "replicated"), next(_names), record(1)
-    assert await store.commit([Write(key, None, first)]) == [True]
+    assert await store.change([Write(key, None, first)]) == [True]
     primary.kill()
     commit_store = open_store(url, options=_FAST)
     assert await recovered(lambda: commit_store.load([key])) == [first]
-    assert await recovered(lambda: commit_store.commit([Write(key, token(first), record(2))])) == [True]
+    assert await recovered(lambda: commit_store.change([Write(key, token(first), record(2))])) == [True]
     assert replica.cli("EXISTS", f"stepcast:{{{key}}}") == "1"
     await store.close()
     await commit_store.close()
@@ -500,7 +501,7 @@ async def test_cluster_failover_is_followed(own_cluster: list[RedisServer]) -> N
     store = await opened(urls, "replicated")
     datas = {next(_names): record(i) for i in range(60)}
     for key, data in datas.items():
-        assert await store.commit([Write(key, None, data)]) == [True]
+        assert await store.change([Write(key, None, data)]) == [True]
     await store.close()
     plain = await opened(urls)
     assert await plain.load(list(datas)) == list(datas.values())
@@ -508,7 +509,7 @@ async def test_cluster_failover_is_followed(own_cluster: list[RedisServer]) -> N
     assert await recovered(lambda: plain.load(list(datas))) == list(datas.values())
     newer = {key: record(100) for key in datas}
     writes = [Write(key, token(datas[key]), newer[key]) for key in datas]
-    assert await recovered(lambda: plain.commit(writes)) == [True] * 60
+    assert await recovered(lambda: plain.change(writes)) == [True] * 60
     found, cursor = await plain.list_keys("", "", 1000)
     while cursor:
         page, cursor = await plain.list_keys("", cursor, 1000)
@@ -520,7 +521,7 @@ async def test_cluster_failover_is_followed(own_cluster: list[RedisServer]) -> N
 async def test_cluster_slot_that_moves_is_followed(own_cluster: list[RedisServer]) -> None:
     """ASK and TRYAGAIN while it moves, MOVED when it has."""
     store, key, data = await opened(f"redis+cluster://{own_cluster[0].name}"), next(_names), record()
-    assert await store.commit([Write(key, None, data, None, {"c": b"1"})]) == [True]
+    assert await store.change([Write(key, None, data, None, {"c": b"1"})]) == [True]
     slot = str(slot_of(key))
     ids = {server: server.cli("CLUSTER", "MYID") for server in own_cluster[:3]}
     source = next(s for s in own_cluster[:3] if s.cli("CLUSTER", "COUNTKEYSINSLOT", slot) == "2")
@@ -528,10 +529,10 @@ async def test_cluster_slot_that_moves_is_followed(own_cluster: list[RedisServer
     target.cli("CLUSTER", "SETSLOT", slot, "IMPORTING", ids[source])
     source.cli("CLUSTER", "SETSLOT", slot, "MIGRATING", ids[target])
     second = record(2)
-    assert await store.commit([Write(key, token(data), second, None, touch_sides=True)]) == [True]
+    assert await store.change([Write(key, token(data), second, None, touch_sides=True)]) == [True]
     migrate = ("MIGRATE", "127.0.0.1", str(target.port))
     source.cli(*migrate, f"stepcast:{{{key}}}", "0", "1000")
-    half = asyncio.ensure_future(store.commit([Write(key, token(second), record(3), None, touch_sides=True)]))
+    half = asyncio.ensure_future(store.change([Write(key, token(second), record(3), None, touch_sides=True)]))
     await asyncio.sleep(0.02)
     source.cli(*migrate, f"stepcast:{{{key}}}:c", "0", "1000")
     assert await half == [True]
@@ -540,7 +541,7 @@ async def test_cluster_slot_that_moves_is_followed(own_cluster: list[RedisServer
         server.cli("CLUSTER", "SETSLOT", slot, "NODE", ids[target])
     (current,) = await store.load([key])
     assert current is not None
-    assert await store.commit([Write(key, token(current), None)]) == [True]
+    assert await store.change([Write(key, token(current), None)]) == [True]
     await store.close()
 
 
@@ -553,9 +554,9 @@ async def test_behind_writes_only_the_newest_record_and_at_the_end(tmp_path: Pat
     await store.open()
     await other.open()
     datas = [record(i) for i in range(10)]
-    assert await store.commit([Write("k", None, datas[0])]) == [True]
+    assert await store.change([Write("k", None, datas[0])]) == [True]
     for old, new in pairwise(datas):
-        assert await store.commit([Write("k", token(old), new, 60.0)]) == [True]
+        assert await store.change([Write("k", token(old), new, 60.0)]) == [True]
     assert await store.load(["k"]) == [datas[9]]
     assert await other.load(["k"]) == [datas[0]]
     await store.close()
@@ -569,14 +570,14 @@ async def test_behind_drops_and_counts_what_another_writer_overtook(tmp_path: Pa
     await store.open()
     await other.open()
     first, ours, theirs = record(1), record(2), record(3)
-    await store.commit([Write("k", None, first)])
-    assert await store.commit([Write("k", token(first), ours)]) == [True]
-    assert await other.commit([Write("k", token(first), theirs)]) == [True]
+    await store.change([Write("k", None, first)])
+    assert await store.change([Write("k", token(first), ours)]) == [True]
+    assert await other.change([Write("k", token(first), theirs)]) == [True]
     await store.flush()
     assert store.dropped == 1
     assert await store.load(["k"]) == [theirs]
-    assert await store.commit([Write("k", token(ours), record())]) == [False]
-    assert await store.commit([Write("k", token(theirs), record())]) == [True]
+    assert await store.change([Write("k", token(ours), record())]) == [False]
+    assert await store.change([Write("k", token(theirs), record())]) == [True]
     await store.close()
     await other.close()
 
@@ -587,22 +588,22 @@ async def test_behind_keeps_its_promise_when_the_base_is_away(redis_factory: Red
     store = BehindStore(open_store(server.url, options=_FAST), 60.0, clock=lambda: now)
     await store.open()
     key, datas = next(_names), [record(i) for i in range(5)]
-    await store.commit([Write(key, None, datas[0])])
-    assert await store.commit([Write(key, token(datas[0]), datas[1])]) == [True]
+    await store.change([Write(key, None, datas[0])])
+    assert await store.change([Write(key, token(datas[0]), datas[1])]) == [True]
     server.pause()
     with pytest.raises(StoreUnavailable):
         await store.flush()
     now += 59
-    assert await store.commit([Write(key, token(datas[1]), datas[2])]) == [True]
+    assert await store.change([Write(key, token(datas[1]), datas[2])]) == [True]
     now += 2
     with pytest.raises(StoreUnavailable, match=r"no (reply|connection)"):
-        await store.commit([Write(key, token(datas[2]), datas[3])])
+        await store.change([Write(key, token(datas[2]), datas[3])])
     with pytest.raises(StoreUnavailable, match=r"no (reply|connection)"):
         await store.ping()
     assert await store.load([key]) == [datas[2]]
     server.resume()  # the first flush may arrive only now
     await recovered(store.flush)
-    assert await store.commit([Write(key, token(datas[2]), datas[3])]) == [True]
+    assert await store.change([Write(key, token(datas[2]), datas[3])]) == [True]
     await store.close()
     plain = await opened(server.url)
     assert await plain.load([key]) == [datas[3]]
@@ -613,12 +614,12 @@ async def test_behind_flushes_before_a_checkpoint_or_the_end_of_a_session() -> N
     base = MemoryStore()
     store = BehindStore(base, interval_s=60.0)
     first, second, third = record(1), record(2), record(3)
-    await store.commit([Write("k", None, first)])
-    await store.commit([Write("k", token(first), second)])
-    assert await store.commit([Write("k", token(second), third, None, {"c": b"1"})]) == [True]
+    await store.change([Write("k", None, first)])
+    await store.change([Write("k", token(first), second)])
+    assert await store.change([Write("k", token(second), third, None, {"c": b"1"})]) == [True]
     assert await base.load(["k"]) == [third]
-    await store.commit([Write("k", token(third), first)])
-    assert await store.commit([Write("k", token(first), None)]) == [True]
+    await store.change([Write("k", token(third), first)])
+    assert await store.change([Write("k", token(first), None)]) == [True]
     assert await base.load(["k"]) == await store.load(["k"]) == [None]
     await store.flush()
     assert await base.load(["k"]) == [None]
@@ -635,9 +636,9 @@ class _Unsteady(MemoryStore):
         await self._stumble()
         return await super().load(keys)
 
-    async def commit(self, writes: Sequence[Write]) -> list[bool]:
+    async def change(self, writes: Sequence[Write]) -> list[bool]:
         await self._stumble()
-        applied = await super().commit(writes)
+        applied = await super().change(writes)
         await self._stumble()
         return applied
 
@@ -665,7 +666,7 @@ async def test_behind_loses_no_acknowledged_step_over_an_unsteady_base(seed: int
             assert step >= done, "an acknowledged step is gone"
             sides = {"c": b"1"} if random.random() < 0.1 else None
             with suppress(StoreUnavailable):
-                (applied,) = await store.commit([Write(key, token(data), record(step + 1), None, sides)])
+                (applied,) = await store.change([Write(key, token(data), record(step + 1), None, sides)])
                 done = max(done, step + applied)
         return done
 
@@ -678,7 +679,7 @@ async def test_behind_loses_no_acknowledged_step_over_an_unsteady_base(seed: int
 
 async def _created(store: Store, key: str) -> None:
     if await store.load([key]) == [None]:
-        await store.commit([Write(key, None, record(0))])
+        await store.change([Write(key, None, record(0))])
 
 
 async def test_a_cursor_that_is_none_is_refused_by_redis(redis_server: RedisServer) -> None:

@@ -10,14 +10,15 @@ from heapq import nsmallest
 from math import inf
 from typing import Final
 
+from ..records.block import Block
 from ..records.layout import TOKEN
-from . import Bytes, Replaced, Rows, Write, replace_each
+from . import Bytes, Done, Write
 
 _GONE: Final[tuple[bytes, float]] = (b"", inf)
 
 
-class _Block:
-    """Records side by side; whole until one of their sessions is written by itself."""
+class _Roster:
+    """Records (B, W) of a block that stays; whole until one of its sessions is written by itself."""
 
     __slots__ = ("applied", "records", "whole")
 
@@ -27,15 +28,15 @@ class _Block:
 
 
 class _Member:
-    """A record in a block."""
+    """A record in a roster."""
 
-    __slots__ = ("_at", "block")
+    __slots__ = ("_at", "roster")
 
-    def __init__(self, block: _Block, at: int) -> None:
-        self.block, self._at = block, at
+    def __init__(self, roster: _Roster, at: int) -> None:
+        self.roster, self._at = roster, at
 
     def __bytes__(self) -> bytes:
-        record: bytes = self.block.records[self._at].tobytes()
+        record: bytes = self.roster.records[self._at].tobytes()
         return record
 
 
@@ -70,67 +71,35 @@ class MemoryStore:
         now = self._clock()
         return [self._live(key, now) for key in keys]
 
-    async def commit(self, writes: Sequence[Write]) -> list[bool]:
-        now, records, visits = self._clock(), self._records, 1
-        applied = []
-        for write in writes:
-            key, expect, record, ttl_s, sides, _ = write
-            held, expires = records.get(key, _GONE)
-            old = held if isinstance(held, bytes) else bytes(held)
-            if (old[TOKEN] if expires > now else b"") != (expect or b""):
-                applied.append(False)
+    def replace(self, block: Block, done: Done) -> None:
+        now, roster = self._clock(), block.place
+        lasts = block.stays and block.ttl_s is None  # a record in a roster cannot expire by itself
+        if lasts and isinstance(roster, _Roster) and roster.whole and roster.records is block.old:
+            roster.records, applied = block.new, roster.applied
+            self._sweep(1, now)
+        else:
+            applied = self._put_each(block, now)
+            if lasts and all(applied):
+                roster = block.place = _Roster(block.new)
+                for at, key in enumerate(block.keys):
+                    self._records[key] = (_Member(roster, at), inf)
+        done(range(len(applied)), applied)
+
+    async def change(self, writes: Sequence[Write]) -> list[bool]:
+        now, created, applied = self._clock(), 0, []
+        for key, expect, record, ttl_s, sides, _ in writes:
+            applied.append(self._holds(key, expect or b"", now))
+            if not applied[-1]:
                 continue
-            if isinstance(held, _Member):
-                held.block.whole = False
             if expect is None or record is None:
                 self._forget(key)
-                visits += 2
+                created += 1
             if record is not None:
-                records[key] = (record, inf if ttl_s is None else now + ttl_s)
+                self._records[key] = (record, inf if ttl_s is None else now + ttl_s)
                 if sides:
                     self._sides.setdefault(key, {}).update(sides)
-            applied.append(True)
-        self._sweep(visits, now)
+        self._sweep(1 + 2 * created, now)
         return applied
-
-    def replace(
-        self,
-        keys: Sequence[str],
-        old: Sequence[bytes],
-        new: Sequence[bytes],
-        ttls_s: Sequence[float | None],
-        done: Replaced,
-    ) -> None:
-        now, records, applied = self._clock(), self._records, []
-        for key, before, after, ttl_s in zip(keys, old, new, ttls_s, strict=True):
-            there, expires = records.get(key, _GONE)
-            if isinstance(there, _Member):
-                there.block.whole = False
-                there = bytes(there)
-            if expires <= now or (there is not before and there[TOKEN] != before[TOKEN]):
-                applied.append(False)
-            else:
-                records[key] = (after, inf if ttl_s is None else now + ttl_s)
-                applied.append(True)
-        self._sweep(1, now)
-        done(applied)
-
-    def replace_rows(self, rows: Rows, new: Bytes, done: Replaced) -> None:
-        block = rows.place
-        if isinstance(block, _Block) and block.whole and block.records is rows.records:
-            block.records = new
-            self._sweep(1, self._clock())
-            done(block.applied)
-            return
-
-        def replaced(outcome: list[bool] | BaseException) -> None:
-            if isinstance(outcome, list) and all(outcome) and rows.ttl_s is None:
-                block = rows.place = _Block(new)
-                for at, key in enumerate(rows.keys):
-                    self._records[key] = (_Member(block, at), inf)
-            done(outcome)
-
-        replace_each(self, rows, new, replaced)
 
     async def list_keys(self, prefix: str, cursor: str, limit: int) -> tuple[list[str], str]:
         now = self._clock()
@@ -147,6 +116,31 @@ class MemoryStore:
 
     async def list_sides(self, key: str) -> list[str]:
         return sorted(self._live_sides(key))
+
+    def _put_each(self, block: Block, now: float) -> list[bool]:
+        """Put the records of a block one by one."""
+        expires, records, holds = inf if block.ttl_s is None else now + block.ttl_s, self._records, self._holds
+        applied, created = [], 0
+        for key, token, record in zip(block.keys, block.expected(), block.records(), strict=True):
+            applied.append(fits := holds(key, token, now))
+            if fits:
+                if not token:
+                    self._forget(key)  # what is left of one that has expired
+                    created += 1
+                records[key] = (record, expires)
+        self._sweep(1 + 2 * created, now)
+        return applied
+
+    def _holds(self, key: str, token: bytes, now: float) -> bool:
+        """Whether this is the token of the record under `key` (b"": there is none), which will be changed then."""
+        held, expires = self._records.get(key, _GONE)
+        if expires <= now:
+            return not token
+        if isinstance(held, bytes):
+            return held[TOKEN] == token
+        if fits := bytes(held)[TOKEN] == token:
+            held.roster.whole = False
+        return fits
 
     def _live(self, key: str, now: float) -> bytes | None:
         record, expires = self._records.get(key, _GONE)

@@ -8,7 +8,7 @@ All of sqlite3 happens on two threads, one that writes and one that reads; the e
 """
 
 import asyncio
-import functools
+import logging
 import sqlite3
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -19,8 +19,12 @@ from typing import Any, Final, TypeVar, cast
 
 from stepcast.errors import StoreUnavailable
 
+from ..records.block import Block
 from ..records.layout import TOKEN
-from . import Bytes, Replaced, Rows, Write, hand_on, replace_each
+from ..records.record import wall_clock_ms
+from . import Done, Write, as_writes, tell
+
+_log = logging.getLogger(__name__)
 
 SCHEMA_VERSION: Final = 1
 _NEVER: Final = 2**63 - 1
@@ -73,8 +77,9 @@ _ROUND: Final = "SELECT id, key, expires_ms FROM sessions WHERE id > ? ORDER BY 
 
 _T = TypeVar("_T")
 _Steps = list[tuple[bytes, int, bytes, str, bytes, int]]
-"""Plain steps, as _REPLACE takes them."""
-_Waiting = tuple[Sequence[Write] | _Steps, asyncio.Future[list[bool]]]
+"""A block, as _REPLACE takes its rows."""
+_Asked = Sequence[Write] | _Steps
+_Waiting = tuple[_Asked, asyncio.Future[list[bool]]]
 
 
 class SqliteStore:
@@ -112,8 +117,9 @@ class SqliteStore:
         self._writer = _Lane("store-write")
         self._reader = _Lane("store-read")
         try:
-            await self._on(self._writer, self._prepare)
-            await self._on(self._reader, self._connect, self._reader)
+            with _translated(self._path, str(self._path)):
+                await self._writer.run(self._prepare)
+                await self._reader.run(self._connect, self._reader)
         except BaseException:
             await self.close()
             raise
@@ -132,28 +138,19 @@ class SqliteStore:
     async def load(self, keys: Sequence[str]) -> list[bytes | None]:
         return await self._on(self._reader, self._load, keys)
 
-    async def commit(self, writes: Sequence[Write]) -> list[bool]:
+    def replace(self, block: Block, done: Done) -> None:
+        now_ms, expected = self._clock_ms(), block.expected()
+        if not expected[0]:  # new sessions
+            asked: _Asked = as_writes(block)
+        else:
+            expires_ms, rows = _expires_ms(block.ttl_s, now_ms), zip(block.keys, expected, block.records(), strict=True)
+            asked = [(record[TOKEN], expires_ms, record, key, token, now_ms) for key, token, record in rows]
+        tell(done, range(len(block)), self._accept(asked))
+
+    async def change(self, writes: Sequence[Write]) -> list[bool]:
         return await self._accept(writes)
 
-    def replace(
-        self,
-        keys: Sequence[str],
-        old: Sequence[bytes],
-        new: Sequence[bytes],
-        ttls_s: Sequence[float | None],
-        done: Replaced,
-    ) -> None:
-        now_ms = self._clock_ms()
-        steps: _Steps = [
-            (after[TOKEN], _expires_ms(ttl_s, now_ms), after, key, before[TOKEN], now_ms)
-            for key, before, after, ttl_s in zip(keys, old, new, ttls_s, strict=True)
-        ]
-        self._accept(steps).add_done_callback(functools.partial(hand_on, done))
-
-    def replace_rows(self, rows: Rows, new: Bytes, done: Replaced) -> None:
-        replace_each(self, rows, new, done)
-
-    def _accept(self, asked: Sequence[Write] | _Steps) -> "asyncio.Future[list[bool]]":
+    def _accept(self, asked: _Asked) -> "asyncio.Future[list[bool]]":
         """Let writes wait for the next transaction."""
         done: asyncio.Future[list[bool]] = asyncio.get_running_loop().create_future()
         self._waiting.append((asked, done))
@@ -229,7 +226,7 @@ class SqliteStore:
         """A new file, or one that was copied by a tool that leaves the write-ahead log out."""
         mode = _patiently(lambda: connection.execute("PRAGMA journal_mode = WAL"), self._busy_timeout_s)
         if mode.fetchone()[0] != "wal":
-            raise _unavailable(f"{self._path} can not have a write-ahead log. Put it on a local disk")
+            raise _unavailable(f"{self._path} cannot have a write-ahead log. Put it on a local disk")
 
     def _touch(self) -> None:
         """Write something, as only that shows whether the file can be written."""
@@ -245,7 +242,7 @@ class SqliteStore:
     def _column(self, query: str, *values: str | int) -> list[Any]:
         return [row[0] for row in self._reader.use().execute(query, values)]
 
-    def _apply(self, calls: Sequence[Sequence[Write] | _Steps]) -> list[list[bool]]:
+    def _apply(self, calls: Sequence[_Asked]) -> list[list[bool]]:
         """One transaction for several commits; where a plain step is refused, all of it again, step by step."""
         try:
             return self._transact(calls, _replace_all)
@@ -254,7 +251,7 @@ class SqliteStore:
 
     def _transact(
         self,
-        calls: Sequence[Sequence[Write] | _Steps],
+        calls: Sequence[_Asked],
         replace_steps: Callable[[sqlite3.Connection, _Steps], list[bool]],
     ) -> list[list[bool]]:
         connection, now_ms = self._writer.use(), self._clock_ms()
@@ -388,11 +385,16 @@ def _unavailable(facts: str, retry_after_s: float = 1.0) -> StoreUnavailable:
 
 
 @contextmanager
-def _translated(path: Path) -> Iterator[None]:
-    """sqlite3's errors become StoreUnavailable; retry soon where another process writes, late on a full disk."""
+def _translated(path: Path, told: str = "SQLite") -> Iterator[None]:
+    """sqlite3's errors become StoreUnavailable; retry soon where another process writes, late on a full disk.
+
+    Args:
+        told: What the error names; who steps a session need not know where its file is, the log does.
+    """
     try:
         yield
     except sqlite3.Error as error:
+        _log.warning("%s: %s", path, error)
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
         retry_after_s = {sqlite3.SQLITE_BUSY: 0.1, sqlite3.SQLITE_FULL: 5.0}.get(code, 1.0)
-        raise _unavailable(f"{path}: {error}", retry_after_s) from error
+        raise _unavailable(f"{told}: {error}", retry_after_s) from error

@@ -7,7 +7,6 @@ one wrote it, what is waiting here is dropped, and counted.
 """
 
 import asyncio
-import functools
 import logging
 import time
 from collections import OrderedDict
@@ -19,8 +18,9 @@ from typing import Final
 
 from stepcast.errors import StoreUnavailable
 
+from ..records.block import Block
 from ..records.layout import TOKEN
-from . import Bytes, Replaced, Rows, Store, Write, as_writes, hand_on, replace_each
+from . import Done, Store, Write, as_writes, tell
 
 _log = logging.getLogger(__name__)
 
@@ -98,33 +98,21 @@ class BehindStore:
                 records[i] = record
         return records
 
-    async def commit(self, writes: Sequence[Write]) -> list[bool]:
+    def replace(self, block: Block, done: Done) -> None:
+        tell(done, range(len(block)), self.change(as_writes(block)))
+
+    async def change(self, writes: Sequence[Write]) -> list[bool]:
         await self._keep_promise()
         through = {i: write for i, write in enumerate(writes) if self._goes_through(write)}
         applied = [False] * len(writes)
         if through:
-            results = await self._commit_through(list(through.values()))
-            for i, result in zip(through, results, strict=True):
+            for i, result in zip(through, await self._change_now(list(through.values())), strict=True):
                 applied[i] = result
         later = [i for i in range(len(writes)) if i not in through]
         await self._learn([writes[i].key for i in later])
         for i in later:
             applied[i] = self._keep(writes[i])
         return applied
-
-    def replace(
-        self,
-        keys: Sequence[str],
-        old: Sequence[bytes],
-        new: Sequence[bytes],
-        ttls_s: Sequence[float | None],
-        done: Replaced,
-    ) -> None:
-        task = asyncio.ensure_future(self.commit(as_writes(keys, old, new, ttls_s)))
-        task.add_done_callback(functools.partial(hand_on, done))
-
-    def replace_rows(self, rows: Rows, new: Bytes, done: Replaced) -> None:
-        replace_each(self, rows, new, done)
 
     async def list_keys(self, prefix: str, cursor: str, limit: int) -> tuple[list[str], str]:
         return await self._base.list_keys(prefix, cursor, limit)
@@ -158,7 +146,7 @@ class BehindStore:
         """Whether a write is more than a step: only steps wait."""
         return write.expect is None or write.record is None or bool(write.sides) or write.key in self._passing
 
-    async def _commit_through(self, writes: Sequence[Write]) -> list[bool]:
+    async def _change_now(self, writes: Sequence[Write]) -> list[bool]:
         """Write to the base now, after what waits for the same sessions."""
         keys = {write.key for write in writes}
         self._passing |= keys
@@ -168,7 +156,7 @@ class BehindStore:
                     await self._write_out()
                 for key in keys:
                     self._known.pop(key, None)
-                return await self._base.commit(writes)
+                return await self._base.change(writes)
         finally:
             self._passing -= keys
 
@@ -239,7 +227,7 @@ class BehindStore:
         while self._flushing:
             now = self._clock()
             batch = dict(list(self._flushing.items())[:_PER_FLUSH_CALL])
-            results = await self._base.commit([_as_write(key, waiting, now) for key, waiting in batch.items()])
+            results = await self._base.change([_as_write(key, waiting, now) for key, waiting in batch.items()])
             for (key, waiting), applied in zip(batch.items(), results, strict=True):
                 self._settle(key, waiting, applied)
 

@@ -2,7 +2,7 @@
 
 A client of our own on top of hiredis, for two reasons. Nothing may be sent twice: a general client's retry after a
 lost reply would turn an applied compare-and-set into a refused one. And calls in flight share one connection, in
-order, at half the processor time of redis-py's pool, which would give each a connection of its own.
+order, at a fraction of the processor time of redis-py's pool, which would give each a connection of its own.
 """
 
 import asyncio
@@ -10,48 +10,46 @@ import re
 import socket
 import ssl
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, cast
 
-from hiredis import HiredisError, Reader, ReplyError, pack_command
+from hiredis import HiredisError, Reader, ReplyError
 
 from stepcast.errors import StoreUnavailable
 
-Command = tuple[Any, ...]  # of str, bytes and int
+from .commands import LESSON, pack
 
 _SEND_BYTES: Final = 1 << 20
 """Room in the kernel for a whole batch, so that it leaves in one go."""
-_LOST_RETRY_S: Final = 1.0
 _SLOW_RETRY_S: Final = 0.5
 _RETRY_S: Final = {"OOM": 5.0, "MISCONF": 5.0, "TRYAGAIN": 0.1}
 _IN_SCRIPT: Final = re.compile(r"-([A-Z]+) ")
 _ELSEWHERE: Final = frozenset({"READONLY", "MASTERDOWN", "LOADING"})
+"""This server is not the one to talk to (any more): a replica, or one that is starting."""
 
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """Where a Redis server is and how to enter."""
+    """Where a Redis server is and how to enter.
 
-    host: str = "localhost"
-    port: int = 6379
-    db: int = 0
-    username: str | None = None
-    password: str | None = field(default=None, repr=False)
-    tls: ssl.SSLContext | None = field(default=None, repr=False)
+    Args:
+        options: What redis-py's parse_url gave for the URL, and `context` what its options of TLS make.
+    """
+
+    host: str
+    port: int
+    options: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    context: ssl.SSLContext | None = field(default=None, repr=False, compare=False)
 
     def __str__(self) -> str:
         return f"{self.host}:{self.port}"
 
-    def greeting(self) -> list[Command]:
-        """What to say first."""
-        commands: list[Command] = [("CLIENT", "SETNAME", "stepcast")]
-        if self.db:
-            commands.insert(0, ("SELECT", self.db))
-        if self.password is not None:
-            user = (self.username,) if self.username else ()
-            commands.insert(0, ("AUTH", *user, self.password))
-        return commands
+    def greeting(self) -> list[bytes]:
+        """What to say first, to enter."""
+        user, password, db = (self.options.get(name) for name in ("username", "password", "db"))
+        commands = [pack("AUTH", *((user,) if user else ()), password)] if password is not None else []
+        return [*commands, pack("SELECT", db)] if db else commands
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +60,35 @@ class Timeouts:
     reply_s: float = 1.0
 
 
-Replied = Callable[[list[Any] | StoreUnavailable], None]
+class Refused:
+    """An error that a server replied, in the place of the reply.
+
+    Attributes:
+        reason: Redis' word for it (OOM, MOVED, ...), also where Redis 6 wraps it in a script's error.
+        text: All that it said.
+    """
+
+    __slots__ = ("reason", "server", "text")
+
+    def __init__(self, server: Server, error: ReplyError) -> None:
+        self.server, self.text = server, str(error)
+        self.reason = self.text.split(" ", 1)[0]
+        if self.reason == "ERR" and (wrapped := _IN_SCRIPT.search(self.text)):
+            self.reason = wrapped[1]
+
+    @property
+    def error(self) -> StoreUnavailable:
+        """The same for a caller."""
+        return unavailable(self.server, self.text, _RETRY_S.get(self.reason, 1.0))
+
+
+Replies = list[Any]
+"""One per command; a Refused where the server replied with an error."""
+Replied = Callable[[Replies | StoreUnavailable], None]
 
 
 class _Call(NamedTuple):
-    replies: list[Any]
+    replies: Replies
     wanted: int
     done: Replied
     until: float
@@ -80,7 +102,7 @@ class Wire(asyncio.Protocol):
     def __init__(self, server: Server, reply_s: float) -> None:
         self.server = server
         self.broken: str | None = None
-        """Why it can not be used any more."""
+        """Why it cannot be used any more."""
         self._reply_s = reply_s
         self._reader = Reader()
         self._calls: deque[_Call] = deque()
@@ -88,42 +110,21 @@ class Wire(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._watch: asyncio.TimerHandle | None = None
 
-    async def call(self, commands: Sequence[Command], patience_s: float = 0.0) -> list[Any]:
-        """The replies to `commands`, sent together; an error reply is a ReplyError among them.
+    def send(self, commands: Sequence[bytes], done: Replied, patience_s: float = 0.0) -> None:
+        """Send commands together.
 
         Args:
             commands: Not empty.
+            done: Called with the replies as soon as they are read, or with what became of them instead: then it is
+                unknown which commands were done.
             patience_s: How long Redis may take on purpose, beyond the usual time.
-
-        Raises:
-            StoreUnavailable: no reply, or not in time; what was done is unknown.
         """
         if self.broken or self._transport is None:
-            raise unavailable(self.server, self.broken or "not connected", _LOST_RETRY_S)
-        future: asyncio.Future[list[Any]] = self._loop.create_future()
-
-        def done(replies: list[Any] | StoreUnavailable) -> None:
-            if future.done():  # its caller is gone
-                return
-            if isinstance(replies, list):
-                future.set_result(replies)
-            else:
-                future.set_exception(replies)
-
-        self.send(b"".join(map(pack_command, commands)), len(commands), done, patience_s)
-        return await future
-
-    def send(self, packed: bytes, wanted: int, done: Replied, patience_s: float = 0.0) -> None:
-        """The same with commands that are bytes already; the connection must not be broken.
-
-        Args:
-            wanted: How many commands these are.
-            done: Called with the replies as soon as they are read, or with what became of them instead.
-        """
-        assert self._transport is not None
+            done(unavailable(self.server, self.broken or "not connected"))
+            return
         loop, limit_s = self._loop, self._reply_s + patience_s
-        self._calls.append(_Call([], wanted, done, loop.time() + limit_s, limit_s))
-        self._transport.write(packed)
+        self._calls.append(_Call([], len(commands), done, loop.time() + limit_s, limit_s))
+        self._transport.writelines(commands)
         if self._watch is None:
             self._watch = loop.call_later(limit_s, self._look)
 
@@ -139,7 +140,7 @@ class Wire(asyncio.Protocol):
         else:
             self.close(f"no reply within {oldest.limit_s:g} s", retry_after_s=_SLOW_RETRY_S)
 
-    def close(self, why: str, cause: Exception | None = None, retry_after_s: float = _LOST_RETRY_S) -> None:
+    def close(self, why: str, cause: Exception | None = None, retry_after_s: float = 1.0) -> None:
         """End the connection, so that a late reply is never taken for another call's; tell whoever waits why."""
         if self._watch is not None:
             self._watch.cancel()
@@ -161,63 +162,151 @@ class Wire(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Give each reply to the oldest call that still lacks one."""
+        calls, read = self._calls, self._reader.gets
         try:
             self._reader.feed(data)
-            while self._calls and (reply := self._reader.gets()) is not False:
-                self._give(reply)
+            while calls:
+                replies, wanted, done, _, _ = calls[0]
+                while len(replies) < wanted:
+                    if (reply := read()) is False:  # the rest is still on its way
+                        return
+                    replies.append(reply)
+                calls.popleft()
+                done(self._judged(replies) if ReplyError in map(type, replies) else replies)
         except HiredisError as error:
             self.close(f"not a reply of Redis: {error}", error)
 
-    def _give(self, reply: Any) -> None:
-        call = self._calls[0]
-        call.replies.append(reply)
-        if len(call.replies) == call.wanted:
-            self._calls.popleft()
-            call.done(call.replies)
+    def _judged(self, replies: Replies) -> Replies:
+        """Replies with errors among them."""
+        judged = [Refused(self.server, reply) if isinstance(reply, ReplyError) else reply for reply in replies]
+        for reply in judged:
+            if isinstance(reply, Refused) and reply.reason in _ELSEWHERE:
+                self.close(reply.text)
+        return judged
+
+
+class Line:
+    """A connection that comes back: opened when first needed, and again after a failure.
+
+    Args:
+        locate: Makes a connection to where the server is now.
+        replicas: How many replicas must have what a command did before its reply counts. That goes for reads too: an
+            answer that was refused for lack of replicas and then read back could still be lost.
+        replicas_s: How long to wait for them.
+    """
+
+    def __init__(self, locate: Callable[[], Awaitable[Wire]], replicas: int = 0, replicas_s: float = 0.0) -> None:
+        self._locate, self._replicas, self._replicas_s = locate, replicas, replicas_s
+        self._wait = pack("WAIT", replicas, max(1, int(replicas_s * 1000)))
+        self._wire: Wire | None = None
+        self._opening: asyncio.Task[None] | None = None
+        self._waiting: list[tuple[Sequence[bytes], Replied]] = []
+        self._closed = False
+
+    def send(self, commands: Sequence[bytes], done: Replied) -> None:
+        """Send commands as Wire.send does, once there is a connection."""
+        if self._wire is not None and not self._wire.broken:
+            self._send(self._wire, commands, done)
+        elif self._closed:
+            done(_closed())
+        else:
+            self._waiting.append((commands, done))
+            if self._opening is None:
+                self._opening = asyncio.create_task(self._open())
+
+    async def close(self) -> None:
+        """Disconnect for ever."""
+        self._closed = True
+        if self._opening is not None:
+            self._opening.cancel()
+            await asyncio.wait([self._opening])
+        if self._wire is not None:
+            self._wire.close("the store is closed")
+
+    async def _open(self) -> None:
+        """Connect, then send what waits for it, or tell why that cannot be."""
+        failure: StoreUnavailable | None = None
+        try:
+            self._wire = await self._locate()
+        except StoreUnavailable as error:
+            failure = error
+        except asyncio.CancelledError:
+            failure = _closed()
+        self._opening, waiting, self._waiting = None, self._waiting, []
+        for commands, done in waiting:
+            if failure is not None or self._wire is None:
+                done(failure or _closed())
+            else:
+                self._send(self._wire, commands, done)
+
+    def _send(self, wire: Wire, commands: Sequence[bytes], done: Replied) -> None:
+        if not self._replicas:
+            wire.send(commands, done)
+            return
+
+        def waited(replies: Replies | StoreUnavailable) -> None:
+            if isinstance(replies, list):
+                *replies, reached = replies
+                if isinstance(reached, Refused):
+                    replies = reached.error
+                elif reached < self._replicas:
+                    facts = f"{reached} of {self._replicas} replicas have it after {self._replicas_s:g} s"
+                    replies = unavailable(wire.server, facts)
+            done(replies)
+
+        wire.send([*commands, self._wait], waited, self._replicas_s)
+
+
+async def ask(line: Wire | Line, *commands: bytes) -> Replies:
+    """The replies to commands.
+
+    Raises:
+        StoreUnavailable: no reply, or not in time; what was done is unknown.
+    """
+    future: asyncio.Future[Replies] = asyncio.get_running_loop().create_future()
+
+    def done(replies: Replies | StoreUnavailable) -> None:
+        if future.done():  # its caller is gone
+            return
+        if isinstance(replies, list):
+            future.set_result(replies)
+        else:
+            future.set_exception(replies)
+
+    line.send(commands, done)
+    return await future
 
 
 async def connect(server: Server, timeouts: Timeouts) -> Wire:
-    """Open a connection and enter.
+    """Open a connection, enter, and teach the server our script.
 
     Raises:
         StoreUnavailable: nobody there, or a wrong password.
     """
     wire = Wire(server, timeouts.reply_s)
-    loop = asyncio.get_running_loop()
+    named = pack("CLIENT", "SETNAME", "stepcast")  # for who looks at Redis' list of clients; it may be forbidden
     try:
         async with asyncio.timeout(timeouts.connect_s):
-            await loop.create_connection(lambda: wire, server.host, server.port, ssl=server.tls)
-            replies = await wire.call(server.greeting())
-    except OSError as error:
+            loop = asyncio.get_running_loop()
+            await loop.create_connection(lambda: wire, server.host, server.port, ssl=server.context)
+            *replies, _ = await ask(wire, *server.greeting(), LESSON, named)
+    except (OSError, ValueError) as error:
         wire.close("not connected")
-        why = str(error) or f"no connection within {timeouts.connect_s:g} s"
-        raise unavailable(server, why, _LOST_RETRY_S) from error
-    for reply in replies[:-1]:  # the last one only sets a name
-        if isinstance(reply, ReplyError):
+        raise unavailable(server, str(error) or f"no connection within {timeouts.connect_s:g} s") from error
+    except asyncio.CancelledError:
+        wire.close("not connected")
+        raise
+    for reply in replies:
+        if isinstance(reply, Refused):
             wire.close("refused at the door")
-            raise refusal(server, reply)
+            raise reply.error
     return wire
 
 
-def unavailable(server: Server, why: str, retry_after_s: float) -> StoreUnavailable:
-    """The error for a server that can not answer."""
+def unavailable(server: Server, why: str, retry_after_s: float = 1.0) -> StoreUnavailable:
+    """The error for a server that cannot answer."""
     return StoreUnavailable(f"Redis at {server}: {why.rstrip('.')}.", retry_after_s=retry_after_s)
 
 
-def refusal(server: Server, error: ReplyError) -> StoreUnavailable:
-    """The error for a server that answered with an error."""
-    refused = unavailable(server, str(error), _RETRY_S.get(error_code(error), 1.0))
-    refused.__cause__ = error
-    return refused
-
-
-def error_code(error: ReplyError) -> str:
-    """Redis' word for an error (OOM, READONLY, ...), also where Redis 6 wraps it in a script's error."""
-    code = str(error).split(" ", 1)[0]
-    wrapped = _IN_SCRIPT.search(str(error)) if code == "ERR" else None
-    return wrapped.group(1) if wrapped else code
-
-
-def is_elsewhere(error: ReplyError) -> bool:
-    """Whether this server is not the one to talk to (any more): a replica, or one that is starting."""
-    return error_code(error) in _ELSEWHERE
+def _closed() -> StoreUnavailable:
+    return StoreUnavailable("The store is closed.", retry_after_s=1.0)

@@ -1,41 +1,36 @@
-"""Which Redis server answers for a key: one primary (fixed, or named by sentinels), or a cluster of them."""
+"""Which Redis server answers for a key: one primary (fixed, or named by sentinels), or a cluster of them.
+
+redis-py is asked who is where; what is asked of those servers then goes over connections of our own.
+"""
 
 import asyncio
+from asyncio import CancelledError
 from binascii import crc_hqx
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle
-from typing import Any, Final, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Final, NamedTuple, cast
 
-from hiredis import ReplyError
+from redis.asyncio import ConnectionPool, Redis, SSLConnection
+from redis.asyncio.connection import parse_url
+from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import Sentinel
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
 
 from stepcast.errors import StoreUnavailable
 
-from .connection import (
-    Command,
-    Server,
-    Timeouts,
-    Wire,
-    connect,
-    error_code,
-    is_elsewhere,
-    refusal,
-    unavailable,
-)
+from .commands import LESSON, pack
+from .connection import Line, Refused, Replies, Server, Timeouts, Wire, ask, connect, unavailable
 
-SLOTS: Final = 16384
-_ROUNDS: Final = 5
-_TRYAGAIN_S: Final = 0.05
+_SLOTS: Final = 16384
+_PAUSE_S: Final = 0.05
+"""Before a command that was not done is sent for the third time, and so on: its slot may be on its way."""
+_LOOK_S: Final = 0.1
+"""Between two looks at who has which slots."""
 _LINES_THAT_WAIT: Final = 4
-
-_T = TypeVar("_T")
-
-
-class Job(NamedTuple):
-    """A command about one key, or about several of one group."""
-
-    key: str
-    command: Command
+_ASKING: Final = pack("ASKING")
+_ONCE: Final = Retry(NoBackoff(), 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,266 +41,303 @@ class Replication:
     timeout_s: float = 0.5
 
 
-class Nodes(Protocol):
-    """The servers of one store."""
-
-    def groups(self, keys: Sequence[str]) -> Iterable[Sequence[int]]:
-        """Indices of `keys`, grouped so that one command may touch all keys of a group."""
-
-    async def run(self, jobs: Sequence[Job]) -> list[Any]:
-        """The replies to `jobs`, in order. Raises StoreUnavailable if one is an error."""
-
-    async def primaries(self) -> "list[Node]":
-        """All servers that take writes, in an order that outlives a failover."""
-
-    def wire(self) -> Wire | None:
-        """The connection that plain commands about any key may take now; None: `run` has more to do than to send."""
-
-    async def close(self) -> None:
-        """Disconnect."""
-
-
 class Node:
-    """One server: connects when first needed, and again after a failure.
+    """One server; where replicas are waited for, several connections take turns, since one that waits stands still."""
 
-    Args:
-        locate: Makes a connection to where the server is now.
-        load_script: What to send to a server that does not know our script.
-        replication: With replicas, several connections take turns, since one that waits for replicas stands still.
-    """
-
-    def __init__(self, locate: Callable[[], Awaitable[Wire]], load_script: Command, replication: Replication) -> None:
-        self._load_script = load_script
-        self._replication = replication
-        lines = _LINES_THAT_WAIT if replication.replicas else 1
-        self._lines = [_Line(locate) for _ in range(lines)]
+    def __init__(self, locate: Callable[[], Awaitable[Wire]], level: Replication) -> None:
+        count = _LINES_THAT_WAIT if level.replicas else 1
+        self._lines = [Line(locate, level.replicas, level.timeout_s) for _ in range(count)]
         self._turn = cycle(self._lines)
 
-    async def run(self, commands: Sequence[Command], *, replicated: bool = False) -> list[Any]:
-        """The replies, an error among them as a Refused.
-
-        Args:
-            commands: Sent together.
-            replicated: What the replies tell must be on the replicas that the level asks for. That holds for reads
-                too: an answer that was refused for lack of replicas and then read back could still be lost.
-        """
-        wire = await next(self._turn).wire()
-        call = self._call_and_wait if replicated and self._replication.replicas else self._call
-        replies = await call(wire, commands)
-        unknown = [i for i, reply in enumerate(replies) if isinstance(reply, Refused) and reply.code == "NOSCRIPT"]
-        if unknown:
-            again = await call(wire, [self._load_script, *(commands[i] for i in unknown)])
-            for i, reply in zip(unknown, again[1:], strict=True):
-                replies[i] = reply
-        return replies
+    @property
+    def line(self) -> Line:
+        """The connection whose turn it is."""
+        return next(self._turn)
 
     async def close(self) -> None:
         """Disconnect."""
         for line in self._lines:
             await line.close()
 
-    def wire(self) -> Wire | None:
-        """The connection, where there is one and its replies count as they come."""
-        return None if self._replication.replicas else self._lines[0].open_wire
 
-    async def _call(self, wire: Wire, commands: Sequence[Command], patience_s: float = 0.0) -> list[Any]:
-        replies = await wire.call(commands, patience_s)
-        for i, reply in enumerate(replies):
-            if isinstance(reply, ReplyError):
-                replies[i] = Refused(wire.server, reply)
-                if is_elsewhere(reply):
-                    wire.close(str(reply), reply)
-        return replies
+class Job(NamedTuple):
+    """A command about one session, or about several that one command may name."""
 
-    async def _call_and_wait(self, wire: Wire, commands: Sequence[Command]) -> list[Any]:
-        need, limit_s = self._replication.replicas, self._replication.timeout_s
-        wait = ("WAIT", need, max(1, int(limit_s * 1000)))
-        *replies, reached = await self._call(wire, [*commands, wait], limit_s)
-        if isinstance(reached, Refused):
-            raise reached.error
-        if reached < need:
-            raise unavailable(wire.server, f"{reached} of {need} replicas have it after {limit_s:g} s", 1.0)
-        return replies
+    key: str
+    command: bytes
 
 
-class Refused:
-    """An error that a server replied."""
-
-    def __init__(self, server: Server, error: ReplyError) -> None:
-        self.code = error_code(error)
-        self.text = str(error)
-        self.error = refusal(server, error)
+Told = Callable[[Sequence[int], Replies], None]
+"""Takes places of jobs, and the reply to each: a StoreUnavailable (or cancellation) where there is none or an error."""
 
 
-class Single:
-    """One primary."""
-
-    def __init__(self, node: Node) -> None:
-        self._node = node
-
-    def groups(self, keys: Sequence[str]) -> Iterable[Sequence[int]]:
-        return [range(len(keys))]
-
-    async def run(self, jobs: Sequence[Job]) -> list[Any]:
-        replies = await self._node.run([job.command for job in jobs], replicated=True)
-        for reply in replies:
-            if isinstance(reply, Refused):
-                raise reply.error
-        return replies
-
-    async def primaries(self) -> list[Node]:
-        return [self._node]
-
-    def wire(self) -> Wire | None:
-        return self._node.wire()
-
-    async def close(self) -> None:
-        await self._node.close()
-
-
-class Cluster:
-    """Many primaries, each with some of the 16384 slots.
-
-    The map of slots is read when first needed, and again after a redirection or a failure.
+class Nodes:
+    """The servers of one store: one primary.
 
     Args:
-        seeds: Servers to ask for the map; any one that answers will do.
-        node_at: Makes the Node for a server.
+        node: The primary.
+        timeout_s: How long a command that was not done is sent again.
+
+    Attributes:
+        most: How many sessions one command may name.
     """
 
-    def __init__(self, seeds: Sequence[Server], node_at: Callable[[Server], Node]) -> None:
-        self._seeds = seeds
-        self._node_at = node_at
-        self._nodes: dict[Server, Node] = {}
-        self._owners: dict[int, Server] = {}  # by slot
-        self._stale = True
-        self._refresh = _Once(self._read_map)
+    most = 1 << 30
+    not_done = frozenset({"NOSCRIPT"})
+    """What a server says that has done nothing of a command, which another try may mend."""
 
-    def groups(self, keys: Sequence[str]) -> Iterable[Sequence[int]]:
-        by_slot: dict[int, list[int]] = {}
-        for i, key in enumerate(keys):
-            by_slot.setdefault(slot_of(key), []).append(i)
-        return by_slot.values()
+    def __init__(self, node: Node | None, timeout_s: float) -> None:
+        self._node, self._timeout_s = node, timeout_s
 
-    async def run(self, jobs: Sequence[Job]) -> list[Any]:
-        if self._stale:
-            await self._refresh()
-        replies: list[Any] = [None] * len(jobs)
-        todo: Sequence[int] = range(len(jobs))
-        for _ in range(_ROUNDS):
-            todo = await self._round(jobs, todo, replies)
-            if not todo:
-                return replies
-        raise unavailable(self._seeds[0], f"the cluster redirected {_ROUNDS} times", 0.5)
+    def send(self, jobs: Sequence[Job], told: Told) -> None:
+        """Send each job to its server, all of a server together.
 
-    async def primaries(self) -> list[Node]:
-        if self._stale:
-            await self._refresh()
-        servers = dict.fromkeys(self._owners[slot] for slot in sorted(self._owners))
-        return [self._node(server) for server in servers]
+        Args:
+            told: Called once or several times, so that every job is told once; a server that hangs holds up its own.
+        """
+        by_node: dict[Node | None, list[int]] = {}
+        for i, job in enumerate(jobs):
+            by_node.setdefault(self.node_of(job.key), []).append(i)
+        for node, mine in by_node.items():
+            self._send(node, jobs, mine, told)
 
-    def wire(self) -> Wire | None:
-        return None
+    async def run(self, jobs: Sequence[Job]) -> Replies:
+        """The replies to jobs. Raises StoreUnavailable where one is missing or an error."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        replies: Replies = [None] * len(jobs)
+        left = len(jobs)
+
+        def told(places: Sequence[int], found: Replies) -> None:
+            nonlocal left
+            for place, reply in zip(places, found, strict=True):
+                replies[place] = reply
+            left -= len(places)
+            if not left and not future.done():  # else the caller is gone
+                future.set_result(None)
+
+        if jobs:
+            self.send(jobs, told)
+            await future
+        for reply in replies:
+            if isinstance(reply, BaseException):
+                raise reply
+        return replies
+
+    def node_of(self, key: str) -> Node | None:
+        """The server that has a session; None: there is none."""
+        return self._node
+
+    def primaries(self) -> list[Node]:
+        """All servers that take writes, in an order that outlives a failover."""
+        return [self._node] if self._node else []
+
+    def doubt(self) -> None:
+        """A server has failed: look who is where, and let nobody wait for it."""
 
     async def close(self) -> None:
-        await self._refresh.close()
+        """Disconnect."""
+        for node in self.primaries():
+            await node.close()
+
+    def _send(self, node: Node | None, jobs: Sequence[Job], mine: Sequence[int], told: Told) -> None:
+        """Send a server its share of the jobs."""
+
+        def replied(replies: Replies | StoreUnavailable) -> None:
+            if not isinstance(replies, list):
+                self.doubt()
+                told(mine, [replies] * len(mine))
+            elif Refused in map(type, replies):
+                self.doubt()
+                for i, reply in zip(mine, replies, strict=True):
+                    self._judge(i, jobs[i], reply, told)
+            else:
+                told(mine, replies)
+
+        if node is None:
+            replied(StoreUnavailable("Redis: no server of the cluster has the session's slot.", retry_after_s=1.0))
+        else:
+            node.line.send([jobs[i].command for i in mine], replied)
+
+    def _judge(self, i: int, job: Job, reply: Any, told: Told) -> None:
+        """Tell one reply; a job that was not done is sent again first."""
+        if not isinstance(reply, Refused):
+            told([i], [reply])
+        elif reply.reason not in self.not_done:
+            told([i], [reply.error])
+        else:
+            asyncio.create_task(self._try_again(job, reply)).add_done_callback(
+                lambda task: told([i], [CancelledError() if task.cancelled() else task.exception() or task.result()])
+            )
+
+    async def _try_again(self, job: Job, reply: Any) -> Any:
+        """Send a job until it is done or the time is over; its reply, or the error."""
+        clock, pause_s = asyncio.get_running_loop().time, 0.0
+        until = clock() + self._timeout_s
+        while isinstance(reply, Refused) and reply.reason in self.not_done and clock() < until:
+            await asyncio.sleep(pause_s)
+            pause_s = _PAUSE_S
+            node, first = self._next(job, reply)
+            if node is None:
+                break
+            try:
+                *_, reply = await ask(node.line, *first, job.command)
+            except StoreUnavailable as error:
+                return error
+        return reply.error if isinstance(reply, Refused) else reply
+
+    def _next(self, job: Job, refused: Refused) -> tuple[Node | None, Sequence[bytes]]:
+        """Where a job goes that was not done, and what must be said before it."""
+        return self._node, (LESSON,)
+
+
+class Cluster(Nodes):
+    """Many primaries, each with some of the 16384 slots.
+
+    One command names one session: sessions rarely share a slot, and a command about several is refused while their
+    slot moves.
+
+    Args:
+        seeds: Servers to ask who has which slots; any one that answers will do.
+        timeouts: Of each server.
+        level: Of all.
+    """
+
+    most = 1
+    not_done = frozenset({"NOSCRIPT", "MOVED", "ASK", "TRYAGAIN"})
+
+    def __init__(self, seeds: Sequence[Server], timeouts: Timeouts, level: Replication) -> None:
+        super().__init__(None, timeouts.reply_s)
+        self._seeds, self._timeouts, self._level = seeds, timeouts, level
+        self._nodes: dict[Server, Node] = {}
+        self._owners: list[Server | None] = []  # by slot; empty: nobody was asked yet
+        self._unplaced: list[tuple[Sequence[Job], Told]] = []
+        self._looking: asyncio.Task[None] | None = None
+        self._look_after = 0.0
+
+    def send(self, jobs: Sequence[Job], told: Told) -> None:
+        if self._owners:
+            super().send(jobs, told)
+        else:
+            self._unplaced.append((jobs, told))
+            self.doubt()
+
+    def node_of(self, key: str) -> Node | None:
+        owner = self._owners[slot_of(key)]
+        return None if owner is None else self._nodes[owner]
+
+    def primaries(self) -> list[Node]:
+        return [self._nodes[owner] for owner in dict.fromkeys(self._owners) if owner]
+
+    def doubt(self) -> None:
+        now = asyncio.get_running_loop().time()
+        if self._looking is None and (self._unplaced or now >= self._look_after):
+            self._look_after = now + _LOOK_S
+            self._looking = asyncio.create_task(self._look())
+
+    async def close(self) -> None:
+        if self._looking is not None:
+            self._looking.cancel()
+            await asyncio.wait([self._looking])
         for node in self._nodes.values():
             await node.close()
 
-    async def _round(self, jobs: Sequence[Job], todo: Sequence[int], replies: list[Any]) -> list[int]:
-        """Ask each node once; fill in `replies` and return the jobs that must be sent again."""
-        by_server: dict[Server, list[int]] = {}
-        for i in todo:
-            by_server.setdefault(self._owner(jobs[i].key), []).append(i)
-        outcomes = await asyncio.gather(
-            *(
-                self._node(server).run([jobs[i].command for i in mine], replicated=True)
-                for server, mine in by_server.items()
-            ),
-            return_exceptions=True,  # hear all of them, then judge
-        )
-        again = []
-        for (server, mine), outcome in zip(by_server.items(), outcomes, strict=True):
-            if isinstance(outcome, BaseException):
-                self._stale = True
-                raise outcome
-            for i, reply in zip(mine, outcome, strict=True):
-                replies[i] = await self._redirected(server, jobs[i], reply)
-                if replies[i] is _AGAIN:
-                    again.append(i)
-        return again
+    async def _look(self) -> None:
+        """Read who has which slots, then send what waited for that."""
+        failure: StoreUnavailable | CancelledError | None = None
+        try:
+            self._owners = await self._read_slots()
+            for owner in filter(None, dict.fromkeys(self._owners)):
+                self._at(owner)
+        except (StoreUnavailable, CancelledError) as error:
+            failure = error
+        self._looking, unplaced, self._unplaced = None, self._unplaced, []
+        for jobs, told in unplaced:
+            if failure is None:
+                super().send(jobs, told)
+            else:
+                told(range(len(jobs)), [failure] * len(jobs))
 
-    async def _redirected(self, server: Server, job: Job, reply: Any) -> Any:
-        """The reply itself, or _AGAIN where the job was not done and has another place now."""
-        if not isinstance(reply, Refused):
-            return reply
-        if reply.code == "MOVED":
-            self._stale = True
-            self._owners[slot_of(job.key)] = self._named(server, reply.text)
-            return _AGAIN
-        if reply.code == "ASK":
-            there = self._node(self._named(server, reply.text))
-            _, reply = await there.run([("ASKING",), job.command], replicated=True)
-        if isinstance(reply, Refused) and reply.code in ("TRYAGAIN", "MOVED"):
-            await asyncio.sleep(_TRYAGAIN_S)  # the slot is on its way to another server
-            return _AGAIN
-        if isinstance(reply, Refused):
-            self._stale = True
-            raise reply.error
-        return reply
-
-    def _owner(self, key: str) -> Server:
-        slot = slot_of(key)
-        if slot not in self._owners:
-            self._stale = True
-            raise unavailable(self._seeds[0], f"no server has slot {slot} of the cluster", 1.0)
-        return self._owners[slot]
-
-    def _node(self, server: Server) -> Node:
-        if server not in self._nodes:
-            self._nodes[server] = self._node_at(server)
-        return self._nodes[server]
-
-    def _named(self, server: Server, redirection: str) -> Server:
-        """The server that "MOVED 123 host:port" names; no host means the same host."""
-        host, _, port = redirection.split(" ")[2].rpartition(":")
-        return replace(server, host=host or server.host, port=int(port))
-
-    async def _read_map(self) -> None:
-        """Ask one server after the other which has which slots."""
+    async def _read_slots(self) -> list[Server | None]:
+        """The server of each slot, as the first server says that answers."""
         failure: StoreUnavailable | None = None
-        for server in dict.fromkeys([*self._owners.values(), *self._seeds]):
+        owners: list[Server | None] = [None] * _SLOTS
+        for asked in dict.fromkeys([*filter(None, self._owners), *self._seeds]):
             try:
-                (reply,) = await self._node(server).run([("CLUSTER", "SLOTS")])
+                found = await _look_up(asked, self._timeouts, "CLUSTER SLOTS")
             except StoreUnavailable as error:
                 failure = error
                 continue
-            if isinstance(reply, Refused):
-                failure = reply.error
-                continue
-            self._owners = dict(_owners(server, reply))
-            self._stale = False
-            return
-        assert failure is not None  # there is at least one seed
-        raise failure
+            for first, last, (host, port, *_), *_ in found:
+                owners[first : last + 1] = [_known(asked, (host or b"").decode(), port)] * (last + 1 - first)
+            return owners
+        raise failure or unavailable(self._seeds[0], "asked nobody")
 
+    def _next(self, job: Job, refused: Refused) -> tuple[Node | None, Sequence[bytes]]:
+        first: Sequence[bytes] = (LESSON,) if refused.reason == "NOSCRIPT" else ()
+        if refused.reason in ("MOVED", "ASK"):  # MOVED 123 host:port
+            host, _, port = refused.text.split(" ")[2].rpartition(":")
+            there = _known(refused.server, host, int(port))
+            if refused.reason == "ASK":
+                return self._at(there), (_ASKING,)
+            self._at(there)
+            self._owners[slot_of(job.key)] = there
+        return self.node_of(job.key), first
 
-_AGAIN: Final = object()
+    def _at(self, server: Server) -> Node:
+        if server not in self._nodes:
+            self._nodes[server] = Node(lambda: connect(server, self._timeouts), self._level)
+        return self._nodes[server]
 
 
 def slot_of(key: str) -> int:
     """The cluster's slot of a session: of what stands between the braces of its Redis keys."""
-    return crc_hqx(key.encode(), 0) % SLOTS
+    return crc_hqx(key.encode(), 0) % _SLOTS
 
 
-def _owners(asked: Server, reply: Sequence[Any]) -> Iterable[tuple[int, Server]]:
-    """Slot and server, from the reply to CLUSTER SLOTS."""
-    for first, last, (host, port, *_), *_ in reply:
-        server = replace(asked, host=host.decode() if host else asked.host, port=port)
-        yield from ((slot, server) for slot in range(first, last + 1))
+def _known(asked: Server, host: str, port: int) -> Server:
+    """A server that another one names; one without a name has the same host."""
+    return replace(asked, host=asked.host if host in ("", "?") else host, port=port)
 
 
-async def ask_sentinels(sentinels: Sequence[Server], service: str, entry: Server, timeouts: Timeouts) -> Wire:
+# --- redis-py -------------------------------------------------------------------------------------------------------
+
+
+def server_of(url: str, port: int) -> Server:
+    """The server that redis:// or rediss:// names, with one host.
+
+    Args:
+        port: Where the URL has none.
+
+    Raises:
+        ValueError: not a URL of this form. OSError: its certificates cannot be read.
+    """
+    options: dict[str, Any] = {**parse_url(url)}
+    tls = {name: value for name, value in options.items() if name.startswith("ssl_")}
+    context = None
+    if "connection_class" in options:  # of TLS; redis-py < 6 leaves the name unchecked
+        options["ssl_check_hostname"] = tls["ssl_check_hostname"] = tls.get("ssl_check_hostname", True)
+        context = SSLConnection(**tls).ssl_context.get()
+    return Server(options.get("host", "localhost"), options.get("port", port), options, context)
+
+
+def _asking(server: Server, timeouts: Timeouts) -> dict[str, Any]:
+    """How redis-py asks a server: by the protocol's second version and once, as a lost reply is our callers' matter."""
+    waits = {"socket_connect_timeout": timeouts.connect_s, "socket_timeout": timeouts.reply_s}
+    return {**server.options, **waits, "host": server.host, "port": server.port, "protocol": 2, "retry": _ONCE}
+
+
+async def _look_up(server: Server, timeouts: Timeouts, command: str) -> Any:
+    """What a server says to redis-py."""
+    client = Redis.from_pool(ConnectionPool(**_asking(server, timeouts)))
+    try:
+        return await cast(Any, client).execute_command(command)
+    except (RedisError, OSError) as error:
+        raise unavailable(server, str(error)) from error
+    finally:
+        await client.aclose()
+
+
+async def connect_primary(sentinels: Sequence[Server], service: str, entry: Server, timeouts: Timeouts) -> Wire:
     """A connection to the server that the first sentinel that answers calls primary, and that says so itself.
 
     Args:
@@ -314,99 +346,20 @@ async def ask_sentinels(sentinels: Sequence[Server], service: str, entry: Server
         entry: Database, user and TLS of the primary; its host and port do not count.
         timeouts: Of each connection.
     """
-    failure = unavailable(sentinels[0], f"no sentinel knows a primary {service!r}", 1.0)
-    for sentinel in sentinels:
-        try:
-            found = await _ask(sentinel, timeouts, ("SENTINEL", "GET-MASTER-ADDR-BY-NAME", service))
-        except StoreUnavailable as error:
-            failure = error
-            continue
-        if found is not None:
-            return await _connect_primary(replace(entry, host=found[0].decode(), port=int(found[1])), timeouts)
-    raise failure
-
-
-async def _ask(server: Server, timeouts: Timeouts, command: Command) -> Any:
-    wire = await connect(server, timeouts)
-    (reply,) = await wire.call([command])
-    wire.close("asked")
-    if isinstance(reply, ReplyError):
-        raise refusal(server, reply)
-    return reply
-
-
-async def _connect_primary(server: Server, timeouts: Timeouts) -> Wire:
-    wire = await connect(server, timeouts)
-    (role,) = await wire.call([("ROLE",)])
-    if isinstance(role, ReplyError):
+    asked = cast(Any, Sentinel)([])
+    asked.sentinels = [Redis.from_pool(ConnectionPool(**_asking(sentinel, timeouts))) for sentinel in sentinels]
+    try:
+        host, port = await asked.discover_master(service)
+    except (RedisError, OSError) as error:
+        why = f"no sentinel knows a primary {service!r}, or none answers"
+        raise unavailable(sentinels[0], why) from error
+    finally:
+        for client in asked.sentinels:
+            await client.aclose()
+    wire = await connect(replace(entry, host=host, port=int(port)), timeouts)
+    (role,) = await ask(wire, pack("ROLE"))
+    if isinstance(role, Refused) or role[0] != b"master":
         wire.close("not a primary")
-        raise refusal(server, role)
-    if role[0] != b"master":
-        wire.close("not a primary")
-        raise unavailable(server, "the sentinels call it primary, it is not one yet", 1.0)
+        failed = isinstance(role, Refused)
+        raise unavailable(wire.server, role.text if failed else "the sentinels call it primary, it is not one yet")
     return wire
-
-
-class _Once(Generic[_T]):
-    """Work that all who ask for it at the same time share."""
-
-    def __init__(self, work: Callable[[], Awaitable[_T]]) -> None:
-        self._work = work
-        self._task: asyncio.Task[_T] | None = None
-
-    async def __call__(self) -> _T:
-        if self._task is None:
-            self._task = asyncio.create_task(self._run())
-            self._task.add_done_callback(_look_at)
-        return await asyncio.shield(self._task)
-
-    async def close(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])
-
-    async def _run(self) -> _T:
-        try:
-            return await self._work()
-        finally:
-            self._task = None
-
-
-def _look_at(task: asyncio.Task[Any]) -> None:
-    """Take the outcome of a task, since all who wanted it may be gone."""
-    if not task.cancelled():
-        task.exception()
-
-
-class _Line:
-    """A connection that comes back."""
-
-    def __init__(self, locate: Callable[[], Awaitable[Wire]]) -> None:
-        self._locate = locate
-        self._closed = False
-        self._wire: Wire | None = None
-        self._reconnect = _Once(self._connect)
-
-    @property
-    def open_wire(self) -> Wire | None:
-        """The connection, if it is open."""
-        wire = self._wire
-        return None if wire is None or wire.broken or self._closed else wire
-
-    async def wire(self) -> Wire:
-        """The connection, made anew where it is broken."""
-        if self._closed:
-            raise StoreUnavailable("The store is closed.", retry_after_s=1.0)
-        if self._wire is None or self._wire.broken:
-            await self._reconnect()
-        assert self._wire is not None
-        return self._wire
-
-    async def close(self) -> None:
-        self._closed = True
-        await self._reconnect.close()
-        if self._wire is not None:
-            self._wire.close("the store is closed")
-
-    async def _connect(self) -> None:
-        self._wire = await self._locate()

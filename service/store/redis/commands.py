@@ -1,0 +1,167 @@
+"""What is said to Redis: keys, the script of compare-and-set, and commands as bytes.
+
+    stepcast:{<key>}      string: the record
+    stepcast:{<key>}:c    hash: side records by name
+
+The braces put both into one slot of a cluster.
+"""
+
+from collections.abc import Callable, Sequence
+from hashlib import sha1
+from typing import Any, Final, cast
+
+import numpy as np
+from hiredis import pack_command
+
+from ...records.block import Block
+from ...records.layout import TOKEN
+from .. import Bytes, Write
+
+PREFIX: Final = "stepcast:{"
+PER_COMMAND: Final = 64
+"""Sessions that one command changes at most: more would make Redis pause for longer, and save nothing."""
+_FEW: Final = 12
+"""Records that are written by hand sooner than numpy's calls fill a frame."""
+_MOST_FRAMES: Final = 4
+_FRAME_BYTES: Final = 4 << 20
+"""Of records side by side; more are written one by one, so that little memory is kept for them."""
+
+SCRIPT: Final = f"""
+local key, at, applied = 1, 1, {{}}
+while at <= #ARGV do
+  local main, expect, record, ttl, sides = KEYS[key], ARGV[at], ARGV[at + 1], ARGV[at + 2], ARGV[at + 3]
+  key, at = key + 1, at + 4
+  local side, count = nil, 0
+  if sides ~= '' then side, count, key = KEYS[key], tonumber(sides), key + 1 end
+  if redis.call('GETRANGE', main, {TOKEN.start}, {TOKEN.stop - 1}) ~= expect then
+    applied[#applied + 1] = 0
+  else
+    applied[#applied + 1] = 1
+    if record == '' then redis.call('UNLINK', main)
+    elseif ttl == '' then redis.call('SET', main, record)
+    else redis.call('SET', main, record, 'PX', ttl) end
+    if side then
+      if record == '' or expect == '' then redis.call('UNLINK', side) end
+      if record ~= '' and count >= 0 then
+        for j = at, at + 2 * count - 2, 2 do redis.call('HSET', side, ARGV[j], ARGV[j + 1]) end
+        if ttl == '' then redis.call('PERSIST', side) else redis.call('PEXPIRE', side, ttl) end
+      end
+    end
+  end
+  if count > 0 then at = at + 2 * count end
+end
+return applied
+"""
+"""Per session in ARGV: token expected ('': none), record ('': forget), ms to live ('': for ever), number of side
+records (-1: none, and none to touch; '': neither that nor a key for them), then name and bytes of each. In KEYS: the
+record's and, where there is a number, that of the side records. Returns 1 where it was applied. SET is the first
+change, since Redis asks for free memory only at a script's first one."""
+
+Arguments = Callable[[range], Sequence[bytes | memoryview]]
+"""Gives what follows the head of a command for these rows of a block."""
+
+
+def pack(*words: str | bytes | int) -> bytes:
+    """A command in Redis' protocol."""
+    packed: bytes = pack_command(cast(Any, words))
+    return packed
+
+
+LESSON: Final = pack("SCRIPT", "LOAD", SCRIPT)
+_SHA: Final = sha1(SCRIPT.encode(), usedforsecurity=False).hexdigest()
+
+
+def main(key: str) -> str:
+    """Where Redis keeps a session's record."""
+    return f"{PREFIX}{key}}}"
+
+
+def side(key: str) -> str:
+    """Where Redis keeps a session's side records."""
+    return f"{PREFIX}{key}}}:c"
+
+
+def change(writes: Sequence[Write]) -> bytes:
+    """One command for several writes."""
+    keys: list[str] = []
+    values: list[bytes | str] = []
+    for key, expect, record, ttl_s, sides, touch_sides in writes:
+        is_step = expect is not None and record is not None and not touch_sides
+        count = f"{len(sides)}" if sides else "" if is_step else "0" if touch_sides else "-1"
+        keys += (main(key), side(key)) if count else (main(key),)
+        values += (expect or b"", record or b"", _ttl(ttl_s), count)
+        for name, data in (sides or {}).items():
+            values += (name, data)
+    return pack("EVALSHA", _SHA, len(keys), *keys, *values)
+
+
+def heads(block: Block, parts: Sequence[range]) -> list[bytes]:
+    """How the commands for a block begin, each for some of its rows; the arguments of each row follow."""
+    made, two = [], bool(_sides(block))
+    for part in parts:
+        count = len(part) * (2 if two else 1)
+        mains = [main(key).encode() for key in block.keys[part.start : part.stop]]
+        texts = [b"$%d\r\n%s\r\n" % (len(name), name) for name in mains]
+        if two:
+            texts = [text + b"$%d\r\n%s:c\r\n" % (len(name) + 2, name) for text, name in zip(texts, mains, strict=True)]
+        total, sha = 3 + count + 4 * len(part), _SHA.encode()
+        start = b"*%d\r\n$7\r\nEVALSHA\r\n$40\r\n%s\r\n$%d\r\n%d\r\n" % (total, sha, len(str(count)), count)
+        made.append(b"".join((start, *texts)))
+    return made
+
+
+class Frames:
+    """Where the arguments of many sessions are written side by side, column by column."""
+
+    def __init__(self) -> None:
+        self._frames: dict[tuple[int, int, bytes], Bytes] = {}  # rows as _row makes them, by what they have in common
+
+    def arguments(self, block: Block) -> Arguments:
+        """Those of a block's rows; use them before the next call."""
+        end = _argument(_ttl(block.ttl_s)) + _argument(_sides(block))
+        if len(block) <= _FEW or block.new.nbytes > _FRAME_BYTES:
+            made = [_row(token, record, end) for token, record in zip(block.expected(), block.records(), strict=True)]
+            return lambda part: made[part.start : part.stop]
+        frame = self._filled(block, end)
+        text, width = frame.data.cast("B"), frame.shape[1]
+        return lambda part: [text[part.start * width : part.stop * width]]
+
+    def _filled(self, block: Block, end: bytes) -> Bytes:
+        """(B, bytes of a row)."""
+        (count, width), tokens = block.new.shape, block.tokens
+        token_bytes = 0 if tokens is None else tokens.shape[1]
+        frame = self._frames.get((token_bytes, width, end))
+        if frame is None or len(frame) < count:
+            if len(self._frames) >= _MOST_FRAMES:
+                self._frames.clear()
+            row = np.frombuffer(_row(bytes(token_bytes), bytes(width), end), np.uint8)
+            frame = np.tile(row, (1 << (count - 1).bit_length(), 1))
+            self._frames[token_bytes, width, end] = frame
+        rows: Bytes = frame[:count]
+        record_at = rows.shape[1] - len(end) - 2 - width
+        rows[:, record_at : record_at + width] = block.new
+        if tokens is not None:
+            token_at = len(b"$16\r\n")
+            rows[:, token_at : token_at + token_bytes] = tokens
+        return rows
+
+
+def _row(token: bytes, record: bytes, end: bytes) -> bytes:
+    """One session's arguments."""
+    return b"$%d\r\n%s\r\n$%d\r\n%s\r\n%s" % (len(token), token, len(record), record, end)
+
+
+def _argument(value: bytes) -> bytes:
+    return b"$%d\r\n%s\r\n" % (len(value), value)
+
+
+def _ttl(ttl_s: float | None) -> bytes:
+    return b"" if ttl_s is None else b"%d" % max(1, int(ttl_s * 1000))
+
+
+def _sides(block: Block) -> bytes:
+    """What the script is told about side records of a block's sessions; b"" where there is nothing to say."""
+    if block.touch_sides:
+        return b"0"
+    tokens = block.expected() if len(block) == 1 else block.tokens  # a lone block makes no array for this
+    return b"-1" if tokens is None or not len(tokens[0]) else b""
