@@ -6,7 +6,6 @@ of many records; nothing is made per session but its next record. Whatever does 
 """
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from typing import TYPE_CHECKING, Final, Protocol
 
 import numpy as np
@@ -14,7 +13,6 @@ import numpy.typing as npt
 
 from stepcast.errors import Internal, ShapeMismatch, StepcastError
 
-from ..doors import bodies as wire
 from ..engine.batcher import Batcher, Job
 from ..engine.repository import Served
 from ..records.block import Sheet, Spares, digest, digests, next_record, side_by_side
@@ -66,22 +64,11 @@ class Track:
 
 
 class Answers:
-    """The outputs of a column (B, O), in the encodings that were asked for."""
+    """The outputs (B, N, T, O) of B sessions, and in `made` what a door has made of all of them."""
 
     def __init__(self, outputs: Floats, version: int) -> None:
         self.outputs, self.version = outputs, version
-        self.shape = [outputs.shape[1]]
-
-    @cached_property
-    def texts(self) -> list[bytes]:
-        """JSON without brackets, by row."""
-        return wire.row_texts(self.outputs)
-
-    @cached_property
-    def raw(self) -> list[bytes]:
-        """float32, by row."""
-        made: list[bytes] = self.outputs.view(f"V{4 * self.outputs.shape[1]}")[:, 0].tolist()
-        return made
+        self.made: dict[str, list[bytes]] = {}
 
 
 class Waiter(Protocol):
@@ -191,7 +178,7 @@ class Column(Job):
             back = np.argsort(order)
             made, outputs = [made[i] for i in back], outputs[back]
             self.tags = None if self.tags is None else self.tags[back]
-        self.next, self.answers, self.at = made, Answers(outputs, track.served.version), 1
+        self.next, self.answers, self.at = made, Answers(outputs[:, None, None], track.served.version), 1
         self.sheet = sheets[0] if order is None else None
 
     def _go_alone(self) -> bool:
@@ -204,7 +191,7 @@ class Column(Job):
         outputs, state = made
         facts = track.state_bytes, track.output_bytes, self.now_ms
         self.next = [next_record(old, state, digest(data), outputs.tobytes(), *facts)]
-        self.answers, self.at = Answers(outputs, track.served.version), 1
+        self.answers, self.at = Answers(outputs[:, None, None], track.served.version), 1
         return True
 
     def _go_together(self, cohort: "Cohort") -> None:
@@ -214,7 +201,7 @@ class Column(Job):
         outputs = track.served.runtime.step(x, [sheet.before], [sheet.after])
         sheet.digests[:] = digests(x)
         sheet.outputs[:] = outputs.view(np.uint8)
-        self.sheet, self.answers, self.at = sheet, Answers(outputs, track.served.version), 1
+        self.sheet, self.answers, self.at = sheet, Answers(outputs[:, None, None], track.served.version), 1
 
     def part(self) -> None:
         """From here on each session goes by itself."""
@@ -319,7 +306,7 @@ class Cell:
 
     def stepped(self, answers: Answers, row: int, step: int) -> None:
         """The session was stepped in a column."""
-        self._answer(answers.outputs[row], step, answers.version)
+        self._answer(answers.outputs[row, 0, 0], step, answers.version)
 
     def set_result(self, answer: StepAnswer) -> None:
         """The session was stepped."""

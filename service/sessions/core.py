@@ -1,19 +1,18 @@
 """The nouns of stepping: which session, a call on its way, a hot session; and masks as compaction."""
 
+import struct
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-
-from stepcast.errors import Internal, StepcastError
 
 from ..engine.batcher import Batcher, Job
 from ..engine.repository import Served
 from ..records import block as sheet
 from ..records import record as records
 from ..records.record import Record
-from ..telemetry import log
 
 if TYPE_CHECKING:
     from .columns import Track
@@ -200,9 +199,10 @@ def scatter(y: Floats, mask: Mask) -> Floats:
     return out
 
 
-def as_ours(error: BaseException, otherwise: str) -> StepcastError:
-    """The error itself if it is one for callers; else it is logged, and `otherwise` is said."""
-    if isinstance(error, StepcastError):
-        return error
-    log.error("%s", otherwise, exc_info=error)
-    return Internal(otherwise)
+def digest(x: Floats, mask: Mask | None) -> bytes:
+    """DIGEST_BYTES that name a payload: sheet.digest of a single step, else BLAKE2b over shape, values and mask."""
+    if x.shape[:2] == (1, 1) and mask is None:
+        return sheet.digest(x.tobytes())
+    data = x.tobytes() if mask is None else x.tobytes() + mask.tobytes()
+    data += struct.pack("<QQ", *x.shape[:2])
+    return blake2b(data, digest_size=records.DIGEST_BYTES).digest()

@@ -16,10 +16,10 @@ from stepcast.errors import DeadlineExceeded, StepcastError
 from ..engine.repository import Repository, Served
 from ..settings import Settings
 from ..store import Store
-from ..telemetry import Metrics, log
+from ..telemetry import Metrics, as_ours, log
 from .cache import HotSessions
 from .columns import OPEN_S, Column, ManySteps, Track, Waiter
-from .core import Entry, SingleStep, Step, StepAnswer, as_ours
+from .core import Entry, SingleStep, Step, StepAnswer
 from .roster import Cohort, Rosters
 
 Floats = npt.NDArray[np.float32]
@@ -275,7 +275,7 @@ class Express:
         self._turns.leave(column.track.served.name, column.rows)
         column.track.spares.give(cohort.records)
         cohort.stepped(sheet.new)
-        many.answer_all(column.places, answers.outputs, cohort.steps)
+        many.answer_all(column.places, answers.outputs[:, 0, 0], cohort.steps)
         self._hot.evict()
 
     def _form(self, column: Column, many: ManySteps) -> None:
@@ -316,7 +316,7 @@ class Express:
             else:
                 entry.busy = False
         if many is not None:
-            outputs = answers.outputs
+            outputs = answers.outputs[:, 0, 0]
             there = column.places if len(rows) == column.rows else [column.places[row] for row in rows]
             many.answer_all(there, outputs if len(rows) == column.rows else outputs[list(rows)], steps)
 

@@ -34,10 +34,10 @@ from ..records import record as records
 from ..records.record import Record
 from ..settings import Settings
 from ..store import Store, Write
-from ..telemetry import Metrics, log
+from ..telemetry import Metrics, as_ours, log
 from .cache import HotSessions
 from .columns import Column, Load, Track, Waiter
-from .core import Address, Call, Entry, Floats, Mask, SingleStep, Step, StepAnswer, as_ours
+from .core import Address, Call, Entry, Floats, Mask, SingleStep, Step, StepAnswer
 from .express import Express
 from .stored import Ledger
 from .versions import migrated, replayable
