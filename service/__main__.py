@@ -8,7 +8,6 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
 
 import uvicorn
 from uvicorn.supervisors import Multiprocess
@@ -16,15 +15,12 @@ from uvicorn.supervisors import Multiprocess
 from stepcast.errors import ConfigError, ManifestError, StepcastError
 
 from .app import create_app
-from .doors.http.connection import Pipe
-from .doors.websocket.connection import Link
+from .doors.http.connection import HttpConnection
+from .doors.websocket.connection import WebSocketConnection
 from .engine.golden import placements
 from .engine.imports.onnx_graphs import import_onnx
 from .engine.model import Runtime
 from .settings import PREFIX, Settings
-
-WEBSOCKET: Final = Link
-"""uvicorn's `ws` setting: what carries door 2."""
 
 
 class Uvicorn(uvicorn.Server):
@@ -47,7 +43,7 @@ def serve(arguments: argparse.Namespace) -> int:
     overrides = {name: getattr(arguments, name) for name in ("models", "store", "device", "host", "port", "workers")}
     settings = Settings.read(os.environ, **overrides)
     if settings.workers > 1 and settings.store.startswith("memory:"):
-        raise ConfigError("store 'memory://' is one process's own memory: it can not serve several workers")
+        raise ConfigError("store 'memory://' is one process's own memory: it cannot serve several workers")
     for name, value in overrides.items():  # worker processes read the environment
         if value is not None:
             os.environ[PREFIX + name.upper()] = str(value)
@@ -59,8 +55,8 @@ def serve(arguments: argparse.Namespace) -> int:
         port=settings.port,
         workers=settings.workers,
         loop="uvloop" if sys.platform != "win32" else "asyncio",
-        http=Pipe,
-        ws=WEBSOCKET,
+        http=HttpConnection,
+        ws=WebSocketConnection,
         ws_max_size=settings.body_limit_bytes,
         access_log=False,
         log_level="warning",
@@ -133,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     take.add_argument("--name", required=True, help="the model's name")
     take.add_argument("--version", type=int, help="default: the next free one")
     take.add_argument("--models", default=str(fields["models"].default), help="model repository to write to")
-    take.add_argument("--manifest", type=Path, help="JSON of manifest fields that can not be guessed")
+    take.add_argument("--manifest", type=Path, help="JSON of manifest fields that cannot be guessed")
     take.set_defaults(run=take_in)
     return parser
 

@@ -7,28 +7,19 @@ import os
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from typing import Any
 
-from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
+from fastapi import FastAPI, Response
 from fastapi.middleware.cors import CORSMiddleware
-from starlette.exceptions import HTTPException
 
 import stepcast
-from stepcast.errors import (
-    BadRequest,
-    Internal,
-    InvalidRequest,
-    ManifestError,
-    MethodNotAllowed,
-    NotReady,
-    RouteNotFound,
-    StepcastError,
-)
+from stepcast.errors import ManifestError, NotReady, StepcastError
 
 from . import telemetry
-from .doors.http.heads import FastDoor
-from .doors.http.routes import Rest, problem
-from .doors.keys import Keys
-from .doors.websocket.conversation import WebSocketDoor
+from .doors.answers import problem
+from .doors.http.heads import Heads
+from .doors.http.routes import Routes, respond
+from .doors.keys import Keys, origins
+from .doors.steps import Steps
+from .doors.websocket.handshake import Handshake
 from .engine.repository import Repository
 from .sessions.edits import States
 from .sessions.turns import Sessions
@@ -43,12 +34,16 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 
 class Server:
-    """One server: its rooms, its FastAPI application, its life. Call it as an ASGI application."""
+    """One server: its rooms, its FastAPI application, its life. Call it as an ASGI application.
+
+    Attributes:
+        heads: What connections below ASGI (service/doors/http/connection.py) find the steps by.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.metrics = Metrics()
-        self.keys = Keys(settings.api_keys)
+        keys = Keys(settings.api_keys)
         self.repository = Repository(
             settings.models,
             device=settings.device,
@@ -65,15 +60,15 @@ class Server:
         )
         self.store = open_store(settings.store, durability=settings.durability, options=options)
         self.sessions = Sessions(self.repository, self.store, settings, self.metrics)
-        self.states = States(self.sessions)
-        self.rest = Rest(self.states, self.keys)
+        steps = Steps(States(self.sessions))
+        self.heads = Heads(steps, keys, settings, self.metrics)
+        self._sockets = Handshake(steps, keys, settings, self.metrics)
         self.ready = False
         self.freezes = False
-        self.api = self._api()
-        self.door = FastDoor(self.rest, WebSocketDoor(self.rest), self.api)
+        self.api = self._api(Routes(steps, keys, self.metrics))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self.door(scope, receive, send)
+        await (self._sockets if scope["type"] == "websocket" else self.api)(scope, receive, send)
 
     # --- life ---------------------------------------------------------------------------------------------------
 
@@ -82,7 +77,7 @@ class Server:
         """Open the store, prove the models, serve; at the end drain.
 
         Raises:
-            ManifestError: there is no model to serve. StoreUnavailable: the store can not be opened.
+            ManifestError: there is no model to serve. StoreUnavailable: the store cannot be opened.
         """
         await self.store.open()
         if self.store.volatile:
@@ -127,7 +122,7 @@ class Server:
 
     # --- the FastAPI application --------------------------------------------------------------------------------
 
-    def _api(self) -> FastAPI:
+    def _api(self, routes: Routes) -> FastAPI:
         docs = self.settings.docs
         api = FastAPI(
             title="Stepcast",
@@ -139,17 +134,13 @@ class Server:
             redirect_slashes=False,
             openapi_url="/openapi.json" if docs else None,
         )
-        origins = [origin for origin in self.settings.cors_origins.split(",") if origin]
-        if origins:
-            api.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
-        api.include_router(self.rest.router())
+        allowed = sorted(origins(self.settings.cors_origins))
+        if allowed:
+            api.add_middleware(CORSMiddleware, allow_origins=allowed, allow_methods=["*"], allow_headers=["*"])
+        routes.install(api)
         api.add_api_route("/healthz/live", self._live, methods=["GET"], include_in_schema=False)
         api.add_api_route("/healthz/ready", self._ready, methods=["GET"], include_in_schema=False)
         api.add_api_route("/metrics", self._metrics, methods=["GET"], include_in_schema=False)
-        api.add_exception_handler(StepcastError, self._on_ours)
-        api.add_exception_handler(HTTPException, self._on_http)
-        api.add_exception_handler(RequestValidationError, self._on_validation)
-        api.add_exception_handler(Exception, self._on_defect)
         return api
 
     async def _live(self) -> Response:
@@ -157,11 +148,11 @@ class Server:
 
     async def _ready(self) -> Response:
         if not self.ready:
-            return problem(NotReady("the server is starting or draining", retry_after_s=1.0))
+            return respond(problem(NotReady("the server is starting or draining", retry_after_s=1.0)))
         try:
             await self.store.ping()
         except StepcastError as error:
-            return problem(error)
+            return respond(problem(error))
         return Response(b'{"ready":true}', media_type="application/json")
 
     async def _metrics(self) -> Response:
@@ -169,31 +160,6 @@ class Server:
         if isinstance(self.store, BehindStore):
             self.metrics.dropped.set(self.store.dropped)
         return Response(self.metrics.text(), media_type=telemetry.CONTENT_TYPE)
-
-    async def _on_ours(self, _: Request, error: Exception) -> Response:
-        assert isinstance(error, StepcastError)
-        return problem(error, self.metrics)
-
-    async def _on_http(self, request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        path = request.url.path
-        if error.status_code == 404:
-            return problem(RouteNotFound(f"there is nothing at {path!r}", path=path), self.metrics)
-        if error.status_code == 405:
-            response = problem(MethodNotAllowed(f"{path!r} does not take {request.method}"), self.metrics)
-            response.headers.update(error.headers or {})
-            return response
-        return problem(BadRequest(str(error.detail)), self.metrics)
-
-    async def _on_validation(self, _: Request, error: Exception) -> Response:
-        assert isinstance(error, RequestValidationError)
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        return problem(InvalidRequest(f"{where}: {first['msg']}"), self.metrics)
-
-    async def _on_defect(self, request: Request, error: Exception) -> Response:
-        log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-        return problem(Internal("the server has a defect; its log tells more"), self.metrics)
 
 
 def create_app(settings: Settings, *, freezes: bool = False) -> Server:

@@ -15,18 +15,16 @@ from stepcast.errors import Internal, StepcastError
 log = logging.getLogger("stepcast")
 
 
-def as_ours(error: BaseException, otherwise: str) -> StepcastError:
-    """The error itself if it is one for callers; else it is logged, and `otherwise` is said."""
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_SECONDS: Final = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5)
+
+
+def as_ours(error: BaseException, otherwise: str = "the server has a defect; its log tells more") -> StepcastError:
+    """The error itself if it is one for callers; else it is logged, and `otherwise` is what they are told."""
     if isinstance(error, StepcastError):
         return error
     log.error("%s", otherwise, exc_info=error)
     return Internal(otherwise)
-
-
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-
-
-_SECONDS: Final = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5)
 
 
 class Observed:

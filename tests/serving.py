@@ -19,8 +19,8 @@ import pytest
 import uvicorn
 
 from service.app import create_app
-from service.doors.http.connection import Pipe
-from service.doors.websocket.conversation import Link
+from service.doors.http.connection import HttpConnection
+from service.doors.websocket.connection import WebSocketConnection
 from service.settings import Settings
 
 ROOT = Path(__file__).parents[1]
@@ -32,7 +32,8 @@ class Running:
 
     def __init__(self, **settings: Any) -> None:
         self.app = create_app(Settings.read({}, **{"models": MODELS, "port": 0, **settings}))
-        config = uvicorn.Config(self.app, port=0, log_level="critical", lifespan="on", http=Pipe, ws=Link)
+        doors = {"http": HttpConnection, "ws": WebSocketConnection}
+        config = uvicorn.Config(self.app, port=0, log_level="critical", lifespan="on", **doors)
         self.uvicorn_config = config
         self._uvicorn = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._uvicorn.run, daemon=True)

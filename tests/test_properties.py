@@ -25,15 +25,14 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from service.sessions.columns import Cell, ManySteps
 from serving import MODELS
 
-from service.doors import bodies as wire
 from service.engine.model import Runtime
 from service.engine.repository import Repository
-from service.sessions.columns import Cell, ManySteps
-from service.sessions.core import Address
-from service.sessions.edits import States
-from service.sessions.rollout import rollout
+from service.sessions.core import Address, digest
+from service.sessions.edits import NewState, States
+from service.sessions.rollout import Plan, rollout
 from service.sessions.stored import etag
 from service.sessions.turns import Sessions
 from service.settings import Settings
@@ -194,7 +193,7 @@ class Machine(RuleBasedStateMachine):
 
     def send(self, replica: int, name: str, x: Array, mask: Array, seq: int | None) -> "asyncio.Future[Any]":
         given = None if mask.all() else mask
-        return self.replicas[replica].sessions.step(address(name), x, given, wire.digest(x, given), seq)
+        return self.replicas[replica].sessions.step(address(name), x, given, digest(x, given), seq)
 
     @rule(name=sessions, replica=replicas, seed=seeds, steps=st.integers(1, 3), examples=st.integers(1, 2),
           masked=st.booleans(), number=st.sampled_from(["none", "next", "gap", "same"]))  # fmt: skip
@@ -341,9 +340,8 @@ class Machine(RuleBasedStateMachine):
 
     @rule(name=sessions, replica=replicas, examples=st.integers(0, 2), ttl_s=st.sampled_from([None, 30.0]))
     def create(self, name: str, replica: int, examples: int, ttl_s: float | None) -> None:
-        body = wire.CreateBody(session=name, examples=examples or None, ttl_s=ttl_s)
         with self.refused(SessionExists if name in self.known else None):
-            self.do(self.replicas[replica].create("n", KIND, body))
+            self.do(self.replicas[replica].create(address(name), examples, ttl_s=ttl_s))
             self.set(name, Known(examples, base=runtime().initial(examples), ttl_s=ttl_s or TTL_S))
 
     @rule(name=sessions, replica=replicas, seed=seeds, examples=st.integers(1, 2), step=st.sampled_from([None, 0, 7]),
@@ -361,7 +359,7 @@ class Machine(RuleBasedStateMachine):
             tag = etag(self.do(states.view(address(name))).record)
         refused = match == "wrong" or (match == "right" and not before)
         with self.refused(PreconditionFailed if refused else None):
-            self.do(states.put(address(name), wire.StateBody(state=state, step=step), tag))
+            self.do(states.put(address(name), NewState(state=state, step=step), tag))
             known = before or Known()
             number = known.step if step is None else step
             same = (number, examples) == (known.step, known.examples)
@@ -378,7 +376,7 @@ class Machine(RuleBasedStateMachine):
         if not answer["examples"]:
             return
         del answer["session"]
-        self.do(states.put(address(name), wire.StateBody(**answer)))
+        self.do(states.put(address(name), NewState(**answer)))
         self.set(name, self.known[name])
 
     @rule(name=sessions, replica=replicas)
@@ -432,9 +430,7 @@ class Machine(RuleBasedStateMachine):
             steps = len(known)
         seq = seq if commit else None
         payload: Payload = ("rollout", known.tobytes())
-        inputs = [[None if np.isnan(v) else v for v in row] for row in known.tolist()]
-        body = wire.RolloutBody(steps=steps, inputs=inputs, commit=commit, seq=seq)
-        work = rollout(self.replicas[replica], address(name), body, wire.JSON)
+        work = rollout(self.replicas[replica], address(name), Plan(steps, known, commit, seq))
         stored = [answer for answer in before.kept if answer[:2] == (seq, payload)]
         if name not in self.known:
             error: type[StepcastError] | None = SessionNotFound

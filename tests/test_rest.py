@@ -292,7 +292,7 @@ def test_info_follows_the_session(http: httpx.Client, at: str) -> None:
     good(http.post(f"{at}/step", json={"inputs": [ONES, ONES]}))
     info = good(http.get(at))
     assert (info["step"], info["examples"], info["version"]) == (1, 2, 1)
-    assert info["bytes"] == 72 + 2 * 8 * 4 + (5 + 2 * 2 * 4)
+    assert info["bytes"] == 72 + 2 * 8 * 4 + (16 + 2 * 2 * 4)
     assert info["used_at"] >= info["created_at"]
 
 

@@ -12,13 +12,12 @@ import pytest
 from asking import ask
 from serving import MODELS
 
-from service.doors import bodies as wire
 from service.engine.repository import Repository
 from service.records.block import Block
 from service.records.record import decode
 from service.sessions.core import Address
-from service.sessions.edits import States
-from service.sessions.rollout import rollout
+from service.sessions.edits import NewState, States
+from service.sessions.rollout import Plan, rollout
 from service.sessions.turns import Sessions
 from service.settings import Settings
 from service.store import Done, Store, Write
@@ -262,7 +261,7 @@ async def test_if_match_any_needs_a_session() -> None:
     states = rooms(MemoryStore())
     await send(states, "a")
     state = states.state(at("a"), await states.view(at("a")))["state"]
-    body = wire.StateBody(state={layer: {k: v.tolist() for k, v in keys.items()} for layer, keys in state.items()})
+    body = NewState(state={layer: {k: v.tolist() for k, v in keys.items()} for layer, keys in state.items()})
     assert (await states.put(at("a"), body, "*")).step == 1
     with pytest.raises(PreconditionFailed):
         await states.put(at("b"), body, "*")
@@ -323,10 +322,10 @@ async def test_a_layer_of_another_version_is_refused(models: Path) -> None:
     add_version(models, 2)
     states.repository.scan()
     layer, tensors = next(iter(states.repository.live(KIND).manifest.layers.items()))
-    body = wire.StateBody(state={key: [[0.0] * tensor.shape[0]] for key, tensor in tensors.items()}, version=2)
+    body = NewState({key: [[0.0] * tensor.shape[0]] for key, tensor in tensors.items()}, layer, version=2)
     before = (await states.view(at("a"))).record
     with pytest.raises(StateVersionMismatch):
-        await states.put_layer(at("a"), layer, body)
+        await states.put(at("a"), body)
     assert (await states.view(at("a"))).record == before
 
 
@@ -359,7 +358,7 @@ async def test_a_stale_hot_copy_of_a_retired_version_is_not_the_reason_to_refuse
     store = MemoryStore()
     add_version(models, 2)
     one, other = rooms(store, models), rooms(store, models)
-    await one.create("n", KIND, wire.CreateBody(session="a", version=1))
+    await one.create(at("a"), version=1)
     assert (await send(one, "a")).version == 1
     other.repository.retire(KIND, 1)
     await other.clear(at("a"))
@@ -375,7 +374,7 @@ async def test_answers_of_another_version_do_not_survive_a_put(models: Path) -> 
     states.repository.scan()
     layers = states.repository.live(KIND).manifest.layers
     state = {name: {key: [[0.0] * t.shape[0]] for key, t in tensors.items()} for name, tensors in layers.items()}
-    await states.put(at("a"), wire.StateBody(state=state, version=2))
+    await states.put(at("a"), NewState(state=state, version=2))
     record = (await states.view(at("a"))).record
     assert (record.version, record.step, record.answers) == (2, 1, ())
 
@@ -387,11 +386,11 @@ async def test_a_rollout_after_a_masked_step_begins_with_the_last_output_there_w
     """A masked step has no output; what is fed is the one before."""
     states = rooms(MemoryStore())
     await send(states, "a")
-    body = wire.RolloutBody(steps=2, inputs=[[None, None, 0.5]] * 2)
-    want = await rollout(states, at("a"), body, wire.JSON)
+    plan = Plan(2, np.array([[np.nan, np.nan, 0.5]] * 2, np.float32))
+    want = await rollout(states, at("a"), plan)
     mask = np.zeros((1, 1), bool)
-    await states.sessions.step(at("a"), X, mask, wire.digest(X, mask), 2)
-    got = await rollout(states, at("a"), body, wire.JSON)
+    await ask(states.sessions, at("a"), X, mask, 2)
+    got = await rollout(states, at("a"), plan)
     np.testing.assert_array_equal(got["outputs"], want["outputs"])
 
 
@@ -400,6 +399,6 @@ async def test_a_rollout_is_bounded_by_what_a_body_may_be() -> None:
     states = rooms(MemoryStore(), body_limit_bytes=4096)
     await send(states, "a", np.zeros((40, 1, 3), np.float32))
     with pytest.raises(TooLarge):
-        await rollout(states, at("a"), wire.RolloutBody(steps=9, inputs=[[0.0] * 3] * 9), wire.JSON)
-    answer = await rollout(states, at("a"), wire.RolloutBody(steps=8, inputs=[[0.0] * 3] * 8), wire.JSON)
+        await rollout(states, at("a"), Plan(9, np.zeros((9, 3), np.float32)))
+    answer = await rollout(states, at("a"), Plan(8, np.zeros((8, 3), np.float32)))
     assert answer["outputs"].shape == (40, 8, 2)

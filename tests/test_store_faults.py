@@ -17,7 +17,7 @@ from random import Random
 from typing import Any
 
 import pytest
-from blocks import Block, outcomes, replaced
+from blocks import Block, replaced
 from redis_servers import RedisFactory, RedisServer, cluster_url
 
 from service.records.record import new_record

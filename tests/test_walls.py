@@ -26,7 +26,7 @@ DOORS = {
     "hiredis": ["service/store/redis/"],
     "sqlite3": ["service/store/"],
     "safetensors": ["service/doors/state_files.py"],
-    "orjson": ["service/doors/bodies.py"],
+    "orjson": ["service/doors/answers.py"],
     "pickle": ["training/checkpoint.py"],  # the name of an error; what it loads is weights only
 }
 """Library: the files and folders that may import it."""

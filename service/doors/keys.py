@@ -74,6 +74,11 @@ class Keys:
         return found
 
 
+def origins(text: str) -> frozenset[str]:
+    """Origins of pages that may call: STEPCAST_CORS_ORIGINS; `*`: all."""
+    return frozenset(part.strip() for part in text.split(",")) - {""}
+
+
 def _bearer(header: bytes) -> bytes:
     scheme, _, key = header.partition(b" ")
     return key.strip() if scheme.lower() == b"bearer" else b""

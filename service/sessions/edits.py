@@ -1,4 +1,4 @@
-"""What can be done to a session besides stepping it: create, get, set, clear, fork, checkpoint, rewind, roll out.
+"""What can be done to a session besides stepping it: create, get, set, clear, fork, checkpoint, rewind, end.
 
 Each is a read of the store's record and one compare-and-set write, so it is safe beside steps of any replica.
 """
@@ -27,15 +27,35 @@ from stepcast.errors import (
     VersionInUse,
 )
 
-from ..doors import bodies as wire
+from ..engine import arrays
 from ..engine.repository import Served
-from ..records import record as records
-from ..records.record import Record
+from ..records.layout import HAS_CHECKPOINTS, TTL_FOR_EVER
+from ..records.record import Record, new_record
 from .core import Address
 from .stored import CHANGE_TRIES, Edit, Overtaken, new_session_id, only_from
 from .turns import Sessions
 
 SESSION_ID: Final = re.compile(r"[A-Za-z0-9._:@~-]{1,256}")
+
+
+@dataclass(frozen=True, slots=True)
+class NewState:
+    """A state to be set, and what its caller says about it; None: nothing.
+
+    Attributes:
+        state: {layer: {key: [N, *shape]}}, or {key: [N, *shape]} of `layer` alone: nested lists, bytes or arrays.
+        model, version, fingerprint: Which model made it.
+        step: The session's step number from now on; None: it stays.
+        examples: N.
+    """
+
+    state: dict[str, Any]
+    layer: str | None = None
+    model: str | None = None
+    version: int | None = None
+    fingerprint: str | None = None
+    step: int | None = None
+    examples: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +77,11 @@ def check_id(session: str, what: str = "session") -> str:
     return session
 
 
+def new_address(namespace: str, model: str, session: str | None) -> Address:
+    """The address of a session that is to be made; the server makes its id where the caller has none."""
+    return Address(namespace, model, new_session_id() if session is None else check_id(session))
+
+
 class States:
     """The operations on sessions, for every door."""
 
@@ -66,26 +91,20 @@ class States:
 
     # --- whole sessions -----------------------------------------------------------------------------------------
 
-    async def create(self, namespace: str, model: str, body: wire.CreateBody) -> tuple[Address, Record]:
-        """Create a session; the server makes the id where the body has none.
+    async def create(
+        self, address: Address, examples: int = 0, version: int | None = None, ttl_s: float | None = None
+    ) -> Record:
+        """Create a session of N examples (0: the first step says), on a version (None: the live one).
 
         Raises:
-            SessionExists, InvalidSessionId, ModelNotFound, NotStreaming, TooLarge.
+            SessionExists, ModelNotFound, NotStreaming, TooLarge.
         """
-        address = Address(namespace, model, check_id(body.session) if body.session else new_session_id())
-        served = self.repository.require(model, body.version) if body.version else self.repository.live(model)
+        live, require = self.repository.live, self.repository.require
+        served = live(address.model) if version is None else require(address.model, version)
         self.sessions.check_streams(served)
-        examples = body.examples or 0
         self._check_examples(examples)
-        fresh = records.new_record(
-            served.version,
-            served.fingerprint,
-            examples=examples,
-            state=served.runtime.initial(examples),
-            ttl_s=_ttl(body.ttl_s),
-            clock=self.ledger.clock,
-        )
-        return address, await self.ledger.create(address, fresh)
+        state = served.runtime.initial(examples)
+        return await self.ledger.create(address, self._fresh(served, examples, state, ttl_s=_ttl(ttl_s)))
 
     async def end(self, address: Address, if_match: str | None = None) -> None:
         """End and forget a session, its checkpoints with it.
@@ -114,7 +133,10 @@ class States:
         """The session as the store has it."""
         self.repository.live(address.model)
         record = await self.ledger.read(address)
-        return View(record, self._served(address, record))
+        served = self._maker(address, record)
+        if served is None:
+            raise self.sessions.version_mismatch(address, record)
+        return View(record, served)
 
     def info(self, address: Address, record: Record) -> dict[str, Any]:
         """What GET on a session answers."""
@@ -136,7 +158,7 @@ class States:
     def state(self, address: Address, view: View, layer: str | None = None) -> dict[str, Any]:
         """What GET state answers: the arrays of all layers, or of one."""
         record, served = view.record, view.served
-        arrays: dict[str, Any] = served.runtime.unpack(record.state, record.examples)
+        tensors: dict[str, Any] = served.runtime.unpack(record.state, record.examples)
         answer: dict[str, Any] = {
             "session": address.session,
             "model": address.model,
@@ -146,62 +168,59 @@ class States:
             "examples": record.examples,
         }
         if layer is not None:
-            self._layer(served, layer)
-            answer["layer"], arrays = layer, arrays.get(layer, {})
-        return {**answer, "state": arrays}
+            self._check_layer(served, layer)
+            answer["layer"], tensors = layer, tensors.get(layer, {})
+        return {**answer, "state": tensors}
 
-    async def put(self, address: Address, body: wire.StateBody, if_match: str | None = None) -> Record:
-        """Set all layers (rnnSetPreviousState); creates the session if need be.
+    async def put(self, address: Address, new: NewState, if_match: str | None = None) -> Record:
+        """Set all layers or one (rnnSetPreviousState); creates the session if need be.
 
-        Kept answers stay as long as the step number stays, so that putting back what get answered changes nothing.
-
-        Raises:
-            StateMismatch, ShapeMismatch, NonFinite, StateVersionMismatch, PreconditionFailed.
-        """
-
-        def edit(found: Record | None) -> Edit:
-            served = self._target(address, body, found)
-            state, examples = wire.state_arrays(body.state, served.manifest)
-            if not served.manifest.states:  # then no tensor says it
-                examples = body.examples or (found.examples if found else 0)
-            return Edit(self._with_state(found, served, served.runtime.pack(state), examples, body))
-
-        return await self._changed(address, edit, if_match)
-
-    async def put_layer(
-        self, address: Address, layer: str, body: wire.StateBody, if_match: str | None = None
-    ) -> Record:
-        """Set one layer; the others stay, or have their initial value in a session without a state.
+        Where one is set, the others stay, or have their initial value in a session without a state. Kept answers stay
+        as long as the step number stays, so that putting back what get answered changes nothing.
 
         Raises:
-            LayerNotFound, ExamplesMismatch, and what put raises.
+            StateMismatch, ShapeMismatch, NonFinite, StateVersionMismatch, PreconditionFailed, LayerNotFound,
+            ExamplesMismatch.
         """
 
-        def edit(found: Record | None) -> Edit:
-            served = self._target(address, body, found)
-            self._layer(served, layer)
-            arrays, examples = wire.layer_arrays(body.state, served.manifest, layer)
-            before = found.examples if found else 0
-            if found is not None and before and found.fingerprint != served.fingerprint:
-                raise StateVersionMismatch(
-                    f"session {address.session!r} has a state of version {found.version}, got layer {layer!r} of "
-                    f"version {served.version}. Put all layers, or clear the state.",
-                    session=address.session,
-                    version=found.version,
-                )
-            if before not in (0, examples):
-                raise ExamplesMismatch(
-                    f"session {address.session!r} has {before} examples, got {examples} for layer {layer!r}. "
-                    "Clear the state to change the number.",
-                    examples=before,
-                    got=examples,
-                )
-            state = found.state if found and before else served.runtime.initial(examples)
-            whole = served.runtime.unpack(state, examples)
-            whole[layer] = arrays
-            return Edit(self._with_state(found, served, served.runtime.pack(whole), examples, body))
+        def edit(found: Record | None) -> Record:
+            served = self._target(address, new, found)
+            if new.layer is not None:
+                state, examples = self._with_layer(address, served, found, new.layer, new.state)
+            else:
+                state, examples = arrays.state_arrays(new.state, served.manifest)
+                if not served.manifest.states:  # then no tensor says it
+                    examples = new.examples or (found.examples if found else 0)
+            return self._with_state(found, served, served.runtime.pack(state), examples, new)
 
-        return await self._changed(address, edit, if_match)
+        return await self._write(address, edit, if_match)
+
+    def _with_layer(
+        self, address: Address, served: Served, found: Record | None, layer: str, given: dict[str, Any]
+    ) -> tuple[arrays.State, int]:
+        """The session's whole state with one layer exchanged, and its N."""
+        self._check_layer(served, layer)
+        tensors, examples = arrays.layer_arrays(given, served.manifest, layer)
+        before = found.examples if found else 0
+        if found is None or not before:
+            state = served.runtime.initial(examples)
+        elif found.fingerprint != served.fingerprint:
+            raise StateVersionMismatch(
+                f"session {address.session!r} has a state of version {found.version}, got layer {layer!r} of "
+                f"version {served.version}. Put all layers, or clear the state.",
+                session=address.session,
+                version=found.version,
+            )
+        elif before != examples:
+            raise ExamplesMismatch(
+                f"session {address.session!r} has {before} examples, got {examples} for layer {layer!r}. "
+                "Clear the state to change the number.",
+                examples=before,
+                got=examples,
+            )
+        else:
+            state = found.state
+        return {**served.runtime.unpack(state, examples), layer: tensors}, examples
 
     async def clear(self, address: Address, if_match: str | None = None) -> Record:
         """Forget the state (rnnClearPreviousState): zeros, any N next. The step number goes on.
@@ -211,26 +230,21 @@ class States:
         Raises:
             SessionNotFound, PreconditionFailed.
         """
-        live = self.repository.live(address.model)
 
-        def edit(found: Record | None) -> Edit:
+        def edit(found: Record | None) -> Record:
             record = self._found(address, found)
-            served = self.repository.get(address.model, record.version)
-            if served is None or served.fingerprint != record.fingerprint:
-                served = live
-            return Edit(
-                record.changed(
-                    self.ledger.clock(),
-                    state=b"",
-                    examples=0,
-                    answers=(),
-                    inputs=b"",
-                    version=served.version,
-                    fingerprint=served.fingerprint,
-                )
+            served = self._maker(address, record) or self.repository.live(address.model)
+            return record.changed(
+                self.ledger.clock(),
+                version=served.version,
+                fingerprint=served.fingerprint,
+                examples=0,
+                state=b"",
+                answers=(),
+                inputs=b"",
             )
 
-        return await self._changed(address, edit, if_match)
+        return await self._write(address, edit, if_match)
 
     # --- fork, checkpoint, rewind -------------------------------------------------------------------------------
 
@@ -240,11 +254,10 @@ class States:
         Raises:
             SessionNotFound, SessionExists, InvalidSessionId.
         """
-        child = Address(address.namespace, address.model, check_id(to) if to else new_session_id())
+        child = new_address(address.namespace, address.model, to)
         if child == address:
-            raise SessionExists(f"session {address.session!r} can not be forked to itself", session=address.session)
-        view = await self.view(address)
-        now = self.ledger.clock()
+            raise SessionExists(f"session {address.session!r} cannot be forked to itself", session=address.session)
+        view, now = await self.view(address), self.ledger.clock()
         record = replace(view.record, incarnation=token_bytes(8), revision=1, created_ms=now, used_ms=now, flags=0)
         return child, await self.ledger.create(child, record)
 
@@ -254,15 +267,14 @@ class States:
         Raises:
             SessionNotFound, CheckpointExists, TooLarge: there are as many as a session may have.
         """
-        self.repository.live(address.model)
         if name is not None:
             check_id(name, "checkpoint")
         for _ in range(CHANGE_TRIES):
             record = await self.exists(address)
             chosen = await self._free_name(address, name or f"step-{record.step}")
-            after = record.changed(self.ledger.clock(), flags=record.flags | records.HAS_CHECKPOINTS)
+            after = record.changed(self.ledger.clock(), flags=record.flags | HAS_CHECKPOINTS)
             try:
-                await self._changed(address, only_from(record, Edit(after, {chosen: record.encode()})), None)
+                await self.ledger.change(address, only_from(record, Edit(after, {chosen: record.encode()})))
             except Overtaken:  # perhaps by a checkpoint of that name: look again
                 continue
             return {"session": address.session, "name": chosen, "step": record.step}
@@ -301,23 +313,22 @@ class States:
             raise missing
         then = self.ledger.decode(address.key, data)
 
-        def edit(found: Record | None) -> Edit:
+        def edit(found: Record | None) -> Record:
             record = self._found(address, found)
-            if record.incarnation != before.incarnation:  # ended and created anew meanwhile
+            if record.incarnation != before.incarnation:  # ended and created again meanwhile
                 raise missing
-            return Edit(
-                replace(
-                    then,
-                    incarnation=record.incarnation,
-                    revision=record.revision + 1,
-                    created_ms=record.created_ms,
-                    used_ms=self.ledger.clock(),
-                    ttl_s=record.ttl_s,
-                    flags=record.flags,
-                )
+            return record.changed(
+                self.ledger.clock(),
+                version=then.version,
+                fingerprint=then.fingerprint,
+                examples=then.examples,
+                step=then.step,
+                state=then.state,
+                answers=then.answers,
+                inputs=then.inputs,
             )
 
-        return await self._changed(address, edit, if_match)
+        return await self._write(address, edit, if_match)
 
     async def exists(self, address: Address) -> Record:
         """The record; SessionNotFound where there is none."""
@@ -358,10 +369,13 @@ class States:
 
     # --- helpers ------------------------------------------------------------------------------------------------
 
-    async def _changed(self, address: Address, edit: Callable[[Record | None], Edit], if_match: str | None) -> Record:
+    async def _write(
+        self, address: Address, edit: Callable[[Record | None], Record], if_match: str | None = None
+    ) -> Record:
+        """Exchange the record of a session."""
         self.repository.live(address.model)
-        record = await self.ledger.change(address, edit, if_match)
-        assert record is not None
+        record = await self.ledger.change(address, lambda found: Edit(edit(found)), if_match)
+        assert record is not None  # nothing but `end` writes none
         return record
 
     def _found(self, address: Address, found: Record | None) -> Record:
@@ -369,16 +383,15 @@ class States:
             raise self.ledger.not_found(address)
         return found
 
-    def _served(self, address: Address, record: Record) -> Served:
+    def _maker(self, address: Address, record: Record) -> Served | None:
+        """The version that made a session's state, None where it is not served."""
         served = self.repository.get(address.model, record.version)
-        if served is None or served.fingerprint != record.fingerprint:
-            raise self.sessions.version_mismatch(address, record)
-        return served
+        return served if served is not None and served.fingerprint == record.fingerprint else None
 
-    def _target(self, address: Address, body: wire.StateBody, found: Record | None) -> Served:
+    def _target(self, address: Address, new: NewState, found: Record | None) -> Served:
         """The version that a put state belongs to: the body's, else the session's, else the live one."""
         live = self.repository.live(address.model)
-        number = body.version or (found.version if found else live.version)
+        number = new.version or (found.version if found else live.version)
         served = self.repository.get(address.model, number)
         if served is None:
             raise StateVersionMismatch(
@@ -388,32 +401,23 @@ class States:
                 versions=self.repository.versions(address.model),
             )
         self.sessions.check_streams(served)
-        if body.fingerprint not in (None, served.manifest.fingerprint):
+        if new.fingerprint not in (None, served.manifest.fingerprint):
             raise StateMismatch(
-                f"the state was made by a model of fingerprint {body.fingerprint!r}, version {number} has "
+                f"the state was made by a model of fingerprint {new.fingerprint!r}, version {number} has "
                 f"{served.manifest.fingerprint!r}",
                 fingerprint=served.manifest.fingerprint,
             )
-        if body.model not in (None, address.model):
-            raise InvalidRequest(f"$.model is {body.model!r}, the path says {address.model!r}")
+        if new.model not in (None, address.model):
+            raise InvalidRequest(f"$.model is {new.model!r}, the path says {address.model!r}")
         return served
 
-    def _with_state(
-        self, found: Record | None, served: Served, state: bytes, examples: int, body: wire.StateBody
-    ) -> Record:
+    def _with_state(self, found: Record | None, served: Served, state: bytes, examples: int, new: NewState) -> Record:
         self._check_examples(examples)
-        if body.examples not in (None, examples):
-            raise ShapeMismatch(f"$.examples is {body.examples}, the state has {examples}")
+        if new.examples not in (None, examples):
+            raise ShapeMismatch(f"$.examples is {new.examples}, the state has {examples}")
         if found is None:
-            return records.new_record(
-                served.version,
-                served.fingerprint,
-                examples=examples,
-                state=state,
-                step=body.step or 0,
-                clock=self.ledger.clock,
-            )
-        step = found.step if body.step is None else body.step
+            return self._fresh(served, examples, state, step=new.step or 0)
+        step = found.step if new.step is None else new.step
         same = (step, examples, served.fingerprint) == (found.step, found.examples, found.fingerprint)
         return found.changed(
             self.ledger.clock(),
@@ -426,7 +430,18 @@ class States:
             inputs=found.inputs if state == found.state else b"",
         )
 
-    def _layer(self, served: Served, layer: str) -> None:
+    def _fresh(self, served: Served, examples: int, state: bytes, step: int = 0, ttl_s: int = 0) -> Record:
+        return new_record(
+            served.version,
+            served.fingerprint,
+            examples=examples,
+            state=state,
+            step=step,
+            ttl_s=ttl_s,
+            clock=self.ledger.clock,
+        )
+
+    def _check_layer(self, served: Served, layer: str) -> None:
         layers = list(served.manifest.layers)
         if layer not in layers:
             raise LayerNotFound(f"model {served.name!r} has no state layer {layer!r}, it has {layers}", layers=layers)
@@ -440,4 +455,4 @@ class States:
 def _ttl(ttl_s: float | None) -> int:
     if ttl_s is None:
         return 0
-    return int(np.ceil(ttl_s)) or records.TTL_FOR_EVER
+    return int(np.ceil(ttl_s)) or TTL_FOR_EVER

@@ -7,7 +7,6 @@ feature too, its number wins.
 
 import struct
 from dataclasses import dataclass
-from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -16,13 +15,35 @@ import numpy.typing as npt
 from stepcast.errors import InvalidRequest, NoFeedback, SessionBusy, ShapeMismatch, StepConflict, TooLarge
 from stepcast.manifest import Manifest
 
-from ..doors import bodies as wire
+from ..engine import arrays
+from ..engine.arrays import Floats
 from ..engine.repository import Served
-from ..records import record as records
-from ..records.record import DIGEST_BYTES, Record
-from .core import Address, Floats
+from ..records.digest import legacy_named
+from ..records.record import Answer, Record, encode_answer
+from .core import Address
 from .edits import States
 from .stored import CHANGE_TRIES, Edit, Overtaken, only_from
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a rollout is asked to do.
+
+    Attributes:
+        steps: H.
+        inputs: What is known of the future, (H, F) or (N, H, F), NaN where nothing is; None: nothing at all.
+        commit: Whether the session is there afterwards.
+        seq: The number that its last step shall have; only with `commit`.
+        temperature: 0: the likeliest class; else one is drawn from p^(1/temperature).
+        seed: Of the draws; None: one of its own.
+    """
+
+    steps: int
+    inputs: Floats | None = None
+    commit: bool = False
+    seq: int | None = None
+    temperature: float = 0.0
+    seed: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,46 +55,46 @@ class Free:
     state: bytes
 
 
-async def rollout(states: States, address: Address, body: wire.RolloutBody, content_type: str) -> dict[str, Any]:
-    """Run a session free for `body.steps` steps; with `commit` the session is there afterwards, else untouched.
+async def rollout(states: States, address: Address, plan: Plan) -> dict[str, Any]:
+    """Run a session free.
 
     Raises:
         NoFeedback: nothing is fed back and inputs do not cover all steps, or there is no last answer to start from.
         StepConflict: `seq` is not the number that the last step would have.
         SessionNotFound, ShapeMismatch, NonFinite, TooLarge.
     """
-    if body.steps > states.settings.steps_limit:
-        raise TooLarge(f"{body.steps} steps in one rollout (limit {states.settings.steps_limit})")
-    if body.seq is not None and not body.commit:
+    if plan.steps > states.settings.steps_limit:
+        raise TooLarge(f"{plan.steps} steps in one rollout (limit {states.settings.steps_limit})")
+    if plan.seq is not None and not plan.commit:
         raise InvalidRequest("$.seq belongs to a rollout with commit")
-    if body.seq is not None and body.temperature and body.seed is None:
+    if plan.seq is not None and plan.temperature and plan.seed is None:
         raise InvalidRequest("a rollout with seq and temperature needs a $.seed, so that a retry draws the same")
     for _ in range(CHANGE_TRIES):
         view = await states.view(address)
-        rows, limit = max(1, view.record.examples), states.settings.body_limit_bytes
-        known = _known(body, content_type, view.served.manifest, rows, limit)
-        digest = _digest(body, known)
-        stored = _stored(view.record, body, digest, address)
+        known = _known(plan, view.served.manifest, max(1, view.record.examples), states.settings.body_limit_bytes)
+        payload = _payload(plan, known)
+        digest = states.sessions.digests.named(b"rollout", *payload)
+        stored = _stored(view.record, plan, digest, payload, address)
         if stored is not None:
-            return _answer(view.served, stored, body, view.record, body.seq or 0)
-        free = await _run(states, view.record, view.served, known, body)
-        if not body.commit:
-            return _answer(view.served, free, body, view.record, view.record.step)
+            return _answer(view.served, stored, plan, view.record, plan.seq or 0)
+        free = await _run(states, view.record, view.served, known, plan)
+        if not plan.commit:
+            return _answer(view.served, free, plan, view.record, view.record.step)
         try:
-            after = await _commit(states, address, view.record, free, body.steps, digest)
+            after = await _commit(states, address, view.record, free, plan.steps, digest)
         except Overtaken:  # stepped by others while the rollout ran
             continue
-        return _answer(view.served, free, body, after, after.step)
+        return _answer(view.served, free, plan, after, after.step)
     raise SessionBusy(f"session {address.session!r} was changed by others {CHANGE_TRIES} times. Retry.")
 
 
-async def _run(states: States, record: Record, served: Served, known: Floats, body: wire.RolloutBody) -> Free:
+async def _run(states: States, record: Record, served: Served, known: Floats, plan: Plan) -> Free:
     rows = known.shape[0]
     state = record.state if record.examples else served.runtime.initial(rows)
-    feed = _Feed(served.manifest, body)
+    feed = _Feed(served.manifest, plan)
     last = _last_outputs(record, rows)
     outputs, classes = [], []
-    for step in range(body.steps):
+    for step in range(plan.steps):
         x = feed.inputs(known[:, step], last, step)
         call = await states.sessions.run(served, x[:, None], None, state)
         last, state = call.reply()[:, 0], call.state
@@ -87,12 +108,12 @@ async def _run(states: States, record: Record, served: Served, known: Floats, bo
 class _Feed:
     """Turns the last outputs into the fed part of the next inputs."""
 
-    def __init__(self, manifest: Manifest, body: wire.RolloutBody) -> None:
+    def __init__(self, manifest: Manifest, plan: Plan) -> None:
         self.manifest = manifest
         self.classes = manifest.classes
-        self._temperature = body.temperature
+        self._temperature = plan.temperature
         # the first class is drawn from a stream of its own, so that a kept answer's draws can be made again
-        first, later = np.random.SeedSequence(body.seed).spawn(2)
+        first, later = np.random.SeedSequence(plan.seed).spawn(2)
         self._first, self._random = np.random.default_rng(first), np.random.default_rng(later)
         self._chosen: npt.NDArray[np.int64] | None = None
         self._names = [o.name for o in manifest.outputs]
@@ -115,7 +136,7 @@ class _Feed:
             x[absent, cut] = self._fed(link.source, last, cut.stop - cut.start)[absent]
         if not self.manifest.feedback and np.isnan(x).all():
             raise NoFeedback(f"model {self.manifest.name!r} feeds no output back. Give inputs for every step.")
-        wire.check_readings(x[:, None], self.manifest)
+        arrays.check_readings(x[:, None], self.manifest)
         return x
 
     def _fed(self, source: str, last: Floats, width: int) -> Floats:
@@ -140,33 +161,32 @@ class _Feed:
         return np.asarray((weights < draws).sum(axis=1), np.int64)
 
 
-def _known(body: wire.RolloutBody, content_type: str, manifest: Manifest, rows: int, limit_bytes: int) -> Floats:
-    """What the caller knows of the future, (N, H, F), NaN where it knows nothing.
+def _known(plan: Plan, manifest: Manifest, rows: int, limit_bytes: int) -> Floats:
+    """What is known of the future, (N, H, F), NaN where nothing is.
 
     Raises:
-        TooLarge: it or the answer would not fit in a body. ShapeMismatch, NonFinite.
+        TooLarge: it or the answer would not fit in a plan. ShapeMismatch, NonFinite.
     """
-    want = (rows, body.steps, manifest.n_features)
-    size = 4 * rows * body.steps * max(manifest.n_features, manifest.n_outputs)
+    want = (rows, plan.steps, manifest.n_features)
+    size = 4 * rows * plan.steps * max(manifest.n_features, manifest.n_outputs)
     if size > limit_bytes:
-        raise TooLarge(f"a rollout of {rows} examples by {body.steps} steps takes {size} bytes (limit {limit_bytes})")
-    if body.inputs is None:
+        raise TooLarge(f"a rollout of {rows} examples by {plan.steps} steps takes {size} bytes (limit {limit_bytes})")
+    given = plan.inputs
+    if given is None:
         return np.full(want, np.nan, np.float32)
-    given = wire.numbers(body.inputs, body.shape, content_type, "$.inputs")
     if given.shape not in (want, want[1:]):
         raise ShapeMismatch(
             f"$.inputs has shape {list(given.shape)}, want {list(want[1:])} or {list(want)}", got=list(given.shape)
         )
-    known = np.array(np.broadcast_to(given, want))
-    wire.check_infinite(known)
-    return known
+    known = np.broadcast_to(given, want)
+    arrays.check_infinite(known)
+    return arrays.canonical(known)
 
 
 def _last_outputs(record: Record, rows: int) -> Floats | None:
     """Each row's last kept output (N, O), NaN where all were masked; None where no answer is kept."""
     last: Floats | None = None
-    for entry in reversed(record.answers):
-        answer = records.decode_answer(entry)
+    for answer in record.kept():
         y = np.frombuffer(answer.outputs, np.float32).reshape(rows, answer.steps, -1)
         if last is None:
             last = y[:, -1].copy()
@@ -180,24 +200,31 @@ def _last_outputs(record: Record, rows: int) -> Floats | None:
     return last
 
 
-def _digest(body: wire.RolloutBody, known: Floats) -> bytes:
-    head = struct.pack("<Qdq", body.steps, body.temperature, -1 if body.seed is None else body.seed)
-    return blake2b(b"rollout" + head + known.tobytes(), digest_size=DIGEST_BYTES).digest()
+def _payload(plan: Plan, known: Floats) -> tuple[bytes, bytes]:
+    """What tells one rollout from another."""
+    head = struct.pack("<Qdq", plan.steps, plan.temperature, -1 if plan.seed is None else plan.seed)
+    return head, known.tobytes()
 
 
-def _stored(record: Record, body: wire.RolloutBody, digest: bytes, address: Address) -> Free | None:
+def _same(kept: Answer, digest: bytes, payload: tuple[bytes, bytes]) -> bool:
+    if kept.legacy:
+        return kept.digest.startswith(legacy_named(b"rollout", *payload))
+    return kept.digest == digest
+
+
+def _stored(record: Record, plan: Plan, digest: bytes, payload: tuple[bytes, bytes], address: Address) -> Free | None:
     """The kept answer of the same committed rollout; None where it is to be run."""
-    expected = record.step + body.steps
-    if body.seq in (None, expected):
+    expected = record.step + plan.steps
+    if plan.seq in (None, expected):
         return None
-    kept = record.answer(body.seq or 0)
-    if kept is None or kept.digest != digest:
+    kept = record.answer(plan.seq or 0)
+    if kept is None or not _same(kept, digest, payload):
         raise StepConflict(
-            f"session {address.session!r} is at step {record.step}, got seq {body.seq} for a rollout of "
-            f"{body.steps} steps. Send seq {expected}.",
+            f"session {address.session!r} is at step {record.step}, got seq {plan.seq} for a rollout of "
+            f"{plan.steps} steps. Send seq {expected}.",
             session=address.session,
             step=record.step,
-            seq=body.seq,
+            seq=plan.seq,
             expected_seq=expected,
         )
     rows = max(1, record.examples)
@@ -205,20 +232,19 @@ def _stored(record: Record, body: wire.RolloutBody, digest: bytes, address: Addr
 
 
 async def _commit(states: States, address: Address, base: Record, free: Free, steps: int, digest: bytes) -> Record:
-    last = base.step + steps
-    answer = records.encode_answer(last, digest, steps, free.outputs.tobytes())
-    next_record = base.advanced(last, len(free.outputs), free.state, answer, b"", states.ledger.clock())
+    answer = encode_answer(digest, steps, free.outputs.shape[2], free.outputs.tobytes())
+    next_record = base.advanced(steps, len(free.outputs), free.state, answer, states.ledger.clock())
     after = await states.ledger.change(address, only_from(base, Edit(next_record)))
     assert after is not None
     return after
 
 
-def _answer(served: Served, free: Free, body: wire.RolloutBody, record: Record, step: int) -> dict[str, Any]:
+def _answer(served: Served, free: Free, plan: Plan, record: Record, step: int) -> dict[str, Any]:
     answer: dict[str, Any] = {"outputs": free.outputs, "step": step, "version": record.version}
     classes = free.classes
     if served.manifest.classes is not None:
         if classes is None:  # a retry: the draws are those of the same seed
-            feed = _Feed(served.manifest, body)
+            feed = _Feed(served.manifest, plan)
             classes = np.stack([feed.choose(free.outputs[:, t]) for t in range(free.outputs.shape[1])], axis=1)
         names = served.manifest.classes
         answer["classes"] = [[names[c] for c in row] for row in classes]

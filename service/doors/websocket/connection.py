@@ -32,16 +32,16 @@ class Handler(Protocol):
         """Take a TEXT or BINARY message."""
 
     def room(self) -> int:
-        """How many messages are taken now; `Link.pump` is called when that is no longer 0."""
+        """How many messages are taken now; `WebSocketConnection.pump` is called when that is no longer 0."""
 
     def drain(self) -> None:
-        """The server stops: answer what was accepted, then `Link.close`."""
+        """The server stops: answer what was accepted, then `WebSocketConnection.close`."""
 
     def lost(self) -> None:
         """The connection is gone."""
 
 
-class Link(WebSocketsSansIOProtocol):
+class WebSocketConnection(WebSocketsSansIOProtocol):
     """A WebSocket connection; the class for uvicorn's `ws` setting."""
 
     def __init__(
@@ -264,7 +264,7 @@ class Link(WebSocketsSansIOProtocol):
             self.handshake_complete = True
 
     def handle_connect(self, event: Any) -> None:
-        """Let the door find this link."""
+        """Let the door find this connection."""
         super().handle_connect(event)
         scope = getattr(self, "scope", None)
         if scope is not None:

@@ -1,0 +1,134 @@
+"""Answers: content types, encoding, and errors as problem documents. The same for every door."""
+
+from typing import Any, Final, NamedTuple
+
+import msgspec
+import numpy as np
+import orjson
+
+from stepcast.errors import StepcastError, UnsupportedMediaType
+
+from ..telemetry import Metrics, as_ours
+from .bodies import JSON, MSGPACK
+from .state_files import NPZ, SAFETENSORS
+
+PROBLEM: Final = "application/problem+json"
+FILES: Final = (SAFETENSORS, NPZ)
+Headers = dict[bytes, bytes]
+
+_SAME: Final = {"": JSON, "application/x-msgpack": MSGPACK, "application/vnd.msgpack": MSGPACK}
+_SAME["application/x-www-form-urlencoded"] = JSON  # curl -d without a header
+
+
+class Answer(NamedTuple):
+    """An answer over HTTP; `fields` are its headers beside content type and length."""
+
+    status: int
+    body: bytes
+    kind: str
+    fields: dict[str, str]
+
+
+def problem(error: BaseException, metrics: Metrics | None = None) -> Answer:
+    """An error as an answer. Never fails, whatever the error's facts are."""
+    ours, fields = as_ours(error), {}
+    if ours.retry_after_s is not None:
+        fields["retry-after"] = str(max(1, round(ours.retry_after_s)))
+    if ours.status == 401:
+        fields["www-authenticate"] = "Bearer"
+    return Answer(ours.status, encode(document(ours, metrics), JSON), PROBLEM, fields)
+
+
+def document(error: StepcastError, metrics: Metrics | None = None) -> dict[str, Any]:
+    """An error's problem document; the metrics count it."""
+    if metrics is not None:
+        metrics.errors.labels(error.code).inc()
+    return error.problem()
+
+
+def request_type(headers: Headers, files: bool = False) -> str:
+    """The body's content type; JSON where none is named.
+
+    Args:
+        headers: Names in lower case.
+        files: Whether states may come as files.
+
+    Raises:
+        UnsupportedMediaType.
+    """
+    named = headers.get(b"content-type", b"").partition(b";")[0].strip().lower().decode("latin-1")
+    known = (JSON, MSGPACK, *FILES) if files else (JSON, MSGPACK)
+    named = _SAME.get(named, named)
+    if named not in known:
+        raise UnsupportedMediaType(f"content type {named!r} is none of {', '.join(known)}", supported=list(known))
+    return named
+
+
+def answer_type(headers: Headers, sent: str, files: bool = False) -> str:
+    """The answer's content type: what Accept names, else the request's."""
+    accept = headers.get(b"accept", b"").decode("latin-1")
+    for kind in (MSGPACK, *FILES) if files else (MSGPACK,):
+        if kind in accept:
+            return kind
+    return JSON if JSON in accept or sent not in (JSON, MSGPACK) else sent
+
+
+# --- encoding -------------------------------------------------------------------------------------------------------
+
+pack: Final = msgspec.msgpack.Encoder().encode
+
+
+def encode(answer: dict[str, Any], content_type: str) -> bytes:
+    """An answer's bytes; numpy arrays in it become nested lists (NaN: null), or raw float32 in msgpack.
+
+    In msgpack an array under the key `outputs` has its shape beside it, under `shape`.
+    """
+    outputs = answer.get("outputs")
+    if content_type == MSGPACK and isinstance(outputs, np.ndarray):
+        answer = {**answer, "shape": list(outputs.shape)}
+    try:
+        return _encode(answer, content_type)
+    except (TypeError, ValueError, OverflowError):  # an error repeats what the caller said: text or numbers of any kind
+        return _encode(_sayable(answer), content_type)
+
+
+def _encode(answer: Any, content_type: str) -> bytes:
+    if content_type == JSON:
+        return orjson.dumps(answer, default=_as_list, option=orjson.OPT_SERIALIZE_NUMPY)
+    return msgspec.msgpack.encode(answer, enc_hook=_as_bytes)
+
+
+def dumps(values: Any) -> bytes:
+    """An array as JSON; NaN: null."""
+    text: bytes = orjson.dumps(np.ascontiguousarray(values), option=orjson.OPT_SERIALIZE_NUMPY)
+    return text
+
+
+def row_texts(values: Any) -> list[bytes]:
+    """The rows of an array (B, O) as JSON without the brackets, as `encode` writes them."""
+    return dumps(values)[2:-2].split(b"],[")
+
+
+def _as_list(value: Any) -> Any:
+    if isinstance(value, np.ndarray):  # orjson takes contiguous arrays of the common types by itself
+        return np.ascontiguousarray(value) if value.dtype != np.float16 else value.tolist()
+    raise TypeError(f"{type(value)} in an answer")
+
+
+def _as_bytes(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return np.ascontiguousarray(value).astype(value.dtype.newbyteorder("<"), copy=False).tobytes()
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{type(value)} in an answer")
+
+
+def _sayable(value: Any) -> Any:
+    """The same with text that UTF-8 has, and numbers of 64 bits."""
+    if isinstance(value, dict):
+        return {_sayable(key): _sayable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_sayable(item) for item in value]
+    if isinstance(value, str):
+        return value.encode(errors="replace").decode()
+    return str(value) if isinstance(value, int) and not -(2**63) <= value < 2**63 else value

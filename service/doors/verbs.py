@@ -1,0 +1,221 @@
+"""Every operation but stepping, once: which role it needs, what its body is, what it does. The same for every door.
+
+A handler takes a call whose body is checked for types, and gives the fields of the answer. HTTP adds paths, status
+codes, entity tags and files; the WebSocket adds order.
+"""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
+
+import msgspec
+
+from stepcast.manifest import Manifest
+
+from ..engine import arrays
+from ..records.record import Record
+from ..sessions.core import Address
+from ..sessions.edits import NewState, States, check_id, new_address
+from ..sessions.rollout import Plan, rollout
+from ..sessions.stored import etag
+from . import bodies
+from .bodies import JSON
+
+
+@dataclass(slots=True)
+class Call:
+    """What is asked: by whom, of which model and session ("": of none), with which body.
+
+    Attributes:
+        asked: The struct that the verb names.
+        kind: Content type of the body that `asked` came in.
+        if_match: Entity tag that the session's record must have; None: any.
+    """
+
+    namespace: str
+    model: str
+    session: str
+    asked: Any
+    kind: str = JSON
+    if_match: str | None = None
+
+    @property
+    def address(self) -> Address:
+        """The session's address; InvalidSessionId where it can have none."""
+        return Address(self.namespace, self.model, check_id(self.session))
+
+
+class Done(NamedTuple):
+    """The fields of an answer, and the entity tag of the session that it is about."""
+
+    fields: dict[str, Any]
+    etag: str | None = None
+
+
+class Verb(NamedTuple):
+    """An operation."""
+
+    role: str
+    body: type[msgspec.Struct]
+    run: Callable[[States, Call], Awaitable[Done]]
+
+
+# --- models ---------------------------------------------------------------------------------------------------------
+
+
+async def models(states: States, call: Call) -> Done:
+    """Served models."""
+    return Done({"models": [_listed(states, name) for name in states.repository.names()]})
+
+
+def _listed(states: States, name: str) -> dict[str, Any]:
+    live = states.repository.live(name)
+    return {
+        "name": name,
+        "version": live.version,
+        "versions": states.repository.versions(name),
+        "task": live.manifest.task,
+        "streaming": live.manifest.streaming,
+        "device": live.runtime.device,
+        "description": live.manifest.description,
+    }
+
+
+async def model(states: States, call: Call) -> Done:
+    """The live version's manifest, with the versions there are."""
+    manifest = states.repository.live(call.model).manifest
+    return Done({**_plain(manifest), "versions": states.repository.versions(call.model)})
+
+
+async def version(states: States, call: Call) -> Done:
+    """One version's manifest."""
+    return Done(_plain(states.repository.require(call.model, call.asked.version).manifest))
+
+
+def _plain(manifest: Manifest) -> dict[str, Any]:
+    return {**manifest.model_dump(mode="json"), "fingerprint": manifest.fingerprint}
+
+
+async def retire(states: States, call: Call) -> Done:
+    """Stop serving a version; refused while sessions hold it, unless ?force=true."""
+    return Done(await states.retire(call.model, call.asked.version, call.asked.force))
+
+
+async def predict(states: States, call: Call) -> Done:
+    """The stateless full forward pass over whole sequences (output())."""
+    asked, repository, settings = call.asked, states.repository, states.settings
+    served = repository.require(call.model, asked.version) if asked.version else repository.live(call.model)
+    limits = arrays.Limits(settings.steps_limit, settings.examples_limit)
+    values = bodies.numbers(asked.inputs, asked.shape, call.kind)
+    x, mask, rank = arrays.sequences(values, asked.format, asked.mask, served.manifest, limits)
+    y = (await states.sessions.run(served, x, mask, served.runtime.initial(len(x)))).reply()
+    if served.manifest.readout == "last":
+        y = arrays.last_present(y, mask)
+    elif asked.format == "NCW":
+        y = y.transpose(0, 2, 1)
+    return Done({"version": served.version, "outputs": y[0] if rank == 2 else y})
+
+
+# --- sessions -------------------------------------------------------------------------------------------------------
+
+
+def _about(states: States, address: Address, record: Record) -> Done:
+    return Done(states.info(address, record), etag(record))
+
+
+async def create(states: States, call: Call) -> Done:
+    """Create a session."""
+    asked = call.asked
+    address = new_address(call.namespace, call.model, asked.session)
+    record = await states.create(address, asked.examples or 0, asked.version, asked.ttl_s)
+    return _about(states, address, record)
+
+
+async def list_sessions(states: States, call: Call) -> Done:
+    """Ids of sessions, a page at a time."""
+    asked = call.asked
+    limit = min(1000, asked.limit)
+    found, cursor = await states.list_sessions(call.namespace, call.model, asked.prefix, asked.cursor, limit)
+    return Done({"sessions": found, "cursor": cursor or None})
+
+
+async def info(states: States, call: Call) -> Done:
+    """A session's step, examples, version, size and times."""
+    address = call.address
+    return _about(states, address, await states.exists(address))
+
+
+async def end(states: States, call: Call) -> Done:
+    """End and forget a session."""
+    await states.end(call.address, call.if_match)
+    return Done({"ended": True})
+
+
+async def get_state(states: States, call: Call) -> Done:
+    """The state of all layers, or of one (rnnGetPreviousState)."""
+    address = call.address
+    view = await states.view(address)
+    return Done(states.state(address, view, call.asked.layer), etag(view.record))
+
+
+async def set_state(states: States, call: Call) -> Done:
+    """Set the state of all layers, or of one (rnnSetPreviousState)."""
+    address, asked = call.address, call.asked
+    about = {name: getattr(asked, name) for name in NewState.__slots__}
+    return _about(states, address, await states.put(address, NewState(**about), call.if_match))
+
+
+async def clear(states: States, call: Call) -> Done:
+    """Forget the state (rnnClearPreviousState)."""
+    address = call.address
+    return _about(states, address, await states.clear(address, call.if_match))
+
+
+async def fork(states: States, call: Call) -> Done:
+    """A child with the same state."""
+    return _about(states, *await states.fork(call.address, call.asked.to))
+
+
+async def checkpoint(states: States, call: Call) -> Done:
+    """Name the session as it is now."""
+    return Done(await states.checkpoint(call.address, call.asked.name))
+
+
+async def checkpoints(states: States, call: Call) -> Done:
+    """A session's checkpoints."""
+    return Done({"checkpoints": await states.checkpoints(call.address)})
+
+
+async def rewind(states: States, call: Call) -> Done:
+    """Go back to a checkpoint."""
+    address = call.address
+    return _about(states, address, await states.rewind(address, call.asked.to, call.if_match))
+
+
+async def run_free(states: States, call: Call) -> Done:
+    """Run free, feeding predictions back."""
+    asked = call.asked
+    known = None if asked.inputs is None else bodies.numbers(asked.inputs, asked.shape, call.kind)
+    plan = Plan(asked.steps, known, asked.commit, asked.seq, asked.temperature, asked.seed)
+    return Done(await rollout(states, call.address, plan))
+
+
+VERBS: Final[dict[str, Verb]] = {
+    "models": Verb("read", bodies.Nothing, models),
+    "model": Verb("read", bodies.Nothing, model),
+    "version": Verb("read", bodies.VersionBody, version),
+    "retire": Verb("admin", bodies.VersionBody, retire),
+    "predict": Verb("step", bodies.PredictBody, predict),
+    "list": Verb("read", bodies.ListBody, list_sessions),
+    "create": Verb("step", bodies.CreateBody, create),
+    "info": Verb("read", bodies.Nothing, info),
+    "end": Verb("step", bodies.Nothing, end),
+    "state.get": Verb("read", bodies.GetBody, get_state),
+    "state.set": Verb("step", bodies.StateBody, set_state),
+    "clear": Verb("step", bodies.Nothing, clear),
+    "fork": Verb("step", bodies.ForkBody, fork),
+    "checkpoint": Verb("step", bodies.CheckpointBody, checkpoint),
+    "checkpoints": Verb("read", bodies.Nothing, checkpoints),
+    "rewind": Verb("step", bodies.RewindBody, rewind),
+    "rollout": Verb("step", bodies.RolloutBody, run_free),
+}

@@ -1,0 +1,256 @@
+"""Numbers against the manifest: shapes, masks, missing readings, state tensors. Knows no encoding and no caller."""
+
+import math
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from stepcast.errors import InvalidRequest, NonFinite, ShapeMismatch, StateMismatch, StepcastError, TooLarge
+from stepcast.manifest import Manifest
+
+Floats = npt.NDArray[np.float32]
+Mask = npt.NDArray[np.bool_]
+State = dict[str, dict[str, npt.NDArray[Any]]]
+Format = Literal["NWC", "NCW"]
+Form = Literal["F", "NF", "NTF", "NFT"]
+"""What the axes of a caller's array are; the answer's are the same, with O for F."""
+
+
+class Limits(NamedTuple):
+    """The most that one call may have."""
+
+    steps: int
+    examples: int
+
+
+class Inputs(NamedTuple):
+    """Checked inputs of a call: `x` (N, T, F) float32, `mask` (N, T) or None, `rank` of the caller's array."""
+
+    x: Floats
+    mask: Mask | None
+    rank: int
+
+
+def step_inputs(values: Floats, layout: Format, mask: Any, manifest: Manifest, limits: Limits) -> Inputs:
+    """The inputs of a step, checked against the model.
+
+    Args:
+        values: [F], [N,F], [N,T,F], or [N,F,T] where the layout is NCW.
+        mask: A flag, or nested lists of flags; None: everything is present.
+
+    Raises:
+        ShapeMismatch, NonFinite, InvalidRequest, TooLarge.
+    """
+    rank = values.ndim
+    if rank == 3:
+        x = values.transpose(0, 2, 1) if layout == "NCW" else values
+    else:
+        x = values.reshape(1 if rank == 1 else len(values), 1, values.shape[-1])
+    x = _checked(x, manifest, rank, limits)
+    return Inputs(x, None if mask is None else _mask(mask, x.shape[:2], rank), rank)
+
+
+def sequences(values: Floats, layout: Format, mask: Any, manifest: Manifest, limits: Limits) -> Inputs:
+    """The inputs of a predict: [T,F] is one sequence, [B,T,F] are many; the rest as for `step_inputs`."""
+    if values.ndim not in (2, 3):
+        raise ShapeMismatch(f"$.inputs has rank {values.ndim}, want [T,F] or [B,T,F]", got=list(values.shape))
+    x = values if values.ndim == 3 else values[None]
+    x = _checked(x.transpose(0, 2, 1) if layout == "NCW" else x, manifest, values.ndim, limits)
+    if mask is not None:
+        mask = _mask([mask] if values.ndim == 2 else mask, x.shape[:2], 3)
+    return Inputs(x, mask, values.ndim)
+
+
+def _checked(x: Floats, manifest: Manifest, rank: int, limits: Limits) -> Floats:
+    """Inputs (N, T, F) that fit the model, contiguous."""
+    want = manifest.n_features
+    if x.shape[2] != want or not x.shape[0] or not x.shape[1]:
+        names = ", ".join(f.name for f in manifest.features[:8]) + (", ..." if len(manifest.features) > 8 else "")
+        got = list(x.shape) if rank == 3 else list(x.shape[1:] if rank == 1 else x.shape[::2])
+        raise ShapeMismatch(
+            f"inputs have shape {got} (NWC), model {manifest.name!r} takes {want} features ({names}), "
+            "at least one example and one step",
+            got=got,
+            features=want,
+        )
+    if x.shape[1] > limits.steps:
+        raise TooLarge(f"{x.shape[1]} steps in one call (limit {limits.steps}). Send fewer.", limit=limits.steps)
+    if len(x) > limits.examples:
+        raise TooLarge(f"{len(x)} examples in one call (limit {limits.examples})", limit=limits.examples)
+    x = np.ascontiguousarray(x)
+    if are_finite(x.reshape(-1)):
+        return x
+    check_readings(x, manifest)
+    return canonical(x)
+
+
+# --- readings -------------------------------------------------------------------------------------------------------
+
+
+def are_finite(flat: Floats) -> bool:
+    """Whether all of a flat array is finite; may say no where the squares of its numbers are not."""
+    if flat.size <= 16:  # quicker than numpy, and float64 holds the sum
+        return math.isfinite(sum(flat.tolist()))
+    return math.isfinite(np.vdot(flat, flat))  # dot would warn of an overflow
+
+
+def canonical(x: Floats) -> Floats:
+    """The same numbers, each NaN the one of bits 0x7fc00000: payloads are told apart by their bytes."""
+    return np.where(np.isnan(x), np.float32(np.nan), x)
+
+
+def check_infinite(x: Floats) -> None:
+    """Raises NonFinite where inputs (N, T, F) are infinite."""
+    found = np.argwhere(np.isinf(x))
+    if len(found):
+        n, t, f = found[0].tolist()
+        raise NonFinite(f"inputs are infinite (in float32) at example {n}, step {t}, feature {f}")
+
+
+def check_readings(x: Floats, manifest: Manifest) -> None:
+    """Raises NonFinite where inputs (N, T, F) are infinite, or missing although the model was not trained so."""
+    check_infinite(x)
+    cuts = manifest.feature_slices()
+    for feature in manifest.features:
+        if feature.missing == "refuse" and np.isnan(x[:, :, cuts[feature.name]]).any():
+            raise NonFinite(
+                f"feature {feature.name!r} has a missing reading; this model was not trained with any",
+                feature=feature.name,
+            )
+
+
+def needed(manifest: Manifest) -> Mask:
+    """Which readings (F) may not be missing."""
+    return np.repeat([f.missing == "refuse" for f in manifest.features], [f.width for f in manifest.features])
+
+
+def refused_rows(x: Floats, manifest: Manifest) -> dict[int, StepcastError]:
+    """Why rows of inputs (K, F) cannot be stepped, by their place; most calls have none."""
+    suspects = np.isinf(x).any(axis=1) | (np.isnan(x) & needed(manifest)).any(axis=1)
+    refused: dict[int, StepcastError] = {}
+    for row in np.flatnonzero(suspects).tolist():
+        try:
+            check_readings(x[row][None, None], manifest)
+        except NonFinite as error:
+            refused[row] = error
+    return refused
+
+
+def _mask(value: Any, shape: tuple[int, ...], rank: int) -> Mask | None:
+    """The mask as bool (N, T); None where every step is present."""
+    try:
+        given = np.array(value)
+    except ValueError as error:
+        raise ShapeMismatch("$.mask is ragged") from error
+    want: tuple[int, ...] = shape if rank == 3 else shape[:1]
+    if rank == 1 and given.ndim == 0:
+        given = given.reshape(1)
+    if given.shape != want:
+        raise ShapeMismatch(f"$.mask has shape {list(given.shape)}, want {list(want)}", got=list(given.shape))
+    if given.dtype.kind not in "biuf" or not np.isin(given, (0, 1)).all():
+        raise InvalidRequest("$.mask has values other than 0, 1, true, false")
+    mask = given.astype(bool).reshape(shape)
+    return None if mask.all() else mask
+
+
+# --- outputs --------------------------------------------------------------------------------------------------------
+
+
+def form_of(rank: int, layout: Format) -> Form:
+    """The axes of an array of rank 1 to 3."""
+    return "F" if rank == 1 else "NF" if rank == 2 else "NFT" if layout == "NCW" else "NTF"
+
+
+def by_form(y: Floats, form: Form) -> Floats:
+    """Outputs (N, T, O) with the axes of the caller's inputs."""
+    if form == "NTF":
+        return y
+    return y[0, 0] if form == "F" else y[:, 0] if form == "NF" else y.transpose(0, 2, 1)
+
+
+def last_present(y: Floats, mask: Mask | None) -> Floats:
+    """The output at each row's last present step (N, O); NaN for a row without any."""
+    if mask is None:
+        return y[:, -1]
+    at = mask.shape[1] - 1 - np.argmax(mask[:, ::-1], axis=1)
+    return y[np.arange(len(y)), at, :]
+
+
+# --- states ---------------------------------------------------------------------------------------------------------
+
+
+def state_arrays(given: dict[str, Any], manifest: Manifest) -> tuple[State, int]:
+    """A whole state, checked against the model.
+
+    Args:
+        given: {layer: {key: [N, *shape] nested lists, bytes or an array}}.
+
+    Returns:
+        The arrays, and N.
+
+    Raises:
+        StateMismatch: layers or keys are missing or unknown, or have different N. ShapeMismatch, NonFinite.
+    """
+    _same_names("state", given, manifest.layers)
+    made = {layer: layer_arrays(given[layer], manifest, layer) for layer in manifest.layers}
+    counts = {count for _, count in made.values()}
+    if len(counts) > 1:
+        raise StateMismatch(f"the tensors of the state have different numbers of examples: {sorted(counts)}")
+    return {layer: arrays for layer, (arrays, _) in made.items()}, counts.pop() if counts else 0
+
+
+def layer_arrays(given: Any, manifest: Manifest, layer: str) -> tuple[dict[str, npt.NDArray[Any]], int]:
+    """One layer's state, checked against the model; and its N."""
+    tensors = manifest.layers[layer]
+    if not isinstance(given, dict):
+        raise StateMismatch(f"$.state.{layer} is not an object of keys {sorted(tensors)}")
+    _same_names(f"state.{layer}", given, tensors)
+    arrays: dict[str, npt.NDArray[Any]] = {}
+    for key, tensor in tensors.items():
+        arrays[key] = _tensor(given[key], tensor.dtype, tensor.shape, f"$.state.{layer}.{key}")
+    counts = {len(value) for value in arrays.values()}
+    if len(counts) > 1:
+        raise StateMismatch(f"the keys of layer {layer!r} have different numbers of examples: {sorted(counts)}")
+    return arrays, counts.pop()
+
+
+def _same_names(what: str, given: dict[str, Any], want: dict[str, Any]) -> None:
+    missing, unknown = sorted(set(want) - set(given)), sorted(map(str, set(given) - set(want)))
+    if missing or unknown:
+        raise StateMismatch(f"$.{what}: missing {missing}, unknown {unknown}", missing=missing, unknown=unknown)
+
+
+def _tensor(value: Any, dtype: str, shape: tuple[int, ...], path: str) -> npt.NDArray[Any]:
+    """One tensor (N, *shape)."""
+    want = f"[N, {', '.join(map(str, shape))}]"
+    try:
+        if isinstance(value, np.ndarray):
+            with np.errstate(over="ignore"):
+                tensor = value.astype(dtype, casting="same_kind")
+        elif isinstance(value, bytes):
+            flat: npt.NDArray[Any] = np.frombuffer(value, np.dtype(dtype).newbyteorder("<")).astype(dtype)
+            tensor = flat.reshape(-1, *shape)
+        else:
+            tensor = _plain_numbers(value, dtype, path)
+    except (ValueError, TypeError) as error:
+        raise ShapeMismatch(f"{path} is not an array {want} of {dtype}") from error
+    if tensor.shape == (0,):  # of no examples: what a session without a state answers
+        tensor = tensor.reshape(0, *shape)
+    if tensor.ndim != len(shape) + 1 or tensor.shape[1:] != shape:
+        raise ShapeMismatch(f"{path} has shape {list(tensor.shape)}, want {want}")
+    if dtype.startswith("float") and not np.isfinite(tensor).all():
+        raise NonFinite(f"{path} has values that are not finite")
+    return tensor
+
+
+def _plain_numbers(value: Any, dtype: str, path: str) -> npt.NDArray[Any]:
+    """Nested lists as an array of a dtype that holds their values."""
+    given = np.array(value)
+    if given.dtype.kind not in "biuf":
+        raise ShapeMismatch(f"{path} is ragged, or has values that are not numbers of {dtype}")
+    with np.errstate(over="ignore", invalid="ignore"):
+        tensor = given.astype(dtype)
+    if not dtype.startswith("float") and not np.array_equal(tensor, given):
+        raise ShapeMismatch(f"{path} has values that {dtype} does not hold")
+    return tensor
