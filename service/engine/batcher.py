@@ -44,15 +44,12 @@ FULL_ROWS: Final = 16
 
 
 class Batch(Protocol):
-    """Single steps that run together.
-
-    Attributes:
-        rows: How many, so far: others may join until it begins.
-        error: Why its run failed.
-    """
+    """Single steps that run together."""
 
     rows: int
+    """How many, so far: others may join until it begins."""
     error: StepcastError | None
+    """Why its run failed."""
 
     def begin(self, now: float) -> bool:
         """Let nobody join any more, and drop what is too late; False: nothing is left to run."""
@@ -76,12 +73,10 @@ class Run:
     After the run: `outputs` (N, T, O) float32 and `state`, or `error`.
     """
 
-    __slots__ = ("at", "deadline", "error", "lengths", "outputs", "parts", "rows", "state", "steps", "x")
-
     def __init__(self, x: Floats, lengths: Lengths | None, state: bytes, deadline: float) -> None:
         self.x, self.lengths, self.state, self.deadline = x, lengths, state, deadline
         self.rows, self.steps = x.shape[:2]
-        self.at = 0
+        self.at = 0  # steps made
         self.parts: list[Floats] = []
         self.outputs: Floats = np.empty((0, 0, 0), np.float32)
         self.error: StepcastError | None = None

@@ -36,7 +36,7 @@ class SessionCache:
 
     def enter(self, address: Address) -> Session:
         """A new session without a record."""
-        session = self._sessions[address.key] = Session(address)
+        session = self._sessions[address.key] = Session(address, address.key)
         return session
 
     def measure(self, session: Session, record_bytes: int) -> None:

@@ -63,7 +63,7 @@ class Commits:
             self._go_on(session)
             return None
         outputs = call.reply()
-        advance = shape.advance(ask.steps, logs=ask.mask is None)
+        advance = shape.advance(ask.x.shape[1], logs=ask.mask is None)
         digest = call.lane.digests.call(ask.x, ask.mask)
         log = ask.x.tobytes()[ask.x.nbytes - advance.log_new :]
         parts = call.state, digest, outputs.tobytes()

@@ -38,22 +38,13 @@ class Address:
         object.__setattr__(self, "key", f"{self.namespace}/{self.model}/{self.session}")
 
 
+@dataclass(slots=True, eq=False)
 class Answers:
-    """What sessions of one batch are answered.
+    """What sessions of one batch are answered."""
 
-    Args:
-        outputs: (B, N, T, O) float32, NaN where a step was masked.
-        version: Of the model.
-
-    Attributes:
-        made: Encodings of all rows that a door wants to make once.
-    """
-
-    __slots__ = ("made", "outputs", "version")
-
-    def __init__(self, outputs: Floats, version: int) -> None:
-        self.outputs, self.version = outputs, version
-        self.made: dict[str, Any] = {}
+    outputs: Floats  # (B, N, T, O), NaN where a step was masked
+    version: int  # of the model
+    made: dict[str, Any] = field(default_factory=dict)  # encodings of all rows that a door wants to make once
 
 
 class Waiter(Protocol):
@@ -69,20 +60,13 @@ class Waiter(Protocol):
         """Whether nobody waits any more; a step that has not begun is dropped then."""
 
 
+@dataclass(slots=True, eq=False)
 class Load:
-    """The steps of a model that wait, of all its versions.
+    """The steps of a model that wait, of all its versions."""
 
-    Attributes:
-        waiting: How many.
-        limit: The most that may; 0 while the server drains.
-        left: Set when some wait no longer.
-    """
-
-    __slots__ = ("left", "limit", "waiting")
-
-    def __init__(self, limit: int) -> None:
-        self.waiting, self.limit = 0, limit
-        self.left = asyncio.Event()
+    limit: int  # the most that may wait; 0 while the server drains
+    waiting: int = 0
+    left: asyncio.Event = field(default_factory=asyncio.Event)  # set when some wait no longer
 
     def leave(self, count: int) -> None:
         """That many wait no longer."""
@@ -92,19 +76,15 @@ class Load:
 
 
 class Together(Protocol):
-    """Sessions whose records lie side by side: a roster. Whoever touches one alone splits it first.
-
-    Attributes:
-        whole: It was not split.
-        keys, records, advance, place: As in the Block of their next step.
-        steps: Of the sessions.
-    """
+    """Sessions whose records lie side by side (a roster); whoever touches one alone splits it first."""
 
     whole: bool
+    """It was not split."""
     keys: list[str]
     records: Bytes
     advance: Advance
     place: object
+    """These four are what the Block of the next step needs."""
     steps: list[int]
 
     def note_use(self) -> bool: ...
@@ -121,90 +101,57 @@ class Places(Protocol):
     def form(self, lane: "Lane", group: "Group") -> None: ...
 
 
+@dataclass(slots=True, eq=False)
 class Lane:
-    """One served version: where its steps go.
+    """One served version: where its steps go."""
 
-    Args:
-        deadline_s: How long a step may wait for its run.
-        clock: Wall clock in ms.
-        drop: Refuses rows of a batch that are too late to be run.
-
-    Attributes:
-        open: The batch that steps may join now.
-        calls, rows: Step calls made, and rows times steps, that are not in the metrics yet; `commits`: seconds of each.
-        spares: For the records of rosters.
-    """
-
-    __slots__ = (
-        *("_clock", "_deadline_s", "_until", "batcher", "calls", "commits", "digests", "drop", "load", "open", "rows"),
-        *("served", "shapes", "spares", "version"),
-    )
-
-    def __init__(
-        self,
-        served: Served,
-        batcher: "Batcher[Batch]",
-        shapes: Shapes,
-        load: Load,
-        digests: Digests,
-        deadline_s: float,
-        clock: Callable[[], int],
-        drop: "Callable[[Batch, Sequence[int]], None]",
-    ) -> None:
-        self.served, self.version, self.batcher, self.shapes = served, served.version, batcher, shapes
-        self.load, self.digests, self.drop = load, digests, drop
-        self._deadline_s, self._clock = deadline_s, clock
-        self.open: Batch | None = None
-        self._until = 0.0
-        self.calls = self.rows = 0
-        self.commits: list[float] = []
-        self.spares = Spares()
+    served: Served
+    batcher: "Batcher[Batch]"
+    shapes: Shapes
+    load: Load
+    digests: Digests
+    deadline_s: float  # how long a step may wait for its run
+    clock: Callable[[], int]  # wall clock, ms
+    drop: "Callable[[Batch, Sequence[int]], None]"  # refuses rows of a batch that are too late to be run
+    version: int
+    open: "Batch | None" = None  # the batch that steps may join now,
+    until: float = 0.0  # and how long, monotonic
+    calls: int = 0  # step calls made, rows times steps, and seconds of each commit, that are not in the metrics yet
+    rows: int = 0
+    commits: list[float] = field(default_factory=list)
+    spares: Spares = field(default_factory=Spares)  # for the records of rosters
 
     def joinable(self, now: float) -> "Batch":
         """The batch that steps join at `now` (monotonic)."""
-        if self.open is not None and now <= self._until:
+        if self.open is not None and now <= self.until:
             return self.open
-        batch = self.open = Batch(self, now + self._deadline_s, self._clock())
-        self._until = now + OPEN_S
+        batch = self.open = self.closed(now)
+        self.until = now + OPEN_S
         self.batcher.submit(batch)
         return batch
 
     def closed(self, now: float) -> "Batch":
         """A batch that nobody joins; its maker fills and submits it."""
-        return Batch(self, now + self._deadline_s, self._clock())
+        return Batch(self, now + self.deadline_s, self.clock())
 
 
+@dataclass(slots=True, eq=False)
 class Session:
-    """A session that is kept ready: its record as last seen, and the calls that wait for their turn.
+    """A session that is kept ready: its record as last seen, and the calls that wait for their turn."""
 
-    Attributes:
-        data: The record as the store has it, or a blank one of a new session; None: it has to be loaded.
-        stored: Whether the store has `data`.
-        lane: Of the version that made its state; None: that is not served, or `data` is None.
-        shape, step: Of the record; `shape` is None where the lane is.
-        tag: Of the state, where a device holds it (Runtime.run_resident): a number, or one for each row.
-        busy: A call of it is on its way, or it is being loaded.
-        used: Since eviction looked at it.
-        roster: Who has the record instead; whoever touches the session splits the roster first.
-    """
-
-    __slots__ = (
-        *("address", "busy", "data", "key", "lane", "queue", "roster", "shape", "size", "step", "stored", "tag"),
-        "used",
-    )
-
-    def __init__(self, address: Address) -> None:
-        self.address, self.key = address, address.key
-        self.data: bytes | None = None
-        self.stored = False
-        self.lane: Lane | None = None
-        self.shape: Shape | None = None
-        self.step = 0
-        self.tag: int | Ints = 0
-        self.roster: Together | None = None
-        self.queue: list[Ask] = []  # short, and mostly empty: a deque would cost 600 bytes per session
-        self.busy = self.used = False
-        self.size = 0
+    address: Address
+    key: str
+    data: bytes | None = None  # the record, or a blank one of a new session; None: it has to be loaded
+    stored: bool = False  # the store has `data`
+    lane: Lane | None = None  # of the version that made its state; None: that is not served, or `data` is None
+    shape: Shape | None = None  # of the record; None where the lane is
+    step: int = 0
+    tag: int | Ints = 0  # of the state, where a device holds it (Runtime.run_resident); an array has one for each row
+    roster: Together | None = None  # who has the record instead
+    queue: "list[Ask]" = field(default_factory=list)  # mostly empty: a deque would cost 600 bytes per session
+    busy: bool = False  # a call of it is on its way, or it is being loaded
+    used: bool = False  # since eviction looked at it
+    size: int = 0  # in the cache
 
     @property
     def examples(self) -> int:
@@ -231,32 +178,17 @@ class Session:
         self.data, self.lane, self.step, self.tag = data, lane, found.step, 0
 
 
+@dataclass(slots=True, eq=False)
 class Ask:
-    """A step call that waits for its turn.
+    """A step call that waits for its turn."""
 
-    Args:
-        x: (N, T, F) float32, finite or NaN, checked against the model.
-        mask: (N, T) bool, False: this example's state stays as it is at this step; None: all True.
-        seq: The number that the last step of the call shall have; None: the next.
-        deadline: Monotonic time after which it is not begun any more.
-        policy: What to do if the session's version is not served: pin, reset, replay; None: the server's.
-
-    Attributes:
-        verified: The session's record was loaded after the call came, so the call may be refused on it.
-    """
-
-    __slots__ = ("deadline", "mask", "policy", "seq", "verified", "waiter", "x")
-
-    def __init__(
-        self, x: Floats, mask: Mask | None, seq: int | None, deadline: float, waiter: Waiter, policy: str | None = None
-    ) -> None:
-        self.x, self.mask, self.seq, self.deadline, self.waiter, self.policy = x, mask, seq, deadline, waiter, policy
-        self.verified = False
-
-    @property
-    def steps(self) -> int:
-        """T."""
-        return int(self.x.shape[1])
+    x: Floats  # (N, T, F), finite or NaN, checked against the model
+    mask: Mask | None  # (N, T), False: this example's state stays as it is at this step
+    seq: int | None  # the number that the call's last step shall have; None: the next
+    deadline: float  # monotonic; after it the call is not begun any more
+    waiter: Waiter
+    policy: str | None = None  # what to do if the session's version is not served; None: the server's
+    verified: bool = False  # the session's record was loaded after the call came, so the call may be refused on it
 
     @property
     def single(self) -> bool:
@@ -264,35 +196,21 @@ class Ask:
         return self.x.shape[1] == 1 and self.mask is None
 
 
+@dataclass(slots=True, eq=False)
 class Group:
-    """The sessions of a batch whose records have one shape: N examples each.
+    """The sessions of a batch whose records have one shape: N examples each. Lists are by row."""
 
-    Attributes:
-        x: (B, N x F) float32.
-        sessions, seqs, waiters: By row. `waiters` is empty where `many` says whose answer the rows are part of, at
-            which `places`.
-        block: Their next records; `answers`: what they are answered; `tags` (B, N): of the new states. Once it ran.
-        roster: All its sessions, where their records lie side by side.
-        asks: The calls, by row, of those that had to wait for their turn.
-    """
-
-    __slots__ = ("answers", "asks", "block", "many", "places", "roster", "seqs", "sessions", "tags", "waiters", "x")
-
-    def __init__(
-        self,
-        sessions: list[Session],
-        x: Floats,
-        seqs: Sequence[int | None],
-        block: Block,
-        roster: Together | None = None,
-    ) -> None:
-        self.sessions, self.x, self.seqs, self.block, self.roster = sessions, x, seqs, block, roster
-        self.waiters: Sequence[Waiter] = ()
-        self.asks: dict[int, Ask] = {}
-        self.many: Places | None = None
-        self.places: Sequence[int] = ()
-        self.tags: Ints | None = None
-        self.answers: Answers
+    sessions: list[Session]
+    x: Floats  # (B, N x F)
+    seqs: Sequence[int | None]
+    block: Block  # their next records
+    roster: Together | None = None  # all its sessions, where their records lie side by side
+    waiters: Sequence[Waiter] = ()
+    many: Places | None = None  # instead of waiters: whose answer the rows are part of, and at which places
+    places: Sequence[int] = ()
+    asks: dict[int, Ask] = field(default_factory=dict)  # by row, the calls that had to wait for their turn
+    tags: Ints | None = None  # (B, N), of the new states, once it ran
+    answers: Answers = field(init=False)  # once it ran
 
     def waiter(self, row: int) -> Waiter:
         """Who waits for a row."""
@@ -318,46 +236,29 @@ class Group:
         self.tags = None if tags is None else tags.reshape(count, -1)
 
 
+@dataclass(slots=True, eq=False)
 class Batch:
-    """Single steps that run and commit together; their sessions stay busy until each is settled.
+    """Single steps that run and commit together; their sessions stay busy until each is settled. Lists are by row."""
 
-    Args:
-        lane: Of the model version.
-        deadline: Monotonic time after which none of it is begun any more.
-        now_ms: Wall clock.
-
-    Attributes:
-        sessions, inputs, seqs, waiters: By row; inputs are float32 [N,F] in bytes. Instead of `inputs` a batch step has
-            `x` (B, F), and instead of `waiters` the answer `many` that the rows are part of, at these `places`.
-        asks: The calls, by row, of those that had to wait for their turn: they may be too late, or their callers gone.
-        guests: Rows of no session that advance by one step.
-        roster: All its sessions, where their records lie side by side.
-        groups: What became of it.
-        left: Rows whose commit is not known yet, and `committed`: who waits for that.
-    """
-
-    __slots__ = (
-        *("asks", "committed", "deadline", "error", "groups", "guests", "inputs", "lane", "left", "many", "now_ms"),
-        *("places", "roster", "rows", "seqs", "sessions", "started", "waiters", "x"),
-    )
-
-    def __init__(self, lane: Lane, deadline: float, now_ms: int) -> None:
-        self.lane, self.deadline, self.now_ms = lane, deadline, now_ms
-        self.sessions: list[Session] = []
-        self.inputs: list[bytes] = []
-        self.seqs: list[int | None] = []
-        self.waiters: list[Waiter] = []
-        self.asks: dict[int, Ask] = {}
-        self.guests: list[Run] = []
-        self.x: Floats | None = None
-        self.many: Places | None = None
-        self.places: Sequence[int] = ()
-        self.roster: Together | None = None
-        self.groups: list[Group] = []
-        self.rows = self.left = 0
-        self.started = 0.0
-        self.error: StepcastError | None = None
-        self.committed: asyncio.Future[None] | None = None
+    lane: Lane
+    deadline: float  # monotonic; after it none of the batch is begun any more
+    now_ms: int  # wall clock
+    sessions: list[Session] = field(default_factory=list)
+    inputs: list[bytes] = field(default_factory=list)  # float32 [N,F] each
+    seqs: list[int | None] = field(default_factory=list)
+    waiters: list[Waiter] = field(default_factory=list)
+    x: Floats | None = None  # (B, F): of a batch step, instead of inputs; and of its rows, instead of waiters:
+    many: Places | None = None  # whose answer they are part of,
+    places: Sequence[int] = ()  # and where
+    asks: dict[int, Ask] = field(default_factory=dict)  # by row, the calls that had to wait for their turn
+    guests: list[Run] = field(default_factory=list)  # rows of no session that advance by one step
+    roster: Together | None = None  # all its sessions, where their records lie side by side
+    rows: int = 0
+    error: StepcastError | None = None
+    groups: list[Group] = field(default_factory=list)  # what became of it
+    started: float = 0.0  # its commit, s,
+    left: int = 0  # rows of which it is not known yet,
+    committed: "asyncio.Future[None] | None" = None  # and who waits for that
 
     def begin(self, now: float) -> bool:
         """Let nobody join any more, and drop what is too late; False: nothing is left to run."""
@@ -443,8 +344,8 @@ class Batch:
         parts = state, lane.digests.row(inputs), outputs.tobytes()
         advance = shape.single or shape.following()
         block = LoneBlock(advance, session.key, data, self.now_ms, parts, inputs if advance.log_new else b"")
-        group = Group(self.sessions, np.frombuffer(inputs, np.float32)[None], self.seqs, block)
-        group.waiters, group.asks = self.waiters, self.asks
+        x = np.frombuffer(inputs, np.float32)[None]
+        group = Group(self.sessions, x, self.seqs, block, None, self.waiters, None, (), self.asks)
         group.answers = Answers(outputs.reshape(1, shape.examples, 1, -1), lane.version)
         self.groups = [group]
         return True
@@ -455,9 +356,7 @@ class Batch:
         if roster is not None and roster.whole and self.x is not None:
             block = Block(roster.advance, roster.keys, roster.records, self.now_ms, self.lane.spares)
             block.stays, block.place = True, roster.place
-            group = Group(self.sessions, self.x, self.seqs, block, roster)
-            group.many, group.places = self.many, self.places
-            return [group]
+            return [Group(self.sessions, self.x, self.seqs, block, roster, (), self.many, self.places)]
         shapes: list[Shape] = [session.shape for session in self.sessions]  # type: ignore[misc]  # they have a lane
         if shapes.count(shapes[0]) == len(shapes):
             return [self._group(shapes[0], None)]
@@ -483,9 +382,7 @@ class Batch:
         block = Block(
             shape.single or shape.following(), [session.key for session in sessions], side_by_side(old), self.now_ms
         )
-        group = Group(sessions, x, seqs, block)
-        group.waiters, group.many, group.places, group.asks = waiters, self.many, places, asks
-        return group
+        return Group(sessions, x, seqs, block, None, waiters, self.many, places, asks)
 
     def _tags(self, groups: list[Group]) -> Ints:
         """The tags of all rows' states; those of guests have none."""

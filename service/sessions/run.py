@@ -18,8 +18,6 @@ class Masked(Run):
         mask: (N, T), True where present; None: everywhere.
     """
 
-    __slots__ = ("mask",)
-
     def __init__(self, x: Floats, mask: Mask | None, state: bytes, deadline: float) -> None:
         self.mask, lengths = mask, None
         if mask is not None:
@@ -33,8 +31,6 @@ class Masked(Run):
 
 class Beside(Masked):
     """Rows of no session; `future` is done when they have run."""
-
-    __slots__ = ("future",)
 
     def __init__(
         self, x: Floats, mask: Mask | None, state: bytes, deadline: float, future: "asyncio.Future[None]"
@@ -59,8 +55,6 @@ class Call(Masked):
         then: Takes the call when it has run.
     """
 
-    __slots__ = ("ask", "lane", "session", "then")
-
     def __init__(
         self, session: Session, lane: Lane, ask: Ask, state: bytes, then: "Callable[[Call], Awaitable[None] | None]"
     ) -> None:
@@ -80,8 +74,6 @@ class Replay(Run):
     Args:
         then: Takes the run when it has ended.
     """
-
-    __slots__ = ("then",)
 
     def __init__(self, x: Floats, state: bytes, deadline: float, then: "Callable[[Replay], None]") -> None:
         super().__init__(x, None, state, deadline)

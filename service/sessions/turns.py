@@ -278,7 +278,7 @@ class Sessions:
             outputs = np.frombuffer(kept.outputs, np.float32).reshape(1, len(ask.x), kept.steps, -1)
             self._commits.repeat(lane.load, session, ask.waiter, Answers(outputs, facts(data).version), kept.seq)
             return
-        expected, name = session.step + ask.steps, session.address.session
+        expected, name = session.step + ask.x.shape[1], session.address.session
         what = "another payload" if kept else "a gap" if (ask.seq or 0) > expected else "no kept answer"
         if not session.stored and not session.step:
             text = f"session {name!r} does not exist (never created, ended or expired), got seq {ask.seq}"
