@@ -122,12 +122,12 @@ class Driver:
         self.bench.park.only(self.server)
         with pinned(self.bench.park.generator_core):
             lines = self.connect(self.server.port)
-            before = self._cpu_s()
             try:
+                before = self._cpu_s()
                 sample = run(lines)
+                after = self._cpu_s()
             finally:
                 load.close(lines)
-            after = self._cpu_s()
             checked = self.verify(sample.answers)
         steps = len(sample.answers) * self.rows
         return Measure(
@@ -139,6 +139,10 @@ class Driver:
             sample.generator_busy,
             checked,
         )
+
+    def touch(self) -> None:
+        """Step every session at least once, so that none is new when it is measured."""
+        self.measured(lambda lines: load.each_once(lines, self.traffic))
 
     def _cpu_s(self) -> tuple[float, float]:
         return self.server.cpu_s(), sum(process.cpu_s() for process in self.redis)

@@ -138,7 +138,9 @@ def _socket_first(bench: Bench) -> Run:
 def _socket_of(bench: Bench, sessions: int) -> Run:
     """All sessions on one socket."""
     encode, verify = requests.frames_json(f"s{sessions}", sessions, LANES), partial(wide_answers, bench)
-    return Driver(bench, bench.stepcast("memory"), encode, _stream("bench", 1), verify, sessions)
+    driver = Driver(bench, bench.stepcast("memory"), encode, _stream("bench", 1), verify, sessions)
+    driver.touch()
+    return driver
 
 
 # --- batch steps ----------------------------------------------------------------------------------------------------
@@ -171,43 +173,54 @@ def _one(name: str, what: str, prepare: Callable[..., Run], **how: object) -> Co
 
 def everyone() -> list[Contender]:
     """All, in turn: who has a twin stands next to it."""
+    memory, gaps, foreign = {"store": "memory"}, {"served": "bench-gaps"}, {"served": "bench-foreign"}
+    http, socket, batch = "HTTP JSON", "WebSocket 4 x 16", f"batch step of {SESSIONS}"
+    plain = "Redis, append-only file as it is"
     return [
-        _one("cost-http", "HTTP JSON, memory", _http, store="memory", tag="cp"),
-        _one("cost-http-request-id", "with an x-request-id", _http, store="memory", tag="cx", header=_request_id()),
-        _one("cost-http-traceparent", "with a traceparent", _http, store="memory", tag="ct", header=_traceparent()),
-        _one("cost-http-cors", "with CORS on", _http_cors),
-        _one("cost-http-cors-origin", "with CORS on, Origin sent", _http_cors, header=_origin),
-        _one("cost-http-foreign", "imported graph", _http, store="memory", tag="cf", served="bench-foreign"),
-        _one("cost-http-three", "sessions of three rows", _http_three),
-        _one("cost-http-new", "first steps", _http_first, store="memory"),
-        _one("cost-http-gaps", "takes gaps, none there", _http, store="memory", tag="cq", served="bench-gaps"),
-        _one("cost-http-gap", "a gap in every step", _http_gap),
-        _one("cost-ws", "WebSocket 4 x 16, memory", _socket, store="memory", tag="kp"),
-        _one("cost-ws-foreign", "imported graph", _socket, store="memory", tag="kf", served="bench-foreign"),
-        _one("cost-ws-three", "sessions of three rows", _socket_three),
-        _one("cost-ws-new", "first steps", _socket_first),
-        _one("cost-ws-gaps", "takes gaps, none there", _socket, store="memory", tag="kq", served="bench-gaps"),
-        _one("cost-ws-gap", "a gap in every step", _socket_gap),
-        _one("cost-ws-few", f"{LANES} sessions on a socket, memory", _socket_of, sessions=LANES),
-        _one("cost-ws-many", f"{MANY:,} sessions on a socket, memory", _socket_of, sessions=MANY),
-        _one("cost-batch", "batch step, memory", _batch, store="memory", tag="bp"),
-        _one("cost-batch-foreign", "imported graph", _batch, store="memory", tag="bf", served="bench-foreign"),
-        _one("cost-batch-gaps", "takes gaps, none there", _batch, store="memory", tag="bq", served="bench-gaps"),
-        _one("cost-batch-gap", "one gap in a batch", _batch_gap),
-        _one("cost-batch-json-gaps", "JSON, no gap", _batch_json, gaps=False),
-        _one("cost-batch-json-gap", "JSON, one gap in a batch", _batch_json, gaps=True),
-        _one("cost-redis-http", "HTTP JSON, Redis", _http, store="redis", tag="rh"),
-        _one("cost-cluster-http", "HTTP JSON, Redis Cluster", _http, store="cluster", tag="rh"),
-        _one("cost-redis-new", "HTTP JSON, Redis: first steps", _http_first, store="redis"),
+        _one("cost-http", f"{http}, memory", _http, **memory, tag="cp"),
+        _one("cost-http-request-id", f"{http}, x-request-id", _http, **memory, tag="cx", header=_request_id()),
+        _one("cost-http-traceparent", f"{http}, traceparent", _http, **memory, tag="ct", header=_traceparent()),
+        _one("cost-http-cors", f"{http}, CORS on", _http_cors),
+        _one("cost-http-cors-origin", f"{http}, CORS on, Origin sent", _http_cors, header=_origin),
+        _one("cost-http-foreign", f"{http}, imported graph", _http, **memory, **foreign, tag="cf"),
+        _one("cost-http-three", f"{http}, sessions of three rows", _http_three),
+        _one("cost-http-new", f"{http}, first steps", _http_first, **memory),
+        _one("cost-http-gaps", f"{http}, model that takes gaps", _http, **memory, **gaps, tag="cq"),
+        _one("cost-http-gap", f"{http}, a gap in every step", _http_gap),
+        _one("cost-ws", f"{socket}, memory", _socket, **memory, tag="kp"),
+        _one("cost-ws-foreign", f"{socket}, imported graph", _socket, **memory, **foreign, tag="kf"),
+        _one("cost-ws-three", f"{socket}, sessions of three rows", _socket_three),
+        _one("cost-ws-new", f"{socket}, first steps", _socket_first),
+        _one("cost-ws-gaps", f"{socket}, model that takes gaps", _socket, **memory, **gaps, tag="kq"),
+        _one("cost-ws-gap", f"{socket}, a gap in every step", _socket_gap),
+        _one("cost-ws-few", f"one WebSocket, {LANES} sessions", _socket_of, sessions=LANES),
+        _one("cost-ws-many", f"one WebSocket, {MANY:,} sessions", _socket_of, sessions=MANY),
+        _one("cost-batch", f"{batch}, memory", _batch, **memory, tag="bp"),
+        _one("cost-batch-foreign", f"{batch}, imported graph", _batch, **memory, **foreign, tag="bf"),
+        _one("cost-batch-gaps", f"{batch}, model that takes gaps", _batch, **memory, **gaps, tag="bq"),
+        _one("cost-batch-gap", f"{batch}, one gap", _batch_gap),
+        _one("cost-batch-json-gaps", f"{batch}, JSON", _batch_json, gaps=False),
+        _one("cost-batch-json-gap", f"{batch}, JSON, one gap", _batch_json, gaps=True),
+        _one("cost-redis-http", f"{http}, Redis", _http, store="redis", tag="rh"),
+        _one("cost-cluster-http", f"{http}, Redis Cluster", _http, store="cluster", tag="rh"),
+        _one("cost-redis-new", f"{http}, Redis, first steps", _http_first, store="redis"),
         _one("cost-redis-ws-64", "WebSocket 64 x 1, Redis", _socket, store="redis", tag="r6", sockets=64),
         _one("cost-cluster-ws-64", "WebSocket 64 x 1, Redis Cluster", _socket, store="cluster", tag="r6", sockets=64),
-        _one("cost-redis-ws-4", "WebSocket 4 x 16, Redis", _socket, store="redis", tag="r4"),
-        _one("cost-cluster-ws-4", "WebSocket 4 x 16, Redis Cluster", _socket, store="cluster", tag="r4"),
-        _one("aof-http", "HTTP JSON without seq", _http, store="plain", tag="ah", seq=False),
-        body_peer("aof-mosec", "mosec + Redis", "mosec_app", "/inference", "plain"),
-        _one("aof-foreign", "imported graph", _http, store="plain", tag="af", seq=False, served="bench-foreign"),
-        body_peer("aof-mosec-foreign", "mosec + Redis, imported graph", "mosec_foreign", "/inference", "plain"),
-        _one("aof-batch", "batch step", _batch, store="plain", tag="ab"),
+        _one("cost-redis-ws-4", f"{socket}, Redis", _socket, store="redis", tag="r4"),
+        _one("cost-cluster-ws-4", f"{socket}, Redis Cluster", _socket, store="cluster", tag="r4"),
+        _one("aof-http", f"{http} without seq, {plain}", _http, store="plain", tag="ah", seq=False),
+        body_peer("aof-mosec", f"mosec, {plain}", "mosec_app", "/inference", "plain"),
+        _one(
+            "aof-foreign",
+            f"{http} without seq, {plain}, imported graph",
+            _http,
+            store="plain",
+            **foreign,
+            tag="af",
+            seq=False,
+        ),
+        body_peer("aof-mosec-foreign", f"mosec, {plain}, imported graph", "mosec_foreign", "/inference", "plain"),
+        _one("aof-batch", f"{batch}, {plain}", _batch, store="plain", tag="ab"),
     ]
 
 

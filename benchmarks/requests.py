@@ -322,8 +322,3 @@ def check_echo(answers: Answers, encode: Encode, strip: bool) -> int:
         if body != (body_of(sent) if strip else sent):
             raise WrongAnswer(f"the echo of session {session} at step {k} differs")
     return len(answers)
-
-
-def merge(answers: Sequence[Answers]) -> Answers:
-    """Answers of several samples as one list."""
-    return [each for part in answers for each in part]

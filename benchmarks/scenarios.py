@@ -239,21 +239,8 @@ def _touched(bench: Bench, server: Any, tag: str, size: int) -> Driver:
     """Loads `size` sessions that all exist, each lane going round its own in random order."""
     driver = http_json(bench, server, tag, "redis", sessions=size)
     driver.traffic = Traffic(driver.encode, size, LANES, shuffled=True)
-    driver.measured(lambda lines: _each_once(lines, driver.traffic, size))
+    driver.touch()
     return driver
-
-
-def _each_once(lines: list[load.Line], traffic: Traffic, size: int) -> load.Sample:
-    """Touch until every session has been touched."""
-    samples: list[load.Sample] = []
-    while not samples or not all(traffic.taken):
-        samples.append(load.closed_loop(lines, traffic, max(0.2, size / 40_000), 0.0))
-    return load.Sample(
-        sum(s.seconds for s in samples),
-        sum(s.answered for s in samples),
-        np.concatenate([s.latencies_s for s in samples]),
-        requests.merge([s.answers for s in samples]),
-    )
 
 
 def long_sequences(bench: Bench, quick: bool) -> Rounds:
