@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     content["seconds"] = time.monotonic() - started
     _show(results, content)
     path = report.write(arguments.name, content)
-    if any(c.kind != "cost" for c in results.contenders if c.name in results.measures):
+    if any(contender.name in results.measures for contender in contenders.everyone()):
         report.chart(content, path.with_suffix(".svg"))
     print(f"{path} after {content['seconds']:.0f} s")
     return 0
