@@ -10,8 +10,10 @@ make bench ARGS="--only cuda"                needs a GPU; python -m benchmarks.d
 """
 
 import argparse
+import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +31,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="short rounds: a look, not a result")
     parser.add_argument("--only", default="", help="contenders and scenarios, by name or beginning, with commas")
     parser.add_argument("--against", type=_checkout, help="another checkout of Stepcast, measured in the same rounds")
-    parser.add_argument("--rounds", type=int, help="rounds of all contenders (4; quick: 2)")
-    parser.add_argument("--seconds", type=float, help="seconds per contender and round (1; quick: 0.3)")
+    parser.add_argument("--rounds", type=int, help="rounds of all contenders (4; quick: 2); costs: twice as many")
+    parser.add_argument("--seconds", type=float, help="seconds per contender and round (1; quick: 0.3); costs: half")
     parser.add_argument("--name", default="latest", help="results/<name>.json, .md and .svg")
     parser.add_argument("--list", action="store_true", help="print the names")
     return parser
@@ -54,6 +56,17 @@ def _contenders(only: str) -> list[Contender]:
     return [c for c in everyone if c.name in names]
 
 
+def _run_rounds(bench: contenders.Bench, chosen: Sequence[Contender], number: int, seconds: float) -> rounds.Results:
+    """Costs in twice as many rounds of half the length: who is compared then stands closer together."""
+    dear = {contender.name for contender in costs.everyone()}
+    results = rounds.run(bench, [c for c in chosen if c.name not in dear], number, seconds, _say)
+    return rounds.run(bench, [c for c in chosen if c.name in dear], 2 * number, seconds / 2, _say, results)
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
 def _run_scenarios(bench: contenders.Bench, only: str, quick: bool) -> list[dict[str, Any]]:
     found = []
     for name in scenarios.SCENARIOS:
@@ -73,23 +86,17 @@ def _run_scenarios(bench: contenders.Bench, only: str, quick: bool) -> list[dict
 def main(argv: list[str] | None = None) -> int:
     """Measure; 1 where an answer was wrong."""
     arguments = _parser().parse_args(argv)
-    chosen = _contenders(arguments.only)
     if arguments.list:
         print("\n".join([c.name for c in _contenders("")] + [*scenarios.SCENARIOS, "training"]))
         return 0
     quick = arguments.quick
+    number, seconds = arguments.rounds or (2 if quick else 4), arguments.seconds or (0.3 if quick else 1.0)
     facts, started = machine.facts(arguments.against), time.monotonic()
     model.ensure()
     park = Park(arguments.against)
     try:
         bench = contenders.Bench(park)
-        results = rounds.run(
-            bench,
-            chosen,
-            arguments.rounds or (2 if quick else 4),
-            arguments.seconds or (0.3 if quick else 1.0),
-            lambda line: print(line, flush=True),
-        )
+        results = _run_rounds(bench, _contenders(arguments.only), number, seconds)
         found = _run_scenarios(bench, arguments.only, quick)
     except WrongAnswer as error:
         print(f"wrong answer: {error}", file=sys.stderr)
@@ -99,6 +106,7 @@ def main(argv: list[str] | None = None) -> int:
     content = {"facts": facts, **results.plain(), "scenarios": found}
     if _chosen("training", arguments.only):
         content["training"] = training.ratios(quick)
+    facts["load_after"] = os.getloadavg()
     content["seconds"] = time.monotonic() - started
     _show(results, content)
     path = report.write(arguments.name, content)

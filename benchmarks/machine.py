@@ -113,6 +113,7 @@ def facts(against: Path | None = None) -> dict[str, object]:
         "python": platform.python_version(),
         "versions": _versions(),
         "commit": _commit(ROOT),
+        "server": _last_change(ROOT),
         **({"base": _commit(against)} if against else {}),
         "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
     }
@@ -141,4 +142,12 @@ def _commit(root: Path) -> str:
         commit = subprocess.check_output([*git, "rev-parse", "--short", "HEAD"], text=True).strip()
         changed = subprocess.check_output([*git, "status", "--porcelain", "service", "stepcast"], text=True)
         return commit + ("+" if changed.strip() else "")
+    return "unknown"
+
+
+def _last_change(root: Path) -> str:
+    """The last commit that changed service/ or stepcast/."""
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        git = ["git", "-C", str(root), "log", "-1", "--format=%h", "--", "service", "stepcast"]
+        return subprocess.check_output(git, text=True).strip()
     return "unknown"

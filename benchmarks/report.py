@@ -77,12 +77,9 @@ def _side_by_side(contenders: dict[str, Any]) -> str:
     for each in contenders.values():
         if "base_rounds" in each:
             rates = " | ".join(f"{_median(each, rounds):,.0f}" for rounds in ("rounds", "base_rounds"))
-            over = (dict(zip(_SPREAD, found, strict=True)) for found in each["new_over_base"].values())
-            lines.append(f"| {each['what']} | {rates} | {' | '.join(map(_spread, over))} |")
+            over = (each["new_over_base"].get(of) for of in ("steps_per_s", "cpu_us_per_step"))
+            lines.append(f"| {each['what']} | {rates} | {' | '.join(_spread(o) if o else '-' for o in over)} |")
     return _table("| | steps/s | base | now / base | µs per step, now / base |", lines)
-
-
-_SPREAD = ("median", "min", "max")
 
 
 def _spread(found: dict[str, float]) -> str:

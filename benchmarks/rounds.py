@@ -24,6 +24,15 @@ def spread(values: Sequence[float]) -> Spread:
     return statistics.median(values), min(values), max(values)
 
 
+def ratios(above: Sequence[Measure], below: Sequence[Measure], of: str) -> Spread | None:
+    """One over the other, round by round, but for rounds in which nothing came back; None without rounds of both."""
+    if len(above) != len(below):
+        return None
+    pairs = [(getattr(a, of), getattr(b, of)) for a, b in zip(above, below, strict=True)]
+    each = [a / b for a, b in pairs if a and b]
+    return spread(each) if each else None
+
+
 @dataclass
 class Results:
     """What the rounds gave."""
@@ -44,10 +53,7 @@ class Results:
 
     def ratio(self, target: Target, base: bool = False) -> Spread | None:
         """Steps per second of one over the other; None where one of the two is absent."""
-        above, below = self.of(target.above, base), self.of(target.below, base)
-        if not above or len(above) != len(below):
-            return None
-        return spread([a.steps_per_s / b.steps_per_s for a, b in zip(above, below, strict=True)])
+        return ratios(self.of(target.above, base), self.of(target.below, base), "steps_per_s")
 
     def cpu_ratio(self, target: Target) -> float | None:
         """The same ratio by the servers' processor time per step, which other work on the machine disturbs less.
@@ -60,17 +66,11 @@ class Results:
 
     def cost(self, cost: Cost, base: bool = False) -> Spread | None:
         """Processor time per step over the plain twin's; None where one of the two is absent."""
-        dear, plain = self.of(cost.name, base), self.of(cost.twin, base)
-        if not dear or len(dear) != len(plain):
-            return None
-        return spread([a.cpu_us_per_step / b.cpu_us_per_step for a, b in zip(dear, plain, strict=True)])
+        return ratios(self.of(cost.name, base), self.of(cost.twin, base), "cpu_us_per_step")
 
     def versus(self, name: str, of: str = "steps_per_s") -> Spread | None:
         """This checkout over the other one; None where only one of them was measured."""
-        ours, theirs = self.measures.get(name), self.base.get(name)
-        if not ours or not theirs or len(ours) != len(theirs):
-            return None
-        return spread([getattr(a, of) / getattr(b, of) for a, b in zip(ours, theirs, strict=True)])
+        return ratios(self.measures.get(name, []), self.base.get(name, []), of)
 
     def plain(self) -> dict[str, Any]:
         """For a JSON file."""
@@ -87,7 +87,8 @@ class Results:
         said["rounds"] = [asdict(measure) for measure in self.measures[name]]
         if name in self.base:
             said["base_rounds"] = [asdict(measure) for measure in self.base[name]]
-            said["new_over_base"] = {of: self.versus(name, of) for of in ("steps_per_s", "cpu_us_per_step")}
+            over = {of: self.versus(name, of) for of in ("steps_per_s", "cpu_us_per_step")}
+            said["new_over_base"] = {of: _plain(found) for of, found in over.items() if found}
         return said
 
     def _ratio(self, target: Target) -> dict[str, Any]:
@@ -119,15 +120,18 @@ def _plain(found: Spread) -> dict[str, float]:
     return dict(zip(("median", "min", "max"), found, strict=True))
 
 
-def run(bench: Bench, contenders: Sequence[Contender], rounds: int, seconds: float, say: Say) -> Results:
-    """Start everybody, then go round; who is not measured stands still.
+def run(
+    bench: Bench, contenders: Sequence[Contender], rounds: int, seconds: float, say: Say, results: Results | None = None
+) -> Results:
+    """Start everybody, then go round; who is not measured stands still. `results`: where they go, with what is there.
 
     A contender whose package is missing, or whose server does not start, is absent, with the reason.
 
     Raises:
         WrongAnswer, LoadFailed: a contender answered wrongly, or not at all.
     """
-    results = Results(list(contenders))
+    results = results or Results([])
+    results.contenders += contenders
     runs: dict[str, list[tuple[bool, Run]]] = {}
     for contender in contenders:
         why = contender.missing()

@@ -42,7 +42,7 @@ RATIOS = (
 
 PLAIN_AOF = (
     Target("HTTP JSON on plain Redis / mosec + plain Redis", "aof-http", "aof-mosec", 1.6),
-    Target("the same with the imported graph", "aof-foreign", "aof-mosec-foreign", 1.5),
+    Target("the same, imported graph in both", "aof-foreign", "aof-mosec-foreign", 1.5),
 )
 """Redis writes its append-only file and nobody gives its pages back; steps have no seq."""
 

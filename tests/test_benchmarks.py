@@ -279,10 +279,11 @@ def test_a_run_against_another_checkout_measures_both(
     """Real servers of this checkout and of the other one, which is this one too; every answer is right."""
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     arguments = ["--only", "cost-http-gap,cost-http-three", "--against", str(machine.ROOT)]
-    assert program.main([*arguments, "--rounds", "1", "--seconds", "0.1", "--name", "both"]) == 0
+    assert program.main([*arguments, "--rounds", "1", "--seconds", "0.2", "--name", "both"]) == 0
     content = json.loads((tmp_path / "both.json").read_text())
     assert list(content["contenders"]) == ["cost-http", "cost-http-three", "cost-http-gaps", "cost-http-gap"]
     for each in content["contenders"].values():
+        assert len(each["rounds"]) == len(each["base_rounds"]) == 2
         assert each["rounds"][0]["checked"] > 0
         assert each["base_rounds"][0]["checked"] > 0
         assert each["base_rounds"][0]["cpu_us_per_step"] > 1
