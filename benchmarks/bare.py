@@ -4,6 +4,7 @@ The state goes from outputs to inputs without a copy of ours: nothing is gathere
 """
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,18 +75,20 @@ class Truth:
 
     Args:
         sessions: How many; session s reads its rows of the pool.
+        inputs: k -> the inputs (sessions, F) of everyone's k-th step, where they are others than the pool's.
     """
 
-    def __init__(self, sessions: int, shape: model.Shape | None = None) -> None:
+    def __init__(
+        self, sessions: int, shape: model.Shape | None = None, inputs: Callable[[int], Floats] | None = None
+    ) -> None:
         self.shape = shape or model.Shape()
-        self._pool = pool(self.shape)
+        values, start = pool(self.shape), 13 * np.arange(sessions)
+        self._inputs = inputs or (lambda k: values[(start + k) % POOL])
         self._bare = Bare(sessions, self.shape)
-        self._start = 13 * np.arange(sessions)
         self._outputs: list[Floats] = []
 
     def outputs(self, steps: int) -> Floats:
         """The outputs (steps, sessions, O) of the first `steps` steps."""
         for k in range(len(self._outputs), steps):
-            x = self._pool[(self._start + k) % POOL][:, None]
-            self._outputs.append(self._bare.step(x)[:, 0])
+            self._outputs.append(self._bare.step(self._inputs(k)[:, None])[:, 0])
         return np.stack(self._outputs[:steps])

@@ -2,7 +2,8 @@
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from .servers import Park, Process
 
 SESSIONS = 256
 LANES = 64
+WIDE = 1024
 STORES = ("memory", "sqlite", "redis")
 
 
@@ -46,6 +48,8 @@ class Contender:
     prepare: Callable[["Bench"], Run]
     package: str | None = None
     """A package that must be installed."""
+    versus: bool = False
+    """Whether the other checkout's server is measured too, where there is one."""
 
     def missing(self) -> str | None:
         """Why it is absent, None where it is not."""
@@ -56,12 +60,34 @@ class Contender:
 
 @dataclass
 class Bench:
-    """What all contenders share."""
+    """What all contenders share, and whose server they ask."""
 
     park: Park
     truth: Truth = field(default_factory=lambda: Truth(SESSIONS))
-    wide: Truth = field(default_factory=lambda: Truth(1024))
-    """Session s and s + 1024 have the same inputs: this is enough for any number of sessions."""
+    wide: Truth = field(default_factory=lambda: Truth(WIDE))
+    """Session s and s + WIDE have the same inputs: this is enough for any number of sessions."""
+    base: bool = False
+    """The server is the other checkout's."""
+    said: dict[str, float] = field(default_factory=dict)
+    """What one side has measured for both."""
+
+    def sides(self) -> tuple["Bench", ...]:
+        """This one, and the same for the other checkout's server where there is one."""
+        return (self, replace(self, base=True)) if self.park.against else (self,)
+
+    def stepcast(self, store: str, name: str = "", **settings: object) -> Process:
+        """See Park.stepcast."""
+        return self.park.stepcast(store, name, base=self.base, **settings)
+
+    def tag(self, name: str) -> str:
+        """The beginning of sessions' names; in a Redis Cluster both sides have one database."""
+        return f"{name}b" if self.base else f"{name}a"
+
+    def agreed(self, what: str, measure: Callable[[], float]) -> float:
+        """A number that both sides take: whoever comes first measures it."""
+        if what not in self.said:
+            self.said[what] = measure()
+        return self.said[what]
 
 
 @dataclass
@@ -77,7 +103,8 @@ class Driver:
     lanes: int = LANES
     rows: int = 1
     """Steps per request."""
-    redis: bool = False
+    redis: tuple[Process, ...] = ()
+    """The Redis processes that it works with."""
 
     def __post_init__(self) -> None:
         self.traffic = Traffic(self.encode, self.sessions, self.lanes)
@@ -92,16 +119,15 @@ class Driver:
 
     def measured(self, run: Callable[[list[load.Line]], Sample]) -> Measure:
         """Connect, run, check, count."""
-        redis = self.bench.park.redis() if self.redis else None
         self.bench.park.only(self.server)
         with pinned(self.bench.park.generator_core):
             lines = self.connect(self.server.port)
-            before = self.server.cpu_s(), redis.cpu_s() if redis else 0.0
             try:
+                before = self._cpu_s()
                 sample = run(lines)
+                after = self._cpu_s()
             finally:
                 load.close(lines)
-            after = self.server.cpu_s(), redis.cpu_s() if redis else 0.0
             checked = self.verify(sample.answers)
         steps = len(sample.answers) * self.rows
         return Measure(
@@ -113,6 +139,13 @@ class Driver:
             sample.generator_busy,
             checked,
         )
+
+    def touch(self) -> None:
+        """Step every session at least once, so that none is new when it is measured."""
+        self.measured(lambda lines: load.each_once(lines, self.traffic))
+
+    def _cpu_s(self) -> tuple[float, float]:
+        return self.server.cpu_s(), sum(process.cpu_s() for process in self.redis)
 
 
 def http_lines(lanes: int) -> Callable[[int], list[load.Line]]:
@@ -182,16 +215,16 @@ def _by_hand() -> Contender:
     def prepare(bench: Bench) -> Run:
         server = bench.park.peer("by_hand", "--redis", bench.park.redis_url())
         encode = requests.http_json(lambda s: f"/step/h-{s}", SESSIONS, seq=False)
-        return Driver(bench, server, encode, http_lines(LANES), _json(bench), redis=True)
+        return Driver(bench, server, encode, http_lines(LANES), json_answers(bench), redis=bench.park.redis_of("redis"))
 
     return Contender("by-hand-redis", "peer", "FastAPI + onnxruntime + Redis by hand", prepare, "fastapi")
 
 
-def _body_peer(name: str, what: str, server: str, path: str, redis: bool) -> Contender:
+def body_peer(name: str, what: str, server: str, path: str, store: str) -> Contender:
     """A service whose body names the session."""
 
     def prepare(bench: Bench) -> Run:
-        arguments = ("--redis", bench.park.redis_url()) if redis else ()
+        arguments = ("--redis", bench.park.redis_url(store)) if store != "memory" else ()
         process = bench.park.peer(server, *arguments)
         texts = requests.json_rows()
         head = f"POST {path} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n".encode()
@@ -200,66 +233,101 @@ def _body_peer(name: str, what: str, server: str, path: str, redis: bool) -> Con
             body = b'{"session":"%d","inputs":%s}' % (session, texts[requests.row(session, k)])
             return head + b"content-length: %d\r\n\r\n" % len(body) + body
 
-        return Driver(bench, process, encode, http_lines(LANES), _json(bench), redis=redis)
+        redis = bench.park.redis_of(store)
+        return Driver(bench, process, encode, http_lines(LANES), json_answers(bench), redis=redis)
 
-    return Contender(name, "peer", what, prepare, server.removesuffix("_app"))
+    return Contender(name, "peer", what, prepare, server.partition("_")[0])
 
 
 # --- Stepcast -------------------------------------------------------------------------------------------------------
 
 
-def _json(bench: Bench) -> Callable[[load.Answers], int]:
+def json_answers(bench: Bench) -> Callable[[load.Answers], int]:
+    """Checks single steps as JSON."""
     return lambda answers: requests.check(answers, requests.outputs_json, bench.truth)
 
 
-def _msgpack(bench: Bench) -> Callable[[load.Answers], int]:
+def msgpack_answers(bench: Bench) -> Callable[[load.Answers], int]:
+    """Checks single steps as msgpack."""
     return lambda answers: requests.check(answers, requests.outputs_msgpack, bench.truth)
 
 
-def http_json(bench: Bench, server: Process, tag: str, *, redis: bool, lanes: int = LANES) -> Driver:
+def wide_answers(bench: Bench, answers: load.Answers) -> int:
+    """Checks single steps as JSON of any number of sessions."""
+    same = [(s % WIDE, k, body) for s, k, body in answers]
+    return requests.check(same, requests.outputs_json, bench.wide)
+
+
+def http_json(
+    bench: Bench, server: Process, tag: str, store: str, *, lanes: int = LANES, sessions: int = SESSIONS
+) -> Driver:
     """Single steps over HTTP JSON; `tag` names the sessions."""
-    encode = requests.http_json(lambda s: f"/v1/models/bench/sessions/{tag}-{s}/step", SESSIONS)
-    return Driver(bench, server, encode, http_lines(lanes), _json(bench), lanes=lanes, redis=redis)
+    encode = requests.http_json(lambda s: f"/v1/models/bench/sessions/{tag}-{s}/step", sessions)
+    verify, redis = partial(wide_answers, bench), bench.park.redis_of(store)
+    return Driver(bench, server, encode, http_lines(lanes), verify, sessions, lanes, redis=redis)
 
 
 def _http(store: str, kind: str) -> Contender:
     def prepare(bench: Bench) -> Run:
-        server = bench.park.stepcast(store)
+        server = bench.stepcast(store)
         if kind == "json":
-            return http_json(bench, server, "j", redis=store == "redis")
+            return http_json(bench, server, "j", store)
         encode = requests.http_msgpack(lambda s: f"/v1/models/bench/sessions/m-{s}/step", SESSIONS)
-        return Driver(bench, server, encode, http_lines(LANES), _msgpack(bench), redis=store == "redis")
+        redis = bench.park.redis_of(store)
+        return Driver(bench, server, encode, http_lines(LANES), msgpack_answers(bench), redis=redis)
 
-    return Contender(f"http-{kind}-{store}", "stepcast", f"Stepcast, HTTP {kind}, {store}", prepare)
+    name, what = f"http-{kind}-{store}", f"Stepcast, HTTP {kind}, {store}"
+    return Contender(name, "stepcast", what, prepare, versus=kind == "json")
+
+
+def socket_json(bench: Bench, server: Process, tag: str, store: str, sockets: int) -> Driver:
+    """Single steps as JSON frames, LANES in flight over some sockets."""
+    encode = requests.frames_json(tag, SESSIONS, LANES)
+    connect = socket_lines("/v1/models/bench/stream", sockets, False)
+    return Driver(bench, server, encode, connect, json_answers(bench), redis=bench.park.redis_of(store))
 
 
 def _socket(store: str, kind: str, sockets: int) -> Contender:
     def prepare(bench: Bench) -> Run:
-        server, tag, binary = bench.park.stepcast(store), f"w{kind[0]}{sockets}", kind == "msgpack"
-        encode = (requests.frames_msgpack if binary else requests.frames_json)(tag, SESSIONS, LANES)
-        connect = socket_lines("/v1/models/bench/stream", sockets, binary)
-        verify = _msgpack(bench) if binary else _json(bench)
-        return Driver(bench, server, encode, connect, verify, redis=store == "redis")
+        server, tag = bench.stepcast(store), f"w{kind[0]}{sockets}"
+        if kind == "json":
+            return socket_json(bench, server, tag, store, sockets)
+        encode = requests.frames_msgpack(tag, SESSIONS, LANES)
+        connect = socket_lines("/v1/models/bench/stream", sockets, True)
+        return Driver(bench, server, encode, connect, msgpack_answers(bench), redis=bench.park.redis_of(store))
 
     name = f"ws-{kind}-{sockets}x{LANES // sockets}-{store}"
     what = f"Stepcast, WebSocket {kind}, {sockets} sockets x {LANES // sockets} in flight, {store}"
-    return Contender(name, "stepcast", what, prepare)
+    return Contender(name, "stepcast", what, prepare, versus=kind == "json" and store != "sqlite")
 
 
-def _batch(store: str, groups: int = 2) -> Contender:
+GROUPS = 2
+
+
+def batch_steps(
+    bench: Bench,
+    server: Process,
+    encode: Encode,
+    truth: Truth,
+    store: str,
+    decode: requests.Decode = requests.outputs_batch,
+) -> Driver:
+    """Batch steps of SESSIONS over GROUPS connections."""
+
+    def verify(answers: load.Answers) -> int:
+        return requests.check(answers, decode, truth, SESSIONS)
+
+    redis = bench.park.redis_of(store)
+    return Driver(bench, server, encode, http_lines(GROUPS), verify, GROUPS, GROUPS, rows=SESSIONS, redis=redis)
+
+
+def _batch(store: str) -> Contender:
     def prepare(bench: Bench) -> Run:
-        server = bench.park.stepcast(store)
-        encode = requests.batch_msgpack("/v1/models/bench/step", "b", groups, SESSIONS)
+        encode = requests.batch_msgpack("/v1/models/bench/step", "b", GROUPS, SESSIONS)
+        return batch_steps(bench, bench.stepcast(store), encode, bench.wide, store)
 
-        def verify(answers: load.Answers) -> int:
-            return requests.check(answers, requests.outputs_batch, bench.wide, SESSIONS)
-
-        return Driver(
-            bench, server, encode, http_lines(groups), verify, groups, groups, rows=SESSIONS, redis=store == "redis"
-        )
-
-    what = f"Stepcast, batch-step of {SESSIONS} sessions, msgpack, {groups} connections, {store}"
-    return Contender(f"batch-{store}", "stepcast", what, prepare)
+    what = f"Stepcast, batch-step of {SESSIONS} sessions, msgpack, {GROUPS} connections, {store}"
+    return Contender(f"batch-{store}", "stepcast", what, prepare, versus=store != "sqlite")
 
 
 def everyone() -> list[Contender]:
@@ -272,8 +340,8 @@ def everyone() -> list[Contender]:
         _echo("fastapi-request", "FastAPI echo, Request", "fastapi_echo", "/request"),
         _echo("fastapi-pydantic", "FastAPI echo, pydantic", "fastapi_echo", "/pydantic"),
         _by_hand(),
-        _body_peer("mosec-redis", "mosec + Redis MGET / MSET by hand", "mosec_app", "/inference", redis=True),
-        _body_peer("litserve", "LitServe, states in memory", "litserve_app", "/predict", redis=False),
+        body_peer("mosec-redis", "mosec + Redis MGET / MSET by hand", "mosec_app", "/inference", "redis"),
+        body_peer("litserve", "LitServe, states in memory", "litserve_app", "/predict", "memory"),
     ]
     found += [_batch(store) for store in STORES]
     for kind, sockets in (("json", 64), ("json", 4), ("msgpack", 64), ("msgpack", 4)):

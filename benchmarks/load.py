@@ -237,6 +237,19 @@ def closed_loop(lines: Sequence[Line], traffic: Traffic, seconds: float, warm_s:
     return Sample(seconds, len(latencies), np.array(latencies), answers, busy)
 
 
+def each_once(lines: Sequence[Line], traffic: Traffic) -> Sample:
+    """Closed loops until every session has been asked."""
+    samples: list[Sample] = []
+    while not samples or not all(traffic.taken):
+        samples.append(closed_loop(lines, traffic, max(0.2, traffic.sessions / 40_000), 0.0))
+    return Sample(
+        sum(s.seconds for s in samples),
+        sum(s.answered for s in samples),
+        np.concatenate([s.latencies_s for s in samples]),
+        [answer for s in samples for answer in s.answers],
+    )
+
+
 def open_loop(
     lines: Sequence[Line], traffic: Traffic, rate: float, seconds: float, *, poisson: bool = True, warm_s: float = 0.3
 ) -> Sample:

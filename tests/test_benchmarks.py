@@ -1,21 +1,27 @@
 """The benchmark measures what it says: answers are checked, and a stall is not hidden."""
 
+import argparse
 import json
+import os
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
-from benchmarks import device, load, model, requests
-from benchmarks.bare import Truth
+from benchmarks import __main__ as program
+from benchmarks import bare, costs, device, load, machine, model, report, requests, scenarios
+from benchmarks.contenders import Bench, Contender, Measure
 from benchmarks.rounds import Results
-from benchmarks.scenarios import SCENARIOS
-from benchmarks.servers import StartFailed
-from benchmarks.targets import Target
+from benchmarks.servers import Park, StartFailed
+from benchmarks.targets import COSTS, PLAIN_AOF, RATIOS, Cost, Target
+from stepcast.manifest import read_manifest
+
+Truth = bare.Truth
 
 STALL_S = 0.3
 
@@ -103,4 +109,186 @@ def test_the_device_benchmark_is_absent_without_a_device(
     assert device.main([]) == 0
     assert capsys.readouterr().out.startswith("absent: no CUDA device")
     with pytest.raises(StartFailed, match="no CUDA device"):
-        SCENARIOS["cuda"](None, True)  # type: ignore[arg-type]
+        scenarios.run("cuda", None, True)  # type: ignore[arg-type]
+
+
+def parsed(request: bytes) -> dict:
+    """The body of a JSON request, whose head says how long it is."""
+    head, _, body = request.partition(b"\r\n\r\n")
+    assert int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0]) == len(body)
+    return json.loads(body)
+
+
+def test_the_three_graphs_give_equal_numbers_when_stepped() -> None:
+    """Five steps of three sessions; the graph with gaps has its mean 0 where a reading is missing."""
+    wanted, pool = Truth(3).outputs(5), bare.pool()
+    filled = requests.pool_without_gaps()
+    without = Truth(3, inputs=lambda k: filled[[requests.row(s, k) for s in range(3)]]).outputs(5)
+    assert not np.allclose(wanted, without, requests.RTOL, requests.ATOL)
+    holes = pool.copy()
+    holes[filled == 0.0] = np.nan
+    for shape, inputs, outputs in (
+        (model.FOREIGN, pool, wanted),
+        (model.GAPS, pool, wanted),
+        (model.GAPS, holes, without),
+    ):
+        manifest, session = read_manifest(model.ensure(shape)), bare.session(model.ensure(shape))
+        assert [node.name for node in session.get_inputs()] == [
+            "x",
+            *(["lengths"] if manifest.lengths else []),
+            *(state.input for state in manifest.states),
+        ]
+        sizes = [(1, 3, 128) if state.batch_axis else (3, 128) for state in manifest.states]
+        states = [np.zeros(size, np.float32) for size in sizes]
+        lengths = {"lengths": np.ones(3, np.int32)} if manifest.lengths else {}
+        for k in range(5):
+            feeds = dict(zip((state.input for state in manifest.states), states, strict=True))
+            x = inputs[[requests.row(s, k) for s in range(3)]][:, None]
+            y, *states = session.run(["y", *(s.output for s in manifest.states)], {"x": x, **lengths, **feeds})
+            np.testing.assert_allclose(y[:, 0], outputs[k], 1e-4, 1e-5)
+
+
+def test_a_gap_is_a_null_where_the_truth_has_the_mean() -> None:
+    """In single steps, and in one row of a batch in JSON and msgpack."""
+    single = parsed(requests.http_json(str, 3, texts=requests.json_gaps())(2, 7))
+    row = requests.row(2, 7)
+    assert [i for i, value in enumerate(single["inputs"]) if value is None] == [requests.gap_of(row)]
+    assert requests.pool_without_gaps()[row, requests.gap_of(row)] == 0.0
+    batch = parsed(requests.batch_json("/", "b", 2, 4, gaps=True)(1, 6))
+    holes = [(i, at) for i, each in enumerate(batch["inputs"]) for at, value in enumerate(each) if value is None]
+    assert holes == [requests.batch_gap(6, 4)] == [(2, 6)]
+    packed = msgspec.msgpack.decode(requests.body_of(requests.batch_msgpack("/", "b", 2, 4, gaps=True)(1, 6)))
+    raw = np.frombuffer(packed["inputs"], "<f4").reshape(4, -1)
+    assert np.argwhere(np.isnan(raw)).tolist() == [[2, 6]]
+    truth = requests.batch_inputs(2, 4)(6)
+    np.testing.assert_array_equal(truth[4:], np.nan_to_num(raw))
+    np.testing.assert_array_equal(truth[4:], np.nan_to_num(np.array(batch["inputs"], np.float32)))
+
+
+def test_first_steps_are_never_of_the_same_session() -> None:
+    """Nor are three rows of one session the same row; the pool's rule says which they are."""
+    encode = requests.http_first(lambda n: f"/s-{n}/", 3)
+    asked = [encode(s, k) for k in range(4) for s in range(3)]
+    assert len({request.split(b" ", 2)[1] for request in asked}) == 12
+    assert {parsed(request)["seq"] for request in asked} == {1}
+    threes = parsed(requests.http_json(str, 2, texts=requests.json_threes(), stride=39)(1, 5))["inputs"]
+    np.testing.assert_array_equal(np.float32(threes), bare.pool()[[requests.row(3 + r, 5) for r in range(3)]])
+
+
+def test_a_header_changes_with_each_request() -> None:
+    """And nothing else of equal steps does."""
+    for make, start in ((costs._request_id(), b"x-request-id: "), (costs._traceparent(), b"traceparent: 00-")):
+        encode = requests.http_json(str, 1, header=make)
+        heads = [next(line for line in encode(0, 0).split(b"\r\n") if line.startswith(start)) for _ in range(50)]
+        assert len(set(heads)) == 50
+        assert len({len(head) for head in heads}) == 1
+
+
+def measure(rate: float, cpu_us: float) -> Measure:
+    """A round."""
+    return Measure(rate, 1.0, 2.0, cpu_us)
+
+
+def test_a_report_has_both_columns_when_two_checkouts_were_measured() -> None:
+    """Ratios are made within a round, then their median is taken; who has no base stands for both."""
+    who = [Contender(c, "cost", c.upper(), None, versus=True) for c in ("cost-http-gap", "cost-http-gaps")]  # type: ignore[arg-type]
+    results = Results(who)
+    results.measures = {
+        "cost-http-gap": [measure(100, 30), measure(100, 20), measure(100, 60)],
+        "cost-http-gaps": [measure(300, 20), measure(300, 20), measure(300, 20)],
+        "asgi-echo": [measure(50, 1), measure(50, 1), measure(50, 1)],
+    }
+    results.base = {
+        "cost-http-gap": [measure(50, 60), measure(50, 80), measure(50, 60)],
+        "cost-http-gaps": [measure(300, 20), measure(300, 20), measure(300, 20)],
+    }
+    cost = Cost("a gap", "cost-http-gap", "cost-http-gaps", 1.3)
+    assert results.cost(cost) == (1.5, 1.0, 3.0)
+    assert results.cost(cost, base=True) == (3.0, 3.0, 4.0)
+    assert results.versus("cost-http-gap", "cpu_us_per_step") == (0.5, 0.25, 1.0)
+    assert results.ratio(Target("x", "cost-http-gap", "asgi-echo", 1.0), base=True) == (1.0, 1.0, 1.0)
+    assert results.versus("asgi-echo") is None
+    text = report.markdown({"facts": {"base": "99c289d"}, **results.plain(), "scenarios": []})
+    assert (
+        "| 30.0 | 20.0 | 1.50 (1.00 to 3.00) | 3.00 (3.00 to 4.00) | 0.50 (0.25 to 1.00) | at most 1.3, missed |"
+        in text
+    )
+    assert "| COST-HTTP-GAP | 100 | 50 | 2.00 (2.00 to 2.00) | 0.50 (0.25 to 1.00) |" in text
+    alone = report.markdown({"facts": {}, **results.plain(), "scenarios": []})
+    assert "| a gap in every step, HTTP JSON | 30.0 | 20.0 | 1.50 (1.00 to 3.00) | at most 1.3, missed |" in alone
+
+
+def test_two_checkouts_take_turns_when_a_scenario_has_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Now one first, now the other; each check then has the other's value and the ratio by round."""
+    turns: list[bool] = []
+
+    def scenario(bench: Bench, quick: bool) -> scenarios.Rounds:
+        yield
+        for _ in range(3):
+            turns.append(bench.base)
+            yield
+        values = [4.0, 8.0, 6.0] if bench.base else [2.0, 2.0, 6.0]
+        return {"checks": [scenarios._check("ms", values, at_most=5.0)]}
+
+    monkeypatch.setitem(scenarios.SCENARIOS, "lone", scenario)
+    park = argparse.Namespace(against=Path())
+    found = scenarios.run("lone", Bench(park), True)  # type: ignore[arg-type]
+    assert turns == [True, False, False, True, True, False]
+    (check,) = found["checks"]
+    assert (check["value"], check["base"], check["holds"]) == (2.0, 6.0, True)
+    assert check["new_over_base"] == {"median": 0.5, "min": 0.25, "max": 1.0}
+
+
+def test_every_promise_is_of_contenders_that_there_are() -> None:
+    """And a chosen cost brings its plain twin."""
+    names = {c.name for c in program._contenders("")}
+    assert {name for cost in COSTS for name in (cost.name, cost.twin)} <= names
+    assert {name for target in (*RATIOS, *PLAIN_AOF) for name in (target.above, target.below)} <= names
+    assert [c.name for c in program._contenders("cost-ws-many")] == ["cost-ws-few", "cost-ws-many"]
+    with pytest.raises(argparse.ArgumentTypeError, match="is no checkout of Stepcast"):
+        program._checkout("/")
+
+
+def test_processor_time_is_counted_finer_than_a_tick() -> None:
+    """Of another process as of this one."""
+    before = time.process_time()
+    assert before - 1e-4 <= machine._cpu_s(os.getpid()) <= time.process_time() + 1e-4
+
+
+def test_a_cluster_has_three_primaries_when_it_is_asked_for() -> None:
+    """Once; the plain Redis keeps its file where no pages are dropped."""
+    park = Park()
+    try:
+        nodes = park.cluster()
+        assert nodes == park.cluster()
+        with socket.create_connection(("127.0.0.1", nodes[1].port)) as redis:
+            redis.sendall(b"CLUSTER INFO\r\n")
+            said = redis.recv(65536)
+        assert b"cluster_state:ok" in said
+        assert b"cluster_size:3" in said
+        park.plain_redis()
+        assert not list(park.folder.glob("*.aof"))
+    finally:
+        park.stop()
+    assert not park.folder.exists()
+
+
+def test_a_run_against_another_checkout_measures_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Real servers of this checkout and of the other one, which is this one too; every answer is right."""
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    arguments = ["--only", "cost-http-gap,cost-http-three", "--against", str(machine.ROOT)]
+    assert program.main([*arguments, "--rounds", "1", "--seconds", "0.2", "--name", "both"]) == 0
+    content = json.loads((tmp_path / "both.json").read_text())
+    assert list(content["contenders"]) == ["cost-http", "cost-http-three", "cost-http-gaps", "cost-http-gap"]
+    for each in content["contenders"].values():
+        assert len(each["rounds"]) == len(each["base_rounds"]) == 2
+        assert each["rounds"][0]["checked"] > 0
+        assert each["base_rounds"][0]["checked"] > 0
+        assert each["base_rounds"][0]["cpu_us_per_step"] > 1
+    gap = next(cost for cost in content["costs"] if cost["name"] == "cost-http-gap")
+    assert gap["median"] > 0.5
+    assert 0.1 < gap["new_over_base"]["median"] < 10
+    assert "| a gap in every step, HTTP JSON |" in (tmp_path / "both.md").read_text()
+    assert "| µs | twin, µs | cost | base: cost | µs, now / base | aim |" in capsys.readouterr().out

@@ -3,11 +3,13 @@
 import argparse
 import importlib
 
+NAMES = ("asgi", "websocket", "fastapi_echo", "by_hand", "mosec_app", "mosec_foreign", "litserve_app")
+
 
 def main() -> None:
     """Serve."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=__doc__)
-    parser.add_argument("name", choices=("asgi", "websocket", "fastapi_echo", "by_hand", "mosec_app", "litserve_app"))
+    parser.add_argument("name", choices=NAMES)
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--redis", default="")
     arguments = parser.parse_args()
