@@ -195,9 +195,11 @@ class Machine(RuleBasedStateMachine):
         mask = random.random((examples, steps)) < 0.6 if masked else np.ones((examples, steps), bool)
         return x, mask, (x.tobytes(), mask.tobytes(), x.shape)
 
-    def send(self, replica: int, name: str, x: Array, mask: Array, seq: int | None) -> "asyncio.Future[Any]":
+    def send(
+        self, replica: int, name: str, x: Array, mask: Array, seq: int | None, **how: Any
+    ) -> "asyncio.Future[Any]":
         given = None if mask.all() else mask
-        return ask(self.replicas[replica].sessions, address(name), x, given, seq)
+        return ask(self.replicas[replica].sessions, address(name), x, given, seq, **how)
 
     @rule(name=sessions, replica=replicas, seed=seeds, steps=st.integers(1, 3), examples=st.integers(1, 2),
           masked=st.booleans(), number=st.sampled_from(["none", "next", "gap", "same"]))  # fmt: skip
@@ -330,7 +332,7 @@ class Machine(RuleBasedStateMachine):
         x, mask, _ = self.inputs(seed, 1, self.known.get(name, Known()).examples or 1, False)
 
         async def leave() -> None:
-            self.send(replica, name, x, mask, None).cancel()
+            self.send(replica, name, x, mask, None, stays=False).cancel()
             await asyncio.sleep(0)
 
         self.do(leave())

@@ -249,7 +249,7 @@ def test_hot_sessions_in_rosters_are_let_go_like_others() -> None:
         assert rosters(server)
         for turn in range(60):
             clients[turn % 3].batch(numbered=bool(turn % 2))
-            assert server.app.sessions._hot.bytes <= 100_000 + COUNT * 2000
+            assert server.app.sessions._cache.bytes <= 100_000 + COUNT * 2000
         for client in clients:
             for name in client.names:
                 client.same(name, 0)

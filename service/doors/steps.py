@@ -198,10 +198,12 @@ class Asker(Waiter, Protocol):
     Attributes:
         kind: Content type of the answer.
         form: Axes of the inputs.
+        stays: It waits until it is answered: what is accepted is applied, whatever becomes of the client.
     """
 
     kind: str
     form: Form
+    stays: bool
 
 
 class ManyAsker(Asker, Protocol):
@@ -215,6 +217,8 @@ class Pending:
     """One that waits in a coroutine: `future` gets the body of the response."""
 
     __slots__ = ("form", "future", "kind")
+
+    stays = False
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
@@ -288,7 +292,7 @@ class Steps:
             plain = way.reader.read(body, kind, BODIES)
             if plain is not None:
                 asked, data, asker.form = plain
-                if not self.turns.join(way.prefix + session, data, asked.seq, asker):
+                if not (asker.stays and self.turns.join(way.prefix + session, data, asked.seq, asker)):
                     self.queue(way, session, data, asked.seq, asker)
                 return
             general = decode(body, StepBody, kind)

@@ -83,7 +83,7 @@ class Sessions:
             key: Of the session's address.
             data: The inputs, float32 [N,F] of the session's N, finite or NaN.
             seq: The number that the step shall have; None: the next.
-            waiter: Gets the answer.
+            waiter: Gets the answer; it stays until then, its `done` is not asked.
 
         Returns:
             False: nothing was done; `step` takes it, or says why not.
