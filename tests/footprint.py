@@ -146,11 +146,11 @@ def serve(url: str, models: Path, order: list[int], limit: int) -> tuple[int, in
         process.kill()
 
 
-def measure(folder: Path, sessions: int, hot_limit: int) -> Footprint:
+def measure(folder: Path, sessions: int, hot_limit: int, version: str | None = None) -> Footprint:
     """Fill a Redis and step `sessions` sessions through a server with a small and one with a large hot cache."""
     with ExitStack() as stack:
         make_model(folder / "models")
-        redis = RedisServer(folder / "redis")
+        redis = RedisServer(folder / "redis", version=version)
         stack.callback(redis.kill)
         redis.start()
         before = used_memory(redis)
