@@ -98,15 +98,16 @@ def _encode(answer: Any, content_type: str) -> bytes:
     return msgspec.msgpack.encode(answer, enc_hook=_as_bytes)
 
 
-def dumps(values: Any) -> bytes:
+def array_text(values: Any) -> bytes:
     """An array as JSON; NaN: null."""
     text: bytes = orjson.dumps(np.ascontiguousarray(values), option=orjson.OPT_SERIALIZE_NUMPY)
     return text
 
 
 def row_texts(values: Any) -> list[bytes]:
-    """The rows of an array (B, O) as JSON without the brackets, as `encode` writes them."""
-    return dumps(values)[2:-2].split(b"],[")
+    """The rows of a contiguous array (B, O) as JSON without the brackets, as `encode` writes them."""
+    text: bytes = orjson.dumps(values, option=orjson.OPT_SERIALIZE_NUMPY)
+    return text[2:-2].split(b"],[")
 
 
 def _as_list(value: Any) -> Any:
