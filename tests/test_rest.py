@@ -151,6 +151,8 @@ def _after_an_unknown_model(http: httpx.Client) -> str:
         ("GET", f"{LSTM}/versions/9", "model_not_found"),
         ("GET", f"{LSTM}/versions/one", "invalid_request"),
         ("GET", f"{LSTM}/versions/" + "9" * 5000, "invalid_request"),
+        ("GET", f"{LSTM}/versions/99999999999999999999", "invalid_request"),
+        ("DELETE", f"{LSTM}/versions/99999999999999999999", "invalid_request"),
         ("DELETE", f"{LSTM}/versions/9", "model_not_found"),
         ("POST", "/v1/models/nobody/sessions/s/step", "model_not_found"),
         ("POST", "/v1/models/nobody/step", "model_not_found"),
@@ -230,6 +232,7 @@ def test_create_without_a_body_makes_an_id(http: httpx.Client) -> None:
 @pytest.mark.parametrize(
     ("body", "code"),
     [
+        ({"session": ""}, "invalid_session_id"),
         ({"session": "a/b"}, "invalid_session_id"),
         ({"session": "x" * 257}, "invalid_session_id"),
         ({"session": "a b"}, "invalid_session_id"),
@@ -454,6 +457,8 @@ def test_step_refuses_what_is_no_step(http: httpx.Client, at: str, body: bytes, 
         (msgspec.msgpack.encode({"inputs": b"0" * 12, "shape": [1, 1, 1, 3]}), "shape_mismatch"),
         (msgspec.msgpack.encode({"inputs": b"0" * 12, "shape": [2**62, 3]}), "shape_mismatch"),
         (msgspec.msgpack.encode({"inputs": b"", "shape": [0, 3]}), "shape_mismatch"),
+        (msgspec.msgpack.encode({"inputs": b"", "shape": [0, 2**64 - 1]}), "shape_mismatch"),
+        (msgspec.msgpack.encode({"inputs": b"", "shape": [2**63, 0, 2**63]}), "shape_mismatch"),
         (msgspec.msgpack.encode({"inputs": b"0" * 12, "shape": "3"}), "invalid_request"),
         (msgspec.msgpack.encode({"inputs": msgspec.msgpack.Ext(5, b"abc")}), "shape_mismatch"),
         (msgspec.msgpack.encode({"inputs": [1, "2", 3]}), "invalid_request"),
@@ -882,7 +887,8 @@ def test_fork_makes_a_child_with_the_same_state(http: httpx.Client, name: str, a
     assert len(good(http.post(f"{at}/fork"), 201)["session"]) == 22
     refused(http.post(f"{at}/fork", json={"to": f"{name}-child"}), "session_exists")
     refused(http.post(f"{at}/fork", json={"to": name}), "session_exists")
-    refused(http.post(f"{at}/fork", json={"to": "no/good"}), "invalid_session_id")
+    for wrong in ("no/good", ""):
+        refused(http.post(f"{at}/fork", json={"to": wrong}), "invalid_session_id")
     refused(http.post(f"{at}/fork", json={"too": "x"}), "invalid_request")
 
 
@@ -1064,6 +1070,7 @@ def test_predict_honours_masks(http: httpx.Client) -> None:
         ({"inputs": [[]]}, {}, "shape_mismatch"),
         ({"inputs": []}, {}, "shape_mismatch"),
         ({"inputs": [ONES], "mask": [1, 1]}, {}, "shape_mismatch"),
+        ({"inputs": [ONES], "version": 9}, {}, "model_not_found"),
         ({"inputs": [ONES], "mask": [2]}, {}, "invalid_request"),
         ({"inputs": [ONES], "seq": 1}, {}, "invalid_request"),
         ({"inputs": [[None, 1, 1]]}, {}, "non_finite"),
@@ -1159,22 +1166,25 @@ def test_batch_step_of_two_thousand_sessions(http: httpx.Client, name: str) -> N
         ({"sessions": ["a"], "inputs": [ONES], "seq": [1, 2]}, "shape_mismatch"),
         ({"sessions": ["a"], "inputs": [ONES], "seq": 1}, "invalid_request"),
         ({"sessions": "a", "inputs": [ONES]}, "invalid_request"),
+        ({"sessions": ["a"] * 9000, "inputs": []}, "queue_full"),
         ({"sessions": [1], "inputs": [ONES]}, "invalid_request"),
         ({"inputs": [ONES]}, "invalid_request"),
     ],
     ids=str,
 )
 def test_batch_step_refuses_columns_that_do_not_fit(http: httpx.Client, body: dict[str, Any], code: str) -> None:
-    """Different lengths, ranks and types."""
+    """Different lengths, ranks and types; and more sessions than may wait, before anybody looks at their inputs."""
     refused(http.post(f"{LSTM}/step", json=body), code)
 
 
-def test_cors_headers_of_a_short_cut_and_of_other_routes_are_the_same(name: str) -> None:
-    """With allowed origins a step takes FastAPI's way, and has the headers too."""
+def test_cors_headers_of_steps_and_of_other_routes_are_the_same(name: str) -> None:
+    """A step is answered below FastAPI, whose middleware writes the headers of all else; preflights are its own."""
     with running(store="memory://", cors_origins="https://a.example") as server:
         for path, body in ((f"/sessions/{name}/step", {"inputs": ONES}), ("/sessions", {})):
-            response = httpx.post(f"{server.url}{LSTM}{path}", json=body, headers={"origin": "https://a.example"})
-            assert response.headers["access-control-allow-origin"] == "https://a.example"
+            for origin, allowed in (("https://a.example", "https://a.example"), ("https://b.example", None)):
+                response = httpx.post(f"{server.url}{LSTM}{path}", json=body, headers={"origin": origin})
+                assert response.headers.get("access-control-allow-origin") == allowed
+                assert response.headers["vary"] == "Origin"
         asked = {"origin": "https://a.example", "access-control-request-method": "POST"}
         assert httpx.options(f"{server.url}{LSTM}/sessions/{name}/step", headers=asked).status_code == 200
         response = httpx.post(f"{server.url}{LSTM}/sessions/{name}/step", json={"inputs": [1]})

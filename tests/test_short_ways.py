@@ -1,4 +1,4 @@
-"""The short ways of single steps, below ASGI and in columns, do what the long ones do."""
+"""Steps below ASGI, and in batches, do what they do by FastAPI's route; every form of a body, every kind of a head."""
 
 import json
 import socket
@@ -9,6 +9,7 @@ from typing import Any
 from uuid import uuid4
 
 import httpx
+import msgspec
 import numpy as np
 import pytest
 from serving import Running, running
@@ -82,6 +83,60 @@ def test_steps_on_one_connection_are_those_of_the_offline_pass(
         np.testing.assert_allclose(outputs, wanted[k], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("field", [None, "x-request-id: {}", "traceparent: 00-{}", "connection: keep-alive", "te: x"])
+def test_heads_that_change_are_read_line_by_line(line: socket.socket, name: str, field: str | None) -> None:
+    """What a proxy adds to each request changes nothing, nor does the order of the lines."""
+    for k in range(4):
+        fields = [] if field is None else [field.format(uuid4().hex)]
+        fields = ["accept: */*", *fields] if k % 2 else [*fields, "content-type: application/json"]
+        line.sendall(request(name, body(RAMP[k], seq=k + 1), *fields))
+        assert answers(line, 1)[0][1]["step"] == k + 1
+
+
+def test_every_rank_of_a_step_gives_the_offline_numbers(http: httpx.Client, line: socket.socket, name: str) -> None:
+    """One example and three, as [F], [N,F] and [N,T,F] by turns, through one connection, with known and new heads."""
+    wanted = offline(http, RAMP)
+    for k, x in enumerate(RAMP):
+        one = (x, [x], [[x]])[k % 3]
+        line.sendall(request(f"{name}-1", body(one)) + request(f"{name}-3", body([x] * 3 if k % 2 else [[x]] * 3)))
+        (_, single), (_, three) = answers(line, 2)
+        assert (single["step"], three["step"]) == (k + 1, k + 1)
+        assert np.ndim(single["outputs"]) == 1 + k % 3
+        assert np.shape(three["outputs"]) == ((3, 2) if k % 2 else (3, 1, 2))
+        np.testing.assert_allclose(np.ravel(single["outputs"]), wanted[k], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(np.reshape(three["outputs"], (3, -1)), [wanted[k]] * 3, rtol=1e-4, atol=1e-5)
+
+
+def test_missing_readings_are_named_alike_in_json_and_msgpack(http: httpx.Client, name: str) -> None:
+    """Whatever bits a NaN has, a retry in another encoding is the same payload."""
+    at = f"/v1/models/stacked/sessions/{name}/step"
+    packed = {"content-type": "application/msgpack", "accept": "application/json"}
+    odd = np.array([1, 0, 3], "<f4")
+    odd.view(np.uint32)[1] = 0xFFC12345
+    for seq, shape in ((1, [3]), (2, [1, 3]), (3, [1, 1, 3])):
+        inputs: Any = [1, None, 3]
+        for _ in shape[1:]:
+            inputs = [inputs]
+        first = http.post(at, json={"inputs": inputs, "seq": seq})
+        assert first.json()["step"] == seq
+        for data in (odd, np.array([1, np.nan, 3], "<f4")):
+            content = msgspec.msgpack.encode({"inputs": data.tobytes(), "shape": shape, "seq": seq})
+            assert http.post(at, content=content, headers=packed).content == first.content
+        lists = msgspec.msgpack.encode({"inputs": inputs, "seq": seq})
+        assert http.post(at, content=lists, headers=packed).content == first.content
+
+
+def test_a_gap_in_one_row_of_a_batch_step_is_that_rows_alone(http: httpx.Client, name: str) -> None:
+    """Where the model takes gaps all rows step; the row with the gap equals the same step made alone."""
+    names, at = [f"{name}-{i}" for i in range(3)], "/v1/models/stacked"
+    for k in range(3):
+        rows: Any = [[1.0, 2.0, 3.0], [1.0, None, 3.0] if k else [1.0, 2.0, 3.0], [2.0, 2.0, 2.0]]
+        found = http.post(f"{at}/step", json={"sessions": names, "inputs": rows}).json()
+        assert (found["errors"], found["steps"]) == ({}, [k + 1] * 3)
+        alone = http.post(f"{at}/sessions/{name}-alone/step", json={"inputs": rows[1]}).json()
+        np.testing.assert_allclose(found["outputs"][1], alone["outputs"], rtol=1e-4, atol=1e-5)
+
+
 def test_requests_sent_ahead_are_answered_in_order(http: httpx.Client, line: socket.socket, name: str) -> None:
     """Pipelined in one segment, and a request that comes while a step is under way."""
     wanted = offline(http, RAMP)
@@ -113,7 +168,12 @@ def test_a_request_in_pieces_is_a_step(line: socket.socket, name: str) -> None:
         (b'{"inputs":[1,2,3],"seq":7}', "step_conflict"),
         (b'{"inputs":[1,2,3],"what":7}', "invalid_request"),
         (b'{"inputs":[1,2,3]', "malformed"),
+        (b'{"inputs":[[1,2,3],[1,2,3]]}', "examples_mismatch"),
+        (b'{"inputs":[[1,2,3],[1,2]]}', "shape_mismatch"),
+        (b'{"inputs":[[1,2,3],4]}', "invalid_request"),
+        (b'{"inputs":[[1,2,null]]}', "non_finite"),
         (b'{"inputs":[3e38,-3e38,3e38]}', None),
+        (b'{"inputs":[[3e38,-3e38,3e38]]}', None),
     ],
 )
 def test_errors_are_those_of_the_long_way(line: socket.socket, name: str, text: bytes, code: str | None) -> None:
@@ -129,8 +189,8 @@ def test_errors_are_those_of_the_long_way(line: socket.socket, name: str, text: 
 
 
 @pytest.mark.parametrize("field", ["expect: 100-continue", "connection: close", "transfer-encoding: chunked"])
-def test_unusual_heads_go_the_long_way(line: socket.socket, name: str, field: str) -> None:
-    """uvicorn does with them what it always does."""
+def test_unusual_heads_are_what_http_says(line: socket.socket, name: str, field: str) -> None:
+    """Chunks and 100-continue go FastAPI's way; a connection that is to be closed is, after the answer."""
     text = body(RAMP[0])
     if "chunked" in field:
         lines = request(name, b"", field).replace(b"content-length: 0\r\n", b"")
@@ -142,6 +202,19 @@ def test_unusual_heads_go_the_long_way(line: socket.socket, name: str, field: st
     assert answers(line, 1)[0][1]["step"] == 1
     if "close" in field:
         assert line.recv(1) == b""
+
+
+def test_a_good_answer_and_an_error_close_the_connection_that_asks_for_it(memory_server: Running, name: str) -> None:
+    """The answer says so, too."""
+    host, port = memory_server.url.removeprefix("http://").split(":")
+    for text, status in ((body(RAMP[0]), b"200"), (b"{", b"400")):
+        with socket.create_connection((host, int(port)), timeout=10) as sock:
+            sock.sendall(request(name, text, "Connection: Close"))
+            data = b""
+            while part := sock.recv(65536):
+                data += part
+        assert data.split()[1] == status
+        assert b"\r\nconnection: close\r\n" in data
 
 
 def test_an_id_in_percent_signs_and_a_query_are_the_long_way(line: socket.socket, name: str) -> None:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import httpx
 import msgspec
 import numpy as np
 import pytest
@@ -152,6 +153,19 @@ BAD = [
     ('{"session": "s", "inputs": [1, 2, 3], "seq": 9}', "step_conflict"),
     ('{"session": "s", "inputs": [1, 2, 3], "other": 1}', "invalid_request"),
     ('{"session": "no good", "inputs": [1, 2, 3]}', "invalid_session_id"),
+    ('{"session": "", "inputs": [1, 2, 3]}', "invalid_session_id"),
+    ('{"session": "", "op": "create"}', "invalid_session_id"),
+    ('{"session": "nobody", "op": "fork", "to": ""}', "invalid_session_id"),
+    ('{"id": 18446744073709551616, "session": "far", "inputs": [1, 2, 3]}', "invalid_request"),
+    ('{"id": 1000000000000000000000000000000, "op": "marker"}', "invalid_request"),
+    ('{"id": -9223372036854775809, "session": "far", "inputs": [1]}', "invalid_request"),
+    ('{"id": 1e400, "session": "far", "inputs": [1, 2, 3]}', "invalid_request"),
+    ('{"id": 1, "session": "far", "inputs": [1e999', "non_finite"),
+    ('{"id": 1, "session": "far", "inputs": [1, Infinity', "non_finite"),
+    ('{"id": 1, "session": "far", "inputs": [1e999], "mask": ' + "[" * 100_000, "non_finite"),
+    ('{"id": "\\ud800", "session": "far", "inputs": [1, 2, 3]}', "malformed"),
+    ('{"id": 1, "session": "\\udfff", "inputs": [1, 2, 1e999]}', "non_finite"),
+    ('{"id": "\\ud83d", "session": "far", "inputs": [1, 2, 1e999]}', "non_finite"),
     ('{"session": 4, "inputs": [1, 2, 3]}', "invalid_request"),
     ('{"inputs": [1, 2, 3]}', "invalid_request"),
     ('{"op": "dance", "session": "s"}', "invalid_request"),
@@ -176,6 +190,52 @@ def test_bad_frame_is_answered_with_its_error_and_the_socket_goes_on(
     assert answer["error"]["code"] == code, answer
     assert answer["error"]["status"] < 500
     assert ask(many, op="marker", id=1) == {"id": 1, "op": "marker"}
+
+
+def test_a_frame_whose_id_cannot_be_echoed_steps_nothing(many: ClientConnection) -> None:
+    """Its answer could not be told from another's; ids of 64 bits and any text are echoed as they are."""
+    far = {"session": "far-id", "inputs": X}
+    assert ask(many, id=2**64, **far)["error"]["code"] == "invalid_request"
+    many.send(pack(id=2**63, **far))
+    assert msgspec.msgpack.decode(many.recv(timeout=20))["error"]["code"] == "invalid_request"
+    for step, name in enumerate((-(2**63), 2**63 - 1, "x" * 300, 0.5, None), 1):
+        answer = ask(many, id=name, **far)
+        assert (answer["id"], answer["step"]) == (name, step)
+
+
+def test_retiring_the_last_version_is_an_error_frame_on_open_sockets() -> None:
+    """A step of a model that is not served any more is refused with its id; the socket goes on."""
+    with running(store="memory://") as server, connect(url(server, MODEL)) as peer:
+        assert ask(peer, id=1, session="s", inputs=X)["step"] == 1
+        assert httpx.delete(f"{server.url}/v1/models/{MODEL}/versions/1", params={"force": "true"}).status_code == 200
+        for inputs in (X, [X], [[X, X]]):
+            answer = ask(peer, id=2, session="s", inputs=inputs)
+            assert (answer["id"], answer["error"]["code"]) == (2, "model_not_found")
+        assert ask(peer, op="marker", id=3) == {"id": 3, "op": "marker"}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_sessions_of_several_examples_and_gaps_step_on_a_socket(many: ClientConnection, packed: bool) -> None:
+    """Every rank, again and again, gives what the sequence gives; a reading that is needed is missed by name."""
+    x = np.random.default_rng(4).standard_normal((3, 4, 3)).astype(np.float32)
+
+    def send(session: str, part: np.ndarray) -> Any:
+        if not packed:
+            return ask(many, session=session, inputs=part.tolist())
+        many.send(pack(session=session, inputs=part.tobytes(), shape=list(part.shape)))
+        answer = msgspec.msgpack.decode(many.recv(timeout=20))
+        return {**answer, "outputs": np.frombuffer(answer["outputs"], "<f4").reshape(answer["shape"])}
+
+    want = np.array(send(f"ranks-{packed}", x)["outputs"])
+    for t in range(4):
+        rows = send(f"rows-{packed}", x[:, t] if t % 2 else x[:, t : t + 1])
+        assert rows["step"] == t + 1
+        np.testing.assert_allclose(np.reshape(rows["outputs"], (3, -1)), want[:, t], rtol=1e-4, atol=1e-5)
+        one = send(f"one-{packed}", x[0, t] if t % 2 else x[:1, t])
+        np.testing.assert_allclose(np.ravel(one["outputs"]), want[0, t], rtol=1e-4, atol=1e-5)
+    for gap in ([1, None, 3], [[1, None, 3]], [[1, 2, 3], [1, None, 3]]):
+        error = ask(many, session="gap", inputs=gap)["error"]
+        assert (error["code"], error["feature"]) == ("non_finite", "v")
 
 
 def test_error_has_the_frames_id_and_session(many: ClientConnection) -> None:
@@ -234,6 +294,16 @@ def test_pages_of_other_sites_are_refused(memory_server: Running) -> None:
             assert ask(peer, op="marker")["op"] == "marker"
         with pytest.raises(InvalidStatus, match="403"):
             connect(url(server, MODEL), origin="https://evil.example")
+
+
+def test_odd_handshakes_are_no_defects(memory_server: Running, http: Any) -> None:
+    """A query of many fields is taken; an origin that is none is another site's."""
+    with connect(url(memory_server, MODEL) + "?" + "&".join(f"{c}=1" for c in "abcdefghijkl")) as peer:
+        assert ask(peer, op="marker")["op"] == "marker"
+    for origin in ("http://[", "http://[::1", "//", "null"):
+        with pytest.raises(InvalidStatus, match="403"):
+            connect(url(memory_server, MODEL), origin=origin)  # type: ignore[arg-type]
+    assert 'code="internal"' not in http.get("/metrics").text
 
 
 def test_key_comes_in_a_header_or_in_the_query() -> None:

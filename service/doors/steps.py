@@ -142,31 +142,26 @@ def read_columns(asked: BatchBody, count: int, kind: str, served: Served) -> Col
 
 # --- the writer -----------------------------------------------------------------------------------------------------
 
-_TEXTS: Final[dict[Form, bytes]] = {"F": b"[%s]", "NF": b"[[%s]]", "NTF": b"[[[%s]]]"}
-
 
 def text(answers: Answers, row: int, step: int, form: Form) -> bytes:
     """A step's answer as JSON, from `"outputs"` on."""
     texts = answers.made.get(JSON)
-    if texts is None:
-        texts = answers.made[JSON] = _texts(answers.outputs)
+    if texts is None:  # made once for all that wait: B * N * T rows without brackets
+        outputs = answers.outputs
+        texts = answers.made[JSON] = dumps(outputs.reshape(-1, outputs.shape[3]))[2:-2].split(b"],[")
     if form == "F":
         return b'"outputs":[%s],"step":%d,"version":%d}' % (texts[row], step, answers.version)
-    outputs = _array_text(answers.outputs, texts, row, form)
-    return b'"outputs":%s,"step":%d,"version":%d}' % (outputs, step, answers.version)
-
-
-def _texts(outputs: Floats) -> list[bytes]:
-    """Of outputs (B, N, T, O), made once for all that wait: B * N * T rows without brackets."""
-    return dumps(outputs.reshape(-1, outputs.shape[3]))[2:-2].split(b"],[")
+    said = _array_text(answers.outputs, texts, row, form)
+    return b'"outputs":%s,"step":%d,"version":%d}' % (said, step, answers.version)
 
 
 def _array_text(outputs: Floats, texts: list[bytes], row: int, form: Form) -> bytes:
+    """One session's outputs (N, T, O) of a batch's (B, N, T, O)."""
     _, n, t, _ = outputs.shape
     if t > 1 or form == "NFT":
         return dumps(arrays.by_form(outputs[row], form))
-    between = b"],[" if form == "NF" else b"]],[["
-    return _TEXTS[form] % between.join(texts[row * n : row * n + n])
+    rows = texts[row * n : row * n + n]
+    return b"[[%s]]" % b"],[".join(rows) if form == "NF" else b"[[[%s]]]" % b"]],[[".join(rows)
 
 
 def packed(answers: Answers, row: int, step: int, form: Form, fields: dict[str, Any]) -> bytes:
@@ -270,7 +265,6 @@ class Steps:
         self.turns = states.sessions
         settings = states.settings
         self._limits = arrays.Limits(settings.steps_limit, settings.examples_limit)
-        self._queue_limit = settings.queue_limit
         self._tasks: set[asyncio.Task[None]] = set()
 
     def look(self, way: Way) -> Reader:
@@ -363,15 +357,14 @@ class Steps:
             served = self.look(way).served
             asked = decode(body, BatchBody, kind)
 
+            roster, step = bytes(asked.sessions), self.turns.batch_steps.step
+
             def names() -> list[str]:
                 return bodies.session_names(asked.sessions, kind)
 
             def read(count: int) -> Columns:
                 return read_columns(asked, count, kind, served)
 
-            sessions = bytes(asked.sessions)
-            self.turns.batch_steps.step(
-                way.namespace, way.model, sessions, names, read, way.address, asker.stepped_many
-            )
+            step(way.namespace, way.model, roster, names, read, way.address, asker.stepped_many)
         except Exception as error:
             asker.refused(error)
