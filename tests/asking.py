@@ -36,12 +36,18 @@ class Waiter:
 
 
 def ask(
-    sessions: Sessions, address: Address, x: Any, mask: Any = None, seq: int | None = None, policy: str | None = None
+    sessions: Sessions,
+    address: Address,
+    x: Any,
+    mask: Any = None,
+    seq: int | None = None,
+    policy: str | None = None,
+    stays: bool = True,
 ) -> "asyncio.Future[Answer]":
-    """Ask for a call of x (N, T, F), as doors do: join first, if it is a single step."""
+    """Ask for a call of x (N, T, F), as doors do: join first, if it is a single step and its caller stays."""
     waiter, x = Waiter(), np.ascontiguousarray(x, np.float32)
     if x.shape[1] > 1 or mask is not None:
         sessions.call(address, x, mask, seq, waiter, policy)
-    elif not sessions.join(address.key, x.tobytes(), seq, waiter):
+    elif not (stays and sessions.join(address.key, x.tobytes(), seq, waiter)):
         sessions.step(address, x.tobytes(), len(x), seq, waiter, policy)
     return waiter.future

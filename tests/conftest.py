@@ -8,7 +8,9 @@ from redis_servers import (
     redis_pair,
     redis_sentinel,
     redis_server,
+    redis_version,
     redis_watched,
+    shared_redis,
 )
 from serving import http, memory_server, spawn
 
@@ -21,7 +23,9 @@ __all__ = [
     "redis_pair",
     "redis_sentinel",
     "redis_server",
+    "redis_version",
     "redis_watched",
+    "shared_redis",
     "spawn",
 ]
 

@@ -1,5 +1,6 @@
 """Real Redis servers on free ports of the loopback interface, each ended by its process id; fixtures for them."""
 
+import re
 import shutil
 import signal
 import socket
@@ -22,11 +23,39 @@ def eventually(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
         time.sleep(0.02)
 
 
+def _version(path: str) -> str:
+    """What a redis-server is called by, its first two numbers."""
+    said = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=60).stdout
+    found = re.search(r"v=(\d+\.\d+)", said)
+    assert found, said
+    return found[1]
+
+
+def _programs() -> dict[str, str]:
+    """Every redis-server that can be found, by version: beside this Python and on the PATH."""
+    found = {}
+    for folder in (str(Path(sys.executable).parent), None):
+        path = shutil.which("redis-server", path=folder)
+        if path is not None:
+            found.setdefault(_version(path), path)
+    return found
+
+
+PROGRAMS = _programs()
+VERSIONS = tuple(PROGRAMS)
+
+
 def program(name: str) -> str:
     """A program on the PATH, or beside this Python."""
     found = shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
     assert found, f"{name} is missing. Run make install."
     return found
+
+
+def each_redis(metafunc: pytest.Metafunc) -> None:
+    """Tests that start a Redis of their own run with every version, where a file calls this `pytest_generate_tests`."""
+    if "redis_version" in metafunc.fixturenames:
+        metafunc.parametrize("redis_version", VERSIONS, indirect=True)
 
 
 def free_port() -> int:
@@ -49,9 +78,10 @@ class RedisServer:
         folder: Where its files go; they outlive stop() and kill().
         settings: Lines of redis.conf.
         sentinel: Run as a sentinel.
+        version: One of VERSIONS; None: the first.
     """
 
-    def __init__(self, folder: Path, *settings: str, sentinel: bool = False) -> None:
+    def __init__(self, folder: Path, *settings: str, sentinel: bool = False, version: str | None = None) -> None:
         self.port = free_port()
         self.folder = folder
         self.config = folder / "redis.conf"
@@ -60,7 +90,7 @@ class RedisServer:
         if not sentinel:
             lines = ['save ""', "appendonly yes", *lines]
         self.config.write_text("\n".join([*lines, ""]))
-        self._command = [program("redis-server"), str(self.config), *(["--sentinel"] if sentinel else [])]
+        self._command = [PROGRAMS[version or VERSIONS[0]], str(self.config), *(["--sentinel"] if sentinel else [])]
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -85,6 +115,12 @@ class RedisServer:
     def kill(self) -> None:
         """End it as a crash would; its files stay."""
         self._end(signal.SIGKILL)
+
+    def lose_files(self) -> None:
+        """What an empty disk after a crash looks like; Redis 7 keeps its append-only file in a folder of its own."""
+        shutil.rmtree(self.folder / "appendonlydir", ignore_errors=True)
+        for file in self.folder.glob("*.aof"):
+            file.unlink()
 
     def pause(self) -> None:
         """Let it hang: connections stay, answers do not come."""
@@ -115,9 +151,10 @@ class RedisServer:
 RedisFactory = Callable[..., RedisServer]
 
 
-def _factory(stack: ExitStack, folder: Path) -> RedisFactory:
+def _factory(stack: ExitStack, folder: Path, version: str | None = None) -> RedisFactory:
     def start(*settings: str, sentinel: bool = False) -> RedisServer:
-        server = RedisServer(folder / f"redis{len(list(folder.iterdir()))}", *settings, sentinel=sentinel)
+        place = folder / f"redis{len(list(folder.iterdir()))}"
+        server = RedisServer(place, *settings, sentinel=sentinel, version=version)
         stack.callback(server.kill)
         return server.start()
 
@@ -160,35 +197,69 @@ def cluster_url(servers: list[RedisServer]) -> str:
     return "redis+cluster://" + ",".join(server.name for server in servers[:3])
 
 
-@pytest.fixture(scope="session")
-def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    """A Redis server for all tests that do it no harm; keep to keys of your own."""
-    with ExitStack() as stack:
-        yield _factory(stack, tmp_path_factory.mktemp("redis"))()
+class SharedRedis:
+    """Servers for all tests that do them no harm, each kind started when first asked for; keep to keys of your own.
+
+    Args:
+        folder: Where their files go.
+    """
+
+    def __init__(self, stack: ExitStack, folder: Path) -> None:
+        self._stack, self._folder = stack, folder
+        self._started: dict[tuple[str, str], list[RedisServer]] = {}
+
+    def get(self, kind: str, version: str = VERSIONS[0]) -> list[RedisServer]:
+        """`redis`: one. `cluster`: see start_cluster. `sentinel`: one that watches a pair, see start_sentinel."""
+        if (kind, version) not in self._started:
+            folder = self._folder / f"{kind}-{version}"
+            folder.mkdir()
+            self._started[kind, version] = self._start(kind, _factory(self._stack, folder, version))
+        return self._started[kind, version]
+
+    def _start(self, kind: str, factory: RedisFactory) -> list[RedisServer]:
+        if kind == "cluster":
+            return start_cluster(factory)
+        return [start_sentinel(factory, start_pair(factory)[0]) if kind == "sentinel" else factory()]
 
 
 @pytest.fixture(scope="session")
-def redis_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[RedisServer]]:
-    """A Redis Cluster for all tests that do it no harm; see start_cluster."""
+def shared_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SharedRedis]:
+    """See SharedRedis."""
     with ExitStack() as stack:
-        yield start_cluster(_factory(stack, tmp_path_factory.mktemp("cluster")))
+        yield SharedRedis(stack, tmp_path_factory.mktemp("redis"))
 
 
 @pytest.fixture(scope="session")
-def redis_watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    """A sentinel of a primary and a replica, for all tests that do them no harm; see start_sentinel."""
-    with ExitStack() as stack:
-        factory = _factory(stack, tmp_path_factory.mktemp("watched"))
-        yield start_sentinel(factory, start_pair(factory)[0])
+def redis_server(shared_redis: SharedRedis) -> RedisServer:
+    """A Redis server for all tests that do it no harm."""
+    return shared_redis.get("redis")[0]
+
+
+@pytest.fixture(scope="session")
+def redis_cluster(shared_redis: SharedRedis) -> list[RedisServer]:
+    """A Redis Cluster for all tests that do it no harm."""
+    return shared_redis.get("cluster")
+
+
+@pytest.fixture(scope="session")
+def redis_watched(shared_redis: SharedRedis) -> RedisServer:
+    """A sentinel of a primary and a replica, for all tests that do them no harm."""
+    return shared_redis.get("sentinel")[0]
 
 
 @pytest.fixture
-def redis_factory(tmp_path: Path) -> Iterator[RedisFactory]:
+def redis_version(request: pytest.FixtureRequest) -> str:
+    """The version of the servers that a test starts; see each_redis."""
+    return str(getattr(request, "param", VERSIONS[0]))
+
+
+@pytest.fixture
+def redis_factory(tmp_path: Path, redis_version: str) -> Iterator[RedisFactory]:
     """Starts Redis servers that this test may break: redis_factory("maxmemory 5mb", ..., sentinel=False)."""
     folder = tmp_path / "redis"
     folder.mkdir()
     with ExitStack() as stack:
-        yield _factory(stack, folder)
+        yield _factory(stack, folder, redis_version)
 
 
 @pytest.fixture

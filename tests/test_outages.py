@@ -3,7 +3,6 @@
 Steps are sent with seq and compared with one unbroken run; docs/operations.md says what each case means.
 """
 
-import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,12 +11,13 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from redis_servers import RedisFactory, RedisServer, eventually
+from redis_servers import RedisFactory, RedisServer, each_redis, eventually
 from serving import MODELS, Running, running
 
 from service.engine.model import Runtime
 
 pytestmark = pytest.mark.service
+pytest_generate_tests = each_redis
 
 KIND = "lstm"
 DEADLINE_S = 2.0
@@ -186,9 +186,7 @@ def test_redis_restarted_empty_is_told_to_those_who_count(redis: RedisServer, cl
     """With seq: 409, never a wrong answer, and a client that kept the state goes on. Without: a new session."""
     kept: dict[str, Any] = clients.http.get("/s0/state").json()
     redis.kill()
-    shutil.rmtree(redis.folder / "appendonlydir", ignore_errors=True)
-    for file in redis.folder.glob("*.aof"):
-        file.unlink()
+    redis.lose_files()
     redis.start()
     eventually(clients.ready)
     for response in clients.all_step(4):

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+from asking import ask
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -25,13 +26,13 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from service.sessions.columns import Cell, ManySteps
 from serving import MODELS
 
 from service.engine.model import Runtime
 from service.engine.repository import Repository
-from service.sessions.core import Address, digest
+from service.sessions.core import Address
 from service.sessions.edits import NewState, States
+from service.sessions.many import Columns, Many
 from service.sessions.rollout import Plan, rollout
 from service.sessions.stored import etag
 from service.sessions.turns import Sessions
@@ -150,8 +151,11 @@ class Machine(RuleBasedStateMachine):
         for store, hot_bytes in zip(self.stored, (2**20, 4000), strict=True):  # one evicts all the time
             self.do(store.open())
             options = Settings(models=MODELS, ttl_s=TTL_S, hot_bytes=hot_bytes)
-            self.replicas.append(States(Sessions(repository(), store, options, metrics(), self.clock_ms)))
-            self.replicas[-1].sessions.express.few = 1  # batch steps of two sessions make columns, too
+            self.replicas.append(States(Sessions(repository(), store, options, metrics(), self.clock_ns)))
+            self.replicas[-1].sessions.batch_steps.few = 1  # batch steps of two sessions form batches and rosters, too
+
+    def clock_ns(self) -> int:
+        return self.clock_ms() * 1_000_000
 
     def clock_ms(self) -> int:
         return int(self.now * 1000)
@@ -191,9 +195,11 @@ class Machine(RuleBasedStateMachine):
         mask = random.random((examples, steps)) < 0.6 if masked else np.ones((examples, steps), bool)
         return x, mask, (x.tobytes(), mask.tobytes(), x.shape)
 
-    def send(self, replica: int, name: str, x: Array, mask: Array, seq: int | None) -> "asyncio.Future[Any]":
+    def send(
+        self, replica: int, name: str, x: Array, mask: Array, seq: int | None, **how: Any
+    ) -> "asyncio.Future[Any]":
         given = None if mask.all() else mask
-        return self.replicas[replica].sessions.step(address(name), x, given, digest(x, given), seq)
+        return ask(self.replicas[replica].sessions, address(name), x, given, seq, **how)
 
     @rule(name=sessions, replica=replicas, seed=seeds, steps=st.integers(1, 3), examples=st.integers(1, 2),
           masked=st.booleans(), number=st.sampled_from(["none", "next", "gap", "same"]))  # fmt: skip
@@ -294,17 +300,12 @@ class Machine(RuleBasedStateMachine):
         x = [np.nan_to_num(inputs) for inputs, _, _ in made]
         seqs = [self.known.get(name, Known()).step + 1 if numbered else None for name in names]
 
-        async def together() -> ManySteps:
-            done: asyncio.Future[ManySteps] = asyncio.get_running_loop().create_future()
-            many = ManySteps(len(names), runtime().manifest.n_outputs, done.set_result)
-            sessions = self.replicas[replica].sessions
-            rows = np.concatenate(x)[:, 0]
-            express, roster = sessions.express, repr(names).encode()
-            cohorts = express.cohorts(roster)
-            if cohorts is not None and express.step_cohorts(cohorts, KIND, rows, seqs, many):
-                return await done
-            for place in express.step_many(KIND, "n", names, roster, rows, seqs, many):
-                sessions.single_step(address(names[place]), x[place].tobytes(), seqs[place], Cell(many, place))
+        async def together() -> Many:
+            done: asyncio.Future[Many] = asyncio.get_running_loop().create_future()
+            columns = Columns(np.concatenate(x)[:, 0], seqs if numbered else None)
+            self.replicas[replica].sessions.batch_steps.step(
+                "n", KIND, repr(names).encode(), lambda: names, lambda _: columns, address, done.set_result
+            )
             return await done
 
         many = self.do(together())
@@ -331,7 +332,7 @@ class Machine(RuleBasedStateMachine):
         x, mask, _ = self.inputs(seed, 1, self.known.get(name, Known()).examples or 1, False)
 
         async def leave() -> None:
-            self.send(replica, name, x, mask, None).cancel()
+            self.send(replica, name, x, mask, None, stays=False).cancel()
             await asyncio.sleep(0)
 
         self.do(leave())

@@ -17,8 +17,8 @@ from random import Random
 from typing import Any
 
 import pytest
-from blocks import Block, replaced
-from redis_servers import RedisFactory, RedisServer, cluster_url
+from blocks import Block, outcomes, replaced
+from redis_servers import RedisFactory, RedisServer, cluster_url, each_redis
 
 from service.records.record import new_record
 from service.store import Store, Write
@@ -30,6 +30,7 @@ from service.store.write_behind import BehindStore
 from stepcast.errors import InvalidRequest, StoreUnavailable
 
 pytestmark = [pytest.mark.anyio, pytest.mark.service]
+pytest_generate_tests = each_redis
 
 _names = (f"default/pump/f{n}-{Random().getrandbits(32):08x}" for n in count())
 _FAST = StoreOptions(connect_timeout_s=0.5, reply_timeout_s=0.5, replica_timeout_s=0.3)
@@ -113,7 +114,9 @@ async def test_sqlite_file_can_be_made_by_many_at_once(tmp_path: Path) -> None:
         await store.close()
 
 
-async def test_sqlite_waits_for_another_process_and_then_gives_up(tmp_path: Path) -> None:
+async def test_sqlite_waits_for_another_process_and_then_gives_up(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     store = SqliteStore(tmp_path / "own.db", busy_timeout_s=0.2)
     await store.open()
     data = record()
@@ -123,6 +126,8 @@ async def test_sqlite_waits_for_another_process_and_then_gives_up(tmp_path: Path
         await store.change([Write("k", None, data)])
     assert isinstance(caught.value.__cause__, sqlite3.OperationalError)
     assert caught.value.retry_after_s == 0.1
+    assert str(tmp_path) not in str(caught.value)  # where the file is, is the operator's business: the log says it
+    assert f"{tmp_path / 'own.db'}: database is locked" in caplog.messages
     waiting = [asyncio.ensure_future(store.change([Write(f"k{i}", None, data)])) for i in range(20)]
     await asyncio.sleep(0.05)
     assert await store.load(["k"]) == [None]  # readers wait for nobody
@@ -164,7 +169,7 @@ async def test_sqlite_says_that_a_file_is_damaged_or_another_programs(tmp_path: 
     (tmp_path / "text.db").write_text("not a database" * 100)
     with pytest.raises(StoreUnavailable, match="not a database"):
         await SqliteStore(tmp_path / "text.db").open()
-    with pytest.raises(StoreUnavailable, match="unable to open"):
+    with pytest.raises(StoreUnavailable, match=r"none/own\.db: unable to open"):
         await SqliteStore(tmp_path / "none" / "own.db").open()
     with sqlite3.connect(tmp_path / "other.db") as other:
         other.execute("CREATE TABLE cats (name)")
@@ -238,7 +243,7 @@ async def test_redis_restarted_empty_makes_absent_records_and_refused_writes(red
     store, key, data = await opened(server.url), next(_names), record()
     await store.change([Write(key, None, data)])
     server.kill()
-    (server.folder / "appendonly.aof").unlink()
+    server.lose_files()
     server.start()
     assert await recovered(lambda: store.change([Write(key, token(data), record())])) == [False]
     assert await store.load([key]) == [None]
@@ -317,9 +322,9 @@ async def test_redis_slow_is_said_within_the_time_and_does_not_mix_up_replies(re
     started = time.monotonic()
     late = record(9)
     calls = [*(store.load([k]) for k in keys[1:]), store.change([Write(keys[0], token(datas[0]), late)])]
-    outcomes = await asyncio.gather(*calls, return_exceptions=True)
+    ended = asyncio.gather(*calls, return_exceptions=True)
+    assert all(isinstance(outcome, StoreUnavailable) for outcome in await ended)
     assert time.monotonic() - started < 2.0
-    assert all(isinstance(outcome, StoreUnavailable) for outcome in outcomes)
     server.resume()
     loaded = await recovered(lambda: store.load(keys))
     assert loaded[1:] == datas[1:]
@@ -545,6 +550,105 @@ async def test_cluster_slot_that_moves_is_followed(own_cluster: list[RedisServer
     await store.close()
 
 
+class Count:
+    """Sessions that count, each by blocks; what became of every step is known or asked for, as a server does it."""
+
+    def __init__(self, store: Store, keys: list[str]) -> None:
+        self.store, self.keys = store, keys
+        self.now = [record(0) for _ in keys]
+        self.unknown = 0
+
+    async def create(self) -> None:
+        """All at 0."""
+        assert await replaced(self.store, Block(self.keys, None, self.now)) == [True] * len(self.keys)
+
+    async def step(self) -> None:
+        """One more for all; a row whose outcome is unknown is read, and stepped again where it was not applied."""
+        todo = list(range(len(self.keys)))
+        after = [record(int.from_bytes(data[24:32], "little") + 1) for data in self.now]
+        while todo:
+            block = Block(*([each[i] for i in todo] for each in (self.keys, self.now, after)))
+            told = await outcomes(self.store, block)
+            lost = [i for i, one in zip(todo, told, strict=True) if isinstance(one, BaseException)]
+            assert all(isinstance(one, StoreUnavailable) or one is True for one in told), told
+            self.unknown += len(lost)
+            found = await recovered(lambda lost=lost: self.store.load([self.keys[i] for i in lost]))
+            todo = [i for i, data in zip(lost, found, strict=True) if data != after[i]]
+            assert all(data in (self.now[i], after[i]) for i, data in zip(lost, found, strict=True))
+        self.now = after
+
+
+async def test_cluster_block_is_told_by_shard_when_one_hangs(own_cluster: list[RedisServer]) -> None:
+    """Sessions of the others are told at once, those of the one that hangs within its time; then all goes on."""
+    store, keys = await opened(cluster_url(own_cluster)), [next(_names) for _ in range(300)]
+    count = Count(store, keys)
+    await count.create()
+    own_cluster[0].pause()
+    told: list[tuple[float, int, Any]] = []
+    everyone, started = asyncio.Event(), time.monotonic()
+
+    def hear(rows: Sequence[int], outcome: Any) -> None:
+        told.append((time.monotonic() - started, len(rows), outcome))
+        if sum(rows for _, rows, _ in told) == 300:
+            everyone.set()
+
+    after = [record(1) for _ in keys]
+    store.replace(Block(keys, count.now, after), hear)  # type: ignore[arg-type]
+    await asyncio.wait_for(everyone.wait(), 10)
+    own_cluster[0].resume()
+    good = [(at, rows) for at, rows, outcome in told if isinstance(outcome, list) and all(outcome)]
+    late = [(at, rows) for at, rows, outcome in told if isinstance(outcome, StoreUnavailable)]
+    assert sum(rows for _, rows in good) + sum(rows for _, rows in late) == 300
+    assert sum(rows for _, rows in late) in range(50, 150)
+    assert max(at for at, _ in good) < 0.4 < min(at for at, _ in late)
+    found = await recovered(lambda: store.load(keys))
+    assert all(data in pair for data, pair in zip(found, zip(count.now, after, strict=True), strict=True))
+    count.now = found
+    for _ in range(3):
+        await count.step()
+    assert await store.load(keys) == count.now
+    await store.close()
+
+
+async def test_cluster_blocks_lose_and_double_nothing_while_slots_move(own_cluster: list[RedisServer]) -> None:
+    """MOVED and ASK for plain blocks: all sessions go on counting, and no outcome is unknown to anybody."""
+    store, keys = await opened(cluster_url(own_cluster)), [next(_names) for _ in range(60)]
+    count = Count(store, keys)
+    await count.create()
+    ids = {server: server.cli("CLUSTER", "MYID") for server in own_cluster[:3]}
+    for key in keys[:6]:
+        slot = str(slot_of(key))
+        source = next(s for s in own_cluster[:3] if s.cli("CLUSTER", "COUNTKEYSINSLOT", slot) == "1")
+        target = next(s for s in own_cluster[:3] if s is not source)
+        target.cli("CLUSTER", "SETSLOT", slot, "IMPORTING", ids[source])
+        source.cli("CLUSTER", "SETSLOT", slot, "MIGRATING", ids[target])
+        await count.step()  # the record is still there
+        assert source.cli("MIGRATE", "127.0.0.1", str(target.port), f"stepcast:{{{key}}}", "0", "1000") == "OK"
+        await count.step()  # ASK
+        for server in (target, source, *own_cluster[:3]):
+            server.cli("CLUSTER", "SETSLOT", slot, "NODE", ids[target])
+        await count.step()  # MOVED
+    assert count.unknown == 0
+    assert await store.load(keys) == count.now
+    assert {int.from_bytes(data[24:32], "little") for data in count.now} == {18}
+    await store.close()
+
+
+async def test_replicated_blocks_are_told_when_a_replica_has_them(redis_pair: tuple[RedisServer, RedisServer]) -> None:
+    """Where it does not, every row is unknown, until the replica is back."""
+    store, keys = await opened(redis_pair[0].url, "replicated"), [next(_names) for _ in range(150)]
+    count = Count(store, keys)
+    await count.create()
+    await count.step()
+    redis_pair[1].pause()
+    after = [record(9) for _ in keys]
+    told = await outcomes(store, Block(keys, count.now, after))
+    assert {str(one) for one in told} == {f"Redis at {redis_pair[0].name}: 0 of 1 replicas have it after 0.3 s."}
+    redis_pair[1].resume()
+    assert await recovered(lambda: store.load(keys)) == after
+    await store.close()
+
+
 # --- Write-behind ---------------------------------------------------------------------------------------------------
 
 
@@ -687,8 +791,9 @@ async def test_a_cursor_that_is_none_is_refused_by_redis(redis_server: RedisServ
     store = open_store(redis_server.url)
     await store.open()
     try:
-        for cursor in ("zzz", "1:", "-1:0", "é", "1:" + "9" * 30):
+        for cursor in ("zzz", "1:", "-1:0", "é", "1:" + "9" * 30, f"0:{2**64}", "0:" + "9" * 20):
             with pytest.raises(InvalidRequest, match="was not given by this server"):
                 await store.list_keys("", cursor, 10)
+        await store.list_keys("", f"0:{2**64 - 1}", 10)
     finally:
         await store.close()

@@ -23,7 +23,7 @@ from service.sessions.core import Address
 from service.sessions.many import Columns, Many
 from service.sessions.turns import Sessions
 from service.settings import Settings
-from service.store import Done, Store
+from service.store import Done, Store, Write
 from service.store.memory import MemoryStore
 from service.telemetry import Metrics
 from stepcast.errors import DeadlineExceeded, Draining, NonFinite, QueueFull, StepConflict
@@ -303,3 +303,32 @@ async def test_replay_runs_in_chunks_between_the_steps_of_others(tmp_path: Path)
     start = np.frombuffer(live.runtime.initial(1), np.uint8).reshape(1, -1)
     y, _ = run(np.concatenate([x, last], axis=1), None, start)
     np.testing.assert_allclose(answers[0].outputs[0, 0], y[0, -1], rtol=1e-4, atol=1e-5)
+
+
+# --- across an upgrade ----------------------------------------------------------------------------------------------
+
+LAYOUT_2 = json.loads((Path(__file__).parent / "data" / "layout_2.json").read_text())
+"""Sessions of tests/models/lstm as a server of record layout 2 left them, with the calls that it had answered."""
+
+
+@pytest.mark.parametrize("name", LAYOUT_2)
+async def test_a_session_of_layout_2_goes_on_and_its_retries_are_known(name: str) -> None:
+    """Every call that the server before had answered is answered again, also after a step; another payload is not."""
+    store = MemoryStore()
+    sessions, calls = sessions_on(store), LAYOUT_2[name]["calls"]
+    await store.change([Write(at("a").key, None, bytes.fromhex(LAYOUT_2[name]["record"]))])
+    assert (await store.load([at("a").key]))[0][0] == 2
+    for turn in range(2):
+        for call in calls:
+            x = np.array(call["inputs"], np.float32)
+            mask = None if call["mask"] is None else np.array(call["mask"], bool)
+            again = await ask(sessions, at("a"), x, mask, call["seq"])
+            np.testing.assert_array_equal(again.outputs, np.array(call["outputs"], np.float32))
+            assert again.step == call["seq"]
+            with pytest.raises(StepConflict, match="another payload"):
+                await ask(sessions, at("a"), x + 1, mask, call["seq"])
+        last, examples = calls[-1]["seq"], len(calls[0]["inputs"])
+        assert (await ask(sessions, at("a"), readings(examples, 1, turn), seq=last + 1 + turn)).step == last + 1 + turn
+    record = await stored(sessions, "a")
+    assert record.encode()[0] == 3
+    assert [kept.legacy for kept in record.kept()] == [False, False] + [True] * len(calls)

@@ -118,6 +118,7 @@ def test_a_new_version_goes_live_under_load_and_drops_nothing(models: Path) -> N
         for thread in workers:
             thread.start()
         try:
+            until(lambda: len(versions) >= 6)  # each worker has stepped a new session on version 1
             goes_live(client, models, 2, "gru")
             seen = len(versions)
             until(lambda: len(versions) > seen + 30)

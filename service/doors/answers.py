@@ -1,5 +1,7 @@
 """Answers: content types, encoding, and errors as problem documents. The same for every door."""
 
+import functools
+from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -78,6 +80,18 @@ def answer_type(headers: Headers, sent: str, files: bool = False) -> str:
 pack: Final = msgspec.msgpack.Encoder().encode
 
 
+def _as_list(value: Any) -> Any:
+    if isinstance(value, np.ndarray):  # orjson takes contiguous arrays of the common types by itself
+        return np.ascontiguousarray(value) if value.dtype != np.float16 else value.tolist()
+    raise TypeError(f"{type(value)} in an answer")
+
+
+dumps: Final[Callable[[Any], bytes]] = functools.partial(
+    orjson.dumps, default=_as_list, option=orjson.OPT_SERIALIZE_NUMPY
+)
+"""JSON; arrays become nested lists, NaN null."""
+
+
 def encode(answer: dict[str, Any], content_type: str) -> bytes:
     """An answer's bytes; numpy arrays in it become nested lists (NaN: null), or raw float32 in msgpack.
 
@@ -94,26 +108,8 @@ def encode(answer: dict[str, Any], content_type: str) -> bytes:
 
 def _encode(answer: Any, content_type: str) -> bytes:
     if content_type == JSON:
-        return orjson.dumps(answer, default=_as_list, option=orjson.OPT_SERIALIZE_NUMPY)
+        return dumps(answer)
     return msgspec.msgpack.encode(answer, enc_hook=_as_bytes)
-
-
-def array_text(values: Any) -> bytes:
-    """An array as JSON; NaN: null."""
-    text: bytes = orjson.dumps(np.ascontiguousarray(values), option=orjson.OPT_SERIALIZE_NUMPY)
-    return text
-
-
-def row_texts(values: Any) -> list[bytes]:
-    """The rows of a contiguous array (B, O) as JSON without the brackets, as `encode` writes them."""
-    text: bytes = orjson.dumps(values, option=orjson.OPT_SERIALIZE_NUMPY)
-    return text[2:-2].split(b"],[")
-
-
-def _as_list(value: Any) -> Any:
-    if isinstance(value, np.ndarray):  # orjson takes contiguous arrays of the common types by itself
-        return np.ascontiguousarray(value) if value.dtype != np.float16 else value.tolist()
-    raise TypeError(f"{type(value)} in an answer")
 
 
 def _as_bytes(value: Any) -> Any:

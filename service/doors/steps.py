@@ -23,7 +23,7 @@ from ..sessions.core import Address, Answers, Waiter
 from ..sessions.edits import States, check_id
 from ..sessions.many import Columns, Many
 from . import bodies
-from .answers import array_text, encode, pack, row_texts
+from .answers import dumps, encode, pack
 from .bodies import JSON, MSGPACK, BatchBody, Number, Positive, StepBody, decode, decoder, frame, numbers
 
 _MOST_ROWS: Final = 1024
@@ -147,18 +147,19 @@ def text(answers: Answers, row: int, step: int, form: Form) -> bytes:
     """A step's answer as JSON, from `"outputs"` on."""
     texts = answers.made.get(JSON)
     if texts is None:  # made once for all that wait: B * N * T rows without brackets
-        texts = answers.made[JSON] = row_texts(answers.outputs.reshape(-1, answers.outputs.shape[3]))
+        outputs = answers.outputs
+        texts = answers.made[JSON] = dumps(outputs.reshape(-1, outputs.shape[3]))[2:-2].split(b"],[")
     if form == "F":
         return b'"outputs":[%s],"step":%d,"version":%d}' % (texts[row], step, answers.version)
-    outputs = _array_text(answers.outputs, texts, row, form)
-    return b'"outputs":%s,"step":%d,"version":%d}' % (outputs, step, answers.version)
+    said = _array_text(answers.outputs, texts, row, form)
+    return b'"outputs":%s,"step":%d,"version":%d}' % (said, step, answers.version)
 
 
 def _array_text(outputs: Floats, texts: list[bytes], row: int, form: Form) -> bytes:
     """One session's outputs (N, T, O) of a batch's (B, N, T, O)."""
     _, n, t, _ = outputs.shape
     if t > 1 or form == "NFT":
-        return array_text(arrays.by_form(outputs[row], form))
+        return dumps(arrays.by_form(outputs[row], form))
     rows = texts[row * n : row * n + n]
     return b"[[%s]]" % b"],[".join(rows) if form == "NF" else b"[[[%s]]]" % b"]],[[".join(rows)
 
@@ -192,10 +193,12 @@ class Asker(Waiter, Protocol):
     Attributes:
         kind: Content type of the answer.
         form: Axes of the inputs.
+        stays: It waits until it is answered: what is accepted is applied, whatever becomes of the client.
     """
 
     kind: str
     form: Form
+    stays: bool
 
 
 class ManyAsker(Asker, Protocol):
@@ -209,6 +212,8 @@ class Pending:
     """One that waits in a coroutine: `future` gets the body of the response."""
 
     __slots__ = ("form", "future", "kind")
+
+    stays = False
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
@@ -281,7 +286,7 @@ class Steps:
             plain = way.reader.read(body, kind, BODIES)
             if plain is not None:
                 asked, data, asker.form = plain
-                if not self.turns.join(way.prefix + session, data, asked.seq, asker):
+                if not (asker.stays and self.turns.join(way.prefix + session, data, asked.seq, asker)):
                     self.queue(way, session, data, asked.seq, asker)
                 return
             general = decode(body, StepBody, kind)

@@ -103,8 +103,8 @@ class BoundSteps:
         self._names = self._row.names or ()
         self._lengths_port = manifest.lengths if manifest.lengths in {p.name for p in session.get_inputs()} else None
         places = (self._row.fields or {}).values()
-        self._lock = threading.Lock()  # the batcher's thread and the event loop may both want one step
         self._aligned = all(offset % dtype.base.itemsize == 0 for dtype, offset, *_ in places)
+        self._lock = threading.Lock()  # the batcher's thread and the event loop may both want one step
         self._grow(_LEAST_ROWS)
 
     def run(self, x: Floats, lengths: Lengths | None, states: Bytes) -> tuple[Floats, Bytes]:

@@ -66,19 +66,20 @@ def encode_answer(digest: bytes, steps: int, width: int, outputs: bytes) -> byte
 class Record:
     """A session at one moment. Never changed: every change makes the next revision."""
 
-    version: int
-    fingerprint: bytes
+    # As they lie in the header, then the rest.
+    flags: int
     examples: int
-    step: int
-    state: bytes
-    answers: tuple[bytes, ...]
-    inputs: bytes
     incarnation: bytes
     revision: int
+    step: int
     created_ms: int
     used_ms: int
+    version: int
     ttl_s: int
-    flags: int
+    fingerprint: bytes
+    state: bytes
+    inputs: bytes
+    answers: tuple[bytes, ...]
     source: Source | None = None
 
     @property
@@ -88,22 +89,12 @@ class Record:
 
     def encode(self) -> bytes:
         """The record as the store keeps it."""
-        header = HEADER.pack(
-            LAYOUT,
-            self.flags | (HAS_SOURCE if self.source else 0),
-            len(self.answers),
-            self.examples,
-            self.incarnation,
-            self.revision,
-            self.step,
-            self.created_ms,
-            self.used_ms,
-            self.version,
-            self.ttl_s,
-            self.fingerprint,
-            len(self.state),
-            len(self.inputs),
-        )
+        flags = self.flags | (HAS_SOURCE if self.source else 0)
+        times = self.created_ms, self.used_ms
+        made_by = self.version, self.ttl_s, self.fingerprint
+        named = self.examples, self.incarnation, self.revision, self.step
+        sizes = len(self.state), len(self.inputs)
+        header = HEADER.pack(LAYOUT, flags, len(self.answers), *named, *times, *made_by, *sizes)
         source = SOURCE.pack(*self.source) if self.source else b""
         return b"".join((header, source, self.state, self.inputs, *self.answers))
 
@@ -157,7 +148,7 @@ def new_record(
 ) -> Record:
     """A session that has not been stored yet, at revision 1 of a new incarnation."""
     now = clock()
-    return Record(version, fingerprint, examples, step, state, (), b"", token_bytes(8), 1, now, now, ttl_s, 0)
+    return Record(0, examples, token_bytes(8), 1, step, now, now, version, ttl_s, fingerprint, state, b"", ())
 
 
 def blank(version: int, fingerprint: bytes, now_ms: int) -> bytes:
@@ -208,28 +199,17 @@ def _decoded(data: bytes, has_source: int) -> Record:
 
 def _parts(data: bytes, source_bytes: int) -> tuple[Record, int, int]:
     """A record without its answers, their number, and where they begin."""
-    (_, flags, n_answers, examples, incarnation, revision, step, created_ms, used_ms, version, ttl_s, fingerprint,
-     n_state, n_inputs) = HEADER.unpack_from(data)  # fmt: skip
+    _, flags, n_answers, *found, n_state, n_inputs = HEADER.unpack_from(data)
+    examples, incarnation, revision, step, created_ms, used_ms, version, ttl_s, fingerprint = found
     state_at = HEADER_BYTES + source_bytes
     inputs_at = state_at + n_state
-    record = Record(
-        version=version,
-        fingerprint=fingerprint,
-        examples=examples,
-        step=step,
-        state=data[state_at:inputs_at],
-        answers=(),
-        inputs=data[inputs_at : inputs_at + n_inputs],
-        incarnation=incarnation,
-        revision=revision,
-        created_ms=created_ms,
-        used_ms=used_ms,
-        ttl_s=ttl_s,
-        flags=flags & HAS_CHECKPOINTS,
-    )
-    if inputs_at + n_inputs > len(data):
-        raise BadRecord(f"record of {len(data)} bytes, its header speaks of {inputs_at + n_inputs}")
-    return record, n_answers, inputs_at + n_inputs
+    at = inputs_at + n_inputs
+    if at > len(data):
+        raise BadRecord(f"record of {len(data)} bytes, its header speaks of {at}")
+    state, inputs = data[state_at:inputs_at], data[inputs_at:at]
+    counted = flags & HAS_CHECKPOINTS, examples, incarnation, revision, step
+    record = Record(*counted, created_ms, used_ms, version, ttl_s, fingerprint, state, inputs, ())
+    return record, n_answers, at
 
 
 # --- layouts 1 and 2 ------------------------------------------------------------------------------------------------

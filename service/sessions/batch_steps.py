@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Final
 
 from stepcast.errors import StepcastError
 
@@ -14,9 +13,6 @@ from .lanes import Lanes
 from .many import Columns, Many
 from .roster import Forming, Roster, Rosters, roster_name
 
-FEW: Final = 32
-"""Batch steps of fewer sessions form no batch of their own, their steps join those of other calls."""
-
 Ask = Callable[[Address, Floats, Mask | None, int | None, Waiter, str | None], None]
 
 
@@ -25,7 +21,12 @@ class BatchSteps:
 
     Args:
         ask: Queues a call behind those of its session.
+
+    Attributes:
+        few: Batch steps of fewer sessions form no batch of their own, their steps join those of other calls.
     """
+
+    few = 32
 
     def __init__(
         self,
@@ -100,7 +101,7 @@ class BatchSteps:
     def _step_ready(self, lane: Lane, prefix: str, names: list[str], columns: Columns, many: Many) -> Sequence[int]:
         """Queue the steps of sessions that are ready and idle; the places of the others."""
         everyone = range(len(names))
-        if len(names) < FEW:  # they join those of other calls
+        if len(names) < self.few:  # they join those of other calls
             return [place for place in everyone if place not in columns.refused]
         get, seqs, refused = self._cache.get, columns.seqs, columns.refused
         others, places = [], []

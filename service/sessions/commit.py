@@ -12,7 +12,7 @@ from ..records.block import LoneBlock
 from ..store import Store
 from ..telemetry import Metrics, as_ours, log
 from .cache import SessionCache
-from .core import Answers, Batch, Group, Lane, Load, Session, Together, Waiter
+from .core import NS_PER_MS, Answers, Batch, Group, Lane, Load, Session, Together, Waiter
 from .run import Call
 
 Outcome = list[bool] | BaseException
@@ -22,7 +22,6 @@ class Commits:
     """The commits of a server.
 
     Args:
-        clock: Wall clock in ms.
         go_on: Lets the next call of a session begin.
     """
 
@@ -31,11 +30,10 @@ class Commits:
         store: Store,
         cache: SessionCache,
         metrics: Metrics,
-        clock: Callable[[], int],
         go_on: Callable[[Session], None],
     ) -> None:
         self._store, self._cache = store, cache
-        self._metrics, self._clock, self._go_on = metrics, clock, go_on
+        self._metrics, self._go_on = metrics, go_on
 
     # --- what ran -----------------------------------------------------------------------------------------------
 
@@ -67,7 +65,7 @@ class Commits:
         digest = call.lane.digests.call(ask.x, ask.mask)
         log = ask.x.tobytes()[ask.x.nbytes - advance.log_new :]
         parts = call.state, digest, outputs.tobytes()
-        block = LoneBlock(advance, session.key, data, self._clock(), parts, log)
+        block = LoneBlock(advance, session.key, data, call.lane.clock() // NS_PER_MS, parts, log)
         group = Group([session], ask.x.reshape(1, -1), [ask.seq], block)
         group.waiters, group.asks = [ask.waiter], {0: ask}
         group.answers = Answers(outputs[None], call.lane.served.version)

@@ -21,6 +21,7 @@ Floats = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
 Ints = npt.NDArray[np.int64]
 
+NS_PER_MS: Final = 1_000_000
 OPEN_S: Final = 0.02
 """How long steps may join a batch: its deadline is that of the first."""
 
@@ -111,7 +112,7 @@ class Lane:
     load: Load
     digests: Digests
     deadline_s: float  # how long a step may wait for its run
-    clock: Callable[[], int]  # wall clock, ms
+    clock: Callable[[], int]  # wall clock, ns
     drop: "Callable[[Batch, Sequence[int]], None]"  # refuses rows of a batch that are too late to be run
     version: int
     open: "Batch | None" = None  # the batch that steps may join now,
@@ -132,7 +133,7 @@ class Lane:
 
     def closed(self, now: float) -> "Batch":
         """A batch that nobody joins; its maker fills and submits it."""
-        return Batch(self, now + self.deadline_s, self.clock())
+        return Batch(self, now + self.deadline_s, self.clock() // NS_PER_MS)
 
 
 @dataclass(slots=True, eq=False)

@@ -21,7 +21,7 @@ class Lanes:
     """The lanes of a server.
 
     Args:
-        clock: Wall clock in ms.
+        clock: Wall clock in ns.
         finish: Takes a batch that has run.
         drop: Refuses rows of a batch that are too late to be run.
     """

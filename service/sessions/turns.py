@@ -36,7 +36,7 @@ from ..telemetry import Metrics, as_ours, log
 from .batch_steps import BatchSteps
 from .cache import SessionCache
 from .commit import Commits
-from .core import Address, Answers, Ask, Floats, Lane, Mask, Session, Waiter
+from .core import NS_PER_MS, Address, Answers, Ask, Floats, Lane, Mask, Session, Waiter
 from .lanes import Lanes, check_streams, full
 from .roster import Rosters
 from .run import Beside, Call, Replay
@@ -47,7 +47,7 @@ class Sessions:
     """All sessions of a server. Everything runs on one event loop.
 
     Args:
-        clock: Wall clock in ms, for created and used times.
+        clock: Wall clock in ns, for created and used times.
     """
 
     def __init__(
@@ -56,13 +56,13 @@ class Sessions:
         store: Store,
         settings: Settings,
         metrics: Metrics,
-        clock: Callable[[], int] = records.wall_clock_ms,
+        clock: Callable[[], int] = time.time_ns,
     ) -> None:
         self.repository, self.store, self.settings, self.metrics = repository, store, settings, metrics
-        self.ledger = Ledger(store, settings.ttl_s, clock, self._replaced)
+        self.ledger = Ledger(store, settings.ttl_s, lambda: clock() // NS_PER_MS, self._replaced)
         self._clock = clock
         self._cache, self._rosters = SessionCache(settings.hot_bytes), Rosters()
-        self._commits = Commits(store, self._cache, metrics, clock, self._go_on)
+        self._commits = Commits(store, self._cache, metrics, self._go_on)
         self._lanes = Lanes(settings, metrics, clock, self._commits.batch, self._commits.drop)
         self.digests = self._lanes.digests
         self.batch_steps = BatchSteps(repository, self._cache, self._rosters, self._lanes, settings, self._ask)
@@ -83,7 +83,7 @@ class Sessions:
             key: Of the session's address.
             data: The inputs, float32 [N,F] of the session's N, finite or NaN.
             seq: The number that the step shall have; None: the next.
-            waiter: Gets the answer.
+            waiter: Gets the answer; it stays until then, its `done` is not asked.
 
         Returns:
             False: nothing was done; `step` takes it, or says why not.
@@ -318,7 +318,7 @@ class Sessions:
             for session in sessions:
                 self._refuse_all(session, refusal)
             return
-        now_ms = self._clock()
+        now_ms = self._clock() // NS_PER_MS
         for session, data in zip(sessions, found, strict=True):
             try:
                 self._loaded(session, data, now_ms)

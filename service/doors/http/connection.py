@@ -36,6 +36,8 @@ class Reply:
 
     __slots__ = ("_caller", "_connection", "_done", "form", "kind")
 
+    stays = True
+
     def __init__(self, connection: "HttpConnection", caller: Caller) -> None:
         self._connection, self._caller, self._done = connection, caller, False
         self.kind = caller.accepted

@@ -67,6 +67,8 @@ class Frame(Ticket[None, Answer]):
 
     __slots__ = ("_conversation", "_done", "asked", "data", "form", "kind", "session")
 
+    stays = True
+
     def __init__(
         self,
         conversation: "Conversation",

@@ -6,7 +6,8 @@
 The braces put both into one slot of a cluster.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import lru_cache
 from hashlib import sha1
 from typing import Any, Final, cast
 
@@ -57,9 +58,6 @@ records (-1: none, and none to touch; '': neither that nor a key for them), then
 record's and, where there is a number, that of the side records. Returns 1 where it was applied. SET is the first
 change, since Redis asks for free memory only at a script's first one."""
 
-Arguments = Callable[[range], Sequence[bytes | memoryview]]
-"""Gives what follows the head of a command for these rows of a block."""
-
 
 def pack(*words: str | bytes | int) -> bytes:
     """A command in Redis' protocol."""
@@ -95,36 +93,30 @@ def change(writes: Sequence[Write]) -> bytes:
     return pack("EVALSHA", _SHA, len(keys), *keys, *values)
 
 
-def heads(block: Block, parts: Sequence[range]) -> list[bytes]:
-    """How the commands for a block begin, each for some of its rows; the arguments of each row follow."""
-    made, two = [], bool(_sides(block))
-    for part in parts:
-        count = len(part) * (2 if two else 1)
-        mains = [main(key).encode() for key in block.keys[part.start : part.stop]]
-        texts = [b"$%d\r\n%s\r\n" % (len(name), name) for name in mains]
-        if two:
-            texts = [text + b"$%d\r\n%s:c\r\n" % (len(name) + 2, name) for text, name in zip(texts, mains, strict=True)]
-        total, sha = 3 + count + 4 * len(part), _SHA.encode()
-        start = b"*%d\r\n$7\r\nEVALSHA\r\n$40\r\n%s\r\n$%d\r\n%d\r\n" % (total, sha, len(str(count)), count)
-        made.append(b"".join((start, *texts)))
-    return made
-
-
 class Frames:
-    """Where the arguments of many sessions are written side by side, column by column."""
+    """Makes the commands of blocks; arguments of many sessions are written side by side, column by column."""
 
     def __init__(self) -> None:
-        self._frames: dict[tuple[int, int, bytes], Bytes] = {}  # rows as _row makes them, by what they have in common
+        self._frames: dict[tuple[int, int, bytes], Bytes] = {}  # rows as _rows makes them, by what they have in common
 
-    def arguments(self, block: Block) -> Arguments:
-        """Those of a block's rows; use them before the next call."""
-        end = _argument(_ttl(block.ttl_s)) + _argument(_sides(block))
+    def commands(self, block: Block, parts: Sequence[range]) -> list[bytes]:
+        """One command for each of `parts`, rows of a block."""
+        tokens = block.expected() if len(block) == 1 else block.tokens  # a lone block makes no array for this
+        is_new = tokens is None or not len(tokens[0])
+        sides = b"0" if block.touch_sides else b"-1" if is_new else b""
+        begin = block.place if block.stays and isinstance(block.place, list) else _heads(block.keys, parts, bool(sides))
+        if block.stays:
+            block.place = begin  # the commands of the next block of these keys begin the same
+        end = _end(block.ttl_s, sides)
+        pieces: Sequence[bytes | memoryview]
         if len(block) <= _FEW or block.new.nbytes > _FRAME_BYTES:
-            made = [_row(token, record, end) for token, record in zip(block.expected(), block.records(), strict=True)]
-            return lambda part: made[part.start : part.stop]
-        frame = self._filled(block, end)
-        text, width = frame.data.cast("B"), frame.shape[1]
-        return lambda part: [text[part.start * width : part.stop * width]]
+            rows = _rows(block.expected(), block.records(), end)
+            pieces = rows if len(rows) == len(parts) else [b"".join(rows[part.start : part.stop]) for part in parts]
+        else:
+            frame = self._filled(block, end)
+            text, width = frame.data.cast("B"), frame.shape[1]
+            pieces = [text[part.start * width : part.stop * width] for part in parts]
+        return [b"".join(pair) for pair in zip(begin, pieces, strict=True)]
 
     def _filled(self, block: Block, end: bytes) -> Bytes:
         """(B, bytes of a row)."""
@@ -134,7 +126,7 @@ class Frames:
         if frame is None or len(frame) < count:
             if len(self._frames) >= _MOST_FRAMES:
                 self._frames.clear()
-            row = np.frombuffer(_row(bytes(token_bytes), bytes(width), end), np.uint8)
+            row = np.frombuffer(_rows([bytes(token_bytes)], [bytes(width)], end)[0], np.uint8)
             frame = np.tile(row, (1 << (count - 1).bit_length(), 1))
             self._frames[token_bytes, width, end] = frame
         rows: Bytes = frame[:count]
@@ -146,22 +138,43 @@ class Frames:
         return rows
 
 
-def _row(token: bytes, record: bytes, end: bytes) -> bytes:
-    """One session's arguments."""
-    return b"$%d\r\n%s\r\n$%d\r\n%s\r\n%s" % (len(token), token, len(record), record, end)
+def _heads(keys: Sequence[str], parts: Sequence[range], with_sides: bool) -> list[bytes]:
+    """How the commands begin, each for some of the keys."""
+    names = [main(key).encode() for key in keys]
+    texts = [b"$%d\r\n%s\r\n" % (len(name), name) for name in names]
+    if with_sides:
+        texts = [text + b"$%d\r\n%s:c\r\n" % (len(name) + 2, name) for text, name in zip(texts, names, strict=True)]
+    if len(parts) == len(texts):
+        start = _start(1, with_sides)
+        return [start + text for text in texts]
+    return [b"".join((_start(len(part), with_sides), *texts[part.start : part.stop])) for part in parts]
 
 
-def _argument(value: bytes) -> bytes:
+@lru_cache(256)
+def _start(count: int, with_sides: bool) -> bytes:
+    """What stands before the keys of so many sessions."""
+    names = 2 * count if with_sides else count
+    words = 3 + names + 4 * count
+    return b"*%d\r\n$7\r\nEVALSHA\r\n$40\r\n%s\r\n%s" % (words, _SHA.encode(), _word(b"%d" % names))
+
+
+def _rows(tokens: Sequence[bytes], records: Sequence[bytes], end: bytes) -> list[bytes]:
+    """Each session's arguments."""
+    return [
+        b"$%d\r\n%s\r\n$%d\r\n%s\r\n%s" % (len(token), token, len(record), record, end)
+        for token, record in zip(tokens, records, strict=True)
+    ]
+
+
+@lru_cache(256)
+def _end(ttl_s: float | None, sides: bytes) -> bytes:
+    """The last arguments of a session: its time to live, and what there is to do with side records."""
+    return _word(_ttl(ttl_s)) + _word(sides)
+
+
+def _word(value: bytes) -> bytes:
     return b"$%d\r\n%s\r\n" % (len(value), value)
 
 
 def _ttl(ttl_s: float | None) -> bytes:
     return b"" if ttl_s is None else b"%d" % max(1, int(ttl_s * 1000))
-
-
-def _sides(block: Block) -> bytes:
-    """What the script is told about side records of a block's sessions; b"" where there is nothing to say."""
-    if block.touch_sides:
-        return b"0"
-    tokens = block.expected() if len(block) == 1 else block.tokens  # a lone block makes no array for this
-    return b"-1" if tokens is None or not len(tokens[0]) else b""

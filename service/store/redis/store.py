@@ -3,6 +3,7 @@
 import logging
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import chain
 from typing import Any, Final
 
@@ -10,9 +11,9 @@ from stepcast.errors import InvalidRequest
 
 from ...records.block import Block
 from .. import Done, Write
-from .commands import PER_COMMAND, PREFIX, Frames, change, heads, main, pack, side
+from .commands import PER_COMMAND, PREFIX, Frames, change, main, pack, side
 from .connection import Refused, Replies, ask
-from .topology import Job, Node, Nodes
+from .topology import Node, Nodes
 
 _log = logging.getLogger(__name__)
 
@@ -44,41 +45,32 @@ class RedisStore:
         await self._nodes.close()
 
     async def ping(self) -> None:
-        await self._nodes.run([Job("ping", pack("SET", "stepcast:ping:{ping}", "", "PX", 1))])
+        await self._nodes.run(["ping"], [pack("SET", "stepcast:ping:{ping}", "", "PX", 1)])
 
     async def load(self, keys: Sequence[str]) -> list[bytes | None]:
         parts = self._parts(len(keys), _LOADS_PER_COMMAND)
-        jobs = [Job(keys[part.start], pack("MGET", *map(main, keys[part.start : part.stop]))) for part in parts]
-        return list(chain.from_iterable(await self._nodes.run(jobs)))
+        commands = [pack("MGET", *map(main, keys[part.start : part.stop])) for part in parts]
+        found = await self._nodes.run([keys[part.start] for part in parts], commands)
+        return list(chain.from_iterable(found))
 
     def replace(self, block: Block, done: Done) -> None:
-        parts, arguments = self._parts(len(block), PER_COMMAND), self._frames.arguments(block)
-        begin = block.place if block.stays and isinstance(block.place, list) else heads(block, parts)
-        if block.stays:
-            block.place = begin  # the commands of the next block of these keys begin the same
-        keys = block.keys
-        jobs = [
-            Job(keys[part.start], b"".join((head, *arguments(part)))) for head, part in zip(begin, parts, strict=True)
-        ]
+        parts = self._parts(len(block), PER_COMMAND)
 
-        def told(places: Sequence[int], replies: Replies) -> None:
-            rows: list[int] = []
-            applied: list[bool] = []
-            for place, reply in zip(places, replies, strict=True):
-                if isinstance(reply, list):
-                    rows += parts[place]
-                    applied += [flag == 1 for flag in reply]
-                else:
-                    done(parts[place], reply)
-            if rows:
-                done(rows, applied)
+        def told(places: Sequence[int], replies: Replies | BaseException) -> None:
+            rows = places if len(parts) == len(block) else [row for place in places for row in parts[place]]
+            if isinstance(replies, BaseException):
+                done(rows, replies)
+            else:
+                done(rows, [flag == 1 for reply in replies for flag in reply])
 
-        self._nodes.send(jobs, told)
+        keys = [block.keys[part.start] for part in parts]
+        self._nodes.send(keys, self._frames.commands(block, parts), told)
 
     async def change(self, writes: Sequence[Write]) -> list[bool]:
         parts = self._parts(len(writes), PER_COMMAND)
-        jobs = [Job(writes[part.start].key, change(writes[part.start : part.stop])) for part in parts]
-        return [flag == 1 for reply in await self._nodes.run(jobs) for flag in reply]
+        commands = [change(writes[part.start : part.stop]) for part in parts]
+        replies = await self._nodes.run([writes[part.start].key for part in parts], commands)
+        return [flag == 1 for reply in replies for flag in reply]
 
     async def list_keys(self, prefix: str, cursor: str, limit: int) -> tuple[list[str], str]:
         """A key may be listed twice, and missed if a failover happens between the pages."""
@@ -102,15 +94,19 @@ class RedisStore:
         names = await self._of_live(key, pack("HKEYS", side(key)))
         return sorted(name.decode() for name in names or [])
 
-    def _parts(self, count: int, most: int) -> list[range]:
-        """Places of sessions, as many as one command may name."""
-        size = min(most, self._nodes.most)
-        return [range(at, min(at + size, count)) for at in range(0, count, size)]
+    def _parts(self, count: int, most: int) -> Sequence[range]:
+        return _parts(count, min(most, self._nodes.most))
 
     async def _of_live(self, key: str, command: bytes) -> Any:
         """The reply to `command` if the session is there, else None."""
-        exists, reply = await self._nodes.run([Job(key, pack("EXISTS", main(key))), Job(key, command)])
+        exists, reply = await self._nodes.run([key, key], [pack("EXISTS", main(key)), command])
         return reply if exists else None
+
+
+@lru_cache(1024)
+def _parts(count: int, size: int) -> Sequence[range]:
+    """Places of sessions, as many as one command may name."""
+    return [range(at, min(at + size, count)) for at in range(0, count, size)]
 
 
 def _place(cursor: str) -> tuple[int, str]:

@@ -4,12 +4,13 @@ redis-py is asked who is where; what is asked of those servers then goes over co
 """
 
 import asyncio
+import functools
 from asyncio import CancelledError
 from binascii import crc_hqx
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle
-from typing import Any, Final, NamedTuple, cast
+from typing import Any, Final, cast
 
 from redis.asyncio import ConnectionPool, Redis, SSLConnection
 from redis.asyncio.connection import parse_url
@@ -60,15 +61,8 @@ class Node:
             await line.close()
 
 
-class Job(NamedTuple):
-    """A command about one session, or about several that one command may name."""
-
-    key: str
-    command: bytes
-
-
-Told = Callable[[Sequence[int], Replies], None]
-"""Takes places of jobs, and the reply to each: a StoreUnavailable (or cancellation) where there is none or an error."""
+Told = Callable[[Sequence[int], Replies | BaseException], None]
+"""Takes places of commands, and their replies; or why there are none, a StoreUnavailable or a cancellation."""
 
 
 class Nodes:
@@ -76,56 +70,51 @@ class Nodes:
 
     Args:
         node: The primary.
-        timeout_s: How long a command that was not done is sent again.
+        timeout_s: For how long a command that was not done is sent again.
 
     Attributes:
         most: How many sessions one command may name.
+        not_done: What a server says that has done nothing of a command, which another try may mend.
     """
 
     most = 1 << 30
     not_done = frozenset({"NOSCRIPT"})
-    """What a server says that has done nothing of a command, which another try may mend."""
 
     def __init__(self, node: Node | None, timeout_s: float) -> None:
         self._node, self._timeout_s = node, timeout_s
 
-    def send(self, jobs: Sequence[Job], told: Told) -> None:
-        """Send each job to its server, all of a server together.
+    def send(self, keys: Sequence[str], commands: Sequence[bytes], told: Told) -> None:
+        """Send commands, each to the server that has the session `keys` say, all of a server together.
 
         Args:
-            told: Called once or several times, so that every job is told once; a server that hangs holds up its own.
+            told: Called once or several times, so that every command is told once; a server that hangs holds up its
+                own ones only.
         """
-        by_node: dict[Node | None, list[int]] = {}
-        for i, job in enumerate(jobs):
-            by_node.setdefault(self.node_of(job.key), []).append(i)
-        for node, mine in by_node.items():
-            self._send(node, jobs, mine, told)
+        self._send(self._node, range(len(commands)), keys, commands, told)
 
-    async def run(self, jobs: Sequence[Job]) -> Replies:
-        """The replies to jobs. Raises StoreUnavailable where one is missing or an error."""
+    async def run(self, keys: Sequence[str], commands: Sequence[bytes]) -> Replies:
+        """The replies to commands. Raises StoreUnavailable where one is missing or an error."""
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        replies: Replies = [None] * len(jobs)
-        left = len(jobs)
+        replies: Replies = [None] * len(commands)
+        left, failure = len(commands), None
 
-        def told(places: Sequence[int], found: Replies) -> None:
-            nonlocal left
-            for place, reply in zip(places, found, strict=True):
-                replies[place] = reply
+        def told(places: Sequence[int], found: Replies | BaseException) -> None:
+            nonlocal left, failure
+            if isinstance(found, BaseException):
+                failure = found
+            else:
+                for place, reply in zip(places, found, strict=True):
+                    replies[place] = reply
             left -= len(places)
             if not left and not future.done():  # else the caller is gone
                 future.set_result(None)
 
-        if jobs:
-            self.send(jobs, told)
+        if commands:
+            self.send(keys, commands, told)
             await future
-        for reply in replies:
-            if isinstance(reply, BaseException):
-                raise reply
+        if failure is not None:
+            raise failure
         return replies
-
-    def node_of(self, key: str) -> Node | None:
-        """The server that has a session; None: there is none."""
-        return self._node
 
     def primaries(self) -> list[Node]:
         """All servers that take writes, in an order that outlives a failover."""
@@ -139,55 +128,56 @@ class Nodes:
         for node in self.primaries():
             await node.close()
 
-    def _send(self, node: Node | None, jobs: Sequence[Job], mine: Sequence[int], told: Told) -> None:
-        """Send a server its share of the jobs."""
+    def _send(
+        self, node: Node | None, mine: Sequence[int], keys: Sequence[str], commands: Sequence[bytes], told: Told
+    ) -> None:
+        """Send a server some of the commands."""
 
         def replied(replies: Replies | StoreUnavailable) -> None:
-            if not isinstance(replies, list):
-                self.doubt()
-                told(mine, [replies] * len(mine))
-            elif Refused in map(type, replies):
-                self.doubt()
-                for i, reply in zip(mine, replies, strict=True):
-                    self._judge(i, jobs[i], reply, told)
-            else:
+            if isinstance(replies, list) and Refused not in map(type, replies):
                 told(mine, replies)
+                return
+            self.doubt()
+            if not isinstance(replies, list):
+                told(mine, replies)
+                return
+            for i, reply in zip(mine, replies, strict=True):
+                if not isinstance(reply, Refused):
+                    told([i], [reply])
+                elif reply.reason in self.not_done:
+                    again = asyncio.create_task(self._try_again(keys[i], commands[i], reply))
+                    again.add_done_callback(functools.partial(_tell, told, i))
+                else:
+                    told([i], reply.error)
 
         if node is None:
             replied(StoreUnavailable("Redis: no server of the cluster has the session's slot.", retry_after_s=1.0))
         else:
-            node.line.send([jobs[i].command for i in mine], replied)
+            node.line.send(commands if len(mine) == len(commands) else [commands[i] for i in mine], replied)
 
-    def _judge(self, i: int, job: Job, reply: Any, told: Told) -> None:
-        """Tell one reply; a job that was not done is sent again first."""
-        if not isinstance(reply, Refused):
-            told([i], [reply])
-        elif reply.reason not in self.not_done:
-            told([i], [reply.error])
-        else:
-            asyncio.create_task(self._try_again(job, reply)).add_done_callback(
-                lambda task: told([i], [CancelledError() if task.cancelled() else task.exception() or task.result()])
-            )
-
-    async def _try_again(self, job: Job, reply: Any) -> Any:
-        """Send a job until it is done or the time is over; its reply, or the error."""
-        clock, pause_s = asyncio.get_running_loop().time, 0.0
+    async def _try_again(self, key: str, command: bytes, refused: Refused) -> Any:
+        """The reply to a command that was not done, sent until it is or the time is over."""
+        clock, pause_s, reply = asyncio.get_running_loop().time, 0.0, refused
         until = clock() + self._timeout_s
         while isinstance(reply, Refused) and reply.reason in self.not_done and clock() < until:
             await asyncio.sleep(pause_s)
             pause_s = _PAUSE_S
-            node, first = self._next(job, reply)
+            node, first = self._next(key, reply)
             if node is None:
                 break
-            try:
-                *_, reply = await ask(node.line, *first, job.command)
-            except StoreUnavailable as error:
-                return error
-        return reply.error if isinstance(reply, Refused) else reply
+            *_, reply = await ask(node.line, *first, command)
+        if isinstance(reply, Refused):
+            raise reply.error
+        return reply
 
-    def _next(self, job: Job, refused: Refused) -> tuple[Node | None, Sequence[bytes]]:
-        """Where a job goes that was not done, and what must be said before it."""
+    def _next(self, key: str, refused: Refused) -> tuple[Node | None, Sequence[bytes]]:
+        """Where a command goes that was not done, and what must be said before it."""
         return self._node, (LESSON,)
+
+
+def _tell(told: Told, place: int, again: "asyncio.Task[Any]") -> None:
+    failure = CancelledError() if again.cancelled() else again.exception()
+    told([place], failure or [again.result()])
 
 
 class Cluster(Nodes):
@@ -210,20 +200,20 @@ class Cluster(Nodes):
         self._seeds, self._timeouts, self._level = seeds, timeouts, level
         self._nodes: dict[Server, Node] = {}
         self._owners: list[Server | None] = []  # by slot; empty: nobody was asked yet
-        self._unplaced: list[tuple[Sequence[Job], Told]] = []
+        self._unplaced: list[tuple[Sequence[str], Sequence[bytes], Told]] = []
         self._looking: asyncio.Task[None] | None = None
         self._look_after = 0.0
 
-    def send(self, jobs: Sequence[Job], told: Told) -> None:
-        if self._owners:
-            super().send(jobs, told)
-        else:
-            self._unplaced.append((jobs, told))
+    def send(self, keys: Sequence[str], commands: Sequence[bytes], told: Told) -> None:
+        if not self._owners:
+            self._unplaced.append((keys, commands, told))
             self.doubt()
-
-    def node_of(self, key: str) -> Node | None:
-        owner = self._owners[slot_of(key)]
-        return None if owner is None else self._nodes[owner]
+            return
+        by_node: dict[Node | None, list[int]] = {}
+        for i, key in enumerate(keys):
+            by_node.setdefault(self._node_of(key), []).append(i)
+        for node, mine in by_node.items():
+            self._send(node, mine, keys, commands, told)
 
     def primaries(self) -> list[Node]:
         return [self._nodes[owner] for owner in dict.fromkeys(self._owners) if owner]
@@ -251,11 +241,11 @@ class Cluster(Nodes):
         except (StoreUnavailable, CancelledError) as error:
             failure = error
         self._looking, unplaced, self._unplaced = None, self._unplaced, []
-        for jobs, told in unplaced:
+        for keys, commands, told in unplaced:
             if failure is None:
-                super().send(jobs, told)
+                self.send(keys, commands, told)
             else:
-                told(range(len(jobs)), [failure] * len(jobs))
+                told(range(len(keys)), failure)
 
     async def _read_slots(self) -> list[Server | None]:
         """The server of each slot, as the first server says that answers."""
@@ -272,7 +262,7 @@ class Cluster(Nodes):
             return owners
         raise failure or unavailable(self._seeds[0], "asked nobody")
 
-    def _next(self, job: Job, refused: Refused) -> tuple[Node | None, Sequence[bytes]]:
+    def _next(self, key: str, refused: Refused) -> tuple[Node | None, Sequence[bytes]]:
         first: Sequence[bytes] = (LESSON,) if refused.reason == "NOSCRIPT" else ()
         if refused.reason in ("MOVED", "ASK"):  # MOVED 123 host:port
             host, _, port = refused.text.split(" ")[2].rpartition(":")
@@ -280,8 +270,13 @@ class Cluster(Nodes):
             if refused.reason == "ASK":
                 return self._at(there), (_ASKING,)
             self._at(there)
-            self._owners[slot_of(job.key)] = there
-        return self.node_of(job.key), first
+            self._owners[slot_of(key)] = there
+        return self._node_of(key), first
+
+    def _node_of(self, key: str) -> Node | None:
+        """The server that has a session; None: there is none."""
+        owner = self._owners[slot_of(key)]
+        return None if owner is None else self._nodes[owner]
 
     def _at(self, server: Server) -> Node:
         if server not in self._nodes:

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.service
 
 KIND = "stacked"
 COUNT = 40
-"""More than the batch steps that join those of others (Express.few)."""
+"""More than the batch steps that join those of others (BatchSteps.few)."""
 FILLED = 18
 """Batch steps until the records are full and the roster has come before."""
 Array = np.ndarray[Any, Any]
@@ -156,10 +156,10 @@ class Client:
         self.last = None
 
 
-def cohorts(server: Running) -> list[Any]:
-    """The cohorts that a server has now."""
-    known = server.app.sessions.express._rosters._cohorts
-    return [cohort for roster in known.values() for cohort in roster if cohort.whole]
+def rosters(server: Running) -> list[Any]:
+    """The rosters that a server has now."""
+    known = server.app.sessions._rosters._rosters
+    return [roster for there in known.values() for roster in there if roster.whole]
 
 
 def open_servers(kind: str, request: pytest.FixtureRequest, folder: Path) -> tuple[str, int]:
@@ -182,10 +182,10 @@ def test_batch_steps_are_steps_whatever_comes_between(
     ):
         for i in range(FILLED):
             client.batch(numbered=bool(i % 2))
-        assert len(cohorts(first)) == 1
+        assert len(rosters(first)) == 1
         for numbered in (True, False, True):
             client.batch(numbered=numbered)
-            assert len(cohorts(first)) == 1
+            assert len(rosters(first)) == 1
         client.again()
         acts: list[Callable[[int], None]] = [client.single, client.some, client.look, client.put, client.again]
         acts += [client.refused, client.look]
@@ -193,7 +193,7 @@ def test_batch_steps_are_steps_whatever_comes_between(
         for turn in range(120):
             for _ in range(client.random.randrange(4)):
                 client.batch(numbered=client.random.random() < 0.5)
-            whole += bool(cohorts(first))
+            whole += bool(rosters(first))
             client.random.choice(acts)(client.random.randrange(count) if turn % 3 == 0 else 0)
         assert whole > 20  # else nothing was tested
         for name in client.names:
@@ -209,7 +209,7 @@ def test_a_single_step_beside_a_batch_step_comes_before_or_after_it(
     with running(store=url) as server, Client([server], f"{kind}b{id(tmp_path)}", seed=11) as client:
         for _ in range(FILLED):
             client.batch()
-        assert cohorts(server)
+        assert rosters(server)
 
         async def both(x: Array, name: str, own: Array) -> tuple[dict[str, Any], dict[str, Any]]:
             kind = {"content-type": "application/msgpack"}
@@ -240,27 +240,27 @@ def test_a_single_step_beside_a_batch_step_comes_before_or_after_it(
             client.same(name, 0)
 
 
-def test_hot_sessions_in_cohorts_are_let_go_like_others() -> None:
+def test_hot_sessions_in_rosters_are_let_go_like_others() -> None:
     """A hot cache too small for all: rosters drive each other out, and nothing is lost."""
     with running(store="memory://", hot_bytes=100_000) as server, contextlib.ExitStack() as stack:
         clients = [stack.enter_context(Client([server], f"r{i}", seed=i)) for i in range(3)]
         for _ in range(FILLED):
             clients[0].batch()
-        assert cohorts(server)
+        assert rosters(server)
         for turn in range(60):
             clients[turn % 3].batch(numbered=bool(turn % 2))
-            assert server.app.sessions._hot.bytes <= 100_000 + COUNT * 2000
+            assert server.app.sessions._cache.bytes <= 100_000 + COUNT * 2000
         for client in clients:
             for name in client.names:
                 client.same(name, 0)
 
 
 def test_what_is_not_finite_is_refused_for_its_session_alone() -> None:
-    """A cohort's run fails as a whole; then each goes by itself, and only the guilty one is refused."""
+    """A roster's run fails as a whole; then each goes by itself, and only the guilty one is refused."""
     with running(store="memory://") as server, Client([server], "n", seed=3) as client:
         for _ in range(FILLED):
             client.batch()
-        assert cohorts(server)
+        assert rosters(server)
         x = client.inputs(COUNT)
         x[5] = 3e38  # finite, but its products are not
         answer = client.post(0, client.body(client.names, x, numbered=True))
