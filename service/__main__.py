@@ -21,6 +21,7 @@ from .engine.golden import placements
 from .engine.imports.onnx_graphs import import_onnx
 from .engine.model import Runtime
 from .settings import PREFIX, Settings
+from .telemetry import WORKERS
 
 
 class Uvicorn(uvicorn.Server):
@@ -69,7 +70,9 @@ def serve(arguments: argparse.Namespace) -> int:
     if settings.workers > 1:
         listener = config.bind_socket()
         _announce(listener)
-        Multiprocess(config, sockets=[listener]).run()
+        with tempfile.TemporaryDirectory(prefix="stepcast-") as folder:
+            os.environ[WORKERS] = folder
+            Multiprocess(config, sockets=[listener]).run()
         return 0
     server = Uvicorn(config)
     server.run()

@@ -26,7 +26,7 @@ from .sessions.turns import Sessions
 from .settings import Settings
 from .store.urls import StoreOptions, open_store
 from .store.write_behind import BehindStore
-from .telemetry import Metrics, log
+from .telemetry import WORKERS, Metrics, Scrape, log
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -43,6 +43,7 @@ class Server:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.metrics = Metrics()
+        self._scrape = Scrape(self.metrics, self._gauge, os.environ.get(WORKERS))
         keys = Keys(settings.api_keys)
         self.repository = Repository(
             settings.models,
@@ -85,6 +86,7 @@ class Server:
         await asyncio.to_thread(self.repository.scan)
         if not self.repository.names():
             raise ManifestError(f"no model in {str(self.settings.models)!r} can be served: {self.repository.failures}")
+        await self._scrape.open()
         poll = asyncio.create_task(self._poll())
         if self.freezes:
             gc.collect()
@@ -95,6 +97,7 @@ class Server:
         finally:
             self.set_ready(False)
             poll.cancel()
+            self._scrape.close()
             await self.drain()
 
     async def drain(self) -> None:
@@ -156,10 +159,13 @@ class Server:
         return Response(b'{"ready":true}', media_type="application/json")
 
     async def _metrics(self) -> Response:
+        return Response(await self._scrape.text(), media_type=telemetry.CONTENT_TYPE)
+
+    def _gauge(self) -> None:
+        """Bring the gauges up to date."""
         self.sessions.gauge()
         if isinstance(self.store, BehindStore):
             self.metrics.dropped.set(self.store.dropped)
-        return Response(self.metrics.text(), media_type=telemetry.CONTENT_TYPE)
 
 
 def create_app(settings: Settings, *, freezes: bool = False) -> Server:

@@ -1,21 +1,29 @@
 """Every metric and log field, declared once, units in the name."""
 
+import asyncio
 import logging
+import math
+import os
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import accumulate, chain
+from pathlib import Path
 from typing import Final
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Metric, generate_latest
 from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 from stepcast.errors import Internal, StepcastError
 
 log = logging.getLogger("stepcast")
 
-
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+WORKERS: Final = "_STEPCAST_WORKERS"
+"""Environment variable: a private folder where the worker processes of one server tell each other their metrics."""
+ANSWER_S: Final = 1.0
+"""How long a worker may take to tell its metrics; without them it is left out of that scrape."""
 _SECONDS: Final = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5)
 
 
@@ -82,47 +90,123 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        model = ["model"]
-        self.steps = Counter("stepcast_steps", "Time steps committed, times examples.", model, registry=self.registry)
-        self.calls = Counter("stepcast_step_calls", "Step calls committed.", model, registry=self.registry)
-        self.retries = Counter(
-            "stepcast_step_retries", "Step calls answered from a kept answer.", model, registry=self.registry
+        registry = self.registry
+
+        def counter(name: str, text: str, label: str = "model") -> Counter:
+            return Counter(f"stepcast_{name}", text, [label], registry=registry)
+
+        def gauge(name: str, text: str) -> Gauge:
+            return Gauge(f"stepcast_{name}", text, registry=registry)
+
+        def histogram(name: str, text: str, bounds: Sequence[float], label: str = "") -> Histogram:
+            return Histogram(f"stepcast_{name}", text, bounds, registry, label)
+
+        self.steps = counter("steps", "Time steps committed, times examples.")
+        self.calls = counter("step_calls", "Step calls committed.")
+        self.retries = counter("step_retries", "Step calls answered from a kept answer.")
+        self.conflicts = counter("store_conflicts", "Steps computed again: another writer came first.")
+        self.errors = counter("errors", "Errors answered, by code.", "code")
+        self.batch_rows = histogram("batch_rows", "Rows in one run.", [2**i for i in range(11)], "model")
+        self.run_seconds = histogram(
+            "run_seconds", "Time of one run, gather and scatter included, waiting excluded.", _SECONDS, "model"
         )
-        self.conflicts = Counter(
-            "stepcast_store_conflicts",
-            "Steps computed again: another writer came first.",
-            model,
-            registry=self.registry,
+        commits = histogram("commit_seconds", "Time of one store commit (a batch of sessions).", [*_SECONDS, 2])
+        self.commit_seconds = commits.of()
+        self.waiting = gauge("waiting_steps", "Step calls accepted and not answered.")
+        self.hot = gauge("hot_sessions", "Sessions kept ready in this process.")
+        self.hot_bytes = gauge("hot_bytes", "Memory of those sessions, about.")
+        self.dropped = gauge(
+            "dropped_sessions", "At durability 'interval': sessions whose unwritten steps were lost to another writer."
         )
-        self.errors = Counter("stepcast_errors", "Errors answered, by code.", ["code"], registry=self.registry)
-        self.batch_rows = Histogram(
-            "stepcast_batch_rows",
-            "Rows in one run.",
-            [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024],
-            self.registry,
-            "model",
-        )
-        self.run_seconds = Histogram(
-            "stepcast_run_seconds",
-            "Time of one run, gather and scatter included, waiting excluded.",
-            _SECONDS,
-            self.registry,
-            "model",
-        )
-        self.commit_seconds = Histogram(
-            "stepcast_commit_seconds", "Time of one store commit (a batch of sessions).", [*_SECONDS, 2], self.registry
-        ).of()
-        self.waiting = Gauge("stepcast_waiting_steps", "Step calls accepted and not answered.", registry=self.registry)
-        self.hot = Gauge("stepcast_hot_sessions", "Sessions kept ready in this process.", registry=self.registry)
-        self.hot_bytes = Gauge("stepcast_hot_bytes", "Memory of those sessions, about.", registry=self.registry)
-        self.dropped = Gauge(
-            "stepcast_dropped_sessions",
-            "At durability 'interval': sessions whose unwritten steps were lost to another writer.",
-            registry=self.registry,
-        )
-        self.sockets = Gauge("stepcast_open_websockets", "WebSocket connections.", registry=self.registry)
-        self.ready = Gauge("stepcast_ready", "1 while the server takes requests.", registry=self.registry)
+        self.sockets = gauge("open_websockets", "WebSocket connections.")
+        self.ready = gauge("ready", "Worker processes that take requests.")
+        self.workers = gauge("workers", "Worker processes whose metrics these are.")
+        self.workers.set(1)
 
     def text(self) -> bytes:
         """The metrics in Prometheus' text format."""
         return generate_latest(self.registry)
+
+
+class Scrape:
+    """What /metrics answers: the sums over all worker processes of a server, whichever is asked.
+
+    A worker tells its metrics to whoever connects to its socket in their folder. One that is gone or does not answer
+    in time is left out; `stepcast_workers` says how many are in the sums.
+
+    Args:
+        fresh: Brings the gauges up to date.
+        folder: Of the sockets; None: this process is alone.
+    """
+
+    def __init__(self, metrics: Metrics, fresh: Callable[[], None], folder: str | None) -> None:
+        self._metrics, self._fresh = metrics, fresh
+        self._path = None if folder is None else Path(folder) / f"{os.getpid()}.sock"
+        self._server: asyncio.Server | None = None
+
+    async def open(self) -> None:
+        """Be there for the others."""
+        if self._path is not None:
+            self._server = await asyncio.start_unix_server(self._tell, self._path)
+
+    def close(self) -> None:
+        """Be there no more."""
+        if self._server is not None and self._path is not None:
+            self._server.close()
+            self._path.unlink(missing_ok=True)
+
+    async def text(self) -> bytes:
+        """The metrics in Prometheus' text format."""
+        self._fresh()
+        mine = self._metrics.text()
+        if self._path is None:
+            return mine
+        answers = await asyncio.gather(*map(_ask, _others(self._path)))
+        return generate_latest(_Summed([_parsed(mine), *answers]))
+
+    async def _tell(self, _: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._fresh()
+        writer.write(self._metrics.text())
+        writer.close()
+
+
+def _others(mine: Path) -> list[Path]:
+    return [path for path in mine.parent.glob("*.sock") if path != mine]
+
+
+async def _ask(path: Path) -> list[Metric]:
+    """What another worker tells; nothing where it does not."""
+    try:
+        async with asyncio.timeout(ANSWER_S):
+            reader, writer = await asyncio.open_unix_connection(path)
+            try:
+                return _parsed(await reader.read())
+            finally:
+                writer.close()
+    except (OSError, TimeoutError, ValueError) as error:
+        log.warning("worker %s did not tell its metrics: %r", path.stem, error)
+        return []
+
+
+def _parsed(text: bytes) -> list[Metric]:
+    return list(text_string_to_metric_families(text.decode()))
+
+
+class _Summed(Collector):
+    """The families of several workers as one; of the times at which counters were made the first."""
+
+    def __init__(self, workers: Sequence[list[Metric]]) -> None:
+        self._workers = workers
+
+    def collect(self) -> Iterable[Metric]:
+        found: dict[str, Metric] = {}
+        sums: dict[tuple[str, str, tuple[tuple[str, str], ...]], float] = {}
+        for family in chain.from_iterable(self._workers):
+            found.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+            for sample in family.samples:
+                key = family.name, sample.name, tuple(sample.labels.items())
+                both = sums.get(key, math.inf if family.name.endswith("_created") else 0.0), sample.value
+                sums[key] = min(both) if family.name.endswith("_created") else sum(both)
+        for (name, sample_name, labels), value in sums.items():
+            found[name].add_sample(sample_name, dict(labels), value)
+        return found.values()
