@@ -1,4 +1,4 @@
-"""What /docs and /openapi.json say of each route of /v1: bodies and answers are structs, msgspec gives their schemas."""
+"""What /docs and /openapi.json say of each route of /v1: bodies and answers are structs, msgspec has their schemas."""
 
 import re
 from collections.abc import Sequence
