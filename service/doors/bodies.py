@@ -12,6 +12,7 @@ from typing import Annotated, Any, Final, Literal, TypeVar, cast
 
 import msgspec
 import numpy as np
+from msgspec import Meta, Raw
 
 from stepcast.errors import InvalidRequest, Malformed, NonFinite, ShapeMismatch
 
@@ -21,14 +22,46 @@ JSON: Final = "application/json"
 MSGPACK: Final = "application/msgpack"
 Policy = Literal["pin", "reset", "replay"]
 Number = float | None
-Positive = Annotated[int, msgspec.Meta(ge=1, le=2**53)]
-Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
-Ttl = Annotated[float, msgspec.Meta(ge=0, le=2**31)]
+Positive = Annotated[int, Meta(ge=1, le=2**53)]
+Count = Annotated[int, Meta(ge=0, le=2**53)]
+Ttl = Annotated[float, Meta(ge=0, le=2**31)]
 ID_PATTERN: Final = "^[A-Za-z0-9._:@~-]{1,256}$"
-SessionId = Annotated[str, msgspec.Meta(extra_json_schema={"pattern": ID_PATTERN})]
-FrameId = str | Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)] | float | None
+SessionId = Annotated[str, Meta(extra_json_schema={"pattern": ID_PATTERN})]
+FrameId = str | Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | float | None
 UNREADABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 """What msgspec raises at bytes that are not what they should be."""
+
+# --- what types do not say: arrays, whose rank decides what they are -------------------------------------------------
+
+NUMBER: Final = {"anyOf": [{"type": "number"}, {"type": "null"}]}
+_FLAG: Final = {"anyOf": [{"type": "integer", "enum": [0, 1]}, {"type": "boolean"}]}
+
+
+def nested(item: dict[str, Any], *ranks: int) -> dict[str, Any]:
+    """The schema of arrays of some ranks; 0: the item itself."""
+    schemas = [item]
+    for _ in range(max(ranks)):
+        schemas.append({"type": "array", "items": schemas[-1]})
+    return {"anyOf": [schemas[rank] for rank in ranks]}
+
+
+def _shown(what: str, schema: dict[str, Any]) -> Meta:
+    return Meta(description=what, extra_json_schema=schema)
+
+
+_LAYER: Final = {"anyOf": [{"type": "array"}, {"type": "object", "additionalProperties": {"type": "array"}}]}
+_NAMES: Final = {"type": "array", "items": {"type": "string", "pattern": ID_PATTERN}}
+_Inputs = Annotated[Raw, _shown("[F], [N,F] or [N,T,F]; null is a missing reading", nested(NUMBER, 1, 2, 3))]
+_Rows = Annotated[Raw, _shown("[K,F]; null is a missing reading", nested(NUMBER, 2))]
+_Sequences = Annotated[Raw, _shown("[T,F] or [B,T,F]; null is a missing reading", nested(NUMBER, 2, 3))]
+_Future = Annotated[Any, _shown("[H,F] or [N,H,F], null where nothing is known", nested(NUMBER, 1, 2, 3))]
+_Mask = Annotated[Any, _shown("1 present, 0: the state stays as it is", nested(_FLAG, 0, 1, 2))]
+_Sessions = Annotated[Raw, _shown("one per row", _NAMES)]
+StateFields = Annotated[
+    dict[str, Any], _shown("layer, then key: [N, H]; of one layer, key: [N, H]", {"additionalProperties": _LAYER})
+]
+
+# --- bodies ---------------------------------------------------------------------------------------------------------
 
 
 class Nothing(msgspec.Struct, forbid_unknown_fields=True):
@@ -38,9 +71,9 @@ class Nothing(msgspec.Struct, forbid_unknown_fields=True):
 class StepBody(msgspec.Struct, forbid_unknown_fields=True):
     """A step."""
 
-    inputs: msgspec.Raw
+    inputs: _Inputs
     seq: Positive | None = None
-    mask: Any = None
+    mask: _Mask | None = None
     format: Format = "NWC"
     shape: list[int] | None = None
     version_policy: Policy | None = None
@@ -49,9 +82,8 @@ class StepBody(msgspec.Struct, forbid_unknown_fields=True):
 class BatchBody(msgspec.Struct, forbid_unknown_fields=True):
     """A batch step: K sessions, one step each."""
 
-    sessions: msgspec.Raw
-    """A list of strings; `session_names` reads it."""
-    inputs: msgspec.Raw
+    sessions: _Sessions
+    inputs: _Rows
     seq: list[Positive | None] | None = None
     shape: list[int] | None = None
 
@@ -59,8 +91,8 @@ class BatchBody(msgspec.Struct, forbid_unknown_fields=True):
 class PredictBody(msgspec.Struct, forbid_unknown_fields=True):
     """Whole sequences, without a session."""
 
-    inputs: msgspec.Raw
-    mask: Any = None
+    inputs: _Sequences
+    mask: _Mask | None = None
     format: Format = "NWC"
     shape: list[int] | None = None
     version: Positive | None = None
@@ -92,7 +124,7 @@ class GetBody(msgspec.Struct, forbid_unknown_fields=True):
 class StateBody(msgspec.Struct, forbid_unknown_fields=True):
     """A state to be set: what a get answers; only `state` is required."""
 
-    state: dict[str, Any]
+    state: StateFields
     session: str | None = None
     model: str | None = None
     layer: str | None = None
@@ -124,11 +156,11 @@ class RolloutBody(msgspec.Struct, forbid_unknown_fields=True):
     """A rollout: `inputs` are what is known of the future, null where it is not."""
 
     steps: Positive
-    inputs: Any = None
+    inputs: _Future | None = None
     commit: bool = False
     seq: Positive | None = None
-    temperature: Annotated[float, msgspec.Meta(ge=0, le=100)] = 0.0
-    seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] | None = None
+    temperature: Annotated[float, Meta(ge=0, le=100)] = 0.0
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
     shape: list[int] | None = None
 
 
@@ -223,7 +255,7 @@ def convert(value: Any, kind: type[B], what: str, strict: bool = True) -> B:
         raise InvalidRequest(f"{what}: {error}") from error
 
 
-def session_names(raw: msgspec.Raw, content_type: str) -> list[str]:
+def session_names(raw: Raw, content_type: str) -> list[str]:
     """The sessions of a batch step.
 
     Raises:
@@ -257,15 +289,15 @@ def numbers(raw: Any, shape: list[int] | None, content_type: str, path: str = "$
     """An array from JSON text, from a msgpack `bin` with `shape` ([F] if there is none), or from nested lists.
 
     Args:
-        raw: msgspec.Raw of a body, or a decoded value.
+        raw: Raw of a body, or a decoded value.
 
     Raises:
         ShapeMismatch, InvalidRequest, NonFinite, Malformed.
     """
-    if isinstance(raw, msgspec.Raw) and content_type == JSON:
+    if isinstance(raw, Raw) and content_type == JSON:
         text = bytes(raw)
         return _array(_decoded(_lists(_brackets(text), path), text, JSON, path), path)
-    if isinstance(raw, msgspec.Raw):
+    if isinstance(raw, Raw):
         raw = _decoded(Any, raw, MSGPACK, path)
     if isinstance(raw, bytes):
         return _from_bytes(raw, shape, path)

@@ -293,7 +293,9 @@ class Steps:
             if len(self.repository.versions(way.model)) == 1:
                 self.start(way, session, general, kind, asker)
             else:
-                self._keep(self._take_own(way, session, general, kind, asker))
+                task = asyncio.get_running_loop().create_task(self.start_own(way, session, general, kind, asker))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
         except Exception as error:
             asker.refused(error)
 
@@ -326,30 +328,24 @@ class Steps:
             self.turns.call(address, x, mask, asked.seq, asker, asked.version_policy)
 
     async def start_own(self, way: Way, session: str, asked: StepBody, kind: str, asker: Asker) -> None:
-        """The same; where the live version does not take the inputs, the session's own version may."""
+        """Queue a step whose inputs may be another version's than the live one's: the session's own."""
         try:
-            self.start(way, session, asked, kind, asker)
-            return
-        except (ShapeMismatch, NonFinite) as error:
-            if len(self.repository.versions(way.model)) == 1:
-                raise
-            refusal = error
-        try:
-            served = (await self.states.view(way.address(session))).served
-        except (SessionNotFound, StateVersionMismatch):
-            raise refusal from None
-        self.start(way, session, asked, kind, asker, served)
-
-    async def _take_own(self, way: Way, session: str, asked: StepBody, kind: str, asker: Asker) -> None:
-        try:
-            await self.start_own(way, session, asked, kind, asker)
+            try:
+                self.start(way, session, asked, kind, asker)
+            except (ShapeMismatch, NonFinite):
+                served = await self._own(way.address(session))
+                if served is None:
+                    raise
+                self.start(way, session, asked, kind, asker, served)
         except Exception as error:
             asker.refused(error)
 
-    def _keep(self, work: Any) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    async def _own(self, address: Address) -> Served | None:
+        """The version that a session's state is of; None where it has none that is served."""
+        try:
+            return (await self.states.view(address)).served
+        except (SessionNotFound, StateVersionMismatch):
+            return None
 
     def take_many(self, way: Way, body: bytes, kind: str, asker: ManyAsker) -> None:
         """Take the body of a batch step. All that comes of it, the asker hears, maybe before this returns."""

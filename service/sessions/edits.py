@@ -234,15 +234,7 @@ class States:
         def edit(found: Record | None) -> Record:
             record = self._found(address, found)
             served = self._maker(address, record) or self.repository.live(address.model)
-            return record.changed(
-                self.ledger.clock(),
-                version=served.version,
-                fingerprint=served.fingerprint,
-                examples=0,
-                state=b"",
-                answers=(),
-                inputs=b"",
-            )
+            return self._on(served, record, examples=0, state=b"", answers=(), inputs=b"")
 
         return await self._write(address, edit, if_match)
 
@@ -419,27 +411,17 @@ class States:
             return self._fresh(served, examples, state, step=new.step or 0)
         step = found.step if new.step is None else new.step
         same = (step, examples, served.fingerprint) == (found.step, found.examples, found.fingerprint)
-        return found.changed(
-            self.ledger.clock(),
-            version=served.version,
-            fingerprint=served.fingerprint,
-            examples=examples,
-            state=state,
-            step=step,
-            answers=found.answers if same else (),
-            inputs=found.inputs if state == found.state else b"",
-        )
+        answers = found.answers if same else ()
+        inputs = found.inputs if state == found.state else b""
+        return self._on(served, found, examples=examples, state=state, step=step, answers=answers, inputs=inputs)
+
+    def _on(self, served: Served, record: Record, **fields: Any) -> Record:
+        """The next record of a session, on a version."""
+        return record.changed(self.ledger.clock(), version=served.version, fingerprint=served.fingerprint, **fields)
 
     def _fresh(self, served: Served, examples: int, state: bytes, step: int = 0, ttl_s: int = 0) -> Record:
-        return new_record(
-            served.version,
-            served.fingerprint,
-            examples=examples,
-            state=state,
-            step=step,
-            ttl_s=ttl_s,
-            clock=self.ledger.clock,
-        )
+        made, clock = (served.version, served.fingerprint), self.ledger.clock
+        return new_record(*made, examples=examples, state=state, step=step, ttl_s=ttl_s, clock=clock)
 
     def _check_layer(self, served: Served, layer: str) -> None:
         layers = list(served.manifest.layers)

@@ -52,18 +52,18 @@ class Reply:
             said = body(self, answers, row, step)
         except Exception as error:  # others of the batch must not suffer
             self.refused(error)
-            return
-        self._done = True
-        self._connection.settle(self._caller.ok, said, self._caller.close)
+        else:
+            self._done = True
+            self._connection.settle(self._caller.ok, said, self._caller.close)
 
     def stepped_many(self, many: Many) -> None:
         try:
             said = many_body(many, self.kind)
         except Exception as error:
             self.refused(error)
-            return
-        self._done = True
-        self._connection.settle(self._caller.ok, said, self._caller.close)
+        else:
+            self._done = True
+            self._connection.settle(self._caller.ok, said, self._caller.close)
 
     def refused(self, error: BaseException) -> None:
         self._done = True

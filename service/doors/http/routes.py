@@ -72,19 +72,15 @@ class Routes:
         """The routes with their OpenAPI."""
         router = APIRouter(prefix="/v1")
 
-        def add(route: Route, handler: Handler, text: str) -> None:
-            router.add_api_route(
-                route.path,
-                handler,
-                methods=[route.method],
-                operation_id=openapi.operation_id(route.method, route.path),
-                **openapi.describe(route.method, route.path, route.status, route.queries, text),
-            )
+        def add(route: Route, body: type[msgspec.Struct], handler: Handler, text: str | None) -> None:
+            described = openapi.describe(*route, body, text or "")
+            router.add_api_route(route.path, handler, methods=[route.method], **described)
 
         for route in ROUTES:
-            add(route, self._handler(route), VERBS[route.verb].run.__doc__ or "")
-        for path, step in ((_SESSION, self._step), (_MODEL, self._step_many)):
-            add(Route("POST", path + "/step", "step"), step, step.__doc__ or "")
+            verb = VERBS[route.verb]
+            add(route, verb.body, self._handler(route), verb.run.__doc__)
+        add(Route("POST", _SESSION + "/step", "step"), bodies.StepBody, self._step, self._step.__doc__)
+        add(Route("POST", _MODEL + "/step", "batch"), bodies.BatchBody, self._step_many, self._step_many.__doc__)
         return router
 
     def _handler(self, route: Route) -> Handler:

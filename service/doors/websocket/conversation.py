@@ -45,9 +45,8 @@ class Head(msgspec.Struct):
     op: str = STEP
 
 
-_StepFrame: Any = bodies.frame(bodies.StepBody)
 _FRAMES: Final[dict[str, Any]] = {
-    STEP: _StepFrame,
+    STEP: bodies.frame(bodies.StepBody),
     MARKER: bodies.frame(bodies.Nothing),
     **{op: bodies.frame(verb.body) for op, verb in VERBS.items() if op not in _BESIDE},
 }
@@ -102,7 +101,7 @@ class Frame(Ticket[None, Answer]):
 
     def refused(self, error: BaseException) -> None:
         self._done = True
-        self._conversation.finish(self, self._conversation.failed(self.asked.id, self.session, error, self.kind))
+        self._conversation.failed(self, error)
 
 
 class Conversation:
@@ -140,12 +139,8 @@ class Conversation:
     def message(self, opcode: int, payload: bytes) -> None:
         """Take a frame."""
         kind = JSON if opcode == TEXT else MSGPACK
-        try:
-            if not self._take_plain(payload, kind):
-                self._take(payload, kind)
-                self._go_on()
-        except Exception as error:  # of no frame that has a name
-            self._refuse(Head(), error, kind)
+        if not self._take_plain(payload, kind):
+            self._take(payload, kind)
 
     def drain(self) -> None:
         """Answer what was accepted, then close; refuse what comes."""
@@ -190,37 +185,18 @@ class Conversation:
 
     def _take(self, payload: bytes, kind: str) -> None:
         """Take any frame."""
-        head: Any = Head()
+        asked: Any = Head()
         try:
-            asked = head = self._read(payload, kind)
+            asked, error = _read(payload, kind)
+            if error is not None:
+                raise error
             if asked.op == MARKER:
-                self._talk.mark((TEXT if kind == JSON else BINARY, encode({"id": asked.id, "op": MARKER}, kind)))
-                return
-            self._take_asked(asked, kind)
-        except _Refused as refused:
-            self._refuse(refused.head, refused.error, kind)
-        except StepcastError as error:
-            self._refuse(head, error, kind)
-
-    def _read(self, payload: bytes, kind: str) -> Any:
-        """A frame's struct; the most likely one is tried first."""
-        first: StepcastError = InvalidRequest("Object contains unknown field `inputs`")
-        try:
-            asked = bodies.decode(payload, _StepFrame, kind)
-            if asked.op == STEP:
-                return asked
-        except StepcastError as error:
-            first = error
-        head = _head(payload, kind)
-        body = _FRAMES.get(head.op)
-        try:
-            if head.op == STEP:
-                raise first
-            if body is None:
-                raise InvalidRequest(f"$.op is {head.op!r}, want one of {', '.join(_FRAMES)}")
-            return bodies.decode(payload, body, kind)
-        except StepcastError as error:
-            raise _Refused(head, error) from error
+                self._talk.mark(_encode({"id": asked.id, "op": MARKER}, kind))
+            else:
+                self._take_asked(asked, kind)
+        except Exception as error:
+            self._refuse(asked, error, kind)
+        self._go_on()
 
     def _take_asked(self, asked: Any, kind: str) -> None:
         """Hand a frame to the conversation.
@@ -251,8 +227,7 @@ class Conversation:
     def _refuse(self, head: Any, error: Exception, kind: str) -> None:
         """Answer a frame that reaches no session, in its turn."""
         session = head.session if self._session is None else self._session
-        self._talk.refuse(session, self.failed(head.id, session, error, kind))
-        self._go_on()
+        self._talk.refuse(session, self._failed(head.id, session, error, kind))
 
     # --- work ---------------------------------------------------------------------------------------------------
 
@@ -305,7 +280,7 @@ class Conversation:
             except Exception as error:
                 frame.refused(error)
                 return
-        self.finish(frame, (TEXT if frame.kind == JSON else BINARY, encode(answer, frame.kind)))
+        self.finish(frame, _encode(answer, frame.kind))
 
     def answered(self, frame: Frame, opcode: int, payload: bytes) -> None:
         """A step has its answer."""
@@ -324,18 +299,36 @@ class Conversation:
         self._talk.finish(frame, answer)
         self._go_on()
 
-    def failed(self, name: Any, session: str | None, error: BaseException, kind: str) -> Answer:
-        """The answer of a frame that failed."""
-        answer = {"id": name, "session": session, "error": document(as_ours(error), self._metrics)}
-        return (TEXT if kind == JSON else BINARY), encode(answer, kind)
+    def failed(self, frame: Frame, error: BaseException) -> None:
+        """A frame has an error as its answer."""
+        self.finish(frame, self._failed(frame.asked.id, frame.session, error, frame.kind))
+
+    def _failed(self, name: Any, session: str | None, error: BaseException, kind: str) -> Answer:
+        return _encode({"id": name, "session": session, "error": document(as_ours(error), self._metrics)}, kind)
 
 
-class _Refused(Exception):
-    """A frame that is answered with an error before it reaches a session."""
+def _encode(answer: dict[str, Any], kind: str) -> Answer:
+    return TEXT if kind == JSON else BINARY, encode(answer, kind)
 
-    def __init__(self, head: Head, error: StepcastError) -> None:
-        super().__init__(error.message)
-        self.head, self.error = head, error
+
+def _read(payload: bytes, kind: str) -> tuple[Any, StepcastError | None]:
+    """A frame's struct, the most likely one tried first; or its head, and why it is none."""
+    refusal: StepcastError = InvalidRequest("Object contains unknown field `inputs`")
+    try:
+        asked: Any = bodies.decode(payload, _FRAMES[STEP], kind)
+        if asked.op == STEP:
+            return asked, None
+    except StepcastError as error:
+        refusal = error
+    head = _head(payload, kind)
+    if head.op == STEP:
+        return head, refusal
+    if head.op not in _FRAMES:
+        return head, InvalidRequest(f"$.op is {head.op!r}, want one of {', '.join(_FRAMES)}")
+    try:
+        return bodies.decode(payload, _FRAMES[head.op], kind), None
+    except StepcastError as error:
+        return head, error
 
 
 def _head(payload: bytes, kind: str) -> Head:
