@@ -15,6 +15,7 @@ from ..engine.repository import Served
 from ..records.block import Block, LoneBlock, Spares, side_by_side
 from ..records.digest import Digests
 from ..records.layout import Advance, Shape, Shapes, facts
+from ..settings import Settings
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
@@ -111,7 +112,7 @@ class Lane:
     shapes: Shapes
     load: Load
     digests: Digests
-    deadline_s: float  # how long a step may wait for its run
+    settings: Settings
     clock: Callable[[], int]  # wall clock, ns
     drop: "Callable[[Batch, Sequence[int]], None]"  # refuses rows of a batch that are too late to be run
     version: int
@@ -133,7 +134,7 @@ class Lane:
 
     def closed(self, now: float) -> "Batch":
         """A batch that nobody joins; its maker fills and submits it."""
-        return Batch(self, now + self.deadline_s, self.clock() // NS_PER_MS)
+        return Batch(self, now + self.settings.deadline_s, self.clock() // NS_PER_MS)
 
 
 @dataclass(slots=True, eq=False)
@@ -261,6 +262,17 @@ class Batch:
     left: int = 0  # rows of which it is not known yet,
     committed: "asyncio.Future[None] | None" = None  # and who waits for that
 
+    def add(self, session: Session, data: bytes, seq: int | None, waiter: Waiter, rows: int) -> None:
+        """Let a session's step join."""
+        self.sessions.append(session)
+        self.inputs.append(data)
+        self.seqs.append(seq)
+        self.waiters.append(waiter)
+        self.rows += rows
+        session.used = True
+        if self.rows >= self.lane.settings.batch_rows:
+            self.lane.open = None
+
     def begin(self, now: float) -> bool:
         """Let nobody join any more, and drop what is too late; False: nothing is left to run."""
         if self.lane.open is self:
@@ -287,9 +299,8 @@ class Batch:
 
     def alone(self, row: int) -> "Batch":
         """One of its rows as a batch of its own."""
-        alone = Batch(self.lane, self.deadline, self.now_ms)
-        alone.sessions, alone.inputs, alone.seqs = [self.sessions[row]], [self.input(row)], [self.seqs[row]]
-        alone.waiters, alone.rows = [self.waiter(row)], self.sessions[row].examples
+        alone, session = Batch(self.lane, self.deadline, self.now_ms), self.sessions[row]
+        alone.add(session, self.input(row), self.seqs[row], self.waiter(row), session.examples)
         if row in self.asks:
             alone.asks[0] = self.asks[row]
         return alone

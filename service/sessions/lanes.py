@@ -84,8 +84,8 @@ class Lanes:
         )
         sizes = manifest.state_row_bytes, served.input_bytes, manifest.n_outputs
         shapes = Shapes(*sizes, settings.log_steps, settings.ttl_s)
-        load, deadline_s = self.load(served.name), settings.deadline_s
-        return Lane(served, batcher, shapes, load, self.digests, deadline_s, self._clock, self._drop, served.version)
+        load, version = self.load(served.name), served.version
+        return Lane(served, batcher, shapes, load, self.digests, settings, self._clock, self._drop, version)
 
     # --- life ---------------------------------------------------------------------------------------------------
 

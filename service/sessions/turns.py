@@ -65,7 +65,7 @@ class Sessions:
         self._commits = Commits(store, self._cache, metrics, self._go_on)
         self._lanes = Lanes(settings, metrics, clock, self._commits.batch, self._commits.drop)
         self.digests = self._lanes.digests
-        self.batch_steps = BatchSteps(repository, self._cache, self._rosters, self._lanes, settings, self._ask)
+        self.batch_steps = BatchSteps(repository, self._cache, self._rosters, self._lanes, settings, self.call)
         self._to_load: list[Session] = []
         self._tasks: set[asyncio.Future[None]] = set()
 
@@ -94,16 +94,9 @@ class Sessions:
         lane, shape = session.lane, session.shape
         if lane is None or shape is None or len(data) != shape.input_bytes or lane.load.waiting >= lane.load.limit:
             return False
-        batch = lane.joinable(time.monotonic())
         lane.load.waiting += 1
-        session.busy = session.used = True
-        batch.sessions.append(session)
-        batch.inputs.append(data)
-        batch.seqs.append(seq)
-        batch.waiters.append(waiter)
-        batch.rows += shape.examples
-        if batch.rows >= self.settings.batch_rows:
-            lane.open = None
+        session.busy = True
+        lane.joinable(time.monotonic()).add(session, data, seq, waiter, shape.examples)
         return True
 
     def step(
@@ -120,18 +113,30 @@ class Sessions:
             ModelNotFound, NotStreaming, QueueFull, Draining: refused at once. Other errors reach the waiter.
         """
         x = np.frombuffer(data, np.float32).reshape(rows, 1, -1)
-        self._ask(address, x, None, seq, waiter, policy)
+        self.call(address, x, None, seq, waiter, policy)
 
     def call(
         self, address: Address, x: Floats, mask: Mask | None, seq: int | None, waiter: Waiter, policy: str | None = None
     ) -> None:
-        """Queue a call of T steps, as `step` does; `seq` is the number of the last one.
+        """Queue a call of T steps behind those of its session that wait; else as `step`.
 
         Args:
             x: (N, T, F) float32, finite or NaN, checked against the model.
             mask: (N, T) bool, False: this example's state stays as it is at this step; None: all True.
+            seq: The number that the last step shall have.
         """
-        self._ask(address, x, mask, seq, waiter, policy)
+        load = self._lanes.admit(self.repository.live(address.model), 1)
+        session, limit = self._cache.get(address.key), self.settings.session_queue_limit
+        if session is None:
+            session = self._cache.enter(address)
+        elif session.roster is not None:
+            session.roster.split()
+        if len(session.queue) >= limit:
+            raise full(f"session {address.session!r}", len(session.queue), limit)
+        load.waiting += 1
+        session.queue.append(Ask(x, mask, seq, time.monotonic() + self.settings.deadline_s, waiter, policy))
+        if not session.busy:
+            self._go_on(session)
 
     async def run(self, served: Served, x: Floats, mask: Mask | None, state: bytes) -> Beside:
         """Run rows through a model that are of no session, in the same batches.
@@ -164,23 +169,6 @@ class Sessions:
         return run
 
     # --- turns --------------------------------------------------------------------------------------------------
-
-    def _ask(
-        self, address: Address, x: Floats, mask: Mask | None, seq: int | None, waiter: Waiter, policy: str | None
-    ) -> None:
-        """Queue a call behind those of its session that wait."""
-        load = self._lanes.admit(self.repository.live(address.model), 1)
-        session, limit = self._cache.get(address.key), self.settings.session_queue_limit
-        if session is None:
-            session = self._cache.enter(address)
-        elif session.roster is not None:
-            session.roster.split()
-        if len(session.queue) >= limit:
-            raise full(f"session {address.session!r}", len(session.queue), limit)
-        load.waiting += 1
-        session.queue.append(Ask(x, mask, seq, time.monotonic() + self.settings.deadline_s, waiter, policy))
-        if not session.busy:
-            self._go_on(session)
 
     def _go_on(self, session: Session) -> None:
         """Start the oldest waiting call of an idle session."""
@@ -253,19 +241,13 @@ class Sessions:
 
     def _begin(self, session: Session, lane: Lane, ask: Ask) -> None:
         """Let a call join a batch, or run by itself."""
-        session.used = True
         if not ask.single:
+            session.used = True
             lane.batcher.submit_run(Call(session, lane, ask, session.state(), self._commits.call))
             return
         batch = lane.joinable(time.monotonic())
         batch.asks[len(batch.sessions)] = ask
-        batch.sessions.append(session)
-        batch.inputs.append(ask.x.tobytes())
-        batch.seqs.append(ask.seq)
-        batch.waiters.append(ask.waiter)
-        batch.rows += len(ask.x)
-        if batch.rows >= self.settings.batch_rows:
-            lane.open = None
+        batch.add(session, ask.x.tobytes(), ask.seq, ask.waiter, len(ask.x))
 
     def _repeat(self, session: Session, lane: Lane, ask: Ask, data: bytes) -> None:
         """Answer a call whose number was used: by the kept answer of the same payload.
@@ -289,7 +271,6 @@ class Sessions:
         )
 
     def _refuse(self, session: Session, ask: Ask, error: BaseException) -> None:
-        """Refuse a call that has left its queue."""
         self._commits.refuse(self._lanes.load(session.address.model), session, ask.waiter, error)
 
     def _load_again(self, session: Session, ask: Ask) -> bool:
