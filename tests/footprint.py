@@ -25,7 +25,8 @@ from redis_servers import RedisServer
 from serving import Process
 
 from service.engine.model import Runtime
-from service.records.record import DIGEST_BYTES, KEPT_ANSWERS, encode_answer, new_record
+from service.records.layout import ANSWER_BYTES, DIGEST_BYTES, HEADER_BYTES, KEPT_ANSWERS
+from service.records.record import encode_answer, new_record
 from service.store import Write
 from service.store.urls import open_store
 from training.config import Config
@@ -86,12 +87,12 @@ async def fill(url: str, runtime: Runtime, sessions: int) -> tuple[int, int, int
 
     def write(number: int) -> Write:
         state = numbers.normal(size=runtime.row_bytes // 4).astype(np.float32).tobytes()
-        steps = range(STEPS - KEPT_ANSWERS + 1, STEPS + 1)
-        answers = tuple(encode_answer(step, numbers.bytes(DIGEST_BYTES), 1, numbers.bytes(outputs)) for step in steps)
+        made = [(numbers.bytes(DIGEST_BYTES), numbers.bytes(outputs)) for _ in range(KEPT_ANSWERS)]
+        answers = tuple(encode_answer(digest, 1, outputs // 4, kept) for digest, kept in made)
         record = new_record(1, served, examples=1, state=state, step=STEPS)
         record = replace(record, answers=answers, revision=1 + STEPS)
         data = record.encode()
-        sizes.add((len(record.state), KEPT_ANSWERS * outputs, len(data)))
+        sizes.add((len(record.state), sum(map(len, answers)), len(data)))
         return Write(f"default/{NAME}/{session(number)}", None, data)
 
     for start in range(0, sessions, PER_CALL):
@@ -198,8 +199,8 @@ def slack(redis: RedisServer, record: int) -> int:
 def check(found: Footprint) -> None:
     """What is promised."""
     assert found.state == 2 * 2 * UNITS * 4
-    assert found.answers == KEPT_ANSWERS * 2 * 4
-    assert found.overhead <= 160
+    assert found.answers == KEPT_ANSWERS * (ANSWER_BYTES + 2 * 4)
+    assert found.overhead == HEADER_BYTES
     assert found.redis_key - found.redis_slack < 200
     assert found.redis_all - found.redis_slack < 300
     assert found.hot <= found.hot_limit
