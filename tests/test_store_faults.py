@@ -283,7 +283,7 @@ async def test_redis_full_refuses_and_keeps_what_it_has(redis_factory: RedisFact
         await store.change(big)
     assert caught.value.retry_after_s == 5.0
     assert await store.load([key]) == [data]
-    assert server.cli("CONFIG", "SET", "maxmemory", "1mb") == "OK"
+    assert server.cli("CONFIG", "SET", "maxmemory", "100kb") == "OK"
     with pytest.raises(StoreUnavailable, match="OOM"):
         await store.ping()
     assert await store.change([Write(key, token(data), None)]) == [True]  # forgetting helps
