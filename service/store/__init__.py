@@ -8,6 +8,7 @@ die with it.
 import asyncio
 from asyncio import CancelledError
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -88,6 +89,33 @@ class Store(Protocol):
 
     async def list_sides(self, key: str) -> list[str]:
         """Names of a session's side records, sorted."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoreOptions:
+    """What a URL does not say.
+
+    Args:
+        durability: When a commit is acknowledged: `commit` (the store has it), `replicated` (and so have
+            `replicas` replicas; Redis only), `interval` (at once; the store has it within `interval_s`).
+        interval_s: The loss window of `interval`.
+        replicas: How many replicas `replicated` waits for.
+        replica_timeout_s: And for how long.
+        connect_timeout_s: Until a server counts as gone (Redis).
+        reply_timeout_s: Until a reply counts as lost (Redis), or another process's lock as stuck (SQLite).
+    """
+
+    durability: str = "commit"
+    interval_s: float = 1.0
+    replicas: int = 1
+    replica_timeout_s: float = 0.5
+    connect_timeout_s: float = 1.0
+    reply_timeout_s: float = 1.0
+
+    @property
+    def awaited(self) -> int:
+        """How many replicas a commit waits for."""
+        return self.replicas if self.durability == "replicated" else 0
 
 
 def as_writes(block: Block) -> list[Write]:

@@ -1,13 +1,14 @@
 """Which store a URL and a durability level mean."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit, urlunsplit
 
 from stepcast.errors import ConfigError
 
 from . import Store
+from . import StoreOptions as StoreOptions
 from .memory import MemoryStore
 from .sqlite import SqliteStore
 from .write_behind import BehindStore
@@ -19,28 +20,6 @@ DURABILITIES: Final = ("commit", "replicated", "interval")
 _REDIS: Final = frozenset({"redis", "rediss", "redis+sentinel", "rediss+sentinel", "redis+cluster", "rediss+cluster"})
 _TLS: Final = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_check_hostname")
 _SENTINEL: Final = ("sentinel_username", "sentinel_password")
-
-
-@dataclass(frozen=True, slots=True)
-class StoreOptions:
-    """What a URL does not say.
-
-    Args:
-        durability: When a commit is acknowledged: `commit` (the store has it), `replicated` (and so have
-            `replicas` replicas; Redis only), `interval` (at once; the store has it within `interval_s`).
-        interval_s: The loss window of `interval`.
-        replicas: How many replicas `replicated` waits for.
-        replica_timeout_s: And for how long.
-        connect_timeout_s: Until a server counts as gone (Redis).
-        reply_timeout_s: Until a reply counts as lost (Redis), or another process's lock as stuck (SQLite).
-    """
-
-    durability: str = "commit"
-    interval_s: float = 1.0
-    replicas: int = 1
-    replica_timeout_s: float = 0.5
-    connect_timeout_s: float = 1.0
-    reply_timeout_s: float = 1.0
 
 
 def open_store(url: str, *, durability: str = "commit", options: StoreOptions | None = None) -> Store:
@@ -83,14 +62,12 @@ def _sqlite(parts: SplitResult, options: StoreOptions) -> SqliteStore:
 
 def _redis(parts: SplitResult, options: StoreOptions) -> Store:
     """redis://[[user]:password@]host[:port][/db], and the same with several hosts for Sentinel and Cluster."""
-    from .redis.connection import Timeouts, connect  # here, so that other stores need no client of Redis in memory
+    from .redis.connection import connect  # here, so that other stores need no client of Redis in memory
     from .redis.store import RedisStore
-    from .redis.topology import Cluster, Node, Nodes, Replication, connect_primary
+    from .redis.topology import Cluster, Node, Nodes, connect_primary
 
     scheme, _, kind = parts.scheme.partition("+")
     query = _query(parts, (*(_TLS if scheme == "rediss" else ()), *(_SENTINEL if kind == "sentinel" else ())))
-    timeouts = Timeouts(options.connect_timeout_s, options.reply_timeout_s)
-    level = Replication(options.replicas if options.durability == "replicated" else 0, options.replica_timeout_s)
     path = parts.path.strip("/")
     if kind == "sentinel":
         service, _, path = path.partition("/")
@@ -99,16 +76,16 @@ def _redis(parts: SplitResult, options: StoreOptions) -> Store:
         entry = {name: query.pop(f"sentinel_{name}", None) for name in ("username", "password")}
         servers = _servers(parts, scheme, path, query, 26379)
         sentinels = [replace(server, options={**server.options, "db": 0, **entry}) for server in servers]
-        primary = Node(lambda: connect_primary(sentinels, unquote(service), servers[0], timeouts), level)
-        return RedisStore(Nodes(primary, timeouts.reply_s))
+        primary = Node(servers[0], lambda: connect_primary(sentinels, unquote(service), servers[0], options), options)
+        return RedisStore(Nodes(primary, options))
     servers = _servers(parts, scheme, path, query, 6379)
     if kind == "cluster":
         if path not in ("", "0"):
             raise ConfigError(f"store URL asks for database {path!r}. A cluster has only one; leave it out.")
-        return RedisStore(Cluster(servers, timeouts, level))
+        return RedisStore(Cluster(servers, options))
     if len(servers) > 1:
         raise ConfigError(f"store URL names {len(servers)} hosts. Write redis+cluster:// or redis+sentinel://.")
-    return RedisStore(Nodes(Node(lambda: connect(servers[0], timeouts), level), timeouts.reply_s))
+    return RedisStore(Nodes(Node(servers[0], lambda: connect(servers[0], options), options), options))
 
 
 def _servers(parts: SplitResult, scheme: str, db: str, query: Mapping[str, str], port: int) -> "list[Server]":

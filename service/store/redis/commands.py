@@ -19,8 +19,10 @@ from ...records.layout import TOKEN
 from .. import Bytes, Write
 
 PREFIX: Final = "stepcast:{"
-PER_COMMAND: Final = 64
-"""Sessions that one command changes at most: more would make Redis pause for longer, and save nothing."""
+ROWS: Final = 64
+"""Of a block, that one command changes at most: more would make Redis pause for longer, and save nothing."""
+WRITES: Final = 16
+"""Edits of one command: their records may be of any size."""
 _FEW: Final = 12
 """Records that are written by hand sooner than numpy's calls fill a frame."""
 _MOST_FRAMES: Final = 4

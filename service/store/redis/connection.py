@@ -18,6 +18,7 @@ from hiredis import HiredisError, Reader, ReplyError
 
 from stepcast.errors import StoreUnavailable
 
+from .. import StoreOptions
 from .commands import LESSON, pack
 
 _SEND_BYTES: Final = 1 << 20
@@ -50,14 +51,6 @@ class Server:
         user, password, db = (self.options.get(name) for name in ("username", "password", "db"))
         commands = [pack("AUTH", *((user,) if user else ()), password)] if password is not None else []
         return [*commands, pack("SELECT", db)] if db else commands
-
-
-@dataclass(frozen=True, slots=True)
-class Timeouts:
-    """How long to wait for a connection and for a reply, in seconds."""
-
-    connect_s: float = 1.0
-    reply_s: float = 1.0
 
 
 class Refused:
@@ -228,10 +221,10 @@ class Line:
         failure: StoreUnavailable | None = None
         try:
             self._wire = await self._locate()
-        except StoreUnavailable as error:
-            failure = error
         except asyncio.CancelledError:
             failure = _closed()
+        except Exception as error:  # whatever it is, who waits must hear of it
+            failure = error if isinstance(error, StoreUnavailable) else StoreUnavailable(f"Redis: {error!r}.")
         self._opening, waiting, self._waiting = None, self._waiting, []
         for commands, done in waiting:
             if failure is not None or self._wire is None:
@@ -277,22 +270,22 @@ async def ask(line: Wire | Line, *commands: bytes) -> Replies:
     return await future
 
 
-async def connect(server: Server, timeouts: Timeouts) -> Wire:
+async def connect(server: Server, options: StoreOptions) -> Wire:
     """Open a connection, enter, and teach the server our script.
 
     Raises:
         StoreUnavailable: nobody there, or a wrong password.
     """
-    wire = Wire(server, timeouts.reply_s)
+    wire = Wire(server, options.reply_timeout_s)
     named = pack("CLIENT", "SETNAME", "stepcast")  # for who looks at Redis' list of clients; it may be forbidden
     try:
-        async with asyncio.timeout(timeouts.connect_s):
+        async with asyncio.timeout(options.connect_timeout_s):
             loop = asyncio.get_running_loop()
             await loop.create_connection(lambda: wire, server.host, server.port, ssl=server.context)
             *replies, _ = await ask(wire, *server.greeting(), LESSON, named)
     except (OSError, ValueError) as error:
         wire.close("not connected")
-        raise unavailable(server, str(error) or f"no connection within {timeouts.connect_s:g} s") from error
+        raise unavailable(server, str(error) or f"no connection within {options.connect_timeout_s:g} s") from error
     except asyncio.CancelledError:
         wire.close("not connected")
         raise

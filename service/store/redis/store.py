@@ -11,7 +11,7 @@ from stepcast.errors import InvalidRequest
 
 from ...records.block import Block
 from .. import Done, Write
-from .commands import PER_COMMAND, PREFIX, Frames, change, main, pack, side
+from .commands import PREFIX, ROWS, WRITES, Frames, change, main, pack, side
 from .connection import Refused, Replies, ask
 from .topology import Node, Nodes
 
@@ -34,6 +34,7 @@ class RedisStore:
 
     async def open(self) -> None:
         try:
+            await self._nodes.open()
             await self.ping()
             for node in self._nodes.primaries():
                 await _warn_of_loss(node)
@@ -54,7 +55,7 @@ class RedisStore:
         return list(chain.from_iterable(found))
 
     def replace(self, block: Block, done: Done) -> None:
-        parts = self._parts(len(block), PER_COMMAND)
+        parts = self._parts(len(block), ROWS)
 
         def told(places: Sequence[int], replies: Replies | BaseException) -> None:
             rows = places if len(parts) == len(block) else [row for place in places for row in parts[place]]
@@ -67,7 +68,7 @@ class RedisStore:
         self._nodes.send(keys, self._frames.commands(block, parts), told)
 
     async def change(self, writes: Sequence[Write]) -> list[bool]:
-        parts = self._parts(len(writes), PER_COMMAND)
+        parts = self._parts(len(writes), WRITES)
         commands = [change(writes[part.start : part.stop]) for part in parts]
         replies = await self._nodes.run([writes[part.start].key for part in parts], commands)
         return [flag == 1 for reply in replies for flag in reply]

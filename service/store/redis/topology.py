@@ -8,7 +8,7 @@ import functools
 from asyncio import CancelledError
 from binascii import crc_hqx
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import cycle
 from typing import Any, Final, cast
 
@@ -21,8 +21,9 @@ from redis.exceptions import RedisError
 
 from stepcast.errors import StoreUnavailable
 
+from .. import StoreOptions
 from .commands import LESSON, pack
-from .connection import Line, Refused, Replies, Server, Timeouts, Wire, ask, connect, unavailable
+from .connection import Line, Refused, Replies, Server, Wire, ask, connect, unavailable
 
 _SLOTS: Final = 16384
 _PAUSE_S: Final = 0.05
@@ -33,21 +34,22 @@ _LINES_THAT_WAIT: Final = 4
 _ASKING: Final = pack("ASKING")
 _ONCE: Final = Retry(NoBackoff(), 0)
 
-
-@dataclass(frozen=True, slots=True)
-class Replication:
-    """How many replicas must have a write before it counts, and how long to wait for them; 0: do not wait."""
-
-    replicas: int = 0
-    timeout_s: float = 0.5
+Told = Callable[[Sequence[int], Replies | BaseException], None]
+"""Takes places of commands, and their replies; or why there are none, a StoreUnavailable or a cancellation."""
 
 
 class Node:
-    """One server; where replicas are waited for, several connections take turns, since one that waits stands still."""
+    """One server; where replicas are waited for, several connections take turns, since one that waits stands still.
 
-    def __init__(self, locate: Callable[[], Awaitable[Wire]], level: Replication) -> None:
-        count = _LINES_THAT_WAIT if level.replicas else 1
-        self._lines = [Line(locate, level.replicas, level.timeout_s) for _ in range(count)]
+    Args:
+        server: Where it is; only a cluster asks.
+        locate: Makes a connection to where it is now.
+    """
+
+    def __init__(self, server: Server, locate: Callable[[], Awaitable[Wire]], options: StoreOptions) -> None:
+        self.server = server
+        count = _LINES_THAT_WAIT if options.awaited else 1
+        self._lines = [Line(locate, options.awaited, options.replica_timeout_s) for _ in range(count)]
         self._turn = cycle(self._lines)
 
     @property
@@ -61,16 +63,8 @@ class Node:
             await line.close()
 
 
-Told = Callable[[Sequence[int], Replies | BaseException], None]
-"""Takes places of commands, and their replies; or why there are none, a StoreUnavailable or a cancellation."""
-
-
 class Nodes:
     """The servers of one store: one primary.
-
-    Args:
-        node: The primary.
-        timeout_s: For how long a command that was not done is sent again.
 
     Attributes:
         most: How many sessions one command may name.
@@ -80,15 +74,18 @@ class Nodes:
     most = 1 << 30
     not_done = frozenset({"NOSCRIPT"})
 
-    def __init__(self, node: Node | None, timeout_s: float) -> None:
-        self._node, self._timeout_s = node, timeout_s
+    def __init__(self, node: Node | None, options: StoreOptions) -> None:
+        self._node, self._options = node, options
+
+    async def open(self) -> None:
+        """Find the servers. Raises StoreUnavailable."""
 
     def send(self, keys: Sequence[str], commands: Sequence[bytes], told: Told) -> None:
-        """Send commands, each to the server that has the session `keys` say, all of a server together.
+        """Send commands, each to the server that has the session that `keys` says, all of a server together.
 
         Args:
             told: Called once or several times, so that every command is told once; a server that hangs holds up its
-                own ones only.
+                own only.
         """
         self._send(self._node, range(len(commands)), keys, commands, told)
 
@@ -151,20 +148,20 @@ class Nodes:
                     told([i], reply.error)
 
         if node is None:
-            replied(StoreUnavailable("Redis: no server of the cluster has the session's slot.", retry_after_s=1.0))
+            replied(_nowhere())
         else:
             node.line.send(commands if len(mine) == len(commands) else [commands[i] for i in mine], replied)
 
     async def _try_again(self, key: str, command: bytes, refused: Refused) -> Any:
         """The reply to a command that was not done, sent until it is or the time is over."""
         clock, pause_s, reply = asyncio.get_running_loop().time, 0.0, refused
-        until = clock() + self._timeout_s
+        until = clock() + self._options.reply_timeout_s
         while isinstance(reply, Refused) and reply.reason in self.not_done and clock() < until:
             await asyncio.sleep(pause_s)
             pause_s = _PAUSE_S
             node, first = self._next(key, reply)
             if node is None:
-                break
+                raise _nowhere()
             *_, reply = await ask(node.line, *first, command)
         if isinstance(reply, Refused):
             raise reply.error
@@ -180,6 +177,10 @@ def _tell(told: Told, place: int, again: "asyncio.Task[Any]") -> None:
     told([place], failure or [again.result()])
 
 
+def _nowhere() -> StoreUnavailable:
+    return StoreUnavailable("Redis: no server of the cluster is known to have the session.", retry_after_s=1.0)
+
+
 class Cluster(Nodes):
     """Many primaries, each with some of the 16384 slots.
 
@@ -188,41 +189,53 @@ class Cluster(Nodes):
 
     Args:
         seeds: Servers to ask who has which slots; any one that answers will do.
-        timeouts: Of each server.
-        level: Of all.
     """
 
     most = 1
     not_done = frozenset({"NOSCRIPT", "MOVED", "ASK", "TRYAGAIN"})
 
-    def __init__(self, seeds: Sequence[Server], timeouts: Timeouts, level: Replication) -> None:
-        super().__init__(None, timeouts.reply_s)
-        self._seeds, self._timeouts, self._level = seeds, timeouts, level
+    def __init__(self, seeds: Sequence[Server], options: StoreOptions) -> None:
+        super().__init__(None, options)
+        self._seeds = seeds
         self._nodes: dict[Server, Node] = {}
-        self._owners: list[Server | None] = []  # by slot; empty: nobody was asked yet
-        self._unplaced: list[tuple[Sequence[str], Sequence[bytes], Told]] = []
+        self._owners: list[Node | None] = [None] * _SLOTS
         self._looking: asyncio.Task[None] | None = None
         self._look_after = 0.0
 
-    def send(self, keys: Sequence[str], commands: Sequence[bytes], told: Told) -> None:
-        if not self._owners:
-            self._unplaced.append((keys, commands, told))
-            self.doubt()
+    async def open(self) -> None:
+        """Ask one server after the other who has which slots."""
+        failure: StoreUnavailable | None = None
+        for asked in dict.fromkeys([*(node.server for node in self.primaries()), *self._seeds]):
+            try:
+                found = await _look_up(asked, self._options, "CLUSTER SLOTS")
+            except StoreUnavailable as error:
+                failure = error
+                continue
+            owners: list[Node | None] = [None] * _SLOTS
+            for first, last, (host, port, *_), *_ in found:
+                owners[first : last + 1] = [self._at(asked, (host or b"").decode(), port)] * (last + 1 - first)
+            self._owners = owners
             return
+        raise failure or _nowhere()
+
+    def send(self, keys: Sequence[str], commands: Sequence[bytes], told: Told) -> None:
         by_node: dict[Node | None, list[int]] = {}
         for i, key in enumerate(keys):
-            by_node.setdefault(self._node_of(key), []).append(i)
+            by_node.setdefault(self._owners[slot_of(key)], []).append(i)
         for node, mine in by_node.items():
             self._send(node, mine, keys, commands, told)
 
     def primaries(self) -> list[Node]:
-        return [self._nodes[owner] for owner in dict.fromkeys(self._owners) if owner]
+        return [node for node in dict.fromkeys(self._owners) if node]
 
     def doubt(self) -> None:
         now = asyncio.get_running_loop().time()
-        if self._looking is None and (self._unplaced or now >= self._look_after):
+        if now >= self._look_after and (self._looking is None or self._looking.done()):
             self._look_after = now + _LOOK_S
-            self._looking = asyncio.create_task(self._look())
+            self._looking = asyncio.create_task(self.open())
+            self._looking.add_done_callback(
+                lambda look: look.cancelled() or look.exception()
+            )  # the next one looks again
 
     async def close(self) -> None:
         if self._looking is not None:
@@ -231,67 +244,27 @@ class Cluster(Nodes):
         for node in self._nodes.values():
             await node.close()
 
-    async def _look(self) -> None:
-        """Read who has which slots, then send what waited for that."""
-        failure: StoreUnavailable | CancelledError | None = None
-        try:
-            self._owners = await self._read_slots()
-            for owner in filter(None, dict.fromkeys(self._owners)):
-                self._at(owner)
-        except (StoreUnavailable, CancelledError) as error:
-            failure = error
-        self._looking, unplaced, self._unplaced = None, self._unplaced, []
-        for keys, commands, told in unplaced:
-            if failure is None:
-                self.send(keys, commands, told)
-            else:
-                told(range(len(keys)), failure)
-
-    async def _read_slots(self) -> list[Server | None]:
-        """The server of each slot, as the first server says that answers."""
-        failure: StoreUnavailable | None = None
-        owners: list[Server | None] = [None] * _SLOTS
-        for asked in dict.fromkeys([*filter(None, self._owners), *self._seeds]):
-            try:
-                found = await _look_up(asked, self._timeouts, "CLUSTER SLOTS")
-            except StoreUnavailable as error:
-                failure = error
-                continue
-            for first, last, (host, port, *_), *_ in found:
-                owners[first : last + 1] = [_known(asked, (host or b"").decode(), port)] * (last + 1 - first)
-            return owners
-        raise failure or unavailable(self._seeds[0], "asked nobody")
-
     def _next(self, key: str, refused: Refused) -> tuple[Node | None, Sequence[bytes]]:
-        first: Sequence[bytes] = (LESSON,) if refused.reason == "NOSCRIPT" else ()
-        if refused.reason in ("MOVED", "ASK"):  # MOVED 123 host:port
+        slot = slot_of(key)
+        if refused.reason in ("MOVED", "ASK"):  # 123 host:port
             host, _, port = refused.text.split(" ")[2].rpartition(":")
-            there = _known(refused.server, host, int(port))
+            node = self._at(refused.server, host, int(port))
             if refused.reason == "ASK":
-                return self._at(there), (_ASKING,)
-            self._at(there)
-            self._owners[slot_of(key)] = there
-        return self._node_of(key), first
+                return node, (_ASKING,)
+            self._owners[slot] = node
+        return self._owners[slot], (LESSON,) if refused.reason == "NOSCRIPT" else ()
 
-    def _node_of(self, key: str) -> Node | None:
-        """The server that has a session; None: there is none."""
-        owner = self._owners[slot_of(key)]
-        return None if owner is None else self._nodes[owner]
-
-    def _at(self, server: Server) -> Node:
+    def _at(self, asked: Server, host: str, port: int) -> Node:
+        """The server that another one names; one without a name has the same host."""
+        server = replace(asked, host=asked.host if host in ("", "?") else host, port=port)
         if server not in self._nodes:
-            self._nodes[server] = Node(lambda: connect(server, self._timeouts), self._level)
+            self._nodes[server] = Node(server, lambda: connect(server, self._options), self._options)
         return self._nodes[server]
 
 
 def slot_of(key: str) -> int:
     """The cluster's slot of a session: of what stands between the braces of its Redis keys."""
     return crc_hqx(key.encode(), 0) % _SLOTS
-
-
-def _known(asked: Server, host: str, port: int) -> Server:
-    """A server that another one names; one without a name has the same host."""
-    return replace(asked, host=asked.host if host in ("", "?") else host, port=port)
 
 
 # --- redis-py -------------------------------------------------------------------------------------------------------
@@ -307,42 +280,42 @@ def server_of(url: str, port: int) -> Server:
         ValueError: not a URL of this form. OSError: its certificates cannot be read.
     """
     options: dict[str, Any] = {**parse_url(url)}
-    tls = {name: value for name, value in options.items() if name.startswith("ssl_")}
     context = None
-    if "connection_class" in options:  # of TLS; redis-py < 6 leaves the name unchecked
-        options["ssl_check_hostname"] = tls["ssl_check_hostname"] = tls.get("ssl_check_hostname", True)
+    if "connection_class" in options:  # of TLS
+        options.setdefault("ssl_check_hostname", True)  # redis-py before 6 leaves the name unchecked
+        tls = {name: value for name, value in options.items() if name.startswith("ssl_")}
         context = SSLConnection(**tls).ssl_context.get()
     return Server(options.get("host", "localhost"), options.get("port", port), options, context)
 
 
-def _asking(server: Server, timeouts: Timeouts) -> dict[str, Any]:
-    """How redis-py asks a server: by the protocol's second version and once, as a lost reply is our callers' matter."""
-    waits = {"socket_connect_timeout": timeouts.connect_s, "socket_timeout": timeouts.reply_s}
-    return {**server.options, **waits, "host": server.host, "port": server.port, "protocol": 2, "retry": _ONCE}
+def _client(server: Server, options: StoreOptions) -> Any:
+    """redis-py's, that asks once: whether to ask again is for who calls us to say."""
+    waits = {"socket_connect_timeout": options.connect_timeout_s, "socket_timeout": options.reply_timeout_s}
+    where = {"host": server.host, "port": server.port, "protocol": 2, "retry": _ONCE}
+    return Redis.from_pool(ConnectionPool(**{**server.options, **waits, **where}))
 
 
-async def _look_up(server: Server, timeouts: Timeouts, command: str) -> Any:
-    """What a server says to redis-py."""
-    client = Redis.from_pool(ConnectionPool(**_asking(server, timeouts)))
+async def _look_up(server: Server, options: StoreOptions, command: str) -> Any:
+    """What a server replies to a question of who is where."""
+    client = _client(server, options)
     try:
-        return await cast(Any, client).execute_command(command)
+        return await client.execute_command(command)
     except (RedisError, OSError) as error:
         raise unavailable(server, str(error)) from error
     finally:
         await client.aclose()
 
 
-async def connect_primary(sentinels: Sequence[Server], service: str, entry: Server, timeouts: Timeouts) -> Wire:
+async def connect_primary(sentinels: Sequence[Server], service: str, entry: Server, options: StoreOptions) -> Wire:
     """A connection to the server that the first sentinel that answers calls primary, and that says so itself.
 
     Args:
         sentinels: Asked in order.
         service: The name that the sentinels know the primary by.
         entry: Database, user and TLS of the primary; its host and port do not count.
-        timeouts: Of each connection.
     """
     asked = cast(Any, Sentinel)([])
-    asked.sentinels = [Redis.from_pool(ConnectionPool(**_asking(sentinel, timeouts))) for sentinel in sentinels]
+    asked.sentinels = [_client(sentinel, options) for sentinel in sentinels]
     try:
         host, port = await asked.discover_master(service)
     except (RedisError, OSError) as error:
@@ -351,7 +324,7 @@ async def connect_primary(sentinels: Sequence[Server], service: str, entry: Serv
     finally:
         for client in asked.sentinels:
             await client.aclose()
-    wire = await connect(replace(entry, host=host, port=int(port)), timeouts)
+    wire = await connect(replace(entry, host=host, port=int(port)), options)
     (role,) = await ask(wire, pack("ROLE"))
     if isinstance(role, Refused) or role[0] != b"master":
         wire.close("not a primary")
