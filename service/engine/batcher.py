@@ -12,15 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Final, Generic, Protocol, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
 from stepcast.errors import DeadlineExceeded, StepcastError
 
 from ..telemetry import as_ours
+from .arrays import Bytes, Floats, Lengths
 
-Floats = npt.NDArray[np.float32]
-Bytes = npt.NDArray[np.uint8]
-Lengths = npt.NDArray[np.int32]
 RunGraph = Callable[[Floats, Lengths | None, Bytes], tuple[Floats, Bytes]]
 
 UNFINISHED_RUNS: Final = 2

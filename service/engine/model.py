@@ -7,26 +7,20 @@ session's record holds, so gathering a batch is joining bytes.
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from stepcast.errors import ManifestError, NonFinite
+from stepcast.errors import ManifestError
 from stepcast.manifest import MODEL_FILE, InputTensor, Manifest, OutputTensor, read_manifest
 
-from .buffers import BoundSteps, is_finite, row_type, rows_of, step_ports
-from .golden import Golden, Proof, Run, State
-from .gpu_states import CannotReside, Ints, ResidentStates, StatesOf
+from .arrays import Array, Bytes, Floats, Ints, Lengths, State
+from .buffers import BoundSteps, blank_rows, check_run, row_type, rows_of, step_ports
+from .golden import Golden, Proof, Run
+from .gpu_states import CannotReside, ResidentStates, StatesOf
 from .onnx_session import check_signature, open_session
 from .single_step_graph import single_step_graph
 
 log = logging.getLogger("stepcast.runtime")
-
-Array = npt.NDArray[Any]
-Floats = npt.NDArray[np.float32]
-Bytes = npt.NDArray[np.uint8]
-Lengths = npt.NDArray[np.int32]
 
 
 class Runtime:
@@ -87,7 +81,7 @@ class Runtime:
         if x.shape[1] == 1 and len(x) and self._bound is not None:
             return self._bound.run(x, lengths, states)
         y, new = (self._run_graph if self._mixes_lengths else self._run_by_length)(x, lengths, states)
-        self._check_finite(y, lengths, new)
+        check_run(y, lengths, rows_of(new, self._row).values())
         return y, new
 
     def step(self, x: Floats, before: Sequence[Bytes], after: Sequence[Bytes], tags: Ints | None = None) -> Floats:
@@ -156,7 +150,7 @@ class Runtime:
             NonFinite: as `run`; the batch's states have left the device, and no tag has changed.
         """
         if self.resident is not None and len(x) <= self.resident.capacity:
-            return self.resident.run(x, lengths, tags, states_of, _check_resident)
+            return self.resident.run(x, lengths, tags, states_of)
         y, new = self.run(x, lengths, states_of(np.arange(len(x))))
         tags[:] = 0
         return y, new
@@ -177,7 +171,7 @@ class Runtime:
                 initial=self.initial(1),
                 grain=grain,
             )
-            Golden(self).prove(self._run_tagged())
+            Golden(self.directory, self.manifest).prove(self._run_tagged())
         except Exception as error:  # onnxruntime's exceptions have no common base but this
             self.resident = None
             self._warn("states do not stay on the device", error)
@@ -200,7 +194,7 @@ class Runtime:
                 return False
             session = open_session(made.model, self.device, self._threads)
             self._bound = BoundSteps(session, self.manifest, made.ports, self._constants)
-            Golden(self).prove_steps(self.run)
+            Golden(self.directory, self.manifest).prove_steps(self.run)
         except Exception as error:  # onnx's and onnxruntime's exceptions have no common base but this
             self._bound = before
             self._warn("single steps have no graph of their own", error)
@@ -214,7 +208,7 @@ class Runtime:
         Raises:
             ManifestError: golden.npz is missing or wrong, or an output or state is off by more than the tolerance.
         """
-        return Golden(self).prove(self.run)
+        return Golden(self.directory, self.manifest).prove(self.run)
 
     def end_profile(self) -> Path:
         """The profile of model.onnx so far, where one was asked for; it ends here."""
@@ -231,15 +225,10 @@ class Runtime:
     def pack(self, state: Mapping[str, Mapping[str, Array]]) -> bytes:
         """The inverse of unpack; arrays have the manifest's dtypes and shapes already."""
         values = [state[tensor.layer][tensor.key] for tensor in self.manifest.states]
-        packed, tensors = self._blank(len(values[0]) if values else 0)
+        packed, tensors = blank_rows(len(values[0]) if values else 0, self._row)
         for tensor, value in zip(tensors.values(), values, strict=True):
             tensor[:] = value
         return packed.tobytes()
-
-    def _blank(self, rows: int) -> tuple[Bytes, dict[str, Array]]:
-        """Packed states to be filled (rows, row_bytes), and their tensors."""
-        packed = np.empty((rows, self.row_bytes), np.uint8)
-        return packed, rows_of(packed, self._row)
 
     def _run_by_length(self, x: Floats, lengths: Lengths | None, states: Bytes) -> tuple[Floats, Bytes]:
         """A graph that takes no lengths, no time or other axes: rows of equal length go together, or step by step."""
@@ -272,7 +261,7 @@ class Runtime:
         if spec.lengths is not None:
             feeds[spec.lengths] = np.full(rows, steps, np.int32) if lengths is None else lengths
         y, *values = self._session.run(self._outputs, feeds)
-        new, tensors = self._blank(rows)
+        new, tensors = blank_rows(rows, self._row)
         for state, value in zip(spec.states, values, strict=True):
             tensors[state.input][:] = np.moveaxis(value, state.batch_axis, 0)
         y = np.moveaxis(y, out_of, range(len(out_of)))
@@ -292,12 +281,6 @@ class Runtime:
 
         return run
 
-    def _check_finite(self, y: Floats, lengths: Lengths | None, states: Bytes) -> None:
-        _check_outputs(y, lengths)
-        floats = [tensor for tensor in rows_of(states, self._row).values() if tensor.dtype.kind == "f"]
-        if not all(is_finite(tensor.reshape(-1)) for tensor in floats):
-            raise NonFinite("the model's state would not be finite; nothing was committed")
-
     def _warn(self, what: str, error: Exception) -> None:
         known = isinstance(error, CannotReside | ManifestError)
         why = error if known else f"{type(error).__name__}: {error}"
@@ -314,16 +297,3 @@ def _joined(parts: Sequence[Bytes], rows: int) -> Bytes:
 def _axes(port: InputTensor | OutputTensor) -> list[int]:
     """Where a graph has the rows, and the steps if it has steps."""
     return [port.batch_axis] if port.time_axis is None else [port.batch_axis, port.time_axis]
-
-
-def _check_outputs(y: Floats, lengths: Lengths | None) -> None:
-    if not np.isfinite(y).all():
-        valid = y if lengths is None else y[np.arange(y.shape[1]) < lengths[:, None]]
-        if not np.isfinite(valid).all():
-            raise NonFinite("the model's outputs are not finite; nothing was committed")
-
-
-def _check_resident(y: Floats, lengths: Lengths | None, sound: Floats) -> None:
-    _check_outputs(y, lengths)
-    if not np.isfinite(sound).all():
-        raise NonFinite("the model's state would not be finite; nothing was committed")

@@ -8,17 +8,16 @@ the bytes in memory are the same, and nothing is copied from one shape to the ot
 The caller proves the result against golden.npz, as it does model.onnx.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from . import onnx_door as onnx
+from .arrays import Array
 from .buffers import ROWS, Ports, Shape
 
-Array = npt.NDArray[Any]
 Axes = tuple[int, ...]
 
 MOST_BYTES: Final = 64 << 20
@@ -62,9 +61,9 @@ def single_step_graph(path: Path, ports: Ports, lengths: str | None) -> SingleSt
     """
     model = onnx.load(str(path), load_external_data=False)
     graph = model.graph
-    opset = max((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), default=0)
     outside = any(i.data_location == onnx.TensorProto.EXTERNAL for i in graph.initializer)
-    if opset < _LEAST_OPSET or model.functions or outside or _has_graphs(graph) or path.stat().st_size > MOST_BYTES:
+    unfit = onnx.opset(model) < _LEAST_OPSET or model.functions or outside or _has_graphs(graph)
+    if unfit or path.stat().st_size > MOST_BYTES:
         return None
     for port in (*graph.input, *graph.output):
         if port.name in ports:
@@ -74,10 +73,10 @@ def single_step_graph(path: Path, ports: Ports, lengths: str | None) -> SingleSt
     if not rewriter.rewrote:
         return None
     del graph.value_info[:]
-    _replace(graph.node, nodes)
+    onnx.replace(graph.node, nodes)
     graph.initializer.extend(rewriter.made)
     for side in (graph.input, graph.output):
-        _replace(side, [new for port in side for new in rewriter.new_ports(port)])
+        onnx.replace(side, [new for port in side for new in rewriter.new_ports(port)])
     _drop_unused(graph, lengths)
     return SingleStepGraph(bytes(model.SerializeToString()), rewriter.ports)
 
@@ -179,7 +178,7 @@ class _Rewriter:
         return rewrite is not None and rewrite(node)
 
     def _keep(self, node: Any) -> None:
-        _replace(node.input, [self._made(name) for name in node.input])
+        onnx.replace(node.input, [self._made(name) for name in node.input])
         self._nodes.append(node)
 
     def _add(self, op: str, inputs: Sequence[str], output: str = "", **attributes: Any) -> str:
@@ -475,7 +474,7 @@ def _without_copies(nodes: list[Any], outputs: set[str]) -> list[Any]:
         if node.op_type == "Identity" and renamed.get(node.input[0]) == node.output[0]:
             continue
         for names in (node.input, node.output):
-            _replace(names, [renamed.get(name, name) for name in names])
+            onnx.replace(names, [renamed.get(name, name) for name in names])
         kept.append(node)
     return kept
 
@@ -488,13 +487,6 @@ def _drop_unused(graph: Any, lengths: str | None) -> None:
         if needed.intersection(node.output):
             needed.update(node.input)
             kept.append(node)
-    _replace(graph.node, reversed(kept))
-    _replace(graph.initializer, (value for value in graph.initializer if value.name in needed))
-    _replace(graph.input, (port for port in graph.input if port.name != lengths or lengths in needed))
-
-
-def _replace(field: Any, values: Iterable[Any]) -> None:
-    """Let a repeated field hold these values."""
-    kept = list(values)
-    del field[:]
-    field.extend(kept)
+    onnx.replace(graph.node, reversed(kept))
+    onnx.replace(graph.initializer, (value for value in graph.initializer if value.name in needed))
+    onnx.replace(graph.input, (port for port in graph.input if port.name != lengths or lengths in needed))
