@@ -67,8 +67,8 @@ class Golden:
         """
         whole = self._compare("one call", lambda: run(self._x, self._lengths, self._before))
         stepped = self.prove_steps(run) if self._manifest.streaming else (0.0, 0.0)
-        rows, steps = self._x.shape[:2]
-        return Proof(rows, steps, *np.maximum(whole, stepped).tolist(), self._manifest.streaming)
+        output_error, state_error = np.maximum(whole, stepped).tolist()
+        return Proof(len(self._x), self._x.shape[1], output_error, state_error, self._manifest.streaming)
 
     def prove_steps(self, run: Run) -> tuple[float, float]:
         """The same by single steps alone; the largest errors of outputs and states."""

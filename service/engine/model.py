@@ -5,7 +5,8 @@ session's record holds, so gathering a batch is joining bytes.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -161,7 +162,7 @@ class Runtime:
         Returns:
             Whether it was possible and reproduced golden.npz. If not, the log says why, and all runs are plain ones.
         """
-        try:
+        with self._trying("states do not stay on the device"):
             self.resident = ResidentStates(
                 self.directory / MODEL_FILE,
                 self.manifest,
@@ -172,12 +173,10 @@ class Runtime:
                 grain=grain,
             )
             Golden(self.directory, self.manifest).prove(self._run_tagged())
-        except Exception as error:  # onnxruntime's exceptions have no common base but this
-            self.resident = None
-            self._warn("states do not stay on the device", error)
-            return False
-        log.info("%s: states of %d rows stay on the device", self.directory, self.resident.capacity)
-        return True
+            log.info("%s: states of %d rows stay on the device", self.directory, self.resident.capacity)
+            return True
+        self.resident = None
+        return False
 
     def quicken(self) -> bool:
         """Make single steps by a graph of their own from now on (single_step_graph.py).
@@ -185,22 +184,16 @@ class Runtime:
         Returns:
             Whether there is one and it reproduced golden.npz. If it did not, the log says why; steps go as before.
         """
-        before = self._bound
-        if before is None or not self.manifest.streaming:
+        if self._bound is None or not self.manifest.streaming:
             return False
-        try:
-            made = single_step_graph(self.directory / MODEL_FILE, before.ports, self.manifest.lengths)
-            if made is None:
-                return False
-            session = open_session(made.model, self.device, self._threads)
-            self._bound = BoundSteps(session, self.manifest, made.ports, self._constants)
-            Golden(self.directory, self.manifest).prove_steps(self.run)
-        except Exception as error:  # onnx's and onnxruntime's exceptions have no common base but this
-            self._bound = before
-            self._warn("single steps have no graph of their own", error)
-            return False
-        self.quick = True
-        return True
+        with self._trying("single steps have no graph of their own"):
+            made = single_step_graph(self.directory / MODEL_FILE, self._bound.ports, self.manifest.lengths)
+            if made is not None:
+                session = open_session(made.model, self.device, self._threads)
+                bound = BoundSteps(session, self.manifest, made.ports, self._constants)
+                Golden(self.directory, self.manifest).prove_steps(bound.run)
+                self._bound, self.quick = bound, True
+        return self.quick
 
     def prove(self) -> Proof:
         """Reproduce golden.npz in one call and, where the model streams, one step at a time.
@@ -242,11 +235,8 @@ class Runtime:
             spans = [(0, int(length), each == length) for length in np.unique(each[each > 0])]
         for start, end, there in spans:
             pick = np.flatnonzero(there)
-            part, states = x[pick, start:end], new[pick]
-            if self._bound is not None and end - start == 1:
-                y[pick, start:end], new[pick] = self._bound.run(part, None, states)
-            else:
-                y[pick, start:end], new[pick] = self._run_graph(part, None, states)
+            run = self._bound.run if self._bound is not None and end - start == 1 else self._run_graph
+            y[pick, start:end], new[pick] = run(x[pick, start:end], None, new[pick])
         return y, new
 
     def _run_graph(self, x: Floats, lengths: Lengths | None, states: Bytes) -> tuple[Floats, Bytes]:
@@ -281,10 +271,15 @@ class Runtime:
 
         return run
 
-    def _warn(self, what: str, error: Exception) -> None:
-        known = isinstance(error, CannotReside | ManifestError)
-        why = error if known else f"{type(error).__name__}: {error}"
-        log.warning("%s: %s: %s", self.directory / MODEL_FILE, what, why)
+    @contextmanager
+    def _trying(self, what: str) -> Iterator[None]:
+        """Go on without what fails inside; the log says why."""
+        try:
+            yield
+        except Exception as error:  # onnx's and onnxruntime's exceptions have no common base but this
+            known = isinstance(error, CannotReside | ManifestError)
+            why = error if known else f"{type(error).__name__}: {error}"
+            log.warning("%s: %s: %s", self.directory / MODEL_FILE, what, why)
 
 
 def _joined(parts: Sequence[Bytes], rows: int) -> Bytes:
