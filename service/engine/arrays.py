@@ -9,9 +9,13 @@ import numpy.typing as npt
 from stepcast.errors import InvalidRequest, NonFinite, ShapeMismatch, StateMismatch, StepcastError, TooLarge
 from stepcast.manifest import Manifest
 
+Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
+Bytes = npt.NDArray[np.uint8]
+Ints = npt.NDArray[np.int64]
+Lengths = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.bool_]
-State = dict[str, dict[str, npt.NDArray[Any]]]
+State = dict[str, dict[str, Array]]
 Format = Literal["NWC", "NCW"]
 Form = Literal["F", "NF", "NTF", "NFT"]
 """What the axes of a caller's array are; the answer's are the same, with O for F."""
@@ -200,13 +204,13 @@ def state_arrays(given: dict[str, Any], manifest: Manifest) -> tuple[State, int]
     return {layer: arrays for layer, (arrays, _) in made.items()}, counts.pop() if counts else 0
 
 
-def layer_arrays(given: Any, manifest: Manifest, layer: str) -> tuple[dict[str, npt.NDArray[Any]], int]:
+def layer_arrays(given: Any, manifest: Manifest, layer: str) -> tuple[dict[str, Array], int]:
     """One layer's state, checked against the model; and its N."""
     tensors = manifest.layers[layer]
     if not isinstance(given, dict):
         raise StateMismatch(f"$.state.{layer} is not an object of keys {sorted(tensors)}")
     _same_names(f"state.{layer}", given, tensors)
-    arrays: dict[str, npt.NDArray[Any]] = {}
+    arrays: dict[str, Array] = {}
     for key, tensor in tensors.items():
         arrays[key] = _tensor(given[key], tensor.dtype, tensor.shape, f"$.state.{layer}.{key}")
     counts = {len(value) for value in arrays.values()}
@@ -221,7 +225,7 @@ def _same_names(what: str, given: dict[str, Any], want: dict[str, Any]) -> None:
         raise StateMismatch(f"$.{what}: missing {missing}, unknown {unknown}", missing=missing, unknown=unknown)
 
 
-def _tensor(value: Any, dtype: str, shape: tuple[int, ...], path: str) -> npt.NDArray[Any]:
+def _tensor(value: Any, dtype: str, shape: tuple[int, ...], path: str) -> Array:
     """One tensor (N, *shape)."""
     want = f"[N, {', '.join(map(str, shape))}]"
     try:
@@ -229,7 +233,7 @@ def _tensor(value: Any, dtype: str, shape: tuple[int, ...], path: str) -> npt.ND
             with np.errstate(over="ignore"):
                 tensor = value.astype(dtype, casting="same_kind")
         elif isinstance(value, bytes):
-            flat: npt.NDArray[Any] = np.frombuffer(value, np.dtype(dtype).newbyteorder("<")).astype(dtype)
+            flat: Array = np.frombuffer(value, np.dtype(dtype).newbyteorder("<")).astype(dtype)
             tensor = flat.reshape(-1, *shape)
         else:
             tensor = _plain_numbers(value, dtype, path)
@@ -244,7 +248,7 @@ def _tensor(value: Any, dtype: str, shape: tuple[int, ...], path: str) -> npt.ND
     return tensor
 
 
-def _plain_numbers(value: Any, dtype: str, path: str) -> npt.NDArray[Any]:
+def _plain_numbers(value: Any, dtype: str, path: str) -> Array:
     """Nested lists as an array of a dtype that holds their values."""
     given = np.array(value)
     if given.dtype.kind not in "biuf":

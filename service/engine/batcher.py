@@ -12,15 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Final, Generic, Protocol, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
 from stepcast.errors import DeadlineExceeded, StepcastError
 
 from ..telemetry import as_ours
+from .arrays import Bytes, Floats, Lengths
 
-Floats = npt.NDArray[np.float32]
-Bytes = npt.NDArray[np.uint8]
-Lengths = npt.NDArray[np.int32]
 RunGraph = Callable[[Floats, Lengths | None, Bytes], tuple[Floats, Bytes]]
 
 UNFINISHED_RUNS: Final = 2
@@ -98,8 +95,8 @@ class Batcher(Generic[B]):
             loop or from one thread, never twice at once, nor while a batch runs.
         finish: Takes a batch that has run; what it returns is awaited as its commit.
         batch_rows: Most rows in one chunk (a larger run goes alone).
-        chunk_s: About how long a chunk of a long sequence may take, and an eighth of it while batches come in
-            between; None: sequences cannot be cut.
+        chunk_s: About how long a chunk of a long sequence may take, an eighth of it while batches come in between;
+            None: sequences cannot be cut.
         inline_s: What is expected to take longer is run in a thread, so that the event loop stays free.
     """
 
@@ -122,7 +119,7 @@ class Batcher(Generic[B]):
         self._rest: asyncio.TimerHandle | None = None  # no chunk until then
         self._closing = False
         self._unfinished: set[asyncio.Future[object]] = set()
-        self._pool: ThreadPoolExecutor | None = None
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="stepcast-run")  # has no thread until it is needed
         self._made: list[tuple[int, float]] = []
         self._run_s = 50e-6  # moving averages: a run's fixed cost is not told apart from its cells'
         self._row_s = 10e-6
@@ -131,9 +128,7 @@ class Batcher(Generic[B]):
     def submit(self, batch: B) -> None:
         """Queue a batch; it begins once, and is finished once if it has anything to run."""
         self._batches.append(batch)
-        if self._task is None and not self._called:
-            self._called = True
-            asyncio.get_running_loop().call_soon(self._look)
+        self._look_soon()
 
     def submit_run(self, run: Run) -> None:
         """Queue a run; it is finished exactly once."""
@@ -152,31 +147,23 @@ class Batcher(Generic[B]):
                 await asyncio.wait(waiting)
             else:
                 await asyncio.sleep(0)
-        if self._pool is not None:
-            self._pool.shutdown(wait=False)
+        self._pool.shutdown(wait=False)
 
     # --- when ---------------------------------------------------------------------------------------------------
-
-    def _ready(self) -> bool:
-        """Whether there is anything to run now."""
-        return bool(self._batches) or self._chunk_due()
 
     def _chunk_due(self) -> bool:
         return bool(self._runs) and self._rest is None
 
     def _look_soon(self) -> None:
-        if self._task is None and not self._called and self._ready():
+        if self._task is None and not self._called and (self._batches or self._chunk_due()):
             self._called = True
             asyncio.get_running_loop().call_soon(self._look)
 
     def _look(self) -> None:
         """Run a short batch at once, without a task; where there is more to it, let a task do it."""
         self._called = False
-        chunk_due = self._runs and self._rest is None
-        if not self._batches and not chunk_due:
-            return
-        waits = chunk_due or len(self._unfinished) >= UNFINISHED_RUNS
-        if waits or max(self._run_s, self._batches[0].rows * self._row_s) > self._inline_s:
+        waits = self._chunk_due() or len(self._unfinished) >= UNFINISHED_RUNS
+        if waits or self._expected_s(self._batches[0]) > self._inline_s:
             self._task = asyncio.get_running_loop().create_task(self._work())
             return
         batch = self._batches.popleft()
@@ -187,7 +174,7 @@ class Batcher(Generic[B]):
 
     async def _work(self) -> None:
         try:
-            while self._ready():
+            while self._batches or self._chunk_due():
                 while len(self._unfinished) >= UNFINISHED_RUNS:
                     await asyncio.wait(self._unfinished, return_when=asyncio.FIRST_COMPLETED)
                 if self._batches:
@@ -208,13 +195,17 @@ class Batcher(Generic[B]):
 
     async def _next_batch(self) -> None:
         batch = self._batches.popleft()
-        if not batch.begin(time.monotonic()):
-            return
-        if max(self._run_s, batch.rows * self._row_s) <= self._inline_s:
-            took = self._timed(batch)
-        else:
-            took = await asyncio.get_running_loop().run_in_executor(self._executor(), self._timed, batch)
-        self._ran(batch, took)
+        if batch.begin(time.monotonic()):
+            self._ran(batch, await self._anywhere(self._expected_s(batch), self._timed, batch))
+
+    def _expected_s(self, batch: B) -> float:
+        return max(self._run_s, batch.rows * self._row_s)
+
+    async def _anywhere(self, expected_s: float, timed: Callable[..., float], *args: object) -> float:
+        """The seconds that something took; it is done in a thread where it would hold the event loop."""
+        if expected_s <= self._inline_s:
+            return timed(*args)
+        return await asyncio.get_running_loop().run_in_executor(self._pool, timed, *args)
 
     def _timed(self, batch: B) -> float:
         """Run; the seconds it took."""
@@ -227,15 +218,12 @@ class Batcher(Generic[B]):
 
     def _ran(self, batch: B, took: float) -> None:
         """Learn from a batch's run and let it go on to its commit."""
-        rows, average = batch.rows, self._run_s
         self._crossed = True
-        self._run_s = average + (FASTER if took < average else SLOWER) * (took - average)
-        if rows >= FULL_ROWS:
-            self._row_s = _nearer(self._row_s, took / rows)
-        self._note(rows, took)
-        commit = self._finish(batch)
-        if commit is not None:
-            self._await(commit)
+        self._run_s = _nearer(self._run_s, took)
+        if batch.rows >= FULL_ROWS:
+            self._row_s = _nearer(self._row_s, took / batch.rows)
+        self._note(batch.rows, took)
+        self._await(self._finish(batch))
 
     def _note(self, rows: int, took: float) -> None:
         self._made.append((rows, took))
@@ -247,20 +235,11 @@ class Batcher(Generic[B]):
         made, self._made = self._made, []
         return made
 
-    def _await(self, commit: Awaitable[object]) -> None:
-        task = asyncio.ensure_future(commit)
-        self._unfinished.add(task)
-        task.add_done_callback(self._unfinished.discard)
-
-    def _end(self, run: Run) -> None:
-        commit = run.finished()
+    def _await(self, commit: Awaitable[object] | None) -> None:
         if commit is not None:
-            self._await(commit)
-
-    def _executor(self) -> ThreadPoolExecutor:
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(1, thread_name_prefix="stepcast-run")
-        return self._pool
+            task = asyncio.ensure_future(commit)
+            self._unfinished.add(task)
+            task.add_done_callback(self._unfinished.discard)
 
     # --- long sequences -----------------------------------------------------------------------------------------
 
@@ -274,17 +253,14 @@ class Batcher(Generic[B]):
             chunk_s = self._chunk_s * (CROSSED_SHARE if self._crossed else 1.0)
             chunk = min(chunk, max(1, int(chunk_s / (self._cell_s * rows))))
         crossed, self._crossed = self._crossed, False
-        if rows * chunk * self._cell_s <= self._inline_s:
-            took = self._timed_chunk(runs, chunk)
-        else:
-            took = await asyncio.get_running_loop().run_in_executor(self._executor(), self._timed_chunk, runs, chunk)
+        took = await self._anywhere(rows * chunk * self._cell_s, self._timed_chunk, runs, chunk)
         self._cell_s = _nearer(self._cell_s, took / (rows * chunk))
         self._note(rows, took)
         for run in runs:
             if run.error is None and run.at < run.steps:
                 self._runs.append(run)
             else:
-                self._end(run)
+                self._await(run.finished())
         if crossed and self._runs and not self._closing:
             self._rest = asyncio.get_running_loop().call_later(REST_S, self._rested)
 
@@ -296,7 +272,7 @@ class Batcher(Generic[B]):
             run = self._runs.popleft()
             if run.at == 0 and (run.deadline < now or run.abandoned()):
                 run.error = too_late()
-                self._end(run)
+                self._await(run.finished())
             else:
                 runs.append(run)
                 rows += run.rows

@@ -7,21 +7,17 @@ that tensors of any dtype and batch axis are copied by the same two lines.
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from stepcast.errors import ManifestError, NonFinite
 from stepcast.manifest import MODEL_FILE, Manifest
 
+from .arrays import Array, Bytes, Floats, Lengths
 from .onnx_session import reading
 
-Array = npt.NDArray[Any]
-Floats = npt.NDArray[np.float32]
-Bytes = npt.NDArray[np.uint8]
-Lengths = npt.NDArray[np.int32]
 Shape = tuple[int, ...]
 Ports = Mapping[str, Sequence[tuple[str, Shape]]]
 """What a graph has for the manifest's input, output and states by name: a port of the shape for one step, or one port
@@ -45,6 +41,12 @@ def rows_of(states: Bytes, row: np.dtype[Any]) -> dict[str, Array]:
         return {}
     rows: Array = states.view(row)[:, 0]
     return {name: rows[name] for name in row.names}
+
+
+def blank_rows(rows: int, row: np.dtype[Any]) -> tuple[Bytes, dict[str, Array]]:
+    """Packed rows to be filled (B, row_bytes), and their tensors as `rows_of` gives them."""
+    packed = np.empty((rows, row.itemsize), np.uint8)
+    return packed, rows_of(packed, row)
 
 
 def step_ports(session: Any, manifest: Manifest, constants: Mapping[str, Array]) -> Ports:
@@ -233,14 +235,20 @@ class BoundSteps:
 
 
 def _sound(bound: Buffers) -> Floats:
-    """The outputs of a run (B, O); NonFinite where it made something that is not."""
-    for flat in bound.floats:
-        if not is_finite(flat):
-            raise NonFinite("the model's outputs or its state would not be finite; nothing was committed")
+    """The outputs of a run (B, O)."""
+    _check_finite(bound.floats)
     return bound.y.copy().reshape(len(bound.y), -1)
 
 
-def is_finite(flat: Array) -> bool:
-    """Whether all of a flat array of floats is finite."""
-    # The product overflows first, cheaply; vdot, unlike dot, does not warn of it.
-    return math.isfinite(np.vdot(flat, flat)) or bool(np.isfinite(flat).all())
+def check_run(y: Floats, lengths: Lengths | None, states: Iterable[Array]) -> None:
+    """Raises NonFinite where an output (B, T, O) within its row's length, or a state, is NaN or infinite."""
+    if lengths is not None and not np.isfinite(y).all():
+        y = y[np.arange(y.shape[1]) < lengths[:, None]]
+    _check_finite(array.reshape(-1) for array in (y, *states) if array.dtype.kind == "f")
+
+
+def _check_finite(flats: Iterable[Array]) -> None:
+    for flat in flats:
+        # The product overflows first, cheaply; vdot, unlike dot, does not warn of it.
+        if not math.isfinite(np.vdot(flat, flat)) and not np.isfinite(flat).all():
+            raise NonFinite("the model's outputs or its state would not be finite; nothing was committed")

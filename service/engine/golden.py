@@ -1,39 +1,24 @@
 """The proof of a version: golden.npz, recorded when the model was exported, must come out of the graph again."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
 from stepcast.errors import ManifestError
 from stepcast.manifest import GOLDEN_FILE, Manifest
 
+from .arrays import Array, Bytes, Floats, Lengths
+from .buffers import blank_rows, row_type, rows_of
 from .onnx_session import reading
 
-Array = npt.NDArray[Any]
-Floats = npt.NDArray[np.float32]
-Bytes = npt.NDArray[np.uint8]
-Lengths = npt.NDArray[np.int32]
-State = dict[str, dict[str, Array]]
 Run = Callable[[Floats, Lengths | None, Bytes], tuple[Floats, Bytes]]
-"""x (B, T, F), lengths (B,), packed states -> y (B, T, O), new packed states: as `Runtime.run`."""
+"""As `Runtime.run`."""
 
 RECURRENT: Final = ("LSTM", "GRU", "RNN")
-
-
-class Model(Protocol):
-    """What is proved."""
-
-    @property
-    def directory(self) -> Path: ...
-    @property
-    def manifest(self) -> Manifest: ...
-    def pack(self, state: Mapping[str, Mapping[str, Array]]) -> bytes: ...
-    def unpack(self, states: bytes, rows: int) -> State: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +39,9 @@ class Golden:
         ManifestError: the file cannot be read, or has not all that is needed.
     """
 
-    def __init__(self, model: Model) -> None:
-        self._model = model
-        path = model.directory / GOLDEN_FILE
+    def __init__(self, directory: Path, manifest: Manifest) -> None:
+        self._directory, self._manifest, self._row = directory, manifest, row_type(manifest)
+        path = directory / GOLDEN_FILE
         try:
             with np.load(path, allow_pickle=False) as file:
                 self._arrays = {name: file[name] for name in file.files}
@@ -67,7 +52,7 @@ class Golden:
             raise ManifestError(f"{path}: arrays {sorted(missing)} are missing")
         self._x = np.ascontiguousarray(self._arrays["x"], np.float32)  # (B, T, F)
         self._lengths = np.ascontiguousarray(self._arrays["lengths"], np.int32)  # (B,)
-        shape, wide = self._x.shape[:2], (model.manifest.n_features, model.manifest.n_outputs)
+        shape, wide = self._x.shape[:2], (manifest.n_features, manifest.n_outputs)
         want = (*shape, wide[0]), shape[:1], (*shape, wide[1])
         got = self._x.shape, self._lengths.shape, self._arrays["y"].shape
         if got != want:
@@ -81,10 +66,9 @@ class Golden:
             ManifestError: an output or a state is off by more than the tolerance, or the graph does not run.
         """
         whole = self._compare("one call", lambda: run(self._x, self._lengths, self._before))
-        streams = self._model.manifest.streaming
-        stepped = self.prove_steps(run) if streams else (0.0, 0.0)
+        stepped = self.prove_steps(run) if self._manifest.streaming else (0.0, 0.0)
         output_error, state_error = np.maximum(whole, stepped).tolist()
-        return Proof(len(self._x), self._x.shape[1], output_error, state_error, streams)
+        return Proof(len(self._x), self._x.shape[1], output_error, state_error, self._manifest.streaming)
 
     def prove_steps(self, run: Run) -> tuple[float, float]:
         """The same by single steps alone; the largest errors of outputs and states."""
@@ -92,16 +76,14 @@ class Golden:
 
     def _states(self, side: str) -> Bytes:
         """Packed states (B, row_bytes)."""
-        rows = len(self._x)
-        state: State = {}
-        for tensor in self._model.manifest.states:
-            name, want = f"{side}.{tensor.layer}.{tensor.key}", (rows, *tensor.shape)
+        packed, tensors = blank_rows(len(self._x), self._row)
+        for state in self._manifest.states:
+            name, want = f"{side}.{state.layer}.{state.key}", (len(self._x), *state.shape)
             value = self._arrays.get(name)
             if value is None or value.shape != want:
                 raise ManifestError(f"golden.npz: {name} is {None if value is None else value.shape}, want {want}")
-            state.setdefault(tensor.layer, {})[tensor.key] = value.astype(tensor.dtype)
-        row_bytes = self._model.manifest.state_row_bytes
-        return np.frombuffer(self._model.pack(state), np.uint8).reshape(rows, row_bytes)
+            tensors[state.input][:] = value
+        return packed
 
     def _one_by_one(self, run: Run) -> tuple[Floats, Bytes]:
         states, y = self._before, np.zeros_like(self._arrays["y"])
@@ -112,15 +94,14 @@ class Golden:
         return y, states
 
     def _compare(self, how: str, answer: Callable[[], tuple[Floats, Bytes]]) -> tuple[float, float]:
-        with reading(f"{self._model.directory}: {how}"):
+        with reading(f"{self._directory}: {how}"):
             y, states = answer()
         valid = np.arange(self._x.shape[1]) < self._lengths[:, None]
         output_error = self._differ("outputs", y[valid], self._arrays["y"][valid], how)
-        got, want = (self._model.unpack(s.tobytes(), len(self._x)) for s in (states, self._after))
+        got, want = rows_of(states, self._row), rows_of(self._after, self._row)
         errors = [
-            self._differ(f"state {layer}.{key}", got[layer][key], value, how)
-            for layer, keys in want.items()
-            for key, value in keys.items()
+            self._differ(f"state {state.layer}.{state.key}", got[state.input], want[state.input], how)
+            for state in self._manifest.states
         ]
         return output_error, max(errors, default=0.0)
 
@@ -128,12 +109,12 @@ class Golden:
         """The largest absolute difference."""
         if not want.size:
             return 0.0
-        tolerance = self._model.manifest.tolerance
+        tolerance = self._manifest.tolerance
         a, b = got.astype(np.float64), want.astype(np.float64)
         error = np.abs(a - b)
         if not np.all(error <= tolerance.atol + tolerance.rtol * np.abs(b)):
             raise ManifestError(
-                f"{self._model.directory}: {what} in {how} differ from golden.npz by up to {np.nanmax(error):.3g} "
+                f"{self._directory}: {what} in {how} differ from golden.npz by up to {np.nanmax(error):.3g} "
                 f"(rtol {tolerance.rtol:g}, atol {tolerance.atol:g})"
             )
         return float(error.max())

@@ -15,26 +15,21 @@ place would advance each time.
 import itertools
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 import onnxruntime as ort
 
 from stepcast.manifest import Manifest
 
 from . import onnx_door as onnx
+from .arrays import Bytes, Floats, Ints, Lengths
+from .buffers import check_run
 
-Floats = npt.NDArray[np.float32]
-Bytes = npt.NDArray[np.uint8]
-Lengths = npt.NDArray[np.int32]
-Ints = npt.NDArray[np.int64]
 StatesOf = Callable[[Ints], Bytes]
 """Takes numbers of rows in the batch, gives their packed states (len, row_bytes) uint8."""
-Check = Callable[[Floats, Lengths | None, Floats], None]
-"""Raises where (y, lengths, one number per row that is finite if the row's new state is) must not be committed."""
 OpenSession = Callable[[bytes], ort.InferenceSession]
 
 SLOT_BITS: Final = 24
@@ -50,11 +45,7 @@ class CannotReside(Exception):
 
 
 class Slots:
-    """Which row's state each slot of the table holds; the one unused for longest gives way.
-
-    Args:
-        capacity: Slots; a batch may have no more rows.
-    """
+    """Which row's state each of `capacity` slots of the table holds; the one unused for longest gives way."""
 
     def __init__(self, capacity: int) -> None:
         self._tags = np.zeros(capacity, np.int64)
@@ -119,8 +110,7 @@ class ResidentStates:
     """The table of one model version, and the graph around the model that uses it.
 
     Args:
-        model: model.onnx.
-        manifest: Of the same directory.
+        model: model.onnx, of the manifest's directory.
         open_session: Opens a graph on the device.
         device: cuda, or cpu where tests prove the graph.
         budget_bytes: The table's size; what is not in it is uploaded when it is stepped.
@@ -143,29 +133,24 @@ class ResidentStates:
         grain: int | None = None,
     ) -> None:
         _check_manifest(manifest)
-        self._manifest, self._device = manifest, device
-        self._row_bytes = manifest.state_row_bytes
-        self._floats = self._row_bytes // 4
-        self.capacity = min(budget_bytes // self._row_bytes, MOST_SLOTS)
+        self._manifest, self._floats = manifest, manifest.state_row_bytes // 4
+        self.capacity = min(budget_bytes // manifest.state_row_bytes, MOST_SLOTS)
         if self.capacity < 1:
-            raise CannotReside(f"resident_bytes is {budget_bytes}, one row's state takes {self._row_bytes}")
-        grain = grain or (GRAIN if device == "cuda" else self._floats)
-        self._grain = math.gcd(grain, self._floats)
-        pieces = self._floats // self._grain
+            raise CannotReside(f"resident_bytes is {budget_bytes}, one row's state takes {manifest.state_row_bytes}")
+        grain = math.gcd(grain or (GRAIN if device == "cuda" else self._floats), self._floats)
+        pieces = self._floats // grain
         self._session = open_session(resident_model(model, manifest, pieces))
         self._uploads = open_session(_upload_model(self._floats, pieces))
         self._slots = Slots(self.capacity)
         self._buffers: dict[int, _Buffers] = {}
         self._lock = threading.Lock()
-        shape = ((self.capacity + 1) * pieces, self._grain)  # the last row is scratch, for padding
+        shape = ((self.capacity + 1) * pieces, grain)  # the last row is scratch, for padding
         self._table = ort.OrtValue.ortvalue_from_shape_and_type(shape, np.float32, device, 0)
         self._initial = np.frombuffer(initial, np.uint8)
         self._upload(np.array([self.capacity]), self._initial[None])
         self.uploaded = 0  # rows, so far
 
-    def run(
-        self, x: Floats, lengths: Lengths | None, tags: Ints, states_of: StatesOf, check: Check
-    ) -> tuple[Floats, Bytes]:
+    def run(self, x: Floats, lengths: Lengths | None, tags: Ints, states_of: StatesOf) -> tuple[Floats, Bytes]:
         """Advance B rows by up to T steps; see Runtime.run_resident. B is at most the capacity."""
         with self._lock:
             slots, missing = self._slots.claim(tags)
@@ -174,20 +159,22 @@ class ResidentStates:
                 self.uploaded += len(missing)
             buffers, rows = self._advance(x, lengths, slots), len(x)
             y = buffers.y[:rows].copy()
-            check(y, lengths, buffers.sound[:rows])
+            check_run(y, lengths, [buffers.sound[:rows]])
             tags[:] = self._slots.keep(slots)
             return y, buffers.new[:rows].view(np.uint8)
 
     def _upload(self, slots: Ints, states: Bytes) -> None:
         """Write packed states (M, row_bytes) into their slots; in buckets of rows, as in `_advance`."""
         bucket = _bucket(len(slots))
+        places = np.full(bucket, self.capacity, np.int64)
+        places[: len(slots)] = slots
         rows = np.empty((bucket, self._floats), np.float32)
         rows.view(np.uint8)[: len(slots)] = states
         rows.view(np.uint8)[len(slots) :] = self._initial
         binding = self._uploads.io_binding()
         binding.bind_ortvalue_input(_TABLE, self._table)
-        binding.bind_cpu_input(_SLOTS, _padded(slots, bucket, self.capacity))
-        binding.bind_cpu_input(_STATES, rows)
+        binding.bind_cpu_input(_SLOTS, places)
+        binding.bind_cpu_input(_NEW, rows)
         binding.bind_ortvalue_output(_TABLE_OUT, self._table)
         binding.synchronize_inputs()
         self._uploads.run_with_iobinding(binding)
@@ -216,21 +203,18 @@ class _Buffers:
         self, session: ort.InferenceSession, manifest: Manifest, table: ort.OrtValue, rows: int, steps: int
     ) -> None:
         assert manifest.lengths is not None  # _check_manifest
-        self._session = session
+        self._session, self._binding = session, session.io_binding()
         self.x = np.zeros((rows, steps, manifest.n_features), np.float32)
         self.lengths = np.zeros(rows, np.int32)
         self.slots = np.zeros(rows, np.int64)
         self.y = np.zeros((rows, steps, manifest.n_outputs), np.float32)
         self.new = np.zeros((rows, manifest.state_row_bytes // 4), np.float32)
         self.sound = np.zeros((rows, 1), np.float32)
-        self._inputs = {
-            name: ort.OrtValue.ortvalue_from_numpy(value)
-            for name, value in ((manifest.input.name, self.x), (manifest.lengths, self.lengths), (_SLOTS, self.slots))
-        }
-        self._binding = session.io_binding()
+        inputs = {manifest.input.name: self.x, manifest.lengths: self.lengths, _SLOTS: self.slots}
+        self._inputs = {name: ort.OrtValue.ortvalue_from_numpy(value) for name, value in inputs.items()}
         self._binding.bind_ortvalue_input(_TABLE, table)
         self._binding.bind_ortvalue_output(_TABLE_OUT, table)
-        for name, value in ((manifest.output.name, self.y), (_NEW, self.new), (_SOUND, self.sound)):
+        for name, value in {manifest.output.name: self.y, _NEW: self.new, _SOUND: self.sound}.items():
             self._binding.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_numpy(value))
 
     def run(self) -> None:
@@ -245,15 +229,28 @@ def _bucket(rows: int) -> int:
     return 1 << (rows - 1).bit_length()
 
 
-def _padded(slots: Ints, size: int, filler: int) -> Ints:
-    padded = np.full(size, filler, np.int64)
-    padded[: len(slots)] = slots
-    return padded
-
+# --- graphs ---------------------------------------------------------------------------------------------------------
 
 _NAME: Final = "stepcast/"  # of what is added to a graph; a slash begins no name that exporters give
 _TABLE, _TABLE_OUT, _SLOTS = f"{_NAME}table", f"{_NAME}table_out", f"{_NAME}slots"
-_STATES, _NEW, _SOUND = f"{_NAME}states", f"{_NAME}new", f"{_NAME}sound"
+_NEW, _SOUND = f"{_NAME}new", f"{_NAME}sound"
+
+# The table is (rows x pieces, floats per piece): one index per piece, so that a GPU's threads share a row.
+_PLACES: Final = """
+column = Unsqueeze(slots, innermost)
+first = Mul(column, pieces)
+places = Add(first, range)
+"""
+_GATHER: Final = """
+found = Gather<axis=0>(table, places)
+old = Reshape(found, packed)
+"""
+_SCATTER: Final = """
+indices = Unsqueeze(places, innermost)
+cuts = Reshape(new, cut)
+table_out = ScatterND(table, indices, cuts)
+"""
+_SOUNDNESS: Final = "sound = MatMul(new, zeros)"  # 0 x inf and 0 x NaN are NaN
 
 
 def _check_manifest(m: Manifest) -> None:
@@ -270,126 +267,81 @@ def _check_manifest(m: Manifest) -> None:
             raise CannotReside(reason)
 
 
-def _states_in_one(path: Path, manifest: Manifest) -> Any:
-    """The model with one input and one output for all states: packed rows (B, S) float32, in the manifest's order.
-
-    Returns:
-        An onnx.ModelProto.
-
-    Raises:
-        CannotReside: the graph is too old or of fixed batch size.
-    """
-    model = onnx.load(str(path))
-    graph, states = model.graph, manifest.states
-    opset = max((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), default=0)
-    if opset < 13:
-        raise CannotReside(f"its opset is {opset}, the least is 13")
-    ports = {port.name: port for port in (*graph.input, *graph.output)}
-    for name in (manifest.input.name, *(s.input for s in states)):
-        if ports[name].type.tensor_type.shape.dim[0].HasField("dim_value"):
-            raise CannotReside(f"input {name!r} has a fixed batch size")
-    node = onnx.helper.make_node
-    before = [node("Split", [_STATES, f"{_NAME}sizes"], [f"{_NAME}{s.input}" for s in states], axis=1)]
-    after = []
-    graph.initializer.append(_constant(f"{_NAME}sizes", [s.size for s in states]))
-    for state in states:
-        graph.input.remove(ports[state.input])
-        if state.output != manifest.output.name:
-            graph.output.remove(ports[state.output])
-        apart, flat = f"{_NAME}{state.input}/shape", f"{_NAME}{state.output}/shape"
-        graph.initializer.extend([_constant(apart, [-1, *state.shape]), _constant(flat, [-1, state.size])])
-        before.append(node("Reshape", [f"{_NAME}{state.input}", apart], [state.input]))
-        after.append(node("Reshape", [state.output, flat], [f"{_NAME}{state.output}"]))
-    after.append(node("Concat", [f"{_NAME}{s.output}" for s in states], [_NEW], axis=1))
-    _put_around(graph, before, after)
-    floats = sum(s.size for s in states)
-    graph.input.append(_port(_STATES, [None, floats]))
-    graph.output.append(_port(_NEW, [None, floats]))
-    return model
-
-
 def resident_model(path: Path, manifest: Manifest, pieces: int) -> bytes:
     """The model around a table: states are gathered from it by slot, and new ones scattered into it.
 
-    A further output (B, 1) is finite where a row's new state is, so that the host need not look through the states.
-    The table is (rows x pieces, floats per piece): one index per piece, so that a GPU's threads share a row.
+    All new states are one more output, packed rows (B, S) float32 in the manifest's order; another one (B, 1) is finite
+    where a row's new state is, so that the host need not look through the states.
 
     Raises:
         CannotReside: the graph is too old or of fixed batch size, or no new state depends on an old one.
     """
-    model = _states_in_one(path, manifest)
-    graph = model.graph
-    if not _depends(graph, _NEW, _STATES):  # else nothing would keep the scatter from running before the gather
+    model, states = onnx.load(str(path)), dict(enumerate(manifest.states))
+    graph, floats = model.graph, manifest.state_row_bytes // 4
+    if onnx.opset(model) < 13:
+        raise CannotReside(f"its opset is {onnx.opset(model)}, the least is 13")
+    ports = {port.name: port for port in (*graph.input, *graph.output)}
+    for name in (manifest.input.name, *(s.input for s in manifest.states)):
+        if ports[name].type.tensor_type.shape.dim[0].HasField("dim_value"):
+            raise CannotReside(f"input {name!r} has a fixed batch size")
+    for state in manifest.states:
+        graph.input.remove(ports[state.input])
+        if state.output != manifest.output.name:
+            graph.output.remove(ports[state.output])
+    theirs = {f"in{n}": s.input for n, s in states.items()} | {f"out{n}": s.output for n, s in states.items()}
+    apart = [f"{', '.join(f'row{n}' for n in states)} = Split<axis=1>(old, sizes)"]
+    apart += [f"in{n} = Reshape(row{n}, shape{n})" for n in states]
+    packed = [f"flat{n} = Flatten<axis=1>(out{n})" for n in states]
+    packed += [f"new = Concat<axis=1>({', '.join(f'flat{n}' for n in states)})"]
+    before = _nodes(theirs, _PLACES, _GATHER, *apart)
+    after = _nodes(theirs, *packed, _SCATTER, _SOUNDNESS)
+    onnx.replace(graph.node, [*before, *graph.node, *after])
+    if not _depends(graph, _NEW, _TABLE):  # else nothing would keep the scatter from running before the gather
         raise CannotReside("its new states do not depend on the old ones")
-    floats = sum(s.size for s in manifest.states)
-    graph.input.remove(next(port for port in graph.input if port.name == _STATES))
-    graph.input.extend([_port(_TABLE, [None, floats // pieces]), _slots_port()])
-    graph.output.extend([_port(_TABLE_OUT, [None, floats // pieces]), _port(_SOUND, [None, 1])])
-    constants, indices = _indices(pieces)
-    zeros = onnx.numpy_helper.from_array(np.zeros((floats, 1), np.float32), f"{_NAME}zeros")
-    graph.initializer.extend([*constants, _constant(f"{_NAME}packed", [-1, floats]), zeros])
-    gather = [
-        onnx.helper.make_node("Gather", [_TABLE, f"{_NAME}indices"], [f"{_NAME}found"], axis=0),
-        onnx.helper.make_node("Reshape", [f"{_NAME}found", f"{_NAME}packed"], [_STATES]),
-    ]
-    sound = onnx.helper.make_node("MatMul", [_NEW, f"{_NAME}zeros"], [_SOUND])  # 0 x inf and 0 x NaN are NaN
-    _put_around(graph, [*indices, *gather], [*_scatter(_NEW, pieces, floats, graph.initializer), sound])
+    shapes = {f"shape{n}": [-1, *s.shape] for n, s in states.items()}
+    graph.initializer.extend(_constants(pieces, floats, sizes=[s.size for s in manifest.states], **shapes))
+    graph.initializer.append(onnx.numpy_helper.from_array(np.zeros((floats, 1), np.float32), f"{_NAME}zeros"))
+    graph.input.extend([_port(_TABLE, floats // pieces), _port(_SLOTS)])
+    graph.output.extend([_port(_TABLE_OUT, floats // pieces), _port(_NEW, floats), _port(_SOUND, 1)])
     return bytes(model.SerializeToString())
 
 
 def _upload_model(floats: int, pieces: int) -> bytes:
     """(table, slots (M,), states (M, S)) -> the table with these rows."""
-    constants, indices = _indices(pieces)
-    nodes = [*indices, *_scatter(_STATES, pieces, floats, constants)]
-    shape = [None, floats // pieces]
-    ports = [_port(_TABLE, shape), _slots_port(), _port(_STATES, [None, floats])]
-    graph = onnx.helper.make_graph(nodes, "upload", ports, [_port(_TABLE_OUT, shape)], constants)
+    inputs = [_port(_TABLE, floats // pieces), _port(_SLOTS), _port(_NEW, floats)]
+    outputs = [_port(_TABLE_OUT, floats // pieces)]
+    nodes, constants = _nodes({}, _PLACES, _SCATTER), _constants(pieces, floats)
+    graph = onnx.helper.make_graph(nodes, "upload", inputs, outputs, constants)
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
     return bytes(model.SerializeToString())
 
 
-def _put_around(graph: Any, before: list[Any], after: list[Any]) -> None:
-    nodes = [*before, *graph.node, *after]
-    del graph.node[:]
-    graph.node.extend(nodes)
+def _nodes(theirs: Mapping[str, str], *lines: str) -> list[Any]:
+    """Nodes as onnx.parser reads them; tensors have the names in `theirs`, or our prefix."""
+    nodes = [onnx.parser.parse_node(line) for line in "\n".join(lines).splitlines() if line]
+    for node in nodes:
+        for names in (node.input, node.output):
+            onnx.replace(names, [theirs.get(name, _NAME + name) for name in names])
+    return nodes
 
 
-def _port(name: str, shape: list[int | None]) -> Any:
-    return onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
+def _constants(pieces: int, floats: int, **more: list[int]) -> list[Any]:
+    """What the nodes know by name, int64."""
+    values = {
+        "innermost": [-1],
+        "pieces": [pieces],
+        "range": list(range(pieces)),
+        "packed": [-1, floats],
+        "cut": [-1, pieces, floats // pieces],
+        **more,
+    }
+    return [onnx.numpy_helper.from_array(np.array(value, np.int64), _NAME + name) for name, value in values.items()]
 
 
-def _slots_port() -> Any:
-    return onnx.helper.make_tensor_value_info(_SLOTS, onnx.TensorProto.INT64, [None])
-
-
-def _indices(pieces: int) -> tuple[list[Any], list[Any]]:
-    """Constants and nodes that make the indices (B, pieces) of slots (B,): slot x pieces + 0, 1, 2..."""
-    constants = [
-        _constant(f"{_NAME}last", [1]),
-        _constant(f"{_NAME}pieces", [pieces]),
-        _constant(f"{_NAME}range", list(range(pieces))),
-    ]
-    nodes = [
-        onnx.helper.make_node("Unsqueeze", [_SLOTS, f"{_NAME}last"], [f"{_NAME}column"]),
-        onnx.helper.make_node("Mul", [f"{_NAME}column", f"{_NAME}pieces"], [f"{_NAME}first"]),
-        onnx.helper.make_node("Add", [f"{_NAME}first", f"{_NAME}range"], [f"{_NAME}indices"]),
-    ]
-    return constants, nodes
-
-
-def _scatter(rows: str, pieces: int, floats: int, constants: Any) -> list[Any]:
-    """Nodes that write rows (B, S) into the table; their constants are appended."""
-    constants.append(_constant(f"{_NAME}innermost", [2]))
-    constants.append(_constant(f"{_NAME}cut", [-1, pieces, floats // pieces]))
-    return [
-        onnx.helper.make_node("Unsqueeze", [f"{_NAME}indices", f"{_NAME}innermost"], [f"{_NAME}places"]),
-        onnx.helper.make_node("Reshape", [rows, f"{_NAME}cut"], [f"{_NAME}cuts"]),
-        onnx.helper.make_node("ScatterND", [_TABLE, f"{_NAME}places", f"{_NAME}cuts"], [_TABLE_OUT]),
-    ]
-
-
-def _constant(name: str, values: list[int]) -> Any:
-    return onnx.numpy_helper.from_array(np.array(values, np.int64), name)
+def _port(name: str, width: int = 0) -> Any:
+    """Rows of floats of some width, or one int64 each."""
+    shape, kind = ([None, width], onnx.TensorProto.FLOAT) if width else ([None], onnx.TensorProto.INT64)
+    return onnx.helper.make_tensor_value_info(name, kind, shape)
 
 
 def _depends(graph: Any, value: str, on: str) -> bool:
@@ -398,8 +350,7 @@ def _depends(graph: Any, value: str, on: str) -> bool:
     seen, waiting = {value}, [value]
     while waiting:
         node = makers.get(waiting.pop())
-        for name in [] if node is None else node.input:
-            if name not in seen:
-                seen.add(name)
-                waiting.append(name)
+        fresh = set(() if node is None else node.input) - seen
+        seen |= fresh
+        waiting.extend(fresh)
     return on in seen

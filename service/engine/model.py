@@ -5,28 +5,23 @@ session's record holds, so gathering a batch is joining bytes.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from stepcast.errors import ManifestError, NonFinite
+from stepcast.errors import ManifestError
 from stepcast.manifest import MODEL_FILE, InputTensor, Manifest, OutputTensor, read_manifest
 
-from .buffers import BoundSteps, is_finite, row_type, rows_of, step_ports
-from .golden import Golden, Proof, Run, State
-from .gpu_states import CannotReside, Ints, ResidentStates, StatesOf
+from .arrays import Array, Bytes, Floats, Ints, Lengths, State
+from .buffers import BoundSteps, blank_rows, check_run, row_type, rows_of, step_ports
+from .golden import Golden, Proof, Run
+from .gpu_states import CannotReside, ResidentStates, StatesOf
 from .onnx_session import check_signature, open_session
 from .single_step_graph import single_step_graph
 
 log = logging.getLogger("stepcast.runtime")
-
-Array = npt.NDArray[Any]
-Floats = npt.NDArray[np.float32]
-Bytes = npt.NDArray[np.uint8]
-Lengths = npt.NDArray[np.int32]
 
 
 class Runtime:
@@ -87,7 +82,7 @@ class Runtime:
         if x.shape[1] == 1 and len(x) and self._bound is not None:
             return self._bound.run(x, lengths, states)
         y, new = (self._run_graph if self._mixes_lengths else self._run_by_length)(x, lengths, states)
-        self._check_finite(y, lengths, new)
+        check_run(y, lengths, rows_of(new, self._row).values())
         return y, new
 
     def step(self, x: Floats, before: Sequence[Bytes], after: Sequence[Bytes], tags: Ints | None = None) -> Floats:
@@ -156,7 +151,7 @@ class Runtime:
             NonFinite: as `run`; the batch's states have left the device, and no tag has changed.
         """
         if self.resident is not None and len(x) <= self.resident.capacity:
-            return self.resident.run(x, lengths, tags, states_of, _check_resident)
+            return self.resident.run(x, lengths, tags, states_of)
         y, new = self.run(x, lengths, states_of(np.arange(len(x))))
         tags[:] = 0
         return y, new
@@ -167,7 +162,7 @@ class Runtime:
         Returns:
             Whether it was possible and reproduced golden.npz. If not, the log says why, and all runs are plain ones.
         """
-        try:
+        with self._trying("states do not stay on the device"):
             self.resident = ResidentStates(
                 self.directory / MODEL_FILE,
                 self.manifest,
@@ -177,13 +172,11 @@ class Runtime:
                 initial=self.initial(1),
                 grain=grain,
             )
-            Golden(self).prove(self._run_tagged())
-        except Exception as error:  # onnxruntime's exceptions have no common base but this
-            self.resident = None
-            self._warn("states do not stay on the device", error)
-            return False
-        log.info("%s: states of %d rows stay on the device", self.directory, self.resident.capacity)
-        return True
+            Golden(self.directory, self.manifest).prove(self._run_tagged())
+            log.info("%s: states of %d rows stay on the device", self.directory, self.resident.capacity)
+            return True
+        self.resident = None
+        return False
 
     def quicken(self) -> bool:
         """Make single steps by a graph of their own from now on (single_step_graph.py).
@@ -191,22 +184,16 @@ class Runtime:
         Returns:
             Whether there is one and it reproduced golden.npz. If it did not, the log says why; steps go as before.
         """
-        before = self._bound
-        if before is None or not self.manifest.streaming:
+        if self._bound is None or not self.manifest.streaming:
             return False
-        try:
-            made = single_step_graph(self.directory / MODEL_FILE, before.ports, self.manifest.lengths)
-            if made is None:
-                return False
-            session = open_session(made.model, self.device, self._threads)
-            self._bound = BoundSteps(session, self.manifest, made.ports, self._constants)
-            Golden(self).prove_steps(self.run)
-        except Exception as error:  # onnx's and onnxruntime's exceptions have no common base but this
-            self._bound = before
-            self._warn("single steps have no graph of their own", error)
-            return False
-        self.quick = True
-        return True
+        with self._trying("single steps have no graph of their own"):
+            made = single_step_graph(self.directory / MODEL_FILE, self._bound.ports, self.manifest.lengths)
+            if made is not None:
+                session = open_session(made.model, self.device, self._threads)
+                bound = BoundSteps(session, self.manifest, made.ports, self._constants)
+                Golden(self.directory, self.manifest).prove_steps(bound.run)
+                self._bound, self.quick = bound, True
+        return self.quick
 
     def prove(self) -> Proof:
         """Reproduce golden.npz in one call and, where the model streams, one step at a time.
@@ -214,7 +201,7 @@ class Runtime:
         Raises:
             ManifestError: golden.npz is missing or wrong, or an output or state is off by more than the tolerance.
         """
-        return Golden(self).prove(self.run)
+        return Golden(self.directory, self.manifest).prove(self.run)
 
     def end_profile(self) -> Path:
         """The profile of model.onnx so far, where one was asked for; it ends here."""
@@ -231,15 +218,10 @@ class Runtime:
     def pack(self, state: Mapping[str, Mapping[str, Array]]) -> bytes:
         """The inverse of unpack; arrays have the manifest's dtypes and shapes already."""
         values = [state[tensor.layer][tensor.key] for tensor in self.manifest.states]
-        packed, tensors = self._blank(len(values[0]) if values else 0)
+        packed, tensors = blank_rows(len(values[0]) if values else 0, self._row)
         for tensor, value in zip(tensors.values(), values, strict=True):
             tensor[:] = value
         return packed.tobytes()
-
-    def _blank(self, rows: int) -> tuple[Bytes, dict[str, Array]]:
-        """Packed states to be filled (rows, row_bytes), and their tensors."""
-        packed = np.empty((rows, self.row_bytes), np.uint8)
-        return packed, rows_of(packed, self._row)
 
     def _run_by_length(self, x: Floats, lengths: Lengths | None, states: Bytes) -> tuple[Floats, Bytes]:
         """A graph that takes no lengths, no time or other axes: rows of equal length go together, or step by step."""
@@ -253,11 +235,8 @@ class Runtime:
             spans = [(0, int(length), each == length) for length in np.unique(each[each > 0])]
         for start, end, there in spans:
             pick = np.flatnonzero(there)
-            part, states = x[pick, start:end], new[pick]
-            if self._bound is not None and end - start == 1:
-                y[pick, start:end], new[pick] = self._bound.run(part, None, states)
-            else:
-                y[pick, start:end], new[pick] = self._run_graph(part, None, states)
+            run = self._bound.run if self._bound is not None and end - start == 1 else self._run_graph
+            y[pick, start:end], new[pick] = run(x[pick, start:end], None, new[pick])
         return y, new
 
     def _run_graph(self, x: Floats, lengths: Lengths | None, states: Bytes) -> tuple[Floats, Bytes]:
@@ -272,7 +251,7 @@ class Runtime:
         if spec.lengths is not None:
             feeds[spec.lengths] = np.full(rows, steps, np.int32) if lengths is None else lengths
         y, *values = self._session.run(self._outputs, feeds)
-        new, tensors = self._blank(rows)
+        new, tensors = blank_rows(rows, self._row)
         for state, value in zip(spec.states, values, strict=True):
             tensors[state.input][:] = np.moveaxis(value, state.batch_axis, 0)
         y = np.moveaxis(y, out_of, range(len(out_of)))
@@ -292,16 +271,15 @@ class Runtime:
 
         return run
 
-    def _check_finite(self, y: Floats, lengths: Lengths | None, states: Bytes) -> None:
-        _check_outputs(y, lengths)
-        floats = [tensor for tensor in rows_of(states, self._row).values() if tensor.dtype.kind == "f"]
-        if not all(is_finite(tensor.reshape(-1)) for tensor in floats):
-            raise NonFinite("the model's state would not be finite; nothing was committed")
-
-    def _warn(self, what: str, error: Exception) -> None:
-        known = isinstance(error, CannotReside | ManifestError)
-        why = error if known else f"{type(error).__name__}: {error}"
-        log.warning("%s: %s: %s", self.directory / MODEL_FILE, what, why)
+    @contextmanager
+    def _trying(self, what: str) -> Iterator[None]:
+        """Go on without what fails inside; the log says why."""
+        try:
+            yield
+        except Exception as error:  # onnx's and onnxruntime's exceptions have no common base but this
+            known = isinstance(error, CannotReside | ManifestError)
+            why = error if known else f"{type(error).__name__}: {error}"
+            log.warning("%s: %s: %s", self.directory / MODEL_FILE, what, why)
 
 
 def _joined(parts: Sequence[Bytes], rows: int) -> Bytes:
@@ -314,16 +292,3 @@ def _joined(parts: Sequence[Bytes], rows: int) -> Bytes:
 def _axes(port: InputTensor | OutputTensor) -> list[int]:
     """Where a graph has the rows, and the steps if it has steps."""
     return [port.batch_axis] if port.time_axis is None else [port.batch_axis, port.time_axis]
-
-
-def _check_outputs(y: Floats, lengths: Lengths | None) -> None:
-    if not np.isfinite(y).all():
-        valid = y if lengths is None else y[np.arange(y.shape[1]) < lengths[:, None]]
-        if not np.isfinite(valid).all():
-            raise NonFinite("the model's outputs are not finite; nothing was committed")
-
-
-def _check_resident(y: Floats, lengths: Lengths | None, sound: Floats) -> None:
-    _check_outputs(y, lengths)
-    if not np.isfinite(sound).all():
-        raise NonFinite("the model's state would not be finite; nothing was committed")

@@ -1,5 +1,6 @@
 """onnx, loaded when a graph is first taken apart: importing the service does not load it."""
 
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -8,3 +9,15 @@ def __getattr__(name: str) -> Any:
     import onnx
 
     return getattr(onnx, name)
+
+
+def opset(model: Any) -> int:
+    """The version of ONNX's own operators that a model is written for."""
+    return max((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), default=0)
+
+
+def replace(field: Any, values: Iterable[Any]) -> None:
+    """Let a repeated field hold these values."""
+    kept = list(values)
+    del field[:]
+    field.extend(kept)

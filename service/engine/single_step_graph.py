@@ -8,17 +8,17 @@ the bytes in memory are the same, and nothing is copied from one shape to the ot
 The caller proves the result against golden.npz, as it does model.onnx.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from . import onnx_door as onnx
+from .arrays import Array
 from .buffers import ROWS, Ports, Shape
 
-Array = npt.NDArray[Any]
 Axes = tuple[int, ...]
 
 MOST_BYTES: Final = 64 << 20
@@ -32,10 +32,11 @@ _DEFAULTS: Final[Mapping[str, tuple[str, ...]]] = {
     "RNN": ("Tanh",),
 }
 _KNOWN_ATTRIBUTES: Final = frozenset({"activations", "direction", "hidden_size", "layout", "linear_before_reset"})
-_COMPARE: Final[Mapping[str, Callable[[Array, Array], Array]]] = {
+_COMPARE: Final[Mapping[str, Callable[..., Array]]] = {
     **{"Greater": np.greater, "GreaterOrEqual": np.greater_equal, "Less": np.less},
     **{"LessOrEqual": np.less_equal, "Equal": np.equal},
 }
+_KEEP_VALUES: Final = frozenset({"Unsqueeze", "Squeeze", "Cast", "Identity", "Reshape"})
 _ONE_OF_MANY: Final = frozenset({"Slice", "Gather", "Split"})
 _NAME: Final = "one_step/"
 _ROWS_AXIS: Final = "one_step/rows"
@@ -62,9 +63,9 @@ def single_step_graph(path: Path, ports: Ports, lengths: str | None) -> SingleSt
     """
     model = onnx.load(str(path), load_external_data=False)
     graph = model.graph
-    opset = max((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), default=0)
     outside = any(i.data_location == onnx.TensorProto.EXTERNAL for i in graph.initializer)
-    if opset < _LEAST_OPSET or model.functions or outside or _has_graphs(graph) or path.stat().st_size > MOST_BYTES:
+    unfit = onnx.opset(model) < _LEAST_OPSET or model.functions or outside or _has_graphs(graph)
+    if unfit or path.stat().st_size > MOST_BYTES:
         return None
     for port in (*graph.input, *graph.output):
         if port.name in ports:
@@ -74,10 +75,10 @@ def single_step_graph(path: Path, ports: Ports, lengths: str | None) -> SingleSt
     if not rewriter.rewrote:
         return None
     del graph.value_info[:]
-    _replace(graph.node, nodes)
+    onnx.replace(graph.node, nodes)
     graph.initializer.extend(rewriter.made)
     for side in (graph.input, graph.output):
-        _replace(side, [new for port in side for new in rewriter.new_ports(port)])
+        onnx.replace(side, [new for port in side for new in rewriter.new_ports(port)])
     _drop_unused(graph, lengths)
     return SingleStepGraph(bytes(model.SerializeToString()), rewriter.ports)
 
@@ -179,7 +180,7 @@ class _Rewriter:
         return rewrite is not None and rewrite(node)
 
     def _keep(self, node: Any) -> None:
-        _replace(node.input, [self._made(name) for name in node.input])
+        onnx.replace(node.input, [self._made(name) for name in node.input])
         self._nodes.append(node)
 
     def _add(self, op: str, inputs: Sequence[str], output: str = "", **attributes: Any) -> str:
@@ -254,20 +255,19 @@ class _Rewriter:
 
     def _one_of_many(self, node: Any) -> bool:
         """One index of the first axis of a stack."""
-        stack, given = self._stacks.get(node.input[0]), _attributes(node)
-        numbers = [self._constants.get(name) for name in node.input[1:]]
-        if stack is None or any(number is None for number in numbers):
+        stack, axis = self._stacks.get(node.input[0]), _attributes(node).get("axis", 0)
+        if stack is None or axis or any(name not in self._constants for name in node.input[1:]):
             return False
-        first = [number.reshape(-1).tolist() for number in numbers if number is not None]
-        if node.op_type == "Split" and given.get("axis", 0) == 0 and len(node.output) == len(stack):
+        numbers = [self._constants[name].reshape(-1).tolist() for name in node.input[1:]]
+        if node.op_type == "Split" and len(node.output) == len(stack):
             for name, part in zip(node.output, stack, strict=True):
                 self._be(name, part, (0,))
             return True
-        if node.op_type == "Gather" and given.get("axis", 0) == 0 and len(first[0]) == 1:
+        if node.op_type == "Gather" and len(numbers[0]) == 1:
             scalar = self._constants[node.input[1]].ndim == 0
-            return self._be(node.output[0], stack[first[0][0]], () if scalar else (0,))
-        if node.op_type == "Slice" and first[2:] in ([[0]], [[0], [1]]):
-            picked = stack[first[0][0] : first[1][0]]
+            return self._be(node.output[0], stack[numbers[0][0]], () if scalar else (0,))
+        if node.op_type == "Slice" and numbers[2:] in ([[0]], [[0], [1]]):
+            picked = stack[numbers[0][0] : numbers[1][0]]
             return len(picked) == 1 and self._be(node.output[0], picked[0], (0,))
         return False
 
@@ -283,18 +283,14 @@ class _Rewriter:
 
     def _look_for_one_value(self, node: Any) -> None:
         """Follow that every row has one step: `lengths` is 1 everywhere, so a row is present everywhere."""
-        values = [self._everywhere.get(name, self._scalar(name)) for name in node.input]
         if not any(name in self._everywhere for name in node.input):
             return
-        first, second = (*values, None, None)[:2]
-        if node.op_type in ("Unsqueeze", "Squeeze", "Cast", "Identity", "Reshape") and first is not None:
-            self._everywhere[node.output[0]] = first
-        elif node.op_type in _COMPARE and first is not None and second is not None:
-            self._everywhere[node.output[0]] = _COMPARE[node.op_type](first, second)
-
-    def _scalar(self, name: str) -> Array | None:
-        value = self._constants.get(name)
-        return value.reshape(()) if value is not None and value.size == 1 else None
+        values = [self._everywhere.get(name, self._constants.get(name)) for name in node.input[:2]]
+        known = [value.reshape(()) for value in values if value is not None and value.size == 1]
+        if node.op_type in _COMPARE and len(known) == 2:
+            self._everywhere[node.output[0]] = _COMPARE[node.op_type](*known)
+        elif node.op_type in _KEEP_VALUES and node.input[0] in self._everywhere:
+            self._everywhere[node.output[0]] = known[0]
 
     def _where(self, node: Any) -> bool:
         condition = self._everywhere.get(node.input[0])
@@ -311,39 +307,36 @@ class _Rewriter:
     # --- recurrent nodes ----------------------------------------------------------------------------------------
 
     def _recurrent(self, node: Any) -> bool:
-        given = _attributes(node)
+        given, kind = _attributes(node), node.op_type
         names = [*node.input, *[""] * (8 - len(node.input))]
-        x, w, r, b, lengths, h_before, c_before, p = names
-        kind = node.op_type
+        x, w, r, b, lengths, h, c, p = names
         acts = tuple(a.decode() for a in given.get("activations", ())) or _DEFAULTS[kind]
-        weights = [self._constants.get(name) for name in (w, r)]
         if (
             set(given) - _KNOWN_ATTRIBUTES
             or given.get("direction", b"forward") != b"forward"
             or given.get("layout", 0)
             or len(acts) != len(_DEFAULTS[kind])
             or not set(acts) <= _SIMPLE
-            or any(weight is None or weight.dtype != np.float32 for weight in weights)
+            or any(name not in self._constants or self._constants[name].dtype != np.float32 for name in (w, r))
             or any(name and name not in self._constants for name in (b, p))
             or (lengths and self._everywhere.get(lengths) != 1)
-            or not h_before
-            or (kind == "LSTM" and not c_before)
+            or not h
+            or (kind == "LSTM" and not c)
             or self._shapes.get(x, (0,))[0] != 1
         ):
             return False
-        wide, back = weights[0][0], weights[1][0]  # type: ignore[index]  # neither is None
-        size = back.shape[1]
-        bias = self._constants[b][0] if b else np.zeros(2 * len(wide), np.float32)
-        cell = _Cell(self, size, wide, back, bias[: len(wide)], bias[len(wide) :], acts)
-        x, h_before = self._flat(x, 0), self._flat(h_before, 0)
-        c_after = ""
+        size = self._constants[r].shape[2]
+        wide, back = (self._constants[name][0].reshape(-1, size, self._constants[name].shape[2]) for name in (w, r))
+        bias = self._constants[b][0] if b else np.zeros(2 * len(wide) * size, np.float32)
+        cell = _Cell(self._add, self._constant, wide, back, bias.reshape(2, -1, size), acts)
+        x, h, c_after = self._flat(x, 0), self._flat(h, 0), ""
         if kind == "LSTM":
             peepholes = self._constants[p][0].reshape(3, size) if p else None
-            h_after, c_after = cell.lstm(x, h_before, self._flat(c_before, 0), peepholes)
+            h_after, c_after = cell.lstm(x, h, self._flat(c, 0), peepholes)
         elif kind == "GRU":
-            h_after = cell.gru(x, h_before, bool(given.get("linear_before_reset", 0)))
+            h_after = cell.gru(x, h, bool(given.get("linear_before_reset", 0)))
         else:
-            h_after = cell.rnn(x, h_before)
+            h_after = cell.rnn(x, h)
         after: list[tuple[str, Axes]] = [(h_after, (0, 1)), (h_after, (0,)), (c_after, (0,))]
         for name, (base, axes) in zip(node.output, after, strict=False):
             if name:
@@ -352,70 +345,55 @@ class _Rewriter:
         return True
 
 
+@dataclass(slots=True, eq=False)
 class _Cell:
-    """Writes the equations of one recurrent node for rows (B, F) and (B, H).
+    """Writes the equations of one recurrent node of G gates, in ONNX's order, for rows (B, F) and (B, H)."""
 
-    Args:
-        wide, back: W (gates x H, F) and R (gates x H, H), in ONNX's order of gates.
-        wide_bias, back_bias: Their biases (gates x H).
-    """
-
-    def __init__(
-        self,
-        rewriter: _Rewriter,
-        size: int,
-        wide: Array,
-        back: Array,
-        wide_bias: Array,
-        back_bias: Array,
-        acts: Sequence[str],
-    ) -> None:
-        self._add, self._constant = rewriter._add, rewriter._constant
-        self._size, self._wide, self._back = size, wide, back
-        self._wide_bias, self._back_bias, self._acts = wide_bias, back_bias, acts
-
-    def _gate(self, number: int) -> slice:
-        return slice(number * self._size, (number + 1) * self._size)
+    add: Callable[..., str]  # of a node: its output
+    constant: Callable[[Array], str]
+    wide: Array  # W (G, H, F)
+    back: Array  # R (G, H, H)
+    bias: Array  # of W and of R (2, G, H)
+    acts: Sequence[str]
 
     def _product(self, x: str, weight: Array, bias: Array) -> str:
-        return self._add("Gemm", [x, self._constant(weight.T), self._constant(bias)])
+        return self.add("Gemm", [x, self.constant(weight.T), self.constant(bias)])
 
-    def _both(self, xh: str, number: int) -> str:
+    def _both(self, xh: str, gate: int) -> str:
         """W x + R h + b of a gate, in one product over [x, h]."""
-        gate = self._gate(number)
-        weight = np.concatenate([self._wide[gate], self._back[gate]], axis=1)
-        return self._product(xh, weight, self._wide_bias[gate] + self._back_bias[gate])
+        weight = np.concatenate([self.wide[gate], self.back[gate]], axis=1)
+        return self._product(xh, weight, self.bias[0, gate] + self.bias[1, gate])
 
     def lstm(self, x: str, h: str, c: str, peepholes: Array | None) -> tuple[str, str]:
         """The new h and c; gates i, o, f, c, peepholes (3, H) for i, o, f."""
-        add, (gate_act, cell_act, out_act) = self._add, self._acts
+        add, (gate_act, cell_act, out_act) = self.add, self.acts
         xh = add("Concat", [x, h], axis=1)
-        i, o, f, g = (self._both(xh, number) for number in range(4))
+        i, o, f, g = (self._both(xh, gate) for gate in range(4))
         if peepholes is not None:
-            i = add("Add", [i, add("Mul", [c, self._constant(peepholes[0])])])
-            f = add("Add", [f, add("Mul", [c, self._constant(peepholes[2])])])
+            i = add("Add", [i, add("Mul", [c, self.constant(peepholes[0])])])
+            f = add("Add", [f, add("Mul", [c, self.constant(peepholes[2])])])
         i, f, g = add(gate_act, [i]), add(gate_act, [f]), add(cell_act, [g])
         c_after = add("Add", [add("Mul", [f, c]), add("Mul", [i, g])])
         if peepholes is not None:
-            o = add("Add", [o, add("Mul", [c_after, self._constant(peepholes[1])])])
+            o = add("Add", [o, add("Mul", [c_after, self.constant(peepholes[1])])])
         return add("Mul", [add(gate_act, [o]), add(out_act, [c_after])]), c_after
 
     def gru(self, x: str, h: str, linear_before_reset: bool) -> str:
         """The new h; gates z, r, h."""
-        add, gate, (gate_act, cell_act) = self._add, self._gate(2), self._acts
+        add, (gate_act, cell_act) = self.add, self.acts
         xh = add("Concat", [x, h], axis=1)
-        z, r = add(gate_act, [self._both(xh, 0)]), add(gate_act, [self._both(xh, 1)])
-        forward = self._product(x, self._wide[gate], self._wide_bias[gate])
+        z, r = (add(gate_act, [self._both(xh, gate)]) for gate in range(2))
+        forward = self._product(x, self.wide[2], self.bias[0, 2])
         if linear_before_reset:
-            back = add("Mul", [r, self._product(h, self._back[gate], self._back_bias[gate])])
+            back = add("Mul", [r, self._product(h, self.back[2], self.bias[1, 2])])
         else:
-            back = self._product(add("Mul", [r, h]), self._back[gate], self._back_bias[gate])
+            back = self._product(add("Mul", [r, h]), self.back[2], self.bias[1, 2])
         new = add(cell_act, [add("Add", [forward, back])])
         return add("Add", [new, add("Mul", [z, add("Sub", [h, new])])])
 
     def rnn(self, x: str, h: str) -> str:
         """The new h."""
-        return self._add(self._acts[0], [self._both(self._add("Concat", [x, h], axis=1), 0)])
+        return self.add(self.acts[0], [self._both(self.add("Concat", [x, h], axis=1), 0)])
 
 
 # --- graphs ---------------------------------------------------------------------------------------------------------
@@ -475,7 +453,7 @@ def _without_copies(nodes: list[Any], outputs: set[str]) -> list[Any]:
         if node.op_type == "Identity" and renamed.get(node.input[0]) == node.output[0]:
             continue
         for names in (node.input, node.output):
-            _replace(names, [renamed.get(name, name) for name in names])
+            onnx.replace(names, [renamed.get(name, name) for name in names])
         kept.append(node)
     return kept
 
@@ -488,13 +466,6 @@ def _drop_unused(graph: Any, lengths: str | None) -> None:
         if needed.intersection(node.output):
             needed.update(node.input)
             kept.append(node)
-    _replace(graph.node, reversed(kept))
-    _replace(graph.initializer, (value for value in graph.initializer if value.name in needed))
-    _replace(graph.input, (port for port in graph.input if port.name != lengths or lengths in needed))
-
-
-def _replace(field: Any, values: Iterable[Any]) -> None:
-    """Let a repeated field hold these values."""
-    kept = list(values)
-    del field[:]
-    field.extend(kept)
+    onnx.replace(graph.node, reversed(kept))
+    onnx.replace(graph.initializer, (value for value in graph.initializer if value.name in needed))
+    onnx.replace(graph.input, (port for port in graph.input if port.name != lengths or lengths in needed))
