@@ -69,9 +69,9 @@ def serve(arguments: argparse.Namespace) -> int:
     )
     if settings.workers > 1:
         listener = config.bind_socket()
-        _announce(listener)
         with tempfile.TemporaryDirectory(prefix="stepcast-") as folder:
             os.environ[WORKERS] = folder
+            _announce(listener)
             Multiprocess(config, sockets=[listener]).run()
         return 0
     server = Uvicorn(config)

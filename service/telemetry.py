@@ -146,8 +146,12 @@ class Scrape:
 
     async def open(self) -> None:
         """Be there for the others."""
-        if self._path is not None:
+        if self._path is None:
+            return
+        try:
             self._server = await asyncio.start_unix_server(self._tell, self._path)
+        except OSError as error:  # such as a path that is too long for a socket's name
+            log.warning("this worker cannot tell its metrics to the others: %s", error)
 
     def close(self) -> None:
         """Be there no more."""
