@@ -234,6 +234,15 @@ def test_early_stopping_keeps_the_best_weights(tmp_path: Path) -> None:
     assert trainer.validate("validation") == pytest.approx(history.best)
 
 
+def test_a_loss_that_is_never_finite_is_said_after_the_first_epoch(tmp_path: Path) -> None:
+    """A learning rate beyond all bounds: one error that names the loss, and no checkpoint."""
+    with pytest.raises(
+        ConfigError, match=r"not finite after epoch 1 \(training .*(nan|inf).*Lower training.learning_rate"
+    ):
+        fit(echo_source(), tmp_path, epochs=3, optimiser="sgd", learning_rate=1e38)
+    assert list(tmp_path.iterdir()) == []
+
+
 # --- Masks and labels --------------------------------------------------------------------------------------------
 
 

@@ -90,7 +90,7 @@ class Trainer:
         """Train until the last epoch or until patience runs out, then take the best weights.
 
         Raises:
-            ConfigError: the data has no label to train on.
+            ConfigError: the data has no label to train on, or the loss is not finite from the first epoch on.
         """
         progress = progress or Progress.silent()
         if resume and self.directory is not None:
@@ -200,6 +200,11 @@ class Trainer:
         history = self.history
         history.losses.append((train_loss, validation_loss))
         better = validation_loss < history.best
+        if not better and history.best_epoch < 0:
+            raise ConfigError(
+                f"training: the loss is not finite after epoch {history.epoch + 1} (training {train_loss}, validation "
+                f"{validation_loss}). Lower training.learning_rate, clip gradients, or look for huge numbers in it."
+            )
         if better:
             history.best, history.best_epoch = validation_loss, history.epoch
             self.best_weights = {k: v.detach().clone() for k, v in self.network.state_dict().items()}
