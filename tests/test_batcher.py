@@ -39,17 +39,10 @@ def total(x: Array, lengths: Array | None, states: Array) -> tuple[Array, Array]
 class Job(Run):
     """A run that tells its bench when it is finished."""
 
-    __slots__ = ("bench", "left")
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, x: Array, lengths: Array | None, state: bytes, deadline: float) -> None:
+        super().__init__(x, lengths, state, deadline, lambda job: job.bench.finish([job]), lambda: self.left)
         self.left = False
-
-    def abandoned(self) -> bool:
-        return self.left
-
-    def finished(self) -> Awaitable[object] | None:
-        return self.bench.finish([self])
+        self.bench: Bench
 
 
 class Singles:

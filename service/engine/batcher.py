@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Final, Generic, Protocol, TypeVar
+from typing import Any, Final, Generic, Protocol, TypeVar
 
 import numpy as np
 
@@ -56,6 +56,7 @@ class Batch(Protocol):
 
 
 B = TypeVar("B", bound=Batch)
+Then = Callable[[Any], Awaitable[object] | None]
 
 
 class Run:
@@ -66,25 +67,21 @@ class Run:
         lengths: (N,) int32 valid steps per row, None: all T.
         state: Packed state of the N rows.
         deadline: Monotonic time (s) after which the run is not begun any more.
-
-    After the run: `outputs` (N, T, O) float32 and `state`, or `error`.
+        then: Takes it at the end, with `outputs` (N, T, O) float32 and `state`, or `error`; what it returns is awaited
+            as the run's commit.
+        gone: Whether nobody waits for the outputs any more.
     """
 
-    def __init__(self, x: Floats, lengths: Lengths | None, state: bytes, deadline: float) -> None:
+    def __init__(
+        self, x: Floats, lengths: Lengths | None, state: bytes, deadline: float, then: Then, gone: Callable[[], bool]
+    ) -> None:
         self.x, self.lengths, self.state, self.deadline = x, lengths, state, deadline
+        self.then, self.gone = then, gone
         self.rows, self.steps = x.shape[:2]
         self.at = 0  # steps made
         self.parts: list[Floats] = []
         self.outputs: Floats = np.empty((0, 0, 0), np.float32)
         self.error: StepcastError | None = None
-
-    def abandoned(self) -> bool:
-        """Whether nobody waits for the answer any more."""
-        return False
-
-    def finished(self) -> Awaitable[object] | None:
-        """The run was made, or `error` says why not; what is returned is awaited as its commit."""
-        return None
 
 
 class Batcher(Generic[B]):
@@ -260,7 +257,7 @@ class Batcher(Generic[B]):
             if run.error is None and run.at < run.steps:
                 self._runs.append(run)
             else:
-                self._await(run.finished())
+                self._await(run.then(run))
         if crossed and self._runs and not self._closing:
             self._rest = asyncio.get_running_loop().call_later(REST_S, self._rested)
 
@@ -270,9 +267,9 @@ class Batcher(Generic[B]):
         runs: list[Run] = []
         while self._runs and (not runs or rows + self._runs[0].rows <= self._batch_rows):
             run = self._runs.popleft()
-            if run.at == 0 and (run.deadline < now or run.abandoned()):
+            if run.at == 0 and (run.deadline < now or run.gone()):
                 run.error = too_late()
-                self._await(run.finished())
+                self._await(run.then(run))
             else:
                 runs.append(run)
                 rows += run.rows

@@ -12,8 +12,8 @@ from ..records.block import LoneBlock
 from ..store import Store
 from ..telemetry import Metrics, as_ours, log
 from .cache import SessionCache
-from .core import NS_PER_MS, Answers, Batch, Group, Lane, Load, Session, Together, Waiter
-from .run import Call
+from .core import NS_PER_MS, Answers, Ask, Batch, Group, Lane, Load, Session, Together, Waiter
+from .run import MaskedRun
 
 Outcome = list[bool] | BaseException
 
@@ -43,7 +43,7 @@ class Commits:
             self._failed(batch, batch.error)
             return None
         for guest in batch.guests:
-            guest.finished()
+            guest.then(guest)
         batch.left, batch.started = len(batch.sessions), time.perf_counter()
         for group in batch.groups:
             self._store.replace(group.block, partial(self._told, batch, group))
@@ -52,33 +52,28 @@ class Commits:
         batch.committed = asyncio.get_running_loop().create_future()
         return batch.committed
 
-    def call(self, call: Call) -> "asyncio.Future[None] | None":
-        """Commit a call that ran by itself."""
-        session, ask, shape, data = call.session, call.ask, call.session.shape, call.session.data
-        if call.error is not None or shape is None or data is None or ask.waiter.done():
+    def call(self, session: Session, lane: Lane, ask: Ask, run: MaskedRun) -> "asyncio.Future[None] | None":
+        """Commit a session's call that had a run of its own."""
+        shape, data = session.shape, session.data
+        if run.error is not None or shape is None or data is None or ask.waiter.done():
             changed = SessionBusy("the session was changed while the step ran")
-            self.refuse(call.lane.load, session, ask.waiter, call.error or changed)
+            self.refuse(lane.load, session, ask.waiter, run.error or changed)
             self._go_on(session)
             return None
-        outputs = call.reply()
-        advance = shape.advance(ask.x.shape[1], logs=ask.mask is None)
-        digest = call.lane.digests.call(ask.x, ask.mask)
+        outputs, advance = run.reply(), shape.advance(ask.x.shape[1], logs=ask.mask is None)
         log = ask.x.tobytes()[ask.x.nbytes - advance.log_new :]
-        parts = call.state, digest, outputs.tobytes()
-        block = LoneBlock(advance, session.key, data, call.lane.clock() // NS_PER_MS, parts, log)
-        group = Group([session], ask.x.reshape(1, -1), [ask.seq], block)
-        group.waiters, group.asks = [ask.waiter], {0: ask}
-        group.answers = Answers(outputs[None], call.lane.served.version)
-        batch = Batch(call.lane, ask.deadline, 0)
-        batch.sessions, batch.groups = [session], [group]
-        return self.batch(batch)
+        parts = run.state, lane.digests.call(ask.x, ask.mask), outputs.tobytes()
+        block = LoneBlock(advance, session.key, data, lane.clock() // NS_PER_MS, parts, log)
+        group = Group([session], ask.x.reshape(1, -1), [ask.seq], block, None, [ask.waiter], None, (), {0: ask})
+        group.answers = Answers(outputs[None], lane.version)
+        return self.batch(Batch(lane, ask.deadline, 0, [session], groups=[group]))
 
     def _failed(self, batch: Batch, error: StepcastError) -> None:
         """One of a batch's rows is guilty: each runs alone, so that the others do not suffer."""
         if len(batch.sessions) + len(batch.guests) == 1:
             for guest in batch.guests:
                 guest.error = error
-                guest.finished()
+                guest.then(guest)
             for session in batch.sessions:
                 self.refuse(batch.lane.load, session, batch.waiter(0), error)
                 self._go_on(session)

@@ -12,6 +12,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -24,7 +25,7 @@ from stepcast.errors import (
     StepConflict,
 )
 
-from ..engine.batcher import too_late
+from ..engine.batcher import Run, too_late
 from ..engine.repository import Repository, Served
 from ..records import record as records
 from ..records.digest import same_payload
@@ -39,7 +40,7 @@ from .commit import Commits
 from .core import NS_PER_MS, Address, Answers, Ask, Floats, Lane, Mask, Session, Waiter
 from .lanes import Lanes, check_streams, full
 from .roster import Rosters
-from .run import Beside, Call, Replay
+from .run import MaskedRun
 from .stored import Ledger
 
 
@@ -138,7 +139,7 @@ class Sessions:
         if not session.busy:
             self._go_on(session)
 
-    async def run(self, served: Served, x: Floats, mask: Mask | None, state: bytes) -> Beside:
+    async def run(self, served: Served, x: Floats, mask: Mask | None, state: bytes) -> MaskedRun:
         """Run rows through a model that are of no session, in the same batches.
 
         Args:
@@ -152,7 +153,12 @@ class Sessions:
         """
         load, lane = self._lanes.room(served.name, 1), self._lanes.of(served)
         now, future = time.monotonic(), asyncio.get_running_loop().create_future()
-        run = Beside(x, mask, state, now + self.settings.deadline_s, future)
+
+        def ran(_: MaskedRun) -> None:
+            if not future.done():
+                future.set_result(None)
+
+        run = MaskedRun(x, mask, state, now + self.settings.deadline_s, ran, future.done)
         load.waiting += 1
         try:
             if run.steps == 1 and run.lengths is None and served.manifest.streaming:
@@ -243,7 +249,9 @@ class Sessions:
         """Let a call join a batch, or run by itself."""
         if not ask.single:
             session.used = True
-            lane.batcher.submit_run(Call(session, lane, ask, session.state(), self._commits.call))
+            then = partial(self._commits.call, session, lane, ask)
+            run = MaskedRun(ask.x, ask.mask, session.state(), ask.deadline, then, ask.waiter.done)
+            lane.batcher.submit_run(run)
             return
         batch = lane.joinable(time.monotonic())
         batch.asks[len(batch.sessions)] = ask
@@ -364,7 +372,7 @@ class Sessions:
             )
             log.info("session %s moved from version %s to %s by %s", session.key, record.version, live.version, policy)
 
-        def replayed(run: Replay) -> None:
+        def replayed(run: Run) -> None:
             if run.error is None:
                 moved(run.state)
                 session.queue.insert(0, ask)
@@ -374,7 +382,7 @@ class Sessions:
 
         if policy == "replay" and record.examples:
             x = np.frombuffer(record.inputs, np.float32).reshape(1, -1, live.n_features)
-            self._lanes.of(live).batcher.submit_run(Replay(x, state, ask.deadline, replayed))
+            self._lanes.of(live).batcher.submit_run(Run(x, None, state, ask.deadline, replayed, ask.waiter.done))
             return True
         moved(state)
         return self._decide(session, ask)
