@@ -11,6 +11,7 @@ import onnxruntime as ort
 from stepcast.errors import ManifestError, StepcastError
 from stepcast.manifest import ITEM_BYTES, Manifest
 
+RUNTIME_VERSION: Final = str(ort.__version__)
 _ORT_TYPES: Final = {"float32": "float", "float64": "double", **{name: name for name in ("float16", "int64", "int32")}}
 _DTYPES: Final = {f"tensor({_ORT_TYPES.get(dtype, dtype)})": dtype for dtype in ITEM_BYTES}
 
@@ -45,7 +46,7 @@ def open_session(
     Raises:
         ManifestError: onnxruntime cannot load it, or the device is not there.
     """
-    name = "a graph made of it" if isinstance(model, bytes) else str(model)
+    name, providers = "a graph made of it" if isinstance(model, bytes) else str(model), _providers(device)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -54,11 +55,8 @@ def open_session(
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
-    source = model if isinstance(model, bytes) else name
     try:
-        session = ort.InferenceSession(source, options, providers=_providers(device))
-    except ManifestError:
-        raise
+        session = ort.InferenceSession(model if isinstance(model, bytes) else name, options, providers=providers)
     except Exception as error:  # onnxruntime's exceptions have no common base but this
         raise ManifestError(f"{name}: onnxruntime cannot load it: {error}") from error
     if device == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
@@ -104,13 +102,14 @@ def check_signature(manifest: Manifest, session: ort.InferenceSession) -> None:
     if manifest.lengths is not None:
         takes[manifest.lengths] = "int32"
     gives = {manifest.output.name: "float32", **{s.output: s.dtype for s in manifest.states}}
-    inputs, outputs = session.get_inputs(), session.get_outputs()
-    for side, ports, wanted in (("input", inputs, takes), ("output", outputs, gives)):
-        found = {port.name: _port(port).dtype for port in ports}
+    inputs, outputs = (
+        {p.name: _port(p).dtype for p in ports} for ports in (session.get_inputs(), session.get_outputs())
+    )
+    for side, found, wanted in (("input", inputs, takes), ("output", outputs, gives)):
         for name, dtype in wanted.items():
             if found.get(name) != dtype:
                 raise ManifestError(f"{side} {name!r} is {found.get(name)} in model.onnx, {dtype} in manifest.json")
-    extra = sorted({port.name for port in inputs} - set(takes))
+    extra = sorted(set(inputs) - set(takes))
     if extra:
         raise ManifestError(f"model.onnx has inputs that manifest.json does not speak of: {extra}")
 
@@ -130,8 +129,3 @@ def reading(what: Path | str) -> Iterator[None]:
         raise ManifestError(f"{what}: {error}") from error
     except Exception as error:  # onnxruntime's exceptions have no common base but this
         raise ManifestError(f"{what}: the graph does not run as the manifest reads it: {error}") from error
-
-
-def runtime_version() -> str:
-    """onnxruntime's version."""
-    return str(ort.__version__)

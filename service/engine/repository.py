@@ -23,24 +23,16 @@ class Served:
     runtime: Runtime
     proof: Proof
     manifest: Manifest = field(init=False)
+    name: str = field(init=False)
+    version: int = field(init=False)
     fingerprint: bytes = field(init=False)
     n_features: int = field(init=False)
-    input_bytes: int = field(init=False)
-    """Of one row's inputs by one step."""
+    input_bytes: int = field(init=False)  # of one row's inputs by one step
 
     def __post_init__(self) -> None:
-        self.manifest = self.runtime.manifest
-        self.n_features = self.manifest.n_features
-        self.input_bytes = 4 * self.n_features
-        self.fingerprint = bytes.fromhex(self.manifest.fingerprint)
-
-    @property
-    def name(self) -> str:
-        return self.manifest.name
-
-    @property
-    def version(self) -> int:
-        return self.manifest.version
+        manifest = self.manifest = self.runtime.manifest
+        self.name, self.version, self.n_features = manifest.name, manifest.version, manifest.n_features
+        self.fingerprint, self.input_bytes = bytes.fromhex(manifest.fingerprint), 4 * manifest.n_features
 
 
 class Repository:
@@ -56,13 +48,10 @@ class Repository:
         self._served: dict[str, dict[int, Served]] = {}
         self._live: dict[str, Served] = {}
         self._mixed: set[str] = set()
-        self.changes = 0
-        """How often what is live has changed."""
+        self.changes = 0  # of what is live
         self._retired: set[tuple[str, int]] = set()
-        self._failed: dict[Path, Stamp] = {}
-        """Versions that were not served, as they were then: loading them again would change nothing."""
-        self.failures: dict[str, str] = {}
-        """Why a version is not served, by its directory."""
+        self._failed: dict[Path, Stamp] = {}  # not served, as they were then: loading them again would change nothing
+        self.failures: dict[str, str] = {}  # why a version is not served, by its directory
 
     def scan(self) -> list[Served]:
         """Load what is new, let go of nothing. Blocking: call it in a thread while requests are served.
@@ -86,15 +75,14 @@ class Repository:
 
     def _look(self, name: str) -> None:
         """Find out which version of a model is live, and whether they differ in features."""
-        self.changes += 1
-        versions = self._served.get(name)
-        if not versions:
-            self._live.pop(name, None)
-            self._mixed.discard(name)
-            return
-        self._live[name] = versions[max(versions)]
+        versions = self._served.get(name, {})
         mixed = len({served.n_features for served in versions.values()}) > 1
         (self._mixed.add if mixed else self._mixed.discard)(name)
+        if versions:
+            self._live[name] = versions[max(versions)]
+        else:
+            self._live.pop(name, None)
+        self.changes += 1  # last: who sees the new number finds the new version
 
     def _load(self, directory: Path) -> Served | None:
         name, version = directory.parent.name, directory.name
@@ -150,8 +138,7 @@ class Repository:
         """
         live = self._live.get(name)
         if live is None:
-            self._of(name)  # says what there is
-            raise ModelNotFound(f"model {name!r} is not served", model=name)
+            raise self._not_served(name)
         return live
 
     def get(self, name: str, version: int) -> Served | None:
@@ -183,8 +170,11 @@ class Repository:
     def _of(self, name: str) -> dict[int, Served]:
         versions = self._served.get(name)
         if not versions:
-            raise ModelNotFound(f"model {name!r} is not served, there are {self.names()}", model=name)
+            raise self._not_served(name)
         return versions
+
+    def _not_served(self, name: str) -> ModelNotFound:
+        return ModelNotFound(f"model {name!r} is not served, there are {self.names()}", model=name)
 
 
 def _stamp(directory: Path) -> Stamp:

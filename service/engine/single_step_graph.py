@@ -63,8 +63,9 @@ def single_step_graph(path: Path, ports: Ports, lengths: str | None) -> SingleSt
     """
     model = onnx.load(str(path), load_external_data=False)
     graph = model.graph
+    inside = any(a.HasField("g") or a.graphs for node in graph.node for a in node.attribute)
     outside = any(i.data_location == onnx.TensorProto.EXTERNAL for i in graph.initializer)
-    unfit = onnx.opset(model) < _LEAST_OPSET or model.functions or outside or _has_graphs(graph)
+    unfit = onnx.opset(model) < _LEAST_OPSET or model.functions or outside or inside
     if unfit or path.stat().st_size > MOST_BYTES:
         return None
     for port in (*graph.input, *graph.output):
@@ -86,30 +87,23 @@ def single_step_graph(path: Path, ports: Ports, lengths: str | None) -> SingleSt
 class _Rewriter:
     """Goes through the nodes in order. Views are followed, not made, until somebody needs them.
 
-    Attributes:
-        ports: Of the graph that is made.
-        made: Initializers that were added.
-        rewrote: How many recurrent nodes are equations now.
+    Views are tensors that are others with axes of size 1 put in, if any, at these places of the result. Stacks are
+    others one behind the other, along a first axis that these do not have.
     """
 
     def __init__(self, graph: Any, ports: Ports, lengths: str | None) -> None:
         self._graph = graph
-        self.ports = dict(ports)
-        self.made: list[Any] = []
-        self.rewrote = 0
+        self.ports = dict(ports)  # of the graph that is made
+        self.made: list[Any] = []  # initializers that were added
+        self.rewrote = 0  # recurrent nodes that are equations now
         self._nodes: list[Any] = []
         self._constants: dict[str, Array] = {i.name: onnx.numpy_helper.to_array(i) for i in graph.initializer}
         self._shapes = _shapes(graph)
         self._views: dict[str, tuple[str, Axes]] = {}
-        """Names of tensors that are others with axes of size 1 put in, if any: at these places of the result."""
         self._stacks: dict[str, list[str]] = {}
-        """Names of tensors that are others one behind the other, along a first axis that these do not have."""
-        self._whole: dict[tuple[str, Axes], str] = {}
-        """Views and stacks that somebody needed: what was made for them."""
-        self._everywhere: dict[str, Array] = {}
-        """Names of tensors that have one value all over."""
-        if lengths is not None:
-            self._everywhere[lengths] = np.array(1, np.int32)
+        self._whole: dict[tuple[str, Axes], str] = {}  # views and stacks that somebody needed: what was made for them
+        self._everywhere = {} if lengths is None else {lengths: np.array(1, np.int32)}  # one value all over
+        self._renamed: dict[str, str] = {}  # what a node makes that is an output
 
     def rewritten(self) -> list[Any]:
         """All nodes."""
@@ -121,7 +115,10 @@ class _Rewriter:
                 self._keep(node)
         for port in self._graph.output:
             self._give(port.name)
-        return _without_copies(self._nodes, {new.name for port in self._graph.output for new in self.new_ports(port)})
+        for node in self._nodes:
+            for names in (node.input, node.output):
+                onnx.replace(names, [self._renamed.get(name, name) for name in names])
+        return self._nodes
 
     def new_ports(self, port: Any) -> list[Any]:
         """What is declared instead of an input or output."""
@@ -149,11 +146,19 @@ class _Rewriter:
         shape, ones = _without_ones(whole)
         if stack and whole[1:2] == (ROWS,):
             for new, part in zip(self._declare(name, whole[1:], len(stack)), stack, strict=True):
-                self._add("Identity", [part], new)
+                self._put_out(part, new)
         elif axes and axes == ones:
-            self._add("Identity", [base], self._declare(name, shape, 1)[0])
+            self._put_out(base, self._declare(name, shape, 1)[0])
         elif stack or axes or base != name:
-            self._add("Identity", [self._made(name)], name)
+            self._put_out(self._made(name), name)
+
+    def _put_out(self, source: str, name: str) -> None:
+        """Let an output be what a node makes, else a copy."""
+        taken = {*self._renamed, *(port.name for port in self._graph.output)}
+        if source not in taken and any(source in node.output for node in self._nodes):
+            self._renamed[source] = name
+        else:
+            self._add("Identity", [source], name)
 
     def _declare(self, name: str, shape: Shape, count: int) -> list[str]:
         names = [f"{_NAME}{name}/{number}" for number in range(count)]
@@ -219,6 +224,8 @@ class _Rewriter:
         """Axes of size 1 come, go or change places."""
         (base, inside), order = self._view_of(node.input[0]), _attributes(node).get("perm")
         before, after = (self._shapes.get(name) for name in (node.input[0], node.output[0]))
+        if node.op_type == "Identity":
+            return self._be(node.output[0], base, inside)
         if before is None or after is None or base in self._stacks:
             return False
         if order is not None:
@@ -425,10 +432,6 @@ def _put_in(shape: Sequence[int | str], base: Sequence[int | str]) -> Axes | Non
     return None if left or any(shape[at] != 1 for at in axes) else tuple(axes)
 
 
-def _has_graphs(graph: Any) -> bool:
-    return any(attribute.HasField("g") or attribute.graphs for node in graph.node for attribute in node.attribute)
-
-
 def _shapes(graph: Any) -> dict[str, tuple[int | str, ...]]:
     """Of tensors whose rank is known; a size that is not is a name, or ''."""
     return {
@@ -438,24 +441,6 @@ def _shapes(graph: Any) -> dict[str, tuple[int | str, ...]]:
         for value in (*graph.input, *graph.value_info, *graph.output)
         if value.type.tensor_type.HasField("shape")
     }
-
-
-def _without_copies(nodes: list[Any], outputs: set[str]) -> list[Any]:
-    """Let an output be what it would be copied from, where a node makes that and nobody asked for its name."""
-    makers = {name: node for node in nodes for name in node.output}
-    renamed: dict[str, str] = {}
-    for node in nodes:
-        source, name = (node.input[0], node.output[0]) if node.op_type == "Identity" else ("", "")
-        if name in outputs and source in makers and source not in outputs and source not in renamed:
-            renamed[source] = name
-    kept = []
-    for node in nodes:
-        if node.op_type == "Identity" and renamed.get(node.input[0]) == node.output[0]:
-            continue
-        for names in (node.input, node.output):
-            onnx.replace(names, [renamed.get(name, name) for name in names])
-        kept.append(node)
-    return kept
 
 
 def _drop_unused(graph: Any, lengths: str | None) -> None:

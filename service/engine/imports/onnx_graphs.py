@@ -10,20 +10,21 @@ import json
 import re
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 from pydantic import ValidationError
 
 from stepcast.errors import ManifestError
-from stepcast.manifest import GOLDEN_FILE, MODEL_FILE, Manifest, Tolerance, sha256_of, write_manifest
+from stepcast.manifest import GOLDEN_FILE, MODEL_FILE, Manifest, sha256_of, write_manifest
 
+from ..arrays import Array
 from ..model import Runtime
-from ..onnx_session import Port, reading, runtime_version, signature
+from ..onnx_session import RUNTIME_VERSION, Port, reading, signature
 
 _OURS: Final = ("schema_version", "name", "version", "sha256")
 _AFFIXES: Final = re.compile(
@@ -64,7 +65,7 @@ def import_onnx(
     provenance = {
         "data": f"imported from {file.name}; golden.npz was recorded from this graph by onnxruntime, so it proves that "
         "the graph answers as it did on import, not that it answers as its training framework does",
-        "libraries": {"onnxruntime": runtime_version()},
+        "libraries": {"onnxruntime": RUNTIME_VERSION},
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     fields = {"provenance": provenance, **fields, "name": name, "version": number, "sha256": sha256_of(file)}
@@ -91,8 +92,8 @@ def record(directory: Path) -> None:
         ManifestError: rows depend on each other, stepping is not what whole sequences are, or it does not run.
     """
     runtime = Runtime(directory, device="cpu")
-    random = np.random.default_rng(0)
-    x = random.normal(size=(_ROWS, _STEPS, runtime.manifest.n_features)).astype(np.float32)
+    tolerance = runtime.manifest.tolerance
+    x = np.random.default_rng(0).normal(size=(_ROWS, _STEPS, runtime.manifest.n_features)).astype(np.float32)
     lengths = np.array([_STEPS, _STEPS, 5, 3, 1, 0], np.int32)
     blank = np.frombuffer(runtime.initial(_ROWS), np.uint8).reshape(_ROWS, -1)
     with reading(directory / MODEL_FILE):
@@ -102,21 +103,17 @@ def record(directory: Path) -> None:
         for row, length in enumerate(lengths[:-1]):
             cut = slice(row, row + 1)
             alone, _ = runtime.run(x[cut], lengths[cut], start[cut])
-            _check_alone(runtime.manifest.tolerance, alone[0, :length], y[row, :length])
-    arrays: dict[str, npt.NDArray[Any]] = {"x": x, "lengths": lengths, "y": y}
+            if not np.allclose(alone[0, :length], y[row, :length], tolerance.rtol, tolerance.atol):
+                raise ManifestError(
+                    "a row's answer depends on the rows beside it: an axis is read wrongly, or the graph mixes its "
+                    "batch. Give $.input, $.output and $.states with their batch_axis and time_axis."
+                )
+    arrays: dict[str, Array] = {"x": x, "lengths": lengths, "y": y}
     for side, states in (("state_in", start), ("state_out", end)):
         for layer, keys in runtime.unpack(states.tobytes(), _ROWS).items():
             arrays |= {f"{side}.{layer}.{key}": value for key, value in keys.items()}
     np.savez_compressed(directory / GOLDEN_FILE, allow_pickle=False, **arrays)
     runtime.prove()
-
-
-def _check_alone(tolerance: Tolerance, alone: npt.NDArray[np.float32], in_company: npt.NDArray[np.float32]) -> None:
-    if not np.allclose(alone, in_company, tolerance.rtol, tolerance.atol):
-        raise ManifestError(
-            "a row's answer depends on the rows beside it: an axis is read wrongly, or the graph mixes its batch. "
-            "Give $.input, $.output and $.states with their batch_axis and time_axis."
-        )
 
 
 def _read_partial(path: Path | None) -> dict[str, Any]:
@@ -142,22 +139,24 @@ class _Guess:
 
     def __init__(self, inputs: list[Port], outputs: list[Port], known: dict[str, Any]) -> None:
         self.known = known
-        self.inputs = {port.name: port for port in inputs}
-        self.outputs = {port.name: port for port in outputs}
-        self.free_in, self.free_out = dict(self.inputs), dict(self.outputs)
+        self.free = {"input": {port.name: port for port in inputs}, "output": {port.name: port for port in outputs}}
 
     def fields(self) -> dict[str, Any]:
         """Fields of the manifest."""
+        inputs = dict(self.free["input"])
         for constant in self.known.get("constants", ()):
-            self._take(self.free_in, constant.get("name"), "$.constants")
-        for side, free in (("input", self.free_in), ("output", self.free_out)):
-            if "name" in self.known.get(side, {}):
-                self._take(free, self.known[side]["name"], f"$.{side}")
+            self._take("input", constant.get("name"), "$.constants")
+        named = [side for side in self.free if "name" in self.known.get(side, {})]
+        main = {side: self._take(side, self.known[side]["name"], f"$.{side}") for side in named}
         lengths = self._lengths()
         states = self._states()
-        main_in = self._main("input", self.inputs, self.free_in)
-        main_out = self._main("output", self.outputs, self.free_out)
-        batch = {self.inputs[s["input"]].shape[s["batch_axis"]] for s in states}
+        main_in, main_out = (main.get(side) or self._main(side) for side in self.free)
+        if self.free["input"]:
+            raise ManifestError(
+                f"inputs {', '.join(map(str, self.free['input'].values()))} are neither data nor state. Give "
+                "$.constants with name, dtype, shape and values of each, or $.lengths (int32), or $.states."
+            )
+        batch = {inputs[s["input"]].shape[s["batch_axis"]] for s in states}
         entry = self._axes("input", main_in, {*batch} - {None})
         leave = self._axes("output", main_out, {*batch, main_in.shape[entry["batch_axis"]]} - {None})
         if leave["time_axis"] is not None and entry["time_axis"] is None:
@@ -172,31 +171,28 @@ class _Guess:
         }
         return {**fields, **self.known, "input": entry, "output": leave, "states": states}
 
-    def _take(self, free: dict[str, Port], name: Any, where: str) -> Port:
+    def _take(self, side: str, name: Any, where: str) -> Port:
+        free = self.free[side]
         if name not in free:
             raise ManifestError(f"{where}: the graph has no free tensor {name!r}, it has {sorted(free)}")
         return free.pop(name)
 
     def _lengths(self) -> str | None:
-        if "lengths" in self.known:
-            name: str | None = self.known["lengths"]
-            if name is not None:
-                self._take(self.free_in, name, "$.lengths")
-            return name
-        found = [
-            p for p in self.free_in.values() if p.dtype == "int32" and len(p.shape) == 1 and "len" in p.name.lower()
-        ]
-        if len(found) != 1:
+        if self.known.get("lengths") is not None:
+            return self._take("input", self.known["lengths"], "$.lengths").name
+        ranked = [port for port in self.free["input"].values() if port.dtype == "int32" and len(port.shape) == 1]
+        found = [port.name for port in ranked if "len" in port.name.lower()]
+        if "lengths" in self.known or len(found) != 1:
             return None
-        return self.free_in.pop(found[0].name).name
+        return self.free["input"].pop(found[0]).name
 
     def _states(self) -> list[dict[str, Any]]:
         if "states" not in self.known:
             return [self._state(i, o, {}) for i, o in self._pairs()]
         states = []
         for number, given in enumerate(self.known["states"]):
-            port = self._take(self.free_in, given.get("input"), f"$.states[{number}].input")
-            result = self._take(self.free_out, given.get("output"), f"$.states[{number}].output")
+            port = self._take("input", given.get("input"), f"$.states[{number}].input")
+            result = self._take("output", given.get("output"), f"$.states[{number}].output")
             states.append(self._state(port, result, given))
         return states
 
@@ -218,90 +214,57 @@ class _Guess:
 
     def _pairs(self) -> list[tuple[Port, Port]]:
         """State inputs with their outputs: of the same type and shape, and of the same stem or the only ones."""
-        pairs = []
-        by_name = [
-            (i, o)
-            for i in self.free_in.values()
-            for o in self.free_out.values()
-            if _fits(i, o) and stem(i.name) == stem(o.name) != ""
-        ]
-        for port, result in by_name:
-            if sum(i is port for i, _ in by_name) > 1 or sum(o is result for _, o in by_name) > 1:
-                raise self._ambiguous(port, [o for i, o in by_name if i is port] or [result])
-            pairs.append((port, result))
-        for port, result in pairs:
-            del self.free_in[port.name], self.free_out[result.name]
-        return pairs + self._pairs_by_shape()
-
-    def _pairs_by_shape(self) -> list[tuple[Port, Port]]:
-        """What is left: an input with a fixed row that exactly one output continues."""
-        if len(self.free_in) < 2 or len(self.free_out) < 2:
-            return []
-        pairs = []
-        for port in [p for p in self.free_in.values() if p.has_fixed_rows]:
-            fitting = [o for o in self.free_out.values() if _fits(port, o) and o.has_fixed_rows]
-            if not fitting:
-                continue
-            rivals = [i for i in self.free_in.values() if i.has_fixed_rows and _fits(i, fitting[0])]
-            if len(fitting) > 1 or len(rivals) > 1:
-                raise self._ambiguous(port, fitting)
-            pairs.append((port, fitting[0]))
-        for port, result in pairs:
-            del self.free_in[port.name], self.free_out[result.name]
+        pairs = self._continued(lambda port, result: stem(port.name) == stem(result.name) != "")
+        if len(self.free["input"]) > 1 and len(self.free["output"]) > 1:
+            pairs += self._continued(lambda port, result: port.has_fixed_rows and result.has_fixed_rows)
         return pairs
 
-    def _ambiguous(self, port: Port, results: list[Port]) -> ManifestError:
-        return ManifestError(
-            f"input {port} may be continued by any of the outputs {', '.join(map(str, results))}. Give $.states with "
-            "layer, key, input and output of each."
-        )
-
-    def _main(self, side: str, ports: dict[str, Port], free: dict[str, Port]) -> Port:
-        """The one tensor that carries the data."""
-        given = self.known.get(side, {}).get("name")
-        if given is not None:
-            port = ports[given]
-        else:
-            floats = [p for p in free.values() if p.dtype == "float32" and p.shape]
-            if len(floats) != 1:
+    def _continued(self, alike: Callable[[Port, Port], bool]) -> list[tuple[Port, Port]]:
+        """Free inputs with the one output that continues each; these are free no more."""
+        every = [(port, result) for port in self.free["input"].values() for result in self.free["output"].values()]
+        pairs = [(port, result) for port, result in every if _fits(port, result) and alike(port, result)]
+        for port, result in pairs:
+            results = [str(o) for i, o in pairs if i is port]
+            if len(results) > 1 or sum(o is result for _, o in pairs) > 1:
                 raise ManifestError(
-                    f"which {side} carries the data? {', '.join(map(str, floats)) or 'none is float32'}. "
-                    f"Give $.{side}.name, and $.states for tensors that come back."
+                    f"input {port} may be continued by any of the outputs {', '.join(results)}. Give $.states with "
+                    "layer, key, input and output of each."
                 )
-            port = free.pop(floats[0].name)
-        if side == "input" and free:
+        for port, result in pairs:
+            del self.free["input"][port.name], self.free["output"][result.name]
+        return pairs
+
+    def _main(self, side: str) -> Port:
+        """The one free tensor that can carry the data."""
+        floats = [port for port in self.free[side].values() if port.dtype == "float32" and port.shape]
+        if len(floats) != 1:
             raise ManifestError(
-                f"inputs {', '.join(map(str, free.values()))} are neither data nor state. Give $.constants with name, "
-                "dtype, shape and values of each, or $.lengths (int32), or $.states."
+                f"which {side} carries the data? {', '.join(map(str, floats)) or 'none is float32'}. "
+                f"Give $.{side}.name, and $.states for tensors that come back."
             )
-        return port
+        return self.free[side].pop(floats[0].name)
 
     def _axes(self, side: str, port: Port, batch: set[Any]) -> dict[str, Any]:
         """Where the batch and the time axis are."""
-        given = dict(self.known.get(side, {}))
+        given = self.known.get(side, {})
         made = {"name": port.name, **given}
         if "batch_axis" in given and "time_axis" in given:
             return made
-        dynamic = port.dynamic
-        named = [at for at in dynamic if port.shape[at] in batch]
-        if "batch_axis" in given:
-            axis = int(given["batch_axis"])
-        elif len(named) == 1:
-            (axis,) = named
-        elif len(dynamic) == 1:
-            (axis,) = dynamic
-        else:
-            raise ManifestError(f"which axis of {side} {port} is the batch? Give $.{side}.batch_axis and time_axis.")
-        rest = [at for at in dynamic if at != axis]
-        if len(port.shape) == 3 and len(rest) > 1:
-            raise ManifestError(f"which axis of {side} {port} is time? Give $.{side}.batch_axis and time_axis.")
-        time = rest[0] if len(port.shape) == 3 and rest else None
-        if len(port.shape) == 3 and time is None:
+        dynamic, advice = port.dynamic, f"Give $.{side}.batch_axis and time_axis."
+        found = [int(given["batch_axis"])] if "batch_axis" in given else [a for a in dynamic if port.shape[a] in batch]
+        if len(found) != 1:
+            found = dynamic
+        if len(found) != 1:
+            raise ManifestError(f"which axis of {side} {port} is the batch? {advice}")
+        times = [axis for axis in dynamic if axis != found[0]] if len(port.shape) == 3 else [None]
+        if len(times) > 1:
+            raise ManifestError(f"which axis of {side} {port} is time? {advice}")
+        if not times:
             raise ManifestError(
                 f"{side} {port} has one dynamic axis of three: time is fixed. Give $.{side}.time_axis of a graph that "
                 "takes one step (axis of size 1), or export with a dynamic time axis."
             )
-        return {**made, "batch_axis": axis, "time_axis": given.get("time_axis", time)}
+        return {**made, "batch_axis": found[0], "time_axis": given.get("time_axis", times[0])}
 
     def _names(self, field: str, letter: str, port: Port, axes: dict[str, Any]) -> list[dict[str, Any]]:
         """Features or outputs, named by number."""
