@@ -7,6 +7,7 @@ import shutil
 import time
 import warnings
 import weakref
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +57,11 @@ async def stored(sessions: Sessions, name: str) -> Record:
     return decode(data)
 
 
-def step_many(sessions: Sessions, names: list[str], columns: Columns) -> "asyncio.Future[Many]":
+def step_many(sessions: Sessions, names: list[str], columns: Columns, kind: str = KIND) -> "asyncio.Future[Many]":
     """A batch step; its list of sessions is JSON."""
     future: asyncio.Future[Many] = asyncio.get_running_loop().create_future()
-    sessions.batch_steps.step(
-        "n", KIND, orjson.dumps(names), lambda: names, lambda count: columns, at, future.set_result
-    )
+    listed, address = orjson.dumps(names), partial(at, model=kind)
+    sessions.batch_steps.step("n", kind, listed, lambda: names, lambda count: columns, address, future.set_result)
     return future
 
 
@@ -279,6 +279,44 @@ async def test_rosters_that_were_split_hold_no_names() -> None:
     held = sum(len(roster.keys) for there in known.values() for roster in there)
     assert held <= 40
     assert rosters.roster_name("n", KIND, b"a") != rosters.roster_name("n", KIND, b"b")
+
+
+async def a_roster(sessions: Sessions, names: list[str], kind: str = KIND) -> Any:
+    """Batch steps until the sessions are a roster; the inputs (K, F) of one more."""
+    x = np.repeat(readings(1, 1, 0, kind)[0], len(names), axis=0)
+    for _ in range(20):
+        assert not (await step_many(sessions, names, Columns(x), kind)).errors
+    assert [roster.whole for there in sessions._rosters._rosters.values() for roster in there] == [True]
+    return x
+
+
+async def test_a_guilty_row_of_a_roster_fails_alone() -> None:
+    """The others take their step, all are as if there had been no roster, and the next batch step goes on."""
+    sessions, names = sessions_on(MemoryStore()), [f"s{i}" for i in range(40)]
+    x = await a_roster(sessions, names, "lstm_normed")
+    bad = x.copy()
+    bad[7] = 3e38
+    many = await step_many(sessions, names, Columns(bad), "lstm_normed")
+    assert list(many.errors) == [7]
+    assert isinstance(many.errors[7], NonFinite)
+    assert many.steps == [None if i == 7 else 21 for i in range(40)]
+    for turn in range(3):
+        many = await step_many(sessions, names, Columns(x), "lstm_normed")
+        assert not many.errors
+        assert many.steps == [21 + turn if i == 7 else 22 + turn for i in range(40)]
+
+
+async def test_a_roster_that_comes_too_late_goes_on_later() -> None:
+    """Every step is refused, nothing is applied, and no session stays busy."""
+    sessions, names = sessions_on(MemoryStore(), deadline_s=0.5), [f"s{i}" for i in range(40)]
+    x = await a_roster(sessions, names)
+    late = step_many(sessions, names, Columns(x))
+    time.sleep(0.6)  # noqa: ASYNC251  (the loop stands still)
+    many = await late
+    assert [type(error) for error in many.errors.values()] == [DeadlineExceeded] * 40
+    assert (await ask(sessions, at("s3"), x[:1, None], seq=21)).step == 21
+    many = await step_many(sessions, names, Columns(x))
+    assert many.steps == [22 if i == 3 else 21 for i in range(40)]
 
 
 async def test_replay_runs_in_chunks_between_the_steps_of_others(tmp_path: Path) -> None:

@@ -70,6 +70,7 @@ class Commits:
 
     def _failed(self, batch: Batch, error: StepcastError) -> None:
         """One of a batch's rows is guilty: each runs alone, so that the others do not suffer."""
+        _part(batch.roster)
         if len(batch.sessions) + len(batch.guests) == 1:
             for guest in batch.guests:
                 guest.error = error
@@ -85,6 +86,7 @@ class Commits:
 
     def drop(self, batch: Batch, rows: Sequence[int]) -> None:
         """Refuse rows of a batch that are too late to be run; their sessions are as they were."""
+        _part(batch.roster)
         gone = [(batch.sessions[row], batch.waiter(row)) for row in rows]
         batch.leave_out(rows)
         for session, waiter in gone:
@@ -112,9 +114,7 @@ class Commits:
 
     def _advance_some(self, batch: Batch, group: Group, rows: Sequence[int], outcome: Outcome) -> None:
         """Some rows were refused by the store, or it is unknown what it has."""
-        if group.roster is not None:
-            group.roster.split()
-            group.roster.let_go()
+        _part(group.roster)
         if not isinstance(outcome, list):
             error = as_ours(outcome, "the step could not be stored")
             for row in rows:
@@ -134,9 +134,7 @@ class Commits:
 
     def _advance(self, batch: Batch, group: Group, rows: Sequence[int]) -> None:
         """Answer rows that are stored, and let their sessions go on."""
-        if group.roster is not None:
-            group.roster.split()
-            group.roster.let_go()
+        _part(group.roster)
         sessions, waiters, many, answers = group.sessions, group.waiters, group.many, group.answers
         records, advance = group.block.records(), group.block.advance
         shape, taken, grown = advance.after, advance.steps, not advance.steady
@@ -199,3 +197,10 @@ class Commits:
             waiter.stepped(answers, 0, step)
         except Exception:
             log.exception("an answer for session %s could not be given", session.key)
+
+
+def _part(roster: Together | None) -> None:
+    """From here on each session goes by itself."""
+    if roster is not None:
+        roster.split()
+        roster.let_go()

@@ -158,7 +158,8 @@ class Forming:
             count: Of all sessions of the batch step.
         """
         sessions, advance = group.sessions, group.block.advance
-        if not advance.steady or any(s.busy or s.shape is not advance.after for s in sessions):
+        stored = zip(sessions, group.block.records(), strict=True)
+        if not advance.steady or any(session.busy or session.data is not record for session, record in stored):
             return
         self._made[group.places[0]] = Roster(lane, sessions, group.block.new, advance)
         if sum(len(roster.sessions) for roster in self._made.values()) == count:
