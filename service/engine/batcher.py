@@ -20,24 +20,18 @@ from .arrays import Bytes, Floats, Lengths
 
 RunGraph = Callable[[Floats, Lengths | None, Bytes], tuple[Floats, Bytes]]
 
-UNFINISHED_RUNS: Final = 2
-"""Batches that may wait for their commit while the next one runs; more would only make batches small."""
+UNFINISHED_RUNS: Final = 2  # that wait for their commit while the next one runs; more would only make batches small
+MOST_NOTES: Final = 1 << 16  # runs remembered for the metrics until these are read
 
+# Where batches come in between, a chunk takes this share of its time: what comes meanwhile waits for its end. Then
+# chunks stop for a while, even if nothing else is to be done: else every single step would find one under way.
 CROSSED_SHARE: Final = 0.125
-"""Of a chunk's time, where batches come in between: what comes meanwhile waits for its end."""
-
-MOST_NOTES: Final = 1 << 16
-"""Runs remembered for the metrics until these are read."""
-
 REST_S: Final = 0.002
-"""How long chunks stop then, even if nothing else is to be done: else every single step would find one under way."""
 
+# A moving average believes a short time sooner than a long one, which other processes may have caused.
 FASTER: Final = 0.3
 SLOWER: Final = 0.05
-"""A moving average believes a short time sooner than a long one, which other processes may have caused."""
-
-FULL_ROWS: Final = 16
-"""Batches of this many rows and more tell what one row costs; in smaller ones the fixed cost hides it."""
+FULL_ROWS: Final = 16  # batches of so many rows and more tell what a row costs; in smaller ones the fixed cost hides it
 
 
 class Batch(Protocol):
