@@ -273,20 +273,17 @@ class Batcher(Generic[B]):
         return runs
 
     def _timed_chunk(self, runs: Sequence[Run], chunk: int) -> float:
+        """Run; if that fails, run each alone, so that only the guilty one fails. The seconds it took."""
         started = time.perf_counter()
-        self._advance(runs, chunk)
-        return time.perf_counter() - started
-
-    def _advance(self, runs: Sequence[Run], chunk: int) -> None:
-        """Run; if that fails, run each alone, so that only the guilty one fails."""
         try:
             advance(self._run, runs, chunk)
         except Exception as error:
             if len(runs) == 1:
                 runs[0].error = as_ours(error, f"the model could not be run: {type(error).__name__}")
-                return
-            for run in runs:
-                self._advance([run], chunk)
+            else:
+                for run in runs:
+                    self._timed_chunk([run], chunk)
+        return time.perf_counter() - started
 
 
 def too_late() -> DeadlineExceeded:
