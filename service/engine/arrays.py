@@ -47,10 +47,7 @@ def step_inputs(values: Floats, layout: Format, mask: Any, manifest: Manifest, l
         ShapeMismatch, NonFinite, InvalidRequest, TooLarge.
     """
     rank = values.ndim
-    if rank == 3:
-        x = values.transpose(0, 2, 1) if layout == "NCW" else values
-    else:
-        x = values.reshape(1 if rank == 1 else len(values), 1, values.shape[-1])
+    x = _by_time(values, layout) if rank == 3 else values.reshape(1 if rank == 1 else len(values), 1, values.shape[-1])
     x = _checked(x, manifest, rank, limits)
     return Inputs(x, None if mask is None else _mask(mask, x.shape[:2], rank), rank)
 
@@ -59,11 +56,13 @@ def sequences(values: Floats, layout: Format, mask: Any, manifest: Manifest, lim
     """The inputs of a predict: [T,F] is one sequence, [B,T,F] are many; the rest as for `step_inputs`."""
     if values.ndim not in (2, 3):
         raise ShapeMismatch(f"$.inputs has rank {values.ndim}, want [T,F] or [B,T,F]", got=list(values.shape))
-    x = values if values.ndim == 3 else values[None]
-    x = _checked(x.transpose(0, 2, 1) if layout == "NCW" else x, manifest, values.ndim, limits)
-    if mask is not None:
-        mask = _mask([mask] if values.ndim == 2 else mask, x.shape[:2], 3)
-    return Inputs(x, mask, values.ndim)
+    alone = values.ndim == 2
+    x = _checked(_by_time(values[None] if alone else values, layout), manifest, values.ndim, limits)
+    return Inputs(x, None if mask is None else _mask([mask] if alone else mask, x.shape[:2], 3), values.ndim)
+
+
+def _by_time(values: Floats, layout: Format) -> Floats:
+    return values.transpose(0, 2, 1) if layout == "NCW" else values
 
 
 def _checked(x: Floats, manifest: Manifest, rank: int, limits: Limits) -> Floats:
@@ -72,12 +71,8 @@ def _checked(x: Floats, manifest: Manifest, rank: int, limits: Limits) -> Floats
     if x.shape[2] != want or not x.shape[0] or not x.shape[1]:
         names = ", ".join(f.name for f in manifest.features[:8]) + (", ..." if len(manifest.features) > 8 else "")
         got = list(x.shape) if rank == 3 else list(x.shape[1:] if rank == 1 else x.shape[::2])
-        raise ShapeMismatch(
-            f"inputs have shape {got} (NWC), model {manifest.name!r} takes {want} features ({names}), "
-            "at least one example and one step",
-            got=got,
-            features=want,
-        )
+        takes = f"model {manifest.name!r} takes {want} features ({names}), at least one example and one step"
+        raise ShapeMismatch(f"inputs have shape {got} (NWC), {takes}", got=got, features=want)
     if x.shape[1] > limits.steps:
         raise TooLarge(f"{x.shape[1]} steps in one call (limit {limits.steps}). Send fewer.", limit=limits.steps)
     if len(x) > limits.examples:
@@ -108,8 +103,7 @@ def check_infinite(x: Floats) -> None:
     """Raises NonFinite where inputs (N, T, F) are infinite."""
     found = np.argwhere(np.isinf(x))
     if len(found):
-        n, t, f = found[0].tolist()
-        raise NonFinite(f"inputs are infinite (in float32) at example {n}, step {t}, feature {f}")
+        raise NonFinite("inputs are infinite (in float32) at example {}, step {}, feature {}".format(*found[0]))
 
 
 def check_readings(x: Floats, manifest: Manifest) -> None:
@@ -117,11 +111,10 @@ def check_readings(x: Floats, manifest: Manifest) -> None:
     check_infinite(x)
     cuts = manifest.feature_slices()
     for feature in manifest.features:
-        if feature.missing == "refuse" and np.isnan(x[:, :, cuts[feature.name]]).any():
-            raise NonFinite(
-                f"feature {feature.name!r} has a missing reading; this model was not trained with any",
-                feature=feature.name,
-            )
+        name = feature.name
+        if feature.missing == "refuse" and np.isnan(x[:, :, cuts[name]]).any():
+            text = f"feature {name!r} has a missing reading; this model was not trained with any"
+            raise NonFinite(text, feature=name)
 
 
 def needed(manifest: Manifest) -> Mask:
@@ -147,9 +140,8 @@ def _mask(value: Any, shape: tuple[int, ...], rank: int) -> Mask | None:
         given = np.array(value)
     except ValueError as error:
         raise ShapeMismatch("$.mask is ragged") from error
-    want: tuple[int, ...] = shape if rank == 3 else shape[:1]
-    if rank == 1 and given.ndim == 0:
-        given = given.reshape(1)
+    want = shape if rank == 3 else shape[:1]
+    given = given.reshape(1) if rank == 1 and given.ndim == 0 else given
     if given.shape != want:
         raise ShapeMismatch(f"$.mask has shape {list(given.shape)}, want {list(want)}", got=list(given.shape))
     if given.dtype.kind not in "biuf" or not np.isin(given, (0, 1)).all():
@@ -210,9 +202,7 @@ def layer_arrays(given: Any, manifest: Manifest, layer: str) -> tuple[dict[str, 
     if not isinstance(given, dict):
         raise StateMismatch(f"$.state.{layer} is not an object of keys {sorted(tensors)}")
     _same_names(f"state.{layer}", given, tensors)
-    arrays: dict[str, Array] = {}
-    for key, tensor in tensors.items():
-        arrays[key] = _tensor(given[key], tensor.dtype, tensor.shape, f"$.state.{layer}.{key}")
+    arrays = {key: _tensor(given[key], t.dtype, t.shape, f"$.state.{layer}.{key}") for key, t in tensors.items()}
     counts = {len(value) for value in arrays.values()}
     if len(counts) > 1:
         raise StateMismatch(f"the keys of layer {layer!r} have different numbers of examples: {sorted(counts)}")

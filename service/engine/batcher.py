@@ -20,24 +20,18 @@ from .arrays import Bytes, Floats, Lengths
 
 RunGraph = Callable[[Floats, Lengths | None, Bytes], tuple[Floats, Bytes]]
 
-UNFINISHED_RUNS: Final = 2
-"""Batches that may wait for their commit while the next one runs; more would only make batches small."""
+UNFINISHED_RUNS: Final = 2  # that wait for their commit while the next one runs; more would only make batches small
+MOST_NOTES: Final = 1 << 16  # runs remembered for the metrics until these are read
 
+# Where batches come in between, a chunk takes this share of its time: what comes meanwhile waits for its end. Then
+# chunks stop for a while, even if nothing else is to be done: else every single step would find one under way.
 CROSSED_SHARE: Final = 0.125
-"""Of a chunk's time, where batches come in between: what comes meanwhile waits for its end."""
-
-MOST_NOTES: Final = 1 << 16
-"""Runs remembered for the metrics until these are read."""
-
 REST_S: Final = 0.002
-"""How long chunks stop then, even if nothing else is to be done: else every single step would find one under way."""
 
+# A moving average believes a short time sooner than a long one, which other processes may have caused.
 FASTER: Final = 0.3
 SLOWER: Final = 0.05
-"""A moving average believes a short time sooner than a long one, which other processes may have caused."""
-
-FULL_ROWS: Final = 16
-"""Batches of this many rows and more tell what one row costs; in smaller ones the fixed cost hides it."""
+FULL_ROWS: Final = 16  # batches of so many rows and more tell what a row costs; in smaller ones the fixed cost hides it
 
 
 class Batch(Protocol):
@@ -276,20 +270,17 @@ class Batcher(Generic[B]):
         return runs
 
     def _timed_chunk(self, runs: Sequence[Run], chunk: int) -> float:
+        """Run; if that fails, run each alone, so that only the guilty one fails. The seconds it took."""
         started = time.perf_counter()
-        self._advance(runs, chunk)
-        return time.perf_counter() - started
-
-    def _advance(self, runs: Sequence[Run], chunk: int) -> None:
-        """Run; if that fails, run each alone, so that only the guilty one fails."""
         try:
             advance(self._run, runs, chunk)
         except Exception as error:
             if len(runs) == 1:
                 runs[0].error = as_ours(error, f"the model could not be run: {type(error).__name__}")
-                return
-            for run in runs:
-                self._advance([run], chunk)
+            else:
+                for run in runs:
+                    self._timed_chunk([run], chunk)
+        return time.perf_counter() - started
 
 
 def too_late() -> DeadlineExceeded:

@@ -23,9 +23,7 @@ Ports = Mapping[str, Sequence[tuple[str, Shape]]]
 """What a graph has for the manifest's input, output and states by name: a port of the shape for one step, or one port
 for each index of the tensor's first axis."""
 
-ROWS: Final = -1
-"""In a shape: as many as there are rows."""
-
+ROWS: Final = -1  # in a shape: as many as there are rows
 _LEAST_ROWS: Final = 64
 _MOST_BOUND: Final = 1024
 
@@ -86,8 +84,7 @@ class Buffers(NamedTuple):
     before: list[Array]  # (B, *shape) of each state tensor
     after: list[Array]
     y: Floats  # (B, ...)
-    floats: list[Array]
-    """All numbers that the graph writes and that may be infinite; flat."""
+    floats: list[Array]  # all numbers that the graph writes and that may be infinite; flat
 
 
 class BoundSteps:
@@ -180,13 +177,10 @@ class BoundSteps:
         x = self._tensors(self._x, {spec.input.name: "float32"}, rows)
         before = self._tensors(self._read, {s.input: s.dtype for s in spec.states}, rows)
         # The output may be a state's as well: then it is there once.
-        made = self._tensors(
-            self._written, {s.output: s.dtype for s in spec.states} | {spec.output.name: "float32"}, rows
-        )
-        for name, tensor in {**x, **before}.items():
-            self._bind_tensor(binding.bind_input, name, tensor)
-        for name, tensor in made.items():
-            self._bind_tensor(binding.bind_output, name, tensor)
+        dtypes = {s.output: s.dtype for s in spec.states} | {spec.output.name: "float32"}
+        made = self._tensors(self._written, dtypes, rows)
+        self._bind_tensors(binding.bind_input, {**x, **before})
+        self._bind_tensors(binding.bind_output, made)
         if self._lengths_port is not None:
             binding.bind_cpu_input(self._lengths_port, self._lengths[:rows])
         for name, value in self._constants.items():
@@ -222,10 +216,11 @@ class BoundSteps:
     def _by_row(self, name: str, tensor: Array) -> Array:
         return np.moveaxis(tensor, self._shape(name).index(ROWS), 0)
 
-    def _bind_tensor(self, bind: Callable[..., None], name: str, tensor: Array) -> None:
-        ports = self.ports[name]
-        for (port, _), part in zip(ports, [tensor] if len(ports) == 1 else tensor, strict=True):
-            bind(port, "cpu", 0, part.dtype, part.shape, part.ctypes.data)
+    def _bind_tensors(self, bind: Callable[..., None], tensors: Mapping[str, Array]) -> None:
+        for name, tensor in tensors.items():
+            ports = self.ports[name]
+            for (port, _), part in zip(ports, [tensor] if len(ports) == 1 else tensor, strict=True):
+                bind(port, "cpu", 0, part.dtype, part.shape, part.ctypes.data)
 
     def _floats(self, tensors: Sequence[Array]) -> list[Array]:
         """What may be infinite, flat; one array where all is float32, which is most models."""

@@ -34,8 +34,7 @@ OpenSession = Callable[[bytes], ort.InferenceSession]
 
 SLOT_BITS: Final = 24
 MOST_SLOTS: Final = (1 << SLOT_BITS) - 1
-GRAIN: Final = 8
-"""Floats that one thread of onnxruntime's CUDA ScatterND copies: it has a thread per index, however long its row."""
+GRAIN: Final = 8  # floats that one thread of CUDA's ScatterND copies: it has a thread per index, however long its row
 
 _RUNS = itertools.count(1)  # of all tables, so that a tag of one is never found in another
 
@@ -296,7 +295,7 @@ def resident_model(path: Path, manifest: Manifest, pieces: int) -> bytes:
     before = _nodes(theirs, _PLACES, _GATHER, *apart)
     after = _nodes(theirs, *packed, _SCATTER, _SOUNDNESS)
     onnx.replace(graph.node, [*before, *graph.node, *after])
-    if not _depends(graph, _NEW, _TABLE):  # else nothing would keep the scatter from running before the gather
+    if _TABLE not in onnx.needed(graph, [_NEW]):  # else nothing would keep the scatter from running before the gather
         raise CannotReside("its new states do not depend on the old ones")
     shapes = {f"shape{n}": [-1, *s.shape] for n, s in states.items()}
     graph.initializer.extend(_constants(pieces, floats, sizes=[s.size for s in manifest.states], **shapes))
@@ -342,15 +341,3 @@ def _port(name: str, width: int = 0) -> Any:
     """Rows of floats of some width, or one int64 each."""
     shape, kind = ([None, width], onnx.TensorProto.FLOAT) if width else ([None], onnx.TensorProto.INT64)
     return onnx.helper.make_tensor_value_info(name, kind, shape)
-
-
-def _depends(graph: Any, value: str, on: str) -> bool:
-    """Whether a value is computed from another."""
-    makers = {output: node for node in graph.node for output in node.output}
-    seen, waiting = {value}, [value]
-    while waiting:
-        node = makers.get(waiting.pop())
-        fresh = set(() if node is None else node.input) - seen
-        seen |= fresh
-        waiting.extend(fresh)
-    return on in seen

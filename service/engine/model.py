@@ -259,14 +259,12 @@ class Runtime:
 
     def _run_tagged(self) -> Run:
         """`run` by way of the table, for one batch after the other with the same rows, in which each goes on."""
-        before, tags = b"", np.zeros(0, np.int64)
+        tags: dict[bytes, Ints] = {}
 
         def run(x: Floats, lengths: Lengths | None, states: Bytes) -> tuple[Floats, Bytes]:
-            nonlocal before, tags
-            if states.tobytes() != before:
-                tags = np.zeros(len(x), np.int64)
-            y, new = self.run_resident(x, lengths, tags, lambda rows: states[rows])
-            before = new.tobytes()
+            mine = tags.pop(states.tobytes(), np.zeros(len(x), np.int64))
+            y, new = self.run_resident(x, lengths, mine, lambda rows: states[rows])
+            tags[new.tobytes()] = mine
             return y, new.copy()
 
         return run

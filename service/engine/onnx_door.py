@@ -21,3 +21,12 @@ def replace(field: Any, values: Iterable[Any]) -> None:
     kept = list(values)
     del field[:]
     field.extend(kept)
+
+
+def needed(graph: Any, names: Iterable[str]) -> set[str]:
+    """These tensors, and all that they are computed from."""
+    found = set(names)
+    for node in reversed(graph.node):  # each stands behind those whose outputs it reads
+        if found.intersection(node.output):
+            found.update(node.input)
+    return found

@@ -21,9 +21,8 @@ from .buffers import ROWS, Ports, Shape
 
 Axes = tuple[int, ...]
 
+# Of weights: they are in memory twice, and the larger they are the more of a run is the products themselves.
 MOST_BYTES: Final = 64 << 20
-"""Of weights: they are in memory twice, and the larger they are the more of a run is the products themselves."""
-
 _LEAST_OPSET: Final = 13
 _SIMPLE: Final = frozenset({"Tanh", "Sigmoid", "Relu", "Softsign"})
 _DEFAULTS: Final[Mapping[str, tuple[str, ...]]] = {
@@ -445,12 +444,7 @@ def _shapes(graph: Any) -> dict[str, tuple[int | str, ...]]:
 
 def _drop_unused(graph: Any, lengths: str | None) -> None:
     """Remove nodes and initializers that no output needs, and `lengths` if it is one of them."""
-    needed = {port.name for port in graph.output}
-    kept = []
-    for node in reversed(graph.node):
-        if needed.intersection(node.output):
-            needed.update(node.input)
-            kept.append(node)
-    onnx.replace(graph.node, reversed(kept))
+    needed = onnx.needed(graph, (port.name for port in graph.output))
+    onnx.replace(graph.node, (node for node in graph.node if needed.intersection(node.output)))
     onnx.replace(graph.initializer, (value for value in graph.initializer if value.name in needed))
     onnx.replace(graph.input, (port for port in graph.input if port.name != lengths or lengths in needed))

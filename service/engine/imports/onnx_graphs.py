@@ -197,17 +197,11 @@ class _Guess:
         return states
 
     def _state(self, port: Port, result: Port, given: dict[str, Any]) -> dict[str, Any]:
-        dynamic = port.dynamic
-        if "batch_axis" not in given and not dynamic:
-            raise ManifestError(
-                f"state input {port} has no dynamic axis, so sessions cannot be batched. Export the graph with a "
-                "dynamic batch axis."
-            )
-        if "batch_axis" not in given and len(dynamic) > 1:
-            raise ManifestError(
-                f"state input {port} has {len(dynamic)} dynamic axes. Give $.states with batch_axis and shape."
-            )
-        axis = int(given["batch_axis"] if "batch_axis" in given else dynamic[0])
+        if "batch_axis" not in given and len(port.dynamic) != 1:
+            many = f"{len(port.dynamic)} dynamic axes. Give $.states with batch_axis and shape."
+            none = "no dynamic axis, so sessions cannot be batched. Export the graph with a dynamic batch axis."
+            raise ManifestError(f"state input {port} has {many if port.dynamic else none}")
+        axis = int(given["batch_axis"] if "batch_axis" in given else port.dynamic[0])
         shape = [size for at, size in enumerate(port.shape) if at != axis]
         made = {"layer": "state", "key": port.name, "input": port.name, "output": result.name, "dtype": port.dtype}
         return {**made, "shape": shape, "batch_axis": axis, **given}
