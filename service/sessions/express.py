@@ -253,11 +253,11 @@ class Express:
             cohort.place = block.place
         else:
             column.part()
-            blocks: dict[float | None, list[int]] = {}
-            for row, entry in enumerate(entries):
-                blocks.setdefault(entry.ttl_s, []).append(row)
             old: list[bytes] = [entry.data for entry in entries]  # type: ignore[misc]  # they have a track
-            for ttl_s, rows in blocks.items():
+            blocks: dict[tuple[float | None, int, int], list[int]] = {}
+            for row, entry in enumerate(entries):
+                blocks.setdefault((entry.ttl_s, len(old[row]), len(column.next[row])), []).append(row)
+            for (ttl_s, *_), rows in blocks.items():
                 block = Block(
                     [entries[row].key for row in rows],
                     [old[row] for row in rows],
