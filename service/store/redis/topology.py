@@ -10,6 +10,7 @@ from binascii import crc_hqx
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from itertools import cycle
+from math import inf
 from typing import Any, Final, cast
 
 from redis.asyncio import ConnectionPool, Redis, SSLConnection
@@ -238,6 +239,7 @@ class Cluster(Nodes):
             )  # the next one looks again
 
     async def close(self) -> None:
+        self._look_after = inf  # calls that fail by this start no other look
         if self._looking is not None:
             self._looking.cancel()
             await asyncio.wait([self._looking])
