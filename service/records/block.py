@@ -33,7 +33,7 @@ SPARE_BYTES: Final = 4 << 20
 @lru_cache(64)
 def _counted(steps: int) -> npt.NDArray[np.uint64]:
     """What is added to a header: one revision, T steps."""
-    return np.array([0, 0, 1, steps, 0, 0, 0, 0], np.uint64)
+    return np.array([0, 0, 1, steps, 0, 0, 0, 0, 0], np.uint64)
 
 
 class Spares:
@@ -108,12 +108,11 @@ class Block:
             new[:, after.answers_at : named_at] = old[:, advance.answers_from :]
         if after.state_at > HEADER_BYTES:
             new[:, HEADER_BYTES : after.state_at] = old[:, HEADER_BYTES : before.state_at]
-        new[:, _WORDS_BYTES:HEADER_BYTES] = old[:, _WORDS_BYTES:HEADER_BYTES]
-        self.log = self._keep_log(advance)
-        header = new[:, :_WORDS_BYTES].view(np.uint64)
-        np.add(old[:, :_WORDS_BYTES].view(np.uint64), _counted(advance.steps), out=header)
+        header = new[:, :HEADER_BYTES].view(np.uint64)
+        np.add(old[:, :HEADER_BYTES].view(np.uint64), _counted(advance.steps), out=header)
         header[:, 0] = after.first_word
         np.maximum(header[:, _USED_WORD], now_ms, out=header[:, _USED_WORD])
+        self.log = self._keep_log(advance)
         self.before = old[:, before.state_at : before.log_at]
         self.after = new[:, after.state_at : after.log_at]
         new[:, named_at + DIGEST_BYTES : named_at + ANSWER_BYTES] = np.frombuffer(advance.mark, np.uint8)
