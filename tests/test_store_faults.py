@@ -503,7 +503,7 @@ async def test_sentinel_that_does_not_know_the_service_is_said(redis_sentinel: R
 async def test_cluster_failover_is_followed(own_cluster: list[RedisServer]) -> None:
     """A third of the sessions is away for a moment; no acknowledged one is lost at level `replicated`."""
     urls = cluster_url(own_cluster)
-    store = await opened(urls, "replicated")
+    store = await recovered(lambda: opened(urls, "replicated"))  # the replicas have just joined
     datas = {next(_names): record(i) for i in range(60)}
     for key, data in datas.items():
         assert await store.change([Write(key, None, data)]) == [True]
