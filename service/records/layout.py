@@ -209,6 +209,7 @@ class Shapes:
     ) -> None:
         self.row_bytes, self.input_bytes, self.outputs, self.log_steps = row_bytes, input_bytes, outputs, log_steps
         self.default_ttl_s = default_ttl_s
+        self._mark = answer_mark(1, outputs)
         self._known: dict[tuple[bool, int, int, int, int, Sizes], Shape] = {}
 
     def shape(self, fresh: bool, ttl_s: int, flags: int, examples: int, log_bytes: int, sizes: Sizes) -> Shape:
@@ -239,7 +240,7 @@ class Shapes:
         if not count or len(record) != at + count * size:
             return ()
         marks = _single_answers(count, size).unpack_from(record, at)
-        return (size,) * count if marks.count(answer_mark(1, self.outputs)) == count else ()
+        return (size,) * count if marks.count(self._mark) == count else ()
 
 
 def answer_bytes(examples: int, steps: int, outputs: int) -> int:

@@ -14,7 +14,7 @@ from ..engine.batcher import Batcher, Run
 from ..engine.repository import Served
 from ..records.block import Block, LoneBlock, Spares, side_by_side
 from ..records.digest import Digests
-from ..records.layout import Advance, Shape, Shapes, facts
+from ..records.layout import Advance, Facts, Shape, Shapes, facts
 from ..settings import Settings
 
 Bytes = npt.NDArray[np.uint8]
@@ -169,13 +169,16 @@ class Session:
         """The record is unknown from now on: the next call loads it."""
         self.data = self.lane = self.shape = None
 
-    def take(self, data: bytes, lane: Lane | None) -> None:
+    def take(self, data: bytes, lane: Lane | None, found: Facts | None = None) -> None:
         """Keep a record of the present layout, which is of the lane's version.
+
+        Args:
+            found: What its header says, if it has been read.
 
         Raises:
             BadRecord: its lengths are not those of the version.
         """
-        found = facts(data)
+        found = found or facts(data)
         self.shape = None if lane is None else lane.shapes.of(data, found)
         self.data, self.lane, self.step, self.tag = data, lane, found.step, 0
 

@@ -330,7 +330,7 @@ class Sessions:
             found = facts(data)
             served = self.repository.get(session.address.model, found.version)
             fits = served is not None and served.fingerprint == found.fingerprint
-            session.take(data, self._lanes.of(served) if served is not None and fits else None)
+            session.take(data, self._lanes.of(served) if served is not None and fits else None, found)
         self._cache.measure(session, len(data or b""))
         self._go_on(session)
 
