@@ -134,7 +134,8 @@ class Commits:
 
     def _advance(self, batch: Batch, group: Group, rows: Sequence[int]) -> None:
         """Answer rows that are stored, and let their sessions go on."""
-        _part(group.roster)
+        if group.roster is not None:
+            _part(group.roster)
         sessions, waiters, many, answers = group.sessions, group.waiters, group.many, group.answers
         records, advance = group.block.records(), group.block.advance
         shape, taken, grown = advance.after, advance.steps, not advance.steady
