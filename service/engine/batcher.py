@@ -28,6 +28,9 @@ MOST_NOTES: Final = 1 << 16  # runs remembered for the metrics until these are r
 CROSSED_SHARE: Final = 0.125
 REST_S: Final = 0.002
 
+# A chunk of fewer rows times steps costs more by its start than by these; measured, cells would look dear for ever.
+LEAST_CELLS: Final = 256
+
 # A moving average believes a short time sooner than a long one, which other processes may have caused.
 FASTER: Final = 0.3
 SLOWER: Final = 0.05
@@ -242,7 +245,7 @@ class Batcher(Generic[B]):
         rows, chunk = sum(run.rows for run in runs), max(run.steps - run.at for run in runs)
         if self._chunk_s is not None:
             chunk_s = self._chunk_s * (CROSSED_SHARE if self._crossed else 1.0)
-            chunk = min(chunk, max(1, int(chunk_s / (self._cell_s * rows))))
+            chunk = min(chunk, max(1, LEAST_CELLS // rows, int(chunk_s / (self._cell_s * rows))))
         crossed, self._crossed = self._crossed, False
         took = await self._anywhere(rows * chunk * self._cell_s, self._timed_chunk, runs, chunk)
         self._cell_s = _nearer(self._cell_s, took / (rows * chunk))
