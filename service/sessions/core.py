@@ -195,11 +195,6 @@ class Ask:
     policy: str | None = None  # what to do if the session's version is not served; None: the server's
     verified: bool = False  # the session's record was loaded after the call came, so the call may be refused on it
 
-    @property
-    def single(self) -> bool:
-        """Whether it is a single step of all examples: it goes with others in a batch."""
-        return self.x.shape[1] == 1 and self.mask is None
-
 
 @dataclass(slots=True, eq=False)
 class Group:

@@ -18,7 +18,6 @@ from stepcast.errors import (
     InvalidRequest,
     InvalidSessionId,
     LayerNotFound,
-    SessionBusy,
     SessionExists,
     ShapeMismatch,
     StateMismatch,
@@ -32,7 +31,8 @@ from ..engine.repository import Served
 from ..records.layout import HAS_CHECKPOINTS, TTL_FOR_EVER
 from ..records.record import Record, new_record
 from .core import Address
-from .stored import CHANGE_TRIES, Edit, Overtaken, new_session_id, only_from
+from .lanes import check_streams
+from .stored import Edit, new_session_id
 from .turns import Sessions
 
 SESSION_ID: Final = re.compile(r"[A-Za-z0-9._:@~-]{1,256}")
@@ -101,7 +101,7 @@ class States:
         """
         live, require = self.repository.live, self.repository.require
         served = live(address.model) if version is None else require(address.model, version)
-        self.sessions.check_streams(served)
+        check_streams(served)
         self._check_examples(examples)
         state = served.runtime.initial(examples)
         return await self.ledger.create(address, self._fresh(served, examples, state, ttl_s=_ttl(ttl_s)))
@@ -114,8 +114,8 @@ class States:
         """
         self.repository.live(address.model)
 
-        def edit(found: Record | None) -> Edit:
-            self._found(address, found)
+        async def edit(found: Record | None) -> Edit:
+            self.ledger.there(address, found)
             return Edit(None)
 
         await self.ledger.change(address, edit, if_match)
@@ -131,8 +131,10 @@ class States:
 
     async def view(self, address: Address) -> View:
         """The session as the store has it."""
-        self.repository.live(address.model)
-        record = await self.ledger.read(address)
+        return self.viewed(address, await self.exists(address))
+
+    def viewed(self, address: Address, record: Record) -> View:
+        """The session with the version that its state belongs to; StateVersionMismatch where that is not served."""
         served = self._maker(address, record)
         if served is None:
             raise self.sessions.version_mismatch(address, record)
@@ -232,7 +234,7 @@ class States:
         """
 
         def edit(found: Record | None) -> Record:
-            record = self._found(address, found)
+            record = self.ledger.there(address, found)
             served = self._maker(address, record) or self.repository.live(address.model)
             return self._on(served, record, examples=0, state=b"", answers=(), inputs=b"")
 
@@ -261,16 +263,18 @@ class States:
         """
         if name is not None:
             check_id(name, "checkpoint")
-        for _ in range(CHANGE_TRIES):
-            record = await self.exists(address)
+
+        async def edit(found: Record | None) -> Edit:
+            record = self.ledger.there(address, found)
             chosen = await self._free_name(address, name or f"step-{record.step}")
+            answer.update(session=address.session, name=chosen, step=record.step)
             after = record.changed(self.ledger.clock(), flags=record.flags | HAS_CHECKPOINTS)
-            try:
-                await self.ledger.change(address, only_from(record, Edit(after, {chosen: record.encode()})))
-            except Overtaken:  # perhaps by a checkpoint of that name: look again
-                continue
-            return {"session": address.session, "name": chosen, "step": record.step}
-        raise SessionBusy(f"session {address.session!r} was changed by others {CHANGE_TRIES} times. Retry.")
+            return Edit(after, {chosen: record.encode()})
+
+        answer: dict[str, Any] = {}
+        self.repository.live(address.model)
+        await self.ledger.change(address, edit)
+        return answer
 
     async def _free_name(self, address: Address, name: str) -> str:
         """A checkpoint's name, if the session has room for one of that name."""
@@ -306,26 +310,19 @@ class States:
         then = self.ledger.decode(address.key, data)
 
         def edit(found: Record | None) -> Record:
-            record = self._found(address, found)
+            record = self.ledger.there(address, found)
             if record.incarnation != before.incarnation:  # ended and created again meanwhile
                 raise missing
-            return record.changed(
-                self.ledger.clock(),
-                version=then.version,
-                fingerprint=then.fingerprint,
-                examples=then.examples,
-                step=then.step,
-                state=then.state,
-                answers=then.answers,
-                inputs=then.inputs,
-            )
+            made = {"version": then.version, "fingerprint": then.fingerprint, "examples": then.examples}
+            taken = {"step": then.step, "state": then.state, "answers": then.answers, "inputs": then.inputs}
+            return record.changed(self.ledger.clock(), **made, **taken)
 
         return await self._write(address, edit, if_match)
 
     async def exists(self, address: Address) -> Record:
         """The record; SessionNotFound where there is none."""
         self.repository.live(address.model)
-        return await self.ledger.read(address)
+        return self.ledger.there(address, await self.ledger.find(address))
 
     # --- versions -----------------------------------------------------------------------------------------------
 
@@ -366,14 +363,11 @@ class States:
     ) -> Record:
         """Exchange the record of a session."""
         self.repository.live(address.model)
-        record = await self.ledger.change(address, lambda found: Edit(edit(found)), if_match)
-        assert record is not None  # nothing but `end` writes none
-        return record
 
-    def _found(self, address: Address, found: Record | None) -> Record:
-        if found is None:
-            raise self.ledger.not_found(address)
-        return found
+        async def write(found: Record | None) -> Edit:
+            return Edit(edit(found))
+
+        return self.ledger.there(address, await self.ledger.change(address, write, if_match))
 
     def _maker(self, address: Address, record: Record) -> Served | None:
         """The version that made a session's state, None where it is not served."""
@@ -392,7 +386,7 @@ class States:
                 version=number,
                 versions=self.repository.versions(address.model),
             )
-        self.sessions.check_streams(served)
+        check_streams(served)
         if new.fingerprint not in (None, served.manifest.fingerprint):
             raise StateMismatch(
                 f"the state was made by a model of fingerprint {new.fingerprint!r}, version {number} has "

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from stepcast.errors import InvalidRequest, NoFeedback, SessionBusy, ShapeMismatch, StepConflict, TooLarge
+from stepcast.errors import InvalidRequest, NoFeedback, ShapeMismatch, StepConflict, TooLarge
 from stepcast.manifest import Manifest
 
 from ..engine import arrays
@@ -22,7 +22,7 @@ from ..records.digest import legacy_named
 from ..records.record import Answer, Record, encode_answer
 from .core import Address
 from .edits import States
-from .stored import CHANGE_TRIES, Edit, Overtaken, only_from
+from .stored import Edit
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,23 +69,29 @@ async def rollout(states: States, address: Address, plan: Plan) -> dict[str, Any
         raise InvalidRequest("$.seq belongs to a rollout with commit")
     if plan.seq is not None and plan.temperature and plan.seed is None:
         raise InvalidRequest("a rollout with seq and temperature needs a $.seed, so that a retry draws the same")
-    for _ in range(CHANGE_TRIES):
-        view = await states.view(address)
-        known = _known(plan, view.served.manifest, max(1, view.record.examples), states.settings.body_limit_bytes)
+    answer: dict[str, Any] = {}
+
+    async def edit(found: Record | None) -> Edit | None:
+        view = states.viewed(address, states.ledger.there(address, found))
+        record, served = view.record, view.served
+        known = _known(plan, served.manifest, max(1, record.examples), states.settings.body_limit_bytes)
         payload = _payload(plan, known)
         digest = states.sessions.digests.named(b"rollout", *payload)
-        stored = _stored(view.record, plan, digest, payload, address)
+        stored = _stored(record, plan, digest, payload, address)
         if stored is not None:
-            return _answer(view.served, stored, plan, view.record, plan.seq or 0)
-        free = await _run(states, view.record, view.served, known, plan)
+            answer.update(_answer(served, stored, plan, record.version, plan.seq or 0))
+            return None
+        free = await _run(states, record, served, known, plan)
         if not plan.commit:
-            return _answer(view.served, free, plan, view.record, view.record.step)
-        try:
-            after = await _commit(states, address, view.record, free, plan.steps, digest)
-        except Overtaken:  # stepped by others while the rollout ran
-            continue
-        return _answer(view.served, free, plan, after, after.step)
-    raise SessionBusy(f"session {address.session!r} was changed by others {CHANGE_TRIES} times. Retry.")
+            answer.update(_answer(served, free, plan, record.version, record.step))
+            return None
+        answer.update(_answer(served, free, plan, record.version, record.step + plan.steps))
+        kept = encode_answer(digest, plan.steps, free.outputs.shape[2], free.outputs.tobytes())
+        return Edit(record.advanced(plan.steps, len(free.outputs), free.state, kept, states.ledger.clock()))
+
+    states.repository.live(address.model)
+    await states.ledger.change(address, edit)
+    return answer
 
 
 async def _run(states: States, record: Record, served: Served, known: Floats, plan: Plan) -> Free:
@@ -231,16 +237,8 @@ def _stored(record: Record, plan: Plan, digest: bytes, payload: tuple[bytes, byt
     return Free(np.frombuffer(kept.outputs, np.float32).reshape(rows, kept.steps, -1), None, record.state)
 
 
-async def _commit(states: States, address: Address, base: Record, free: Free, steps: int, digest: bytes) -> Record:
-    answer = encode_answer(digest, steps, free.outputs.shape[2], free.outputs.tobytes())
-    next_record = base.advanced(steps, len(free.outputs), free.state, answer, states.ledger.clock())
-    after = await states.ledger.change(address, only_from(base, Edit(next_record)))
-    assert after is not None
-    return after
-
-
-def _answer(served: Served, free: Free, plan: Plan, record: Record, step: int) -> dict[str, Any]:
-    answer: dict[str, Any] = {"outputs": free.outputs, "step": step, "version": record.version}
+def _answer(served: Served, free: Free, plan: Plan, version: int, step: int) -> dict[str, Any]:
+    answer: dict[str, Any] = {"outputs": free.outputs, "step": step, "version": version}
     classes = free.classes
     if served.manifest.classes is not None:
         if classes is None:  # a retry: the draws are those of the same seed

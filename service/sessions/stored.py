@@ -1,7 +1,7 @@
 """Sessions as the store has them: read, create, and change by compare-and-set."""
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -13,30 +13,15 @@ from ..store import Store, Write
 from ..telemetry import log
 from .core import Address
 
-CHANGE_TRIES: Final = 16
+_TRIES: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Edit:
-    """What `Sessions.change` writes: the next record (None: forget the session) and side records with it."""
+    """What `Ledger.change` writes: the next record (None: forget the session) and side records with it."""
 
     record: Record | None
     sides: dict[str, bytes] | None = None
-
-
-class Overtaken(Exception):
-    """The session is not what it was; see only_from. Never leaves this room's callers."""
-
-
-def only_from(base: Record, edit: Edit) -> Callable[[Record | None], Edit]:
-    """An edit for Ledger.change that raises Overtaken where the session is not `base` any more."""
-
-    def decide(found: Record | None) -> Edit:
-        if found is None or found.token != base.token:
-            raise Overtaken
-        return edit
-
-    return decide
 
 
 def etag(record: Record) -> str:
@@ -68,24 +53,20 @@ class Ledger:
         self.store, self.clock = store, clock
         self._ttl_s, self._replaced = ttl_s, replaced
 
-    async def read(self, address: Address) -> Record:
-        """The session's record as the store has it.
-
-        Raises:
-            SessionNotFound, StoreUnavailable.
-        """
+    async def find(self, address: Address) -> Record | None:
+        """The session's record as the store has it."""
         (data,) = await self.store.load([address.key])
-        if data is None:
-            raise self.not_found(address)
-        return self.decode(address.key, data)
+        return None if data is None else self.decode(address.key, data)
 
-    def not_found(self, address: Address) -> SessionNotFound:
-        """The error for a session that is not there."""
-        return SessionNotFound(
-            f"model {address.model!r} has no session {address.session!r} (never created, ended or expired)",
-            model=address.model,
-            session=address.session,
-        )
+    def there(self, address: Address, found: Record | None) -> Record:
+        """The record of a session that has to be there, else SessionNotFound."""
+        if found is None:
+            raise SessionNotFound(
+                f"model {address.model!r} has no session {address.session!r} (never created, ended or expired)",
+                model=address.model,
+                session=address.session,
+            )
+        return found
 
     async def create(self, address: Address, fresh: Record) -> Record:
         """Store a new session.
@@ -95,51 +76,46 @@ class Ledger:
         """
         (made,) = await self.store.change([Write(address.key, None, fresh.encode(), self.ttl_s(fresh))])
         if not made:
-            raise SessionExists(
-                f"model {address.model!r} has a session {address.session!r} already", session=address.session
-            )
+            text = f"model {address.model!r} has a session {address.session!r} already"
+            raise SessionExists(text, session=address.session)
         self._replaced(address.key)
         return fresh
 
     async def change(
-        self,
-        address: Address,
-        edit: "Callable[[Record | None], Edit]",
-        if_match: str | None = None,
+        self, address: Address, edit: Callable[[Record | None], Awaitable[Edit | None]], if_match: str | None = None
     ) -> Record | None:
         """Change a session by compare-and-set; the store's record decides, not a copy.
 
         Args:
-            edit: Takes the record (None: no session), returns what is to be written. May run several times.
+            edit: Takes the record (None: no session), returns what is to be written (None: nothing). It is called
+                again where others change the session meanwhile.
             if_match: Entity tag that the record must have.
+
+        Returns:
+            The session's record from now on.
 
         Raises:
             PreconditionFailed: the record has another entity tag. SessionBusy: others kept changing it.
         """
-        for _ in range(CHANGE_TRIES):
-            (data,) = await self.store.load([address.key])
-            found = None if data is None else self.decode(address.key, data)
+        for _ in range(_TRIES):
+            found = await self.find(address)
             if if_match is not None and not _matches(if_match, found):
-                raise PreconditionFailed(
-                    f"session {address.session!r} has entity tag {etag(found) if found else None}, If-Match was "
-                    f"{if_match}. Read it again.",
-                    session=address.session,
-                )
-            edited = edit(found)
-            after = edited.record
-            write = Write(
-                address.key,
-                found.token if found else None,
-                after.encode() if after else None,
-                self.ttl_s(after) if after else None,
-                edited.sides,
-                bool(after and after.flags & HAS_CHECKPOINTS),
-            )
+                text = f"entity tag {etag(found) if found else None}, If-Match was {if_match}. Read it again."
+                raise PreconditionFailed(f"session {address.session!r} has {text}", session=address.session)
+            edited = await edit(found)
+            if edited is None:
+                return found
+            token, after = found.token if found else None, edited.record
+            if after is None:
+                write = Write(address.key, token, None, None)
+            else:
+                has_sides = bool(after.flags & HAS_CHECKPOINTS)
+                write = Write(address.key, token, after.encode(), self.ttl_s(after), edited.sides, has_sides)
             (applied,) = await self.store.change([write])
             if applied:
                 self._replaced(address.key)
                 return after
-        raise SessionBusy(f"session {address.session!r} was changed by others {CHANGE_TRIES} times. Retry.")
+        raise SessionBusy(f"session {address.session!r} was changed by others {_TRIES} times. Retry.")
 
     def decode(self, key: str, data: bytes) -> Record:
         """A record from the store's bytes; SessionBusy where this server can not read them."""

@@ -177,32 +177,25 @@ class Sessions:
     # --- turns --------------------------------------------------------------------------------------------------
 
     def _go_on(self, session: Session) -> None:
-        """Start the oldest waiting call of an idle session."""
-        session.busy = False
-        while session.queue:
-            ask = session.queue[0]
-            gone = ask.waiter.done() or ask.deadline < time.monotonic()
-            if session.data is None and not gone:
+        """Start the oldest waiting call of an idle session; load the session first where its record is not known."""
+        queue, session.busy = session.queue, False
+        while queue:
+            if session.data is None:
                 session.busy = True
                 self._load_soon(session)
                 return
-            del session.queue[0]
-            if gone:
-                self._refuse(session, ask, too_late())
-            elif self._start(session, ask):
-                session.busy = True
-                return
+            ask = queue.pop(0)
+            try:
+                if ask.waiter.done() or ask.deadline < time.monotonic():
+                    raise too_late()
+                if self._decide(session, ask):
+                    session.busy = True
+                    return
+            except Exception as error:
+                self._refuse(session, ask, as_ours(error, "the step could not be started"))
         if session.roster is None and (session.data is None or not session.stored):
             self._cache.drop(session)  # nothing worth keeping: no session, or one in doubt
         self._cache.evict()
-
-    def _start(self, session: Session, ask: Ask) -> bool:
-        """Decide on a call. True: it is on its way; False: the next one may go on."""
-        try:
-            return self._decide(session, ask)
-        except Exception as error:
-            self._refuse(session, ask, as_ours(error, "the step could not be started"))
-            return False
 
     def _decide(self, session: Session, ask: Ask) -> bool:
         """Let a call begin, or answer it from the record, or load the record first.
@@ -215,7 +208,7 @@ class Sessions:
         """
         lane, data, shape = session.lane, session.data, session.shape
         if data is None or (lane is None and not ask.verified):
-            return self._load_again(session, ask)
+            return _load_again(session, ask)
         if lane is None or shape is None:
             return self._move(session, ask, records.decode(data))
         rows, steps, features = ask.x.shape
@@ -234,7 +227,7 @@ class Sessions:
             self._begin(session, lane, ask)
             return True
         if not ask.verified:
-            return self._load_again(session, ask)
+            return _load_again(session, ask)
         if not numbered:
             self._repeat(session, lane, ask, data)
             return False
@@ -246,16 +239,15 @@ class Sessions:
         )
 
     def _begin(self, session: Session, lane: Lane, ask: Ask) -> None:
-        """Let a call join a batch, or run by itself."""
-        if not ask.single:
-            session.used = True
-            then = partial(self._commits.call, session, lane, ask)
-            run = MaskedRun(ask.x, ask.mask, session.state(), ask.deadline, then, ask.waiter.done)
-            lane.batcher.submit_run(run)
+        """Let a call join a batch; one of several steps, or with a mask, runs by itself."""
+        if ask.x.shape[1] == 1 and ask.mask is None:
+            batch = lane.joinable(time.monotonic())
+            batch.asks[len(batch.sessions)] = ask
+            batch.add(session, ask.x.tobytes(), ask.seq, ask.waiter, len(ask.x))
             return
-        batch = lane.joinable(time.monotonic())
-        batch.asks[len(batch.sessions)] = ask
-        batch.add(session, ask.x.tobytes(), ask.seq, ask.waiter, len(ask.x))
+        session.used = True
+        then = partial(self._commits.call, session, lane, ask)
+        lane.batcher.submit_run(MaskedRun(ask.x, ask.mask, session.state(), ask.deadline, then, ask.waiter.done))
 
     def _repeat(self, session: Session, lane: Lane, ask: Ask, data: bytes) -> None:
         """Answer a call whose number was used: by the kept answer of the same payload.
@@ -280,12 +272,6 @@ class Sessions:
 
     def _refuse(self, session: Session, ask: Ask, error: BaseException) -> None:
         self._commits.refuse(self._lanes.load(session.address.model), session, ask.waiter, error)
-
-    def _load_again(self, session: Session, ask: Ask) -> bool:
-        """Decide on the store's record, not on a copy."""
-        session.queue.insert(0, ask)
-        session.forget()
-        return False
 
     # --- loading ------------------------------------------------------------------------------------------------
 
@@ -407,10 +393,6 @@ class Sessions:
 
     # --- life ---------------------------------------------------------------------------------------------------
 
-    def check_streams(self, served: Served) -> None:
-        """Raises NotStreaming where the model cannot be stepped."""
-        check_streams(served)
-
     def gauge(self) -> None:
         """Bring the metrics up to date; called when they are read."""
         self.metrics.waiting.set(self._lanes.count())
@@ -429,3 +411,10 @@ def _replayable(record: Record, live: Served) -> bool:
     """Whether a session can be rebuilt: it has no state yet, or a log of one example that can be the model's inputs."""
     steps, rest = divmod(len(record.inputs), 4 * live.n_features)
     return not record.examples or (record.examples == 1 and not rest and 0 < steps <= record.step)
+
+
+def _load_again(session: Session, ask: Ask) -> bool:
+    """Let a call be decided on the store's record, not on a copy."""
+    session.queue.insert(0, ask)
+    session.forget()
+    return False

@@ -6,6 +6,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from stepcast.errors import Draining, Forbidden, NotReady, RouteNotFound
 
+from ...sessions.lanes import check_streams
 from ...settings import Settings
 from ...telemetry import Metrics
 from ..answers import Headers, problem
@@ -55,7 +56,7 @@ class Handshake:
         way, sessions = Way(principal.namespace, model), self._steps.states.sessions
         if session is not None:
             way.address(session)
-        sessions.check_streams(self._steps.look(way).served)
+        check_streams(self._steps.look(way).served)
         connection = scope.get("extensions", {}).get(EXTENSION)
         if not isinstance(connection, WebSocketConnection):
             raise NotReady("WebSockets need the server that `python -m service serve` starts")
