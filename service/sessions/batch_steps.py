@@ -8,10 +8,10 @@ from stepcast.errors import StepcastError
 from ..engine.repository import Repository
 from ..settings import Settings
 from .cache import SessionCache
-from .core import Address, Floats, Lane, Mask, Session, Waiter
+from .core import Address, Floats, Lane, Mask, Roster, Rows, Session, Waiter
 from .lanes import Lanes
 from .many import Columns, Many
-from .roster import Forming, Roster, Rosters, roster_name
+from .roster import Forming, Rosters, roster_name
 
 Ask = Callable[[Address, Floats, Mask | None, int | None, Waiter, str | None], None]
 
@@ -135,14 +135,12 @@ def _submit(
     roster: Roster | None = None,
 ) -> None:
     """Queue a batch of sessions that are ready, at these places of a batch step."""
-    batch, seqs = lane.closed(time.monotonic()), columns.seqs
-    if isinstance(places, range):  # all that lie between its ends
-        cut = slice(places.start, places.stop)
-        batch.x, batch.seqs = columns.x[cut], [None] * len(places) if seqs is None else seqs[cut]
-    else:
-        batch.x = columns.x[places]
-        batch.seqs = [None] * len(places) if seqs is None else [seqs[place] for place in places]
-    batch.sessions, batch.many, batch.places, batch.roster = sessions, many, places, roster
-    batch.rows = len(sessions)
-    lane.load.waiting += len(sessions)
+    at = slice(places.start, places.stop) if isinstance(places, range) else places  # a slice is no copy
+    seqs: list[int | None] = [None] * len(places)
+    if columns.seqs is not None:
+        seqs = [columns.seqs[place] for place in places]
+    batch, count = lane.closed(time.monotonic()), len(sessions)
+    batch.steps = Rows(sessions, seqs=seqs, x=columns.x[at], many=many, places=places, roster=roster)
+    batch.rows = count
+    lane.load.waiting += count
     lane.batcher.submit(batch)

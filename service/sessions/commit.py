@@ -12,7 +12,7 @@ from ..records.block import LoneBlock
 from ..store import Store
 from ..telemetry import Metrics, as_ours, log
 from .cache import SessionCache
-from .core import NS_PER_MS, Answers, Ask, Batch, Group, Lane, Load, Session, Together, Waiter
+from .core import NS_PER_MS, Answers, Ask, Batch, Group, Lane, Load, Roster, Rows, Session, Waiter
 from .run import MaskedRun
 
 Outcome = list[bool] | BaseException
@@ -44,7 +44,7 @@ class Commits:
             return None
         for guest in batch.guests:
             guest.then(guest)
-        batch.left, batch.started = len(batch.sessions), time.perf_counter()
+        batch.left, batch.started = len(batch.steps.sessions), time.perf_counter()
         for group in batch.groups:
             self._store.replace(group.block, partial(self._told, batch, group))
         if not batch.left:
@@ -64,30 +64,31 @@ class Commits:
         log = ask.x.tobytes()[ask.x.nbytes - advance.log_new :]
         parts = run.state, lane.digests.call(ask.x, ask.mask), outputs.tobytes()
         block = LoneBlock(advance, session.key, data, lane.clock() // NS_PER_MS, parts, log)
-        group = Group([session], ask.x.reshape(1, -1), [ask.seq], block, None, [ask.waiter], None, (), {0: ask})
+        steps = Rows([session], seqs=[ask.seq], waiters=[ask.waiter], asks={0: ask})
+        group = Group(steps, ask.x.reshape(1, -1), block)
         group.answers = Answers(outputs[None], lane.version)
-        return self.batch(Batch(lane, ask.deadline, 0, [session], groups=[group]))
+        return self.batch(Batch(lane, ask.deadline, 0, steps, groups=[group]))
 
     def _failed(self, batch: Batch, error: StepcastError) -> None:
         """One of a batch's rows is guilty: each runs alone, so that the others do not suffer."""
-        _part(batch.roster)
-        if len(batch.sessions) + len(batch.guests) == 1:
-            for guest in batch.guests:
-                guest.error = error
-                guest.then(guest)
-            for session in batch.sessions:
-                self.refuse(batch.lane.load, session, batch.waiter(0), error)
-                self._go_on(session)
+        steps, guests = batch.steps, batch.guests
+        _part(steps.roster)
+        if len(steps.sessions) + len(guests) > 1:
+            for alone in batch.singles():
+                batch.lane.batcher.submit(alone)
             return
-        for row in range(len(batch.sessions)):
-            batch.lane.batcher.submit(batch.alone(row))
-        for guest in batch.guests:
-            batch.lane.batcher.submit(batch.guest_alone(guest))
+        for guest in guests:
+            guest.error = error
+            guest.then(guest)
+        for session in steps.sessions:
+            self.refuse(batch.lane.load, session, steps.waiter(0), error)
+            self._go_on(session)
 
     def drop(self, batch: Batch, rows: Sequence[int]) -> None:
         """Refuse rows of a batch that are too late to be run; their sessions are as they were."""
-        _part(batch.roster)
-        gone = [(batch.sessions[row], batch.waiter(row)) for row in rows]
+        steps = batch.steps
+        _part(steps.roster)
+        gone = [(steps.sessions[row], steps.waiter(row)) for row in rows]
         batch.leave_out(rows)
         for session, waiter in gone:
             self.refuse(batch.lane.load, session, waiter, too_late())
@@ -98,8 +99,9 @@ class Commits:
     def _told(self, batch: Batch, group: Group, rows: Sequence[int], outcome: Outcome) -> None:
         """The store said what became of some rows of a group."""
         if isinstance(outcome, list) and False not in outcome:
-            if group.roster is not None and group.roster.whole and len(rows) == len(group.sessions):
-                self._advance_roster(batch.lane, group, group.roster)
+            roster = group.rows.roster
+            if roster is not None and roster.whole and len(rows) == len(group.rows.sessions):
+                self._advance_roster(batch.lane, group, roster)
             else:
                 self._advance(batch, group, rows)
         else:
@@ -114,19 +116,20 @@ class Commits:
 
     def _advance_some(self, batch: Batch, group: Group, rows: Sequence[int], outcome: Outcome) -> None:
         """Some rows were refused by the store, or it is unknown what it has."""
-        _part(group.roster)
+        steps = group.rows
+        _part(steps.roster)
         if not isinstance(outcome, list):
             error = as_ours(outcome, "the step could not be stored")
             for row in rows:
-                session = group.sessions[row]
+                session = steps.sessions[row]
                 session.forget()
-                self.refuse(batch.lane.load, session, group.waiter(row), error)
+                self.refuse(batch.lane.load, session, steps.waiter(row), error)
                 self._go_on(session)
             return
         self._advance(batch, group, [row for row, applied in zip(rows, outcome, strict=True) if applied])
         for row, applied in zip(rows, outcome, strict=True):
             if not applied:  # another writer was first: load, and compute again
-                session = group.sessions[row]
+                session = steps.sessions[row]
                 self._metrics.conflicts.labels(session.address.model).inc()
                 session.forget()
                 session.queue.insert(0, group.ask(row, batch.deadline))
@@ -134,9 +137,9 @@ class Commits:
 
     def _advance(self, batch: Batch, group: Group, rows: Sequence[int]) -> None:
         """Answer rows that are stored, and let their sessions go on."""
-        if group.roster is not None:
-            _part(group.roster)
-        sessions, waiters, many, answers = group.sessions, group.waiters, group.many, group.answers
+        if group.rows.roster is not None:
+            _part(group.rows.roster)
+        sessions, waiters, many, answers = group.rows.sessions, group.rows.waiters, group.rows.many, group.answers
         records, advance = group.block.records(), group.block.advance
         shape, taken, grown = advance.after, advance.steps, not advance.steady
         tags, steps, lane = group.tags, [], batch.lane
@@ -164,21 +167,21 @@ class Commits:
                 session.busy = False
         if many is not None and steps:
             whole = len(rows) == len(sessions)
-            places = group.places if whole else [group.places[row] for row in rows]
+            places = group.rows.places if whole else [group.rows.places[row] for row in rows]
             outputs = answers.outputs if whole else answers.outputs[list(rows)]
             many.form(lane, group)
             many.answer(places, outputs[:, 0, 0], steps)
 
-    def _advance_roster(self, lane: Lane, group: Group, roster: Together) -> None:
+    def _advance_roster(self, lane: Lane, group: Group, roster: Roster) -> None:
         """The store has all records of a roster."""
-        count, before = len(group.sessions), roster.records
+        count, before, many = len(roster.sessions), roster.records, group.rows.many
         lane.load.leave(count)
         lane.calls += count
         lane.rows += count
         roster.stepped(group.block.new, group.block.place)
         lane.spares.give(before)
-        if group.many is not None:
-            group.many.answer(group.places, group.answers.outputs[:, 0, 0], roster.steps)
+        if many is not None:
+            many.answer(group.rows.places, group.answers.outputs[:, 0, 0], roster.steps)
 
     # --- answers ------------------------------------------------------------------------------------------------
 
@@ -200,7 +203,7 @@ class Commits:
             log.exception("an answer for session %s could not be given", session.key)
 
 
-def _part(roster: Together | None) -> None:
+def _part(roster: Roster | None) -> None:
     """From here on each session goes by itself."""
     if roster is not None:
         roster.split()

@@ -12,7 +12,7 @@ from stepcast.errors import StepcastError
 
 from ..engine.batcher import Batcher, Run
 from ..engine.repository import Served
-from ..records.block import Block, LoneBlock, Spares, side_by_side
+from ..records.block import Block, LoneBlock, Spares, as_records, side_by_side
 from ..records.digest import Digests
 from ..records.layout import Advance, Facts, Shape, Shapes, facts
 from ..settings import Settings
@@ -77,24 +77,6 @@ class Load:
             self.left.set()
 
 
-class Together(Protocol):
-    """Sessions whose records lie side by side (a roster); whoever touches one alone splits it first."""
-
-    whole: bool
-    """It was not split."""
-    keys: list[str]
-    records: Bytes
-    advance: Advance
-    place: object
-    """These four are what the Block of the next step needs."""
-    steps: list[int]
-
-    def note_use(self) -> bool: ...
-    def stepped(self, records: Bytes, place: object) -> None: ...
-    def split(self) -> None: ...
-    def let_go(self) -> None: ...
-
-
 class Places(Protocol):
     """The answer to a batch step, as it fills (sessions/many.py)."""
 
@@ -149,7 +131,7 @@ class Session:
     shape: Shape | None = None  # of the record; None where the lane is
     step: int = 0
     tag: int | Ints = 0  # of the state, where a device holds it (Runtime.run_resident); an array has one for each row
-    roster: Together | None = None  # who has the record instead
+    roster: "Roster | None" = None  # who has the record instead
     queue: "list[Ask]" = field(default_factory=list)  # mostly empty: a deque would cost 600 bytes per session
     busy: bool = False  # a call of it is on its way, or it is being loaded
     used: bool = False  # since eviction looked at it
@@ -196,38 +178,127 @@ class Ask:
     verified: bool = False  # the session's record was loaded after the call came, so the call may be refused on it
 
 
-@dataclass(slots=True, eq=False)
-class Group:
-    """The sessions of a batch whose records have one shape: N examples each. Lists are by row."""
+@dataclass(slots=True, eq=False, init=False)
+class Roster:
+    """Sessions of one served version that are stepped together: they have no record of their own while it is whole.
 
+    Whoever touches one of them alone splits it first.
+    """
+
+    lane: Lane
     sessions: list[Session]
-    x: Floats  # (B, N x F)
-    seqs: Sequence[int | None]
-    block: Block  # their next records
-    roster: Together | None = None  # all its sessions, where their records lie side by side
-    waiters: Sequence[Waiter] = ()
-    many: Places | None = None  # instead of waiters: whose answer the rows are part of, and at which places
-    places: Sequence[int] = ()
+    keys: list[str]  # theirs
+    records: Bytes  # (B, W), and how each changes by a step:
+    advance: Advance
+    steps: list[int]  # of each session,
+    following: list[int]  # and after the next batch step;
+    level: bool  # they are all the same
+    place: object = None  # what the store has noted of them (Block)
+    whole: bool = True  # no session has been touched alone
+    busy: bool = False  # a batch step of all is under way
+    used: bool = True  # since eviction looked
+
+    def __init__(self, lane: Lane, sessions: list[Session], records: Bytes, advance: Advance) -> None:
+        self.lane, self.sessions, self.records, self.advance = lane, sessions, records, advance
+        self.keys = [session.key for session in sessions]
+        self.steps = [session.step for session in sessions]
+        self.following = [step + 1 for step in self.steps]
+        self.level = self.steps.count(self.steps[0]) == len(sessions)
+        self.place, self.whole, self.busy, self.used = None, True, False, True
+        for session in sessions:
+            session.forget()
+            session.roster = self
+
+    def stepped(self, records: Bytes, place: object) -> None:
+        """All have taken a step, and have these records now."""
+        self.records, self.place = records, place
+        self.steps = steps = self.following
+        self.following = [steps[0] + 1] * len(steps) if self.level else [step + 1 for step in steps]
+        self.busy, self.used = False, True
+
+    def note_use(self) -> bool:
+        """Pass on to the sessions that they were used; whether they were, since the last time."""
+        if not self.used:
+            return False
+        self.used = False
+        for session in self.sessions:
+            session.used = True
+        return True
+
+    def split(self) -> None:
+        """Give every session its own record; one whose step is under way stays busy until that is settled."""
+        if not self.whole:
+            return
+        self.note_use()
+        self.whole = False
+        for session, data, step in zip(self.sessions, as_records(self.records), self.steps, strict=True):
+            session.data, session.step, session.lane, session.shape = data, step, self.lane, self.advance.before
+            session.roster, session.busy = None, self.busy
+        if not self.busy:
+            self.let_go()
+
+    def let_go(self) -> None:
+        """Hold on to nothing: there may be names for it left."""
+        self.sessions, self.records, self.keys = [], self.records[:0].copy(), []
+
+
+@dataclass(slots=True, eq=False)
+class Rows:
+    """Single steps of sessions. Lists are by row."""
+
+    sessions: list[Session] = field(default_factory=list)
+    inputs: list[bytes] = field(default_factory=list)  # float32 [N,F] each
+    seqs: list[int | None] = field(default_factory=list)
+    waiters: list[Waiter] = field(default_factory=list)
     asks: dict[int, Ask] = field(default_factory=dict)  # by row, the calls that had to wait for their turn
-    tags: Ints | None = None  # (B, N), of the new states, once it ran
-    answers: Answers = field(init=False)  # once it ran
+    x: Floats | None = None  # (B, F): of a batch step, instead of inputs; and of its rows, instead of waiters:
+    many: Places | None = None  # whose answer they are part of,
+    places: Sequence[int] = ()  # and where
+    roster: Roster | None = None  # all the sessions, where their records lie side by side
 
     def waiter(self, row: int) -> Waiter:
         """Who waits for a row."""
         return self.waiters[row] if self.many is None else self.many.waiter(self.places[row])
 
+    def stacked(self) -> Floats:
+        """The inputs (B, N x F) of sessions of one N."""
+        if self.x is not None:
+            return self.x
+        return np.frombuffer(b"".join(self.inputs), np.float32).reshape(len(self.sessions), -1)
+
+    def take(self, rows: Sequence[int]) -> "Rows":
+        """Some of them; they go each by itself, not as a roster."""
+        asks = {at: self.asks[row] for at, row in enumerate(rows) if row in self.asks}
+        taken = Rows([self.sessions[row] for row in rows], seqs=[self.seqs[row] for row in rows], asks=asks)
+        if self.x is None:
+            taken.inputs, taken.waiters = [self.inputs[row] for row in rows], [self.waiters[row] for row in rows]
+        else:
+            taken.x, taken.many, taken.places = self.x[rows], self.many, [self.places[row] for row in rows]
+        return taken
+
+
+@dataclass(slots=True, eq=False)
+class Group:
+    """The rows of a batch whose records have one shape: N examples each."""
+
+    rows: Rows
+    x: Floats  # (B, N x F)
+    block: Block  # their next records
+    tags: Ints | None = None  # (B, N), of the new states, once it ran
+    answers: Answers = field(init=False)  # once it ran
+
     def ask(self, row: int, deadline: float) -> Ask:
         """The call of a row, to be decided on again."""
-        ask = self.asks.get(row)
+        ask = self.rows.asks.get(row)
         if ask is None:
             x = self.x[row].reshape(self.block.advance.before.examples, 1, -1)
-            ask = Ask(x, None, self.seqs[row], deadline, self.waiter(row))
+            ask = Ask(x, None, self.rows.seqs[row], deadline, self.rows.waiter(row))
         ask.verified = False
         return ask
 
     def ran(self, lane: Lane, outputs: Floats, tags: Ints | None) -> None:
         """Fill in what the run made: outputs (B x N, O), tags (B x N,)."""
-        count, block = len(self.sessions), self.block
+        count, block = len(self.rows.sessions), self.block
         block.outputs[:] = outputs.view(np.uint8).reshape(count, -1)
         block.digests[:] = lane.digests.rows(self.x)
         if block.log is not None:
@@ -238,34 +309,27 @@ class Group:
 
 @dataclass(slots=True, eq=False)
 class Batch:
-    """Single steps that run and commit together; their sessions stay busy until each is settled. Lists are by row."""
+    """Single steps that run and commit together; their sessions stay busy until each is settled."""
 
     lane: Lane
     deadline: float  # monotonic; after it none of the batch is begun any more
     now_ms: int  # wall clock
-    sessions: list[Session] = field(default_factory=list)
-    inputs: list[bytes] = field(default_factory=list)  # float32 [N,F] each
-    seqs: list[int | None] = field(default_factory=list)
-    waiters: list[Waiter] = field(default_factory=list)
-    x: Floats | None = None  # (B, F): of a batch step, instead of inputs; and of its rows, instead of waiters:
-    many: Places | None = None  # whose answer they are part of,
-    places: Sequence[int] = ()  # and where
-    asks: dict[int, Ask] = field(default_factory=dict)  # by row, the calls that had to wait for their turn
+    steps: Rows = field(default_factory=Rows)
     guests: list[Run] = field(default_factory=list)  # rows of no session that advance by one step
-    roster: Together | None = None  # all its sessions, where their records lie side by side
-    rows: int = 0
+    rows: int = 0  # of the model, all of these together
     error: StepcastError | None = None
     groups: list[Group] = field(default_factory=list)  # what became of it
     started: float = 0.0  # its commit, s,
-    left: int = 0  # rows of which it is not known yet,
+    left: int = 0  # steps of which it is not known yet,
     committed: "asyncio.Future[None] | None" = None  # and who waits for that
 
     def add(self, session: Session, data: bytes, seq: int | None, waiter: Waiter, rows: int) -> None:
         """Let a session's step join."""
-        self.sessions.append(session)
-        self.inputs.append(data)
-        self.seqs.append(seq)
-        self.waiters.append(waiter)
+        steps = self.steps
+        steps.sessions.append(session)
+        steps.inputs.append(data)
+        steps.seqs.append(seq)
+        steps.waiters.append(waiter)
         self.rows += rows
         session.used = True
         if self.rows >= self.lane.settings.batch_rows:
@@ -276,55 +340,32 @@ class Batch:
         if self.lane.open is self:
             self.lane.open = None
         if self.deadline < now:
-            self.lane.drop(self, range(len(self.sessions)))
-        elif self.asks:
-            late = [row for row, ask in self.asks.items() if ask.deadline < now or ask.waiter.done()]
+            self.lane.drop(self, range(len(self.steps.sessions)))
+        elif self.steps.asks:
+            late = [row for row, ask in self.steps.asks.items() if ask.deadline < now or ask.waiter.done()]
             if late:
                 self.lane.drop(self, late)
-        return bool(self.sessions) or bool(self.guests)
+        return bool(self.steps.sessions) or bool(self.guests)
 
     def leave_out(self, rows: Sequence[int]) -> None:
         """Go on without some rows."""
-        self.roster = None
-        stay = sorted(set(range(len(self.sessions))) - set(rows))
-        self.asks = {at: self.asks[row] for at, row in enumerate(stay) if row in self.asks}
-        self.sessions, self.seqs = [self.sessions[row] for row in stay], [self.seqs[row] for row in stay]
-        self.inputs = [self.inputs[row] for row in stay] if self.inputs else []
-        self.waiters = [self.waiters[row] for row in stay] if self.waiters else []
-        self.places = [self.places[row] for row in stay] if self.many is not None else ()
-        self.x = None if self.x is None else self.x[stay]
-        self.rows = sum(session.examples for session in self.sessions) + sum(guest.rows for guest in self.guests)
+        self.steps = self.steps.take(sorted(set(range(len(self.steps.sessions))) - set(rows)))
+        self.rows = sum(session.examples for session in self.steps.sessions) + sum(guest.rows for guest in self.guests)
 
-    def alone(self, row: int) -> "Batch":
-        """One of its rows as a batch of its own."""
-        alone, session = Batch(self.lane, self.deadline, self.now_ms), self.sessions[row]
-        alone.add(session, self.input(row), self.seqs[row], self.waiter(row), session.examples)
-        if row in self.asks:
-            alone.asks[0] = self.asks[row]
-        return alone
-
-    def guest_alone(self, guest: Run) -> "Batch":
-        """One of its guests as a batch of its own."""
-        alone = Batch(self.lane, self.deadline, self.now_ms)
-        alone.guests, alone.rows = [guest], guest.rows
-        return alone
-
-    def waiter(self, row: int) -> Waiter:
-        """Who waits for a row."""
-        return self.waiters[row] if self.many is None else self.many.waiter(self.places[row])
-
-    def input(self, row: int) -> bytes:
-        """One row's inputs."""
-        return self.inputs[row] if self.x is None else self.x[row].tobytes()
+    def singles(self) -> "list[Batch]":
+        """Each of its steps and guests as a batch of its own."""
+        made, steps = (self.lane, self.deadline, self.now_ms), self.steps
+        alone = [Batch(*made, steps.take([row]), rows=one.examples) for row, one in enumerate(steps.sessions)]
+        return alone + [Batch(*made, guests=[guest], rows=guest.rows) for guest in self.guests]
 
     # --- the run ------------------------------------------------------------------------------------------------
 
     def go(self) -> None:
         """Run: inputs and records in, outputs and next records out. Nothing changes if the run raises."""
-        if len(self.sessions) == 1 and not self.guests and self.x is None and self._go_alone():
+        if len(self.steps.sessions) == 1 and not self.guests and self.steps.x is None and self._go_alone():
             return
         lane, guests, width = self.lane, self.guests, self.lane.served.n_features
-        groups = self._grouped() if self.sessions else []
+        groups = self._grouped() if self.steps.sessions else []
         parts = [group.x.reshape(-1, width) for group in groups] + [guest.x[:, 0] for guest in guests]
         before = [group.block.before for group in groups]
         before += [np.frombuffer(guest.state, np.uint8)[None] for guest in guests]
@@ -333,7 +374,7 @@ class Batch:
         x = parts[0] if len(parts) == 1 else np.concatenate(parts)
         outputs, at = lane.served.runtime.step(x, before, after, tags), 0
         for group in groups:
-            end = at + group.block.advance.before.examples * len(group.sessions)
+            end = at + group.block.advance.before.examples * len(group.rows.sessions)
             group.ran(lane, outputs[at:end], None if tags is None else tags[at:end])
             at = end
         for guest, state in zip(guests, after[len(groups) :], strict=True):
@@ -343,7 +384,7 @@ class Batch:
 
     def _go_alone(self) -> bool:
         """The same for a single session, by hand: a lone caller waits for every microsecond."""
-        lane, session, inputs = self.lane, self.sessions[0], self.inputs[0]
+        lane, session, inputs = self.lane, self.steps.sessions[0], self.steps.inputs[0]
         data, shape = session.data, session.shape
         if data is None or shape is None:  # never of a busy session
             return False
@@ -354,54 +395,41 @@ class Batch:
         parts = state, lane.digests.row(inputs), outputs.tobytes()
         advance = shape.single or shape.following()
         block = LoneBlock(advance, session.key, data, self.now_ms, parts, inputs if advance.log_new else b"")
-        x = np.frombuffer(inputs, np.float32)[None]
-        group = Group(self.sessions, x, self.seqs, block, None, self.waiters, None, (), self.asks)
+        group = Group(self.steps, np.frombuffer(inputs, np.float32)[None], block)
         group.answers = Answers(outputs.reshape(1, shape.examples, 1, -1), lane.version)
         self.groups = [group]
         return True
 
     def _grouped(self) -> list[Group]:
-        """The sessions by the shape of their records."""
-        roster = self.roster
-        if roster is not None and roster.whole and self.x is not None:
+        """The steps by the shape of their sessions' records."""
+        steps, roster = self.steps, self.steps.roster
+        if roster is not None and roster.whole:
             block = Block(roster.advance, roster.keys, roster.records, self.now_ms, self.lane.spares)
             block.stays, block.place = True, roster.place
-            return [Group(self.sessions, self.x, self.seqs, block, roster, (), self.many, self.places)]
-        shapes: list[Shape] = [session.shape for session in self.sessions]  # type: ignore[misc]  # they have a lane
+            return [Group(steps, steps.stacked(), block)]
+        shapes: list[Shape] = [session.shape for session in steps.sessions]  # type: ignore[misc]  # they have a lane
         if shapes.count(shapes[0]) == len(shapes):
-            return [self._group(shapes[0], None)]
+            return [self._group(shapes[0], steps)]
         rows: dict[Shape, list[int]] = {}
         for row, shape in enumerate(shapes):
             rows.setdefault(shape, []).append(row)
-        return [self._group(shape, there) for shape, there in rows.items()]
+        return [self._group(shape, steps.take(there)) for shape, there in rows.items()]
 
-    def _group(self, shape: Shape, rows: list[int] | None) -> Group:
-        """The sessions of some rows (None: all), which have records of one shape."""
-        sessions, seqs, waiters, places = self.sessions, self.seqs, self.waiters, self.places
-        inputs, x, asks = self.inputs, self.x, self.asks
-        if rows is not None:
-            sessions, seqs = [sessions[row] for row in rows], [seqs[row] for row in rows]
-            waiters = [waiters[row] for row in rows] if waiters else waiters
-            places = [places[row] for row in rows] if self.many is not None else places
-            inputs = [inputs[row] for row in rows] if inputs else inputs
-            x = None if x is None else x[rows]
-            asks = {at: asks[row] for at, row in enumerate(rows) if row in asks}
-        if x is None:
-            x = np.frombuffer(b"".join(inputs), np.float32).reshape(len(sessions), -1)
-        old: list[bytes] = [session.data for session in sessions]  # type: ignore[misc]  # they have a lane
-        block = Block(
-            shape.single or shape.following(), [session.key for session in sessions], side_by_side(old), self.now_ms
-        )
-        return Group(sessions, x, seqs, block, None, waiters, self.many, places, asks)
+    def _group(self, shape: Shape, steps: Rows) -> Group:
+        """The steps of sessions whose records have one shape."""
+        old: list[bytes] = [session.data for session in steps.sessions]  # type: ignore[misc]  # they have a lane
+        keys = [session.key for session in steps.sessions]
+        block = Block(shape.single or shape.following(), keys, side_by_side(old), self.now_ms)
+        return Group(steps, steps.stacked(), block)
 
     def _tags(self, groups: list[Group]) -> Ints:
         """The tags of all rows' states; those of guests have none."""
         tags: list[Ints] = []
         for group in groups:
-            examples = group.block.advance.before.examples
+            sessions, examples = group.rows.sessions, group.block.advance.before.examples
             if examples == 1:
-                tags.append(np.array([session.tag for session in group.sessions], np.int64))
+                tags.append(np.array([session.tag for session in sessions], np.int64))
             else:
-                tags += [np.broadcast_to(np.asarray(session.tag, np.int64), examples) for session in group.sessions]
+                tags += [np.broadcast_to(np.asarray(session.tag, np.int64), examples) for session in sessions]
         tags += [np.zeros(guest.rows, np.int64) for guest in self.guests]
         return np.concatenate(tags)

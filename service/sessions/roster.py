@@ -9,89 +9,11 @@ gets its own record back, as if there had been none.
 from hashlib import blake2b
 from typing import Final
 
-import numpy as np
-import numpy.typing as npt
-
 from ..engine.repository import Served
-from ..records.block import as_records
-from ..records.layout import Advance
-from .core import Group, Lane, Session
-
-Bytes = npt.NDArray[np.uint8]
+from .core import Group, Lane, Roster
 
 _MOST_ROSTERS: Final = 1024
 _MOST_SEEN: Final = 1 << 16
-
-
-class Roster:
-    """Sessions of one served version; they have no record of their own while it is whole.
-
-    Attributes:
-        sessions: In order; `keys` are theirs.
-        records: (B, W) uint8, and how each changes by a step: `advance`.
-        steps: Their steps, and `following` those after the next batch step.
-        place: What the store has noted of them (records.Block).
-        whole: No session has been touched alone.
-        busy: A batch step of all is under way.
-        used: Since eviction looked.
-    """
-
-    __slots__ = (
-        *("_level", "advance", "busy", "following", "keys", "lane", "place", "records", "sessions", "steps", "used"),
-        "whole",
-    )
-
-    def __init__(self, lane: Lane, sessions: list[Session], records: Bytes, advance: Advance) -> None:
-        self.lane, self.sessions, self.records, self.advance = lane, sessions, records, advance
-        self.keys = [session.key for session in sessions]
-        self.steps = [session.step for session in sessions]
-        self.following = [step + 1 for step in self.steps]
-        self._level = self.steps.count(self.steps[0]) == len(sessions)
-        self.place: object = None
-        self.whole = self.used = True
-        self.busy = False
-        for session in sessions:
-            session.forget()
-            session.roster = self
-
-    def stepped(self, records: Bytes, place: object) -> None:
-        """All have taken a step, and have these records now."""
-        self.records, self.place = records, place
-        self.steps = self.following
-        if self._level:
-            self.following = [self.steps[0] + 1] * len(self.steps)
-        else:
-            self.following = [step + 1 for step in self.steps]
-        self.busy, self.used = False, True
-
-    def note_use(self) -> bool:
-        """Pass on to the sessions that they were used; whether they were, since the last time."""
-        if not self.used:
-            return False
-        self.used = False
-        for session in self.sessions:
-            session.used = True
-        return True
-
-    def of(self, served: Served) -> bool:
-        """Whether its sessions are of that version."""
-        return self.lane.served is served
-
-    def split(self) -> None:
-        """Give every session its own record; one whose step is under way stays busy until that is settled."""
-        if not self.whole:
-            return
-        self.note_use()
-        self.whole = False
-        for session, data, step in zip(self.sessions, as_records(self.records), self.steps, strict=True):
-            session.data, session.step, session.lane, session.shape = data, step, self.lane, self.advance.before
-            session.roster, session.busy = None, self.busy
-        if not self.busy:
-            self.let_go()
-
-    def let_go(self) -> None:
-        """Hold on to nothing: there may be names for it left."""
-        self.sessions, self.records, self.keys = [], self.records[:0].copy(), []
 
 
 class Rosters:
@@ -132,8 +54,9 @@ class Rosters:
 
     def retire(self, served: Served) -> None:
         """Split the rosters of a version, and forget them."""
-        for name in [name for name, there in self._rosters.items() if any(roster.of(served) for roster in there)]:
-            self._drop(name)
+        for name, rosters in list(self._rosters.items()):
+            if any(roster.lane.served is served for roster in rosters):
+                self._drop(name)
 
     def _drop(self, name: bytes) -> None:
         for roster in self._rosters.pop(name, ()):
@@ -157,11 +80,11 @@ class Forming:
         Args:
             count: Of all sessions of the batch step.
         """
-        sessions, advance = group.sessions, group.block.advance
+        sessions, advance = group.rows.sessions, group.block.advance
         stored = zip(sessions, group.block.records(), strict=True)
         if not advance.steady or any(session.busy or session.data is not record for session, record in stored):
             return
-        self._made[group.places[0]] = Roster(lane, sessions, group.block.new, advance)
+        self._made[group.rows.places[0]] = Roster(lane, sessions, group.block.new, advance)
         if sum(len(roster.sessions) for roster in self._made.values()) == count:
             self._rosters.enter(self._name, [self._made[place] for place in sorted(self._made)])
 

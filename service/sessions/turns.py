@@ -242,7 +242,7 @@ class Sessions:
         """Let a call join a batch; one of several steps, or with a mask, runs by itself."""
         if ask.x.shape[1] == 1 and ask.mask is None:
             batch = lane.joinable(time.monotonic())
-            batch.asks[len(batch.sessions)] = ask
+            batch.steps.asks[len(batch.steps.sessions)] = ask
             batch.add(session, ask.x.tobytes(), ask.seq, ask.waiter, len(ask.x))
             return
         session.used = True
