@@ -188,19 +188,20 @@ class Commits:
     def refuse(self, load: Load, session: Session, waiter: Waiter, error: BaseException) -> None:
         """Refuse a call that has left its queue."""
         load.leave(1)
-        try:
-            waiter.refused(error)
-        except Exception:  # it writes to a socket: others of the batch must not suffer
-            log.exception("an error for session %s could not be given", session.key)
+        _tell(session, waiter.refused, error)
 
     def repeat(self, load: Load, session: Session, waiter: Waiter, answers: Answers, step: int) -> None:
         """Answer a call by a kept answer."""
         self._metrics.retries.labels(session.address.model).inc()
         load.leave(1)
-        try:
-            waiter.stepped(answers, 0, step)
-        except Exception:
-            log.exception("an answer for session %s could not be given", session.key)
+        _tell(session, waiter.stepped, answers, 0, step)
+
+
+def _tell(session: Session, answer: Callable[..., None], *said: object) -> None:
+    try:
+        answer(*said)
+    except Exception:  # it writes to a socket: others of the batch must not suffer
+        log.exception("session %s could not be answered", session.key)
 
 
 def _part(roster: Roster | None) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Final, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from stepcast.errors import StepcastError
+from stepcast.errors import ExamplesMismatch, StepcastError
 
 from ..engine.batcher import Batcher, Run
 from ..engine.repository import Served
@@ -38,6 +38,12 @@ class Address:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "key", f"{self.namespace}/{self.model}/{self.session}")
+
+
+def another_n(address: Address, examples: int, got: int, where: str = "") -> ExamplesMismatch:
+    """The error for another number of examples than the session has."""
+    text = f"session {address.session!r} has {examples} examples, got {got}{where}"
+    return ExamplesMismatch(f"{text}. Clear the state to change the number.", examples=examples, got=got)
 
 
 @dataclass(slots=True, eq=False)

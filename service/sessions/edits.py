@@ -14,7 +14,6 @@ import numpy as np
 from stepcast.errors import (
     CheckpointExists,
     CheckpointNotFound,
-    ExamplesMismatch,
     InvalidRequest,
     InvalidSessionId,
     LayerNotFound,
@@ -30,7 +29,7 @@ from ..engine import arrays
 from ..engine.repository import Served
 from ..records.layout import HAS_CHECKPOINTS, TTL_FOR_EVER
 from ..records.record import Record, new_record
-from .core import Address
+from .core import Address, another_n
 from .lanes import check_streams
 from .stored import Edit, new_session_id
 from .turns import Sessions
@@ -40,22 +39,15 @@ SESSION_ID: Final = re.compile(r"[A-Za-z0-9._:@~-]{1,256}")
 
 @dataclass(frozen=True, slots=True)
 class NewState:
-    """A state to be set, and what its caller says about it; None: nothing.
+    """A state to be set, and what its caller says about it; None: nothing."""
 
-    Attributes:
-        state: {layer: {key: [N, *shape]}}, or {key: [N, *shape]} of `layer` alone: nested lists, bytes or arrays.
-        model, version, fingerprint: Which model made it.
-        step: The session's step number from now on; None: it stays.
-        examples: N.
-    """
-
-    state: dict[str, Any]
+    state: dict[str, Any]  # {layer: {key: [N, *shape]}}, of `layer` alone {key: ...}: nested lists, bytes or arrays
     layer: str | None = None
-    model: str | None = None
+    model: str | None = None  # which model made it
     version: int | None = None
     fingerprint: str | None = None
-    step: int | None = None
-    examples: int | None = None
+    step: int | None = None  # the session's step number from now on; None: it stays
+    examples: int | None = None  # N
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +59,7 @@ class View:
 
 
 def check_id(session: str, what: str = "session") -> str:
-    """The id itself.
-
-    Raises:
-        InvalidSessionId: it is not 1 to 256 of letters, digits and ._:@~-
-    """
+    """The id itself; InvalidSessionId where it is not 1 to 256 of letters, digits and ._:@~-"""
     if not SESSION_ID.fullmatch(session):
         raise InvalidSessionId(f"{what} id {session[:64]!r} is not 1 to 256 of letters, digits and ._:@~-")
     return session
@@ -203,23 +191,15 @@ class States:
         """The session's whole state with one layer exchanged, and its N."""
         self._check_layer(served, layer)
         tensors, examples = arrays.layer_arrays(given, served.manifest, layer)
-        before = found.examples if found else 0
-        if found is None or not before:
+        if found is None or not found.examples:
             state = served.runtime.initial(examples)
         elif found.fingerprint != served.fingerprint:
-            raise StateVersionMismatch(
-                f"session {address.session!r} has a state of version {found.version}, got layer {layer!r} of "
-                f"version {served.version}. Put all layers, or clear the state.",
-                session=address.session,
-                version=found.version,
-            )
-        elif before != examples:
-            raise ExamplesMismatch(
-                f"session {address.session!r} has {before} examples, got {examples} for layer {layer!r}. "
-                "Clear the state to change the number.",
-                examples=before,
-                got=examples,
-            )
+            text = f"a state of version {found.version}, got layer {layer!r} of version {served.version}"
+            advice = "Put all layers, or clear the state."
+            facts = {"session": address.session, "version": found.version}
+            raise StateVersionMismatch(f"session {address.session!r} has {text}. {advice}", **facts)
+        elif found.examples != examples:
+            raise another_n(address, found.examples, examples, f" for layer {layer!r}")
         else:
             state = found.state
         return {**served.runtime.unpack(state, examples), layer: tensors}, examples
@@ -327,23 +307,15 @@ class States:
     # --- versions -----------------------------------------------------------------------------------------------
 
     async def retire(self, model: str, version: int, force: bool) -> dict[str, Any]:
-        """Stop serving a version.
-
-        Raises:
-            VersionInUse: sessions hold it, with their number; not where `force`.
-        """
+        """Stop serving a version; VersionInUse where sessions hold it, unless `force`."""
         served = self.repository.require(model, version)
-        holding = await self._holding(model, version)
-        if holding and not force:
-            raise VersionInUse(
-                f"{holding} sessions hold version {version} of model {model!r}. End or clear them, or force.",
-                model=model,
-                version=version,
-                sessions=holding,
-            )
+        said = {"model": model, "version": version, "sessions": await self._holding(model, version)}
+        if said["sessions"] and not force:
+            text = f"{said['sessions']} sessions hold version {version} of model {model!r}"
+            raise VersionInUse(f"{text}. End or clear them, or force.", **said)
         self.repository.retire(model, version)
         self.sessions.retired(served)
-        return {"model": model, "version": version, "sessions": holding}
+        return said
 
     async def _holding(self, model: str, version: int) -> int:
         """How many sessions of any tenant have a state of a version."""
@@ -380,19 +352,13 @@ class States:
         number = new.version or (found.version if found else live.version)
         served = self.repository.get(address.model, number)
         if served is None:
-            raise StateVersionMismatch(
-                f"the state is of version {number} of model {address.model!r}, which is not served (there are "
-                f"{self.repository.versions(address.model)})",
-                version=number,
-                versions=self.repository.versions(address.model),
-            )
+            versions = self.repository.versions(address.model)
+            text = f"the state is of version {number} of model {address.model!r}, which is not served"
+            raise StateVersionMismatch(f"{text} (there are {versions})", version=number, versions=versions)
         check_streams(served)
-        if new.fingerprint not in (None, served.manifest.fingerprint):
-            raise StateMismatch(
-                f"the state was made by a model of fingerprint {new.fingerprint!r}, version {number} has "
-                f"{served.manifest.fingerprint!r}",
-                fingerprint=served.manifest.fingerprint,
-            )
+        if new.fingerprint not in (None, made := served.manifest.fingerprint):
+            text = f"the state was made by a model of fingerprint {new.fingerprint!r}, version {number} has {made!r}"
+            raise StateMismatch(text, fingerprint=made)
         if new.model not in (None, address.model):
             raise InvalidRequest(f"$.model is {new.model!r}, the path says {address.model!r}")
         return served

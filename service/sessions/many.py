@@ -24,26 +24,17 @@ class Columns:
 
 
 class Many:
-    """The answer to a batch step.
-
-    Args:
-        count: K sessions.
-        n_outputs: O.
-        then: Called when every session was stepped or refused.
-
-    Attributes:
-        steps: Each session's step after this one.
-        errors: Why a session was not stepped, by its place.
-        rosters: What the sessions form as they are stepped; None: nothing.
-    """
+    """The answer to a batch step of K sessions, O outputs each; `then` is called when all were stepped or refused."""
 
     def __init__(self, count: int, n_outputs: int, then: "Callable[[Many], None]") -> None:
         self._count, self._n_outputs, self._then = count, n_outputs, then
         self._outputs: Floats | None = None
+        self._left = count
         self.steps: list[int | None] = [None] * count
         self.errors: dict[int, StepcastError] = {}
-        self._left = count
+        """Why a session was not stepped, by its place."""
         self.rosters: Forming | None = None
+        """What the sessions form as they are stepped."""
 
     @property
     def outputs(self) -> Floats:

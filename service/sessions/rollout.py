@@ -27,32 +27,23 @@ from .stored import Edit
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a rollout is asked to do.
+    """What a rollout is asked to do."""
 
-    Attributes:
-        steps: H.
-        inputs: What is known of the future, (H, F) or (N, H, F), NaN where nothing is; None: nothing at all.
-        commit: Whether the session is there afterwards.
-        seq: The number that its last step shall have; only with `commit`.
-        temperature: 0: the likeliest class; else one is drawn from p^(1/temperature).
-        seed: Of the draws; None: one of its own.
-    """
-
-    steps: int
-    inputs: Floats | None = None
-    commit: bool = False
-    seq: int | None = None
-    temperature: float = 0.0
-    seed: int | None = None
+    steps: int  # H
+    inputs: Floats | None = None  # what is known of the future, (H, F) or (N, H, F), NaN where nothing is
+    commit: bool = False  # whether the session is there afterwards
+    seq: int | None = None  # the number that its last step shall have; only with `commit`
+    temperature: float = 0.0  # 0: the likeliest class; else one is drawn from p^(1/temperature)
+    seed: int | None = None  # of the draws; None: one of its own
 
 
 @dataclass(frozen=True, slots=True)
 class Free:
-    """What a rollout made: outputs (N, H, O), classes (N, H) for a classifier, and the state after it."""
+    """What a rollout made."""
 
-    outputs: Floats
-    classes: npt.NDArray[np.int64] | None
-    state: bytes
+    outputs: Floats  # (N, H, O)
+    classes: npt.NDArray[np.int64] | None  # (N, H), of a classifier
+    state: bytes  # after it
 
 
 async def rollout(states: States, address: Address, plan: Plan) -> dict[str, Any]:

@@ -43,10 +43,8 @@ def new_session_id() -> str:
 class Ledger:
     """The records of all sessions.
 
-    Args:
-        ttl_s: The server's time to live, s; 0: for ever.
-        clock: Wall clock in ms.
-        replaced: Called with the key of a session that was written here.
+    Args: `ttl_s`: the server's time to live, s, 0 for ever. `clock`: wall clock in ms. `replaced`: called with the key
+    of a session that was written here.
     """
 
     def __init__(self, store: Store, ttl_s: int, clock: Callable[[], int], replaced: Callable[[str], None]) -> None:

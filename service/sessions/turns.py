@@ -17,7 +17,6 @@ from functools import partial
 import numpy as np
 
 from stepcast.errors import (
-    ExamplesMismatch,
     SessionBusy,
     ShapeMismatch,
     StateVersionMismatch,
@@ -37,7 +36,7 @@ from ..telemetry import Metrics, as_ours, log
 from .batch_steps import BatchSteps
 from .cache import SessionCache
 from .commit import Commits
-from .core import NS_PER_MS, Address, Answers, Ask, Floats, Lane, Mask, Session, Waiter
+from .core import NS_PER_MS, Address, Answers, Ask, Floats, Lane, Mask, Session, Waiter, another_n
 from .lanes import Lanes, check_streams, full
 from .roster import Rosters
 from .run import MaskedRun
@@ -212,14 +211,11 @@ class Sessions:
         if lane is None or shape is None:
             return self._move(session, ask, records.decode(data))
         rows, steps, features = ask.x.shape
-        if features != lane.served.n_features:  # the door looked at the live version
-            raise ShapeMismatch(
-                f"inputs have {features} features, session {session.address.session!r} is on version "
-                f"{lane.served.version} of model {lane.served.name!r}, which takes {lane.served.n_features}",
-                got=features,
-                features=lane.served.n_features,
-                version=lane.served.version,
-            )
+        takes = lane.served.n_features
+        if features != takes:  # the door looked at the live version
+            made_by = f"version {lane.version} of model {lane.served.name!r}, which takes {takes}"
+            text = f"inputs have {features} features, session {session.address.session!r} is on {made_by}"
+            raise ShapeMismatch(text, got=features, features=takes, version=lane.version)
         examples, numbered = shape.examples, ask.seq is None or ask.seq == session.step + steps
         if examples in (0, rows) and numbered:
             if not examples:
@@ -231,12 +227,7 @@ class Sessions:
         if not numbered:
             self._repeat(session, lane, ask, data)
             return False
-        raise ExamplesMismatch(
-            f"session {session.address.session!r} has {examples} examples, got {rows}. "
-            "Clear the state to change the number.",
-            examples=examples,
-            got=rows,
-        )
+        raise another_n(session.address, examples, rows)
 
     def _begin(self, session: Session, lane: Lane, ask: Ask) -> None:
         """Let a call join a batch; one of several steps, or with a mask, runs by itself."""
@@ -375,13 +366,11 @@ class Sessions:
 
     def version_mismatch(self, address: Address, record: Record) -> StateVersionMismatch:
         """The error for a session whose model version is not served."""
-        return StateVersionMismatch(
-            f"session {address.session!r} has a state of version {record.version}, which is not served (there are "
-            f"{self.repository.versions(address.model)}). Clear the state to go on with the live version.",
-            session=address.session,
-            version=record.version,
-            versions=self.repository.versions(address.model),
-        )
+        versions = self.repository.versions(address.model)
+        text = f"a state of version {record.version}, which is not served (there are {versions})"
+        advice = "Clear the state to go on with the live version."
+        said = {"session": address.session, "version": record.version, "versions": versions}
+        return StateVersionMismatch(f"session {address.session!r} has {text}. {advice}", **said)
 
     def retired(self, served: Served) -> None:
         """A version is not served any more: sessions that are kept ready ask again which one is theirs."""
