@@ -1,8 +1,7 @@
 """Bodies: what may be asked as structs, and how bytes become them. The same for every door.
 
-JSON numbers are decimal text; msgpack carries arrays as raw little-endian float32 in a `bin`, beside a `shape`. A JSON
-null is a missing reading, as NaN is; infinity is refused. Types are checked here by msgspec, numbers against the
-manifest by service/engine/arrays.py.
+msgpack carries arrays as raw little-endian float32 in a `bin`, beside a `shape`. A JSON null is a missing reading, as
+NaN is; infinity is refused. Types are checked here, numbers against the manifest by service/engine/arrays.py.
 """
 
 import functools
@@ -33,33 +32,28 @@ UNREADABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 # --- what types do not say: arrays, whose rank decides what they are -------------------------------------------------
 
-NUMBER: Final = {"anyOf": [{"type": "number"}, {"type": "null"}]}
+_NUMBER: Final = {"anyOf": [{"type": "number"}, {"type": "null"}]}
 _FLAG: Final = {"anyOf": [{"type": "integer", "enum": [0, 1]}, {"type": "boolean"}]}
 
 
-def nested(item: dict[str, Any], *ranks: int) -> dict[str, Any]:
+def nested(what: str, *ranks: int, item: dict[str, Any] = _NUMBER) -> Meta:
     """The schema of arrays of some ranks; 0: the item itself."""
     schemas = [item]
     for _ in range(max(ranks)):
         schemas.append({"type": "array", "items": schemas[-1]})
-    return {"anyOf": [schemas[rank] for rank in ranks]}
+    return Meta(description=what, extra_json_schema={"anyOf": [schemas[rank] for rank in ranks]})
 
 
-def _shown(what: str, schema: dict[str, Any]) -> Meta:
-    return Meta(description=what, extra_json_schema=schema)
-
-
-_LAYER: Final = {"anyOf": [{"type": "array"}, {"type": "object", "additionalProperties": {"type": "array"}}]}
 _NAMES: Final = {"type": "array", "items": {"type": "string", "pattern": ID_PATTERN}}
-_Inputs = Annotated[Raw, _shown("[F], [N,F] or [N,T,F]; null is a missing reading", nested(NUMBER, 1, 2, 3))]
-_Rows = Annotated[Raw, _shown("[K,F]; null is a missing reading", nested(NUMBER, 2))]
-_Sequences = Annotated[Raw, _shown("[T,F] or [B,T,F]; null is a missing reading", nested(NUMBER, 2, 3))]
-_Future = Annotated[Any, _shown("[H,F] or [N,H,F], null where nothing is known", nested(NUMBER, 1, 2, 3))]
-_Mask = Annotated[Any, _shown("1 present, 0: the state stays as it is", nested(_FLAG, 0, 1, 2))]
-_Sessions = Annotated[Raw, _shown("one per row", _NAMES)]
-StateFields = Annotated[
-    dict[str, Any], _shown("layer, then key: [N, H]; of one layer, key: [N, H]", {"additionalProperties": _LAYER})
-]
+_LAYER: Final = {"anyOf": [{"type": "array"}, {"type": "object", "additionalProperties": {"type": "array"}}]}
+_STATE: Final = "layer, then key: [N, H]; of one layer, key: [N, H]"
+_Inputs = Annotated[Raw, nested("[F], [N,F] or [N,T,F]; null is a missing reading", 1, 2, 3)]
+_Rows = Annotated[Raw, nested("[K,F]; null is a missing reading", 2)]
+_Sequences = Annotated[Raw, nested("[T,F] or [B,T,F]; null is a missing reading", 2, 3)]
+_Future = Annotated[Any, nested("[H,F] or [N,H,F], null where nothing is known", 1, 2, 3)]
+_Mask = Annotated[Any, nested("1 present, 0: the state stays as it is", 0, 1, 2, item=_FLAG)]
+_Sessions = Annotated[Raw, Meta(description="one per row", extra_json_schema=_NAMES)]
+StateFields = Annotated[dict[str, Any], Meta(description=_STATE, extra_json_schema={"additionalProperties": _LAYER})]
 
 # --- bodies ---------------------------------------------------------------------------------------------------------
 
@@ -198,23 +192,18 @@ def decode(body: bytes, kind: type[B], content_type: str) -> B:
             JSON's Infinity.
     """
     try:
-        decoded: B = decoder(cast(Any, kind), content_type).decode(body)
-        return decoded
-    except msgspec.ValidationError as error:
-        if content_type == JSON and "got `float`" in str(error):
-            return _lenient(body, kind, error)
-        raise InvalidRequest(str(error)) from error
+        return cast(B, decoder(cast(Any, kind), content_type).decode(body))
     except UNREADABLE as error:
-        if content_type == JSON:
+        wrong_type = isinstance(error, msgspec.ValidationError)
+        if content_type == JSON and (not wrong_type or "got `float`" in str(error)):
             return _lenient(body, kind, error)
+        if wrong_type:
+            raise InvalidRequest(str(error)) from error
         raise Malformed(f"the body is not msgpack: {error}") from error
 
 
 def _lenient(body: bytes, kind: type[B], first: Exception) -> B:
-    """JSON with NaN and Infinity, as Python's json writes it, and with integers such as 5.0, as others do.
-
-    NaN is a missing reading, infinity is refused.
-    """
+    """JSON with NaN and Infinity, as Python's json writes it, and with integers such as 5.0, as others do."""
     try:
         plain = json.loads(body, parse_constant=_constant, parse_float=_finite)
         return msgspec.json.decode(msgspec.json.encode(plain), type=kind)
@@ -228,26 +217,22 @@ def _lenient(body: bytes, kind: type[B], first: Exception) -> B:
 
 def _constant(text: str) -> None:
     if text != "NaN":
-        raise NonFinite(f"the body has {text}, inputs are finite numbers or null")
+        raise NonFinite(f"the body has {text[:32]}, inputs are finite numbers or null")
 
 
 def _finite(text: str) -> float:
     value = float(text)
     if math.isinf(value):
-        raise NonFinite(f"the body has {text[:32]}, inputs are finite numbers or null")
+        _constant(text)
     whole = abs(value) <= 2**53 and value.is_integer() and not text.startswith("-")
     return int(value) if whole else value
 
 
 def convert(value: Any, kind: type[B], what: str, strict: bool = True) -> B:
-    """A value that came otherwise than in a body, as a type.
-
-    Args:
-        what: What to call it in the message.
-        strict: False: numbers and flags are text, as in a query.
+    """A value that came otherwise than in a body, as a type; not strict: numbers and flags are text, as in a query.
 
     Raises:
-        InvalidRequest: it is none, or a part of it is none.
+        InvalidRequest: it is none, or a part of it is none; the message begins with `what`.
     """
     try:
         return msgspec.convert(value, kind, strict=strict)
@@ -255,18 +240,8 @@ def convert(value: Any, kind: type[B], what: str, strict: bool = True) -> B:
         raise InvalidRequest(f"{what}: {error}") from error
 
 
-def session_names(raw: Raw, content_type: str) -> list[str]:
-    """The sessions of a batch step.
-
-    Raises:
-        Malformed, InvalidRequest.
-    """
-    names: list[str] = _decoded(list[str], raw, content_type, "$.sessions")
-    return names
-
-
-def _decoded(kind: Any, raw: Any, content_type: str, path: str) -> Any:
-    """A part of a body as a type; the errors say where it stands."""
+def part(kind: Any, raw: Raw | bytes, content_type: str, path: str) -> Any:
+    """A part of a body as a type; the errors (Malformed, InvalidRequest, NonFinite) say where it stands."""
     try:
         return decoder(kind, content_type).decode(raw)
     except msgspec.ValidationError as error:
@@ -296,15 +271,18 @@ def numbers(raw: Any, shape: list[int] | None, content_type: str, path: str = "$
     """
     if isinstance(raw, Raw) and content_type == JSON:
         text = bytes(raw)
-        return _array(_decoded(_lists(_brackets(text), path), text, JSON, path), path)
-    if isinstance(raw, Raw):
-        raw = _decoded(Any, raw, MSGPACK, path)
-    if isinstance(raw, bytes):
-        return _from_bytes(raw, shape, path)
+        opening = text[: len(text) - len(text.lstrip(b"[ \t\r\n"))]
+        values = part(_lists(opening.count(b"["), path), text, JSON, path)
+    else:
+        value = part(Any, raw, MSGPACK, path) if isinstance(raw, Raw) else raw
+        if isinstance(value, bytes):
+            return _from_bytes(value, shape, path)
+        values = _from_lists(value, path)
     try:
-        return _array(msgspec.convert(raw, _lists(_depth(raw), path)), path)
-    except msgspec.ValidationError as error:
-        raise _refused(error, path) from error
+        with np.errstate(over="ignore"):
+            return np.array(values, np.float32)
+    except ValueError as error:
+        raise ShapeMismatch(f"{path} is ragged: its rows have different lengths") from error
 
 
 def _lists(rank: int, path: str) -> Any:
@@ -313,31 +291,14 @@ def _lists(rank: int, path: str) -> Any:
     return _LISTS[rank]
 
 
-def _brackets(text: bytes) -> int:
-    """How many brackets the text opens before anything else."""
-    rank = 0
-    for byte in text:
-        if byte == 0x5B:
-            rank += 1
-        elif byte not in b" \t\r\n":
-            break
-    return rank
-
-
-def _depth(value: Any) -> int:
-    depth = 0
-    while isinstance(value, list):
-        depth += 1
-        value = value[0] if value else None
-    return depth
-
-
-def _array(values: list[Any], path: str) -> Floats:
+def _from_lists(value: Any, path: str) -> Any:
+    rank, inner = 0, value
+    while isinstance(inner, list):
+        rank, inner = rank + 1, inner[0] if inner else None
     try:
-        with np.errstate(over="ignore"):
-            return np.array(values, np.float32)
-    except ValueError as error:
-        raise ShapeMismatch(f"{path} is ragged: its rows have different lengths") from error
+        return msgspec.convert(value, _lists(rank, path))
+    except msgspec.ValidationError as error:
+        raise _refused(error, path) from error
 
 
 def _from_bytes(raw: bytes, shape: list[int] | None, path: str) -> Floats:
@@ -347,10 +308,7 @@ def _from_bytes(raw: bytes, shape: list[int] | None, path: str) -> Floats:
     if shape is None:
         return values
     # The product alone is no proof: a 0 in it hides numbers that numpy cannot take.
-    if len(shape) not in (1, 2, 3) or not all(0 <= n <= max(1, values.size) for n in shape):
-        fits = False
-    else:
-        fits = math.prod(shape) == values.size
-    if not fits:
+    small = len(shape) in (1, 2, 3) and all(0 <= n <= max(1, values.size) for n in shape)
+    if not small or math.prod(shape) != values.size:
         raise ShapeMismatch(f"{path} has {values.size} numbers, 'shape' is {shape}", shape=shape, got=values.size)
     return values.reshape(shape)

@@ -9,7 +9,7 @@ import asyncio
 import math
 import struct
 from collections.abc import Callable
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Literal, Protocol, cast
 
 import msgspec
 import numpy as np
@@ -356,7 +356,7 @@ class Steps:
             roster, step = bytes(asked.sessions), self.turns.batch_steps.step
 
             def names() -> list[str]:
-                return bodies.session_names(asked.sessions, kind)
+                return cast(list[str], bodies.part(list[str], asked.sessions, kind, "$.sessions"))
 
             def read(count: int) -> Columns:
                 return read_columns(asked, count, kind, served)
