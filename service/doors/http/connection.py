@@ -5,19 +5,14 @@ a step that comes whole behind a plain head takes uvicorn's way, from its first 
 everything unusual (chunks, Expect, percent signs in a path).
 """
 
-import asyncio
 import string
 from typing import Any, Final
 
-from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
-from uvicorn.server import ServerState
 
 from ...engine.arrays import Form
-from ...sessions.core import Answers
-from ...sessions.many import Many
 from ..answers import Answer, problem
-from ..steps import body, many_body
+from ..steps import BodyAsker
 from .heads import Caller, Heads
 
 LONGEST_HEAD: Final = 4096
@@ -31,10 +26,10 @@ _STEP: Final = b"/step"
 _ID_BYTES: Final = (string.ascii_letters + string.digits + "._:@~-").encode()
 
 
-class Reply:
+class Reply(BodyAsker):
     """Who waits for a step over HTTP: writes its answer without a turn of the loop."""
 
-    __slots__ = ("_caller", "_connection", "_done", "form", "kind")
+    __slots__ = ("_caller", "_connection", "_done")
 
     stays = True
 
@@ -47,23 +42,9 @@ class Reply:
         """Whether the step is settled; a client that is gone changes nothing, what was accepted is applied."""
         return self._done
 
-    def stepped(self, answers: Answers, row: int, step: int) -> None:
-        try:
-            said = body(self, answers, row, step)
-        except Exception as error:  # others of the batch must not suffer
-            self.refused(error)
-        else:
-            self._done = True
-            self._connection.settle(self._caller.ok, said, self._caller.close)
-
-    def stepped_many(self, many: Many) -> None:
-        try:
-            said = many_body(many, self.kind)
-        except Exception as error:
-            self.refused(error)
-        else:
-            self._done = True
-            self._connection.settle(self._caller.ok, said, self._caller.close)
+    def answered(self, body: bytes) -> None:
+        self._done = True
+        self._connection.settle(self._caller.ok, body, self._caller.close)
 
     def refused(self, error: BaseException) -> None:
         self._done = True
@@ -74,14 +55,8 @@ class Reply:
 class HttpConnection(HttpToolsProtocol):
     """An HTTP connection; the class for uvicorn's `http` setting."""
 
-    def __init__(
-        self,
-        config: Config,
-        server_state: ServerState,
-        app_state: dict[str, Any],
-        _loop: asyncio.AbstractEventLoop | None = None,
-    ) -> None:
-        super().__init__(config, server_state, app_state, _loop)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self._heads = _heads(self.app) if self.limit_concurrency is None and not self.root_path else None
         self.metrics = None if self._heads is None else self._heads.metrics
         self._between = True  # no message has begun in the parser
