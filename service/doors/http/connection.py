@@ -134,8 +134,8 @@ class HttpConnection(HttpToolsProtocol):
             return False
         length, caller = head
         many = start == _MODELS
-        way = caller.ways.get(path) or heads.remember(caller, path, name) if many else caller.ways.get(start)
-        way = way or heads.way(caller, start)
+        way_path = path if many else start
+        way = caller.ways.get(way_path) or heads.way(caller, way_path)
         if way is None:
             return False
         stop = end + 4 + length

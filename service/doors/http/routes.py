@@ -1,7 +1,7 @@
 """Native HTTP: the routes of /v1, made from the verbs; steps that connection.py leaves to FastAPI; errors as problems.
 
-Handlers take the raw request: bodies, shapes and content types are the same for every door, and FastAPI's own machinery
-stays out of the way. What is HTTP's own is here: paths, status codes, entity tags, files.
+Handlers take the raw request, FastAPI's own machinery stays out of the way. What is HTTP's own is here: paths, status
+codes, entity tags, files.
 """
 
 from collections.abc import Awaitable, Callable
@@ -18,7 +18,7 @@ from ...telemetry import Metrics, as_ours
 from .. import bodies, state_files
 from ..answers import FILES, Answer, Headers, answer_type, encode, problem, request_type
 from ..bodies import JSON
-from ..keys import Keys, Principal
+from ..keys import Keys
 from ..steps import Pending, Steps, Way
 from ..verbs import VERBS, Call
 from . import openapi
@@ -79,8 +79,9 @@ class Routes:
         for route in ROUTES:
             verb = VERBS[route.verb]
             add(route, verb.body, self._handler(route), verb.run.__doc__)
-        add(Route("POST", _SESSION + "/step", "step"), bodies.StepBody, self._step, self._step.__doc__)
-        add(Route("POST", _MODEL + "/step", "batch"), bodies.BatchBody, self._step_many, self._step_many.__doc__)
+        one, many = Route("POST", _SESSION + "/step", "step"), Route("POST", _MODEL + "/step", "batch")
+        add(one, bodies.StepBody, self._step, "Advance a session by one or more steps (rnnTimeStep).")
+        add(many, bodies.BatchBody, self._step, "Advance many sessions by one step each.")
         return router
 
     def _handler(self, route: Route) -> Handler:
@@ -90,7 +91,7 @@ class Routes:
         async def handle(request: Request) -> Response:
             headers: Headers = dict(request.scope["headers"])
             kind = request_type(headers, files and sent)
-            principal = self._principal(headers, verb.role)
+            principal = self._keys.authenticate(headers).require(verb.role)
             asked = _asked(await self._body(request) if sent else b"", kind, verb.body, self._limit)
             _fill(asked, request, route.queries)
             path = request.path_params
@@ -106,28 +107,16 @@ class Routes:
         return handle
 
     async def _step(self, request: Request) -> Response:
-        """Advance a session by one or more steps (rnnTimeStep)."""
-        way, body, kind, pending = await self._stepping(request)
-        self._steps.take(way, request.path_params["session"], body, kind, pending)
-        return Response(await pending.future, 200, None, pending.kind)
-
-    async def _step_many(self, request: Request) -> Response:
-        """Advance many sessions by one step each."""
-        way, body, kind, pending = await self._stepping(request)
-        self._steps.take_many(way, body, kind, pending)
-        return Response(await pending.future, 200, None, pending.kind)
-
-    async def _stepping(self, request: Request) -> tuple[Way, bytes, str, Pending]:
         headers: Headers = dict(request.scope["headers"])
         kind = request_type(headers)
-        principal = self._principal(headers, "step")
-        way = Way(principal.namespace, request.path_params["model"])
-        return way, await self._body(request), kind, Pending(answer_type(headers, kind))
-
-    def _principal(self, headers: Headers, role: str) -> Principal:
-        principal = self._keys.authenticate(headers)
-        principal.require(role)
-        return principal
+        principal = self._keys.authenticate(headers).require("step")
+        body, path = await self._body(request), request.path_params
+        way, pending = Way(principal.namespace, path["model"]), Pending(answer_type(headers, kind))
+        if "session" in path:
+            self._steps.take(way, path["session"], body, kind, pending)
+        else:
+            self._steps.take_many(way, body, kind, pending)
+        return Response(await pending.future, 200, None, pending.kind)
 
     async def _body(self, request: Request) -> bytes:
         limit, size, parts = self._limit, 0, []
@@ -146,12 +135,9 @@ class Routes:
     def install(self, api: FastAPI) -> None:
         """Add the routes to an application, and answer every error with a problem document."""
         api.include_router(self.router())
-        for kind, handler in (
-            (StepcastError, self._on_error),
-            (HTTPException, self._on_http),
-            (Exception, self._on_error),
-        ):
-            api.add_exception_handler(kind, handler)
+        api.add_exception_handler(StepcastError, self._on_error)
+        api.add_exception_handler(HTTPException, self._on_http)
+        api.add_exception_handler(Exception, self._on_error)
 
     async def _on_error(self, request: Request, error: Exception) -> Response:
         ours = as_ours(error, f"the server has a defect at {request.method} {request.url.path}; its log tells more")
@@ -159,13 +145,14 @@ class Routes:
 
     async def _on_http(self, request: Request, error: Any) -> Response:
         path = request.url.path
+        ours: StepcastError = BadRequest(str(error.detail))
         if error.status_code == 404:
-            return await self._on_error(request, RouteNotFound(f"there is nothing at {path!r}", path=path))
-        if error.status_code == 405:
-            response = await self._on_error(request, MethodNotAllowed(f"{path!r} does not take {request.method}"))
-            response.headers.update(error.headers or {})
-            return response
-        return await self._on_error(request, BadRequest(str(error.detail)))
+            ours = RouteNotFound(f"there is nothing at {path!r}", path=path)
+        elif error.status_code == 405:
+            ours = MethodNotAllowed(f"{path!r} does not take {request.method}")
+        response = await self._on_error(request, ours)
+        response.headers.update(error.headers or {})
+        return response
 
 
 def respond(answer: Answer) -> Response:
@@ -182,11 +169,9 @@ def _asked(body: bytes, kind: str, struct: type[msgspec.Struct], limit: int) -> 
 
 def _fill(asked: Any, request: Request, queries: tuple[str, ...]) -> None:
     """Fields that come in the path or the query; they are text."""
-    for field in msgspec.structs.fields(type(asked)):
-        if field.name in ("layer", "version") and field.name in request.path_params:
-            text, what = request.path_params[field.name], "path parameter"
-        elif field.name in queries and field.name in request.query_params:
-            text, what = request.query_params[field.name], "query parameter"
-        else:
-            continue
-        setattr(asked, field.name, bodies.convert(text, field.type, f"{what} {field.name!r}", strict=False))
+    kinds = {field.name: field.type for field in msgspec.structs.fields(type(asked))}
+    path, query = request.path_params, request.query_params
+    for where, given, names in (("path", path, ("layer", "version")), ("query", query, queries)):
+        for name in [name for name in names if name in given]:
+            what = f"{where} parameter {name!r}"
+            setattr(asked, name, bodies.convert(given[name], kinds[name], what, strict=False))
