@@ -7,6 +7,7 @@ NaN is; infinity is refused. Types are checked here, numbers against the manifes
 import functools
 import json
 import math
+import re
 from typing import Annotated, Any, Final, Literal, TypeVar, cast
 
 import msgspec
@@ -188,8 +189,7 @@ def decode(body: bytes, kind: type[B], content_type: str) -> B:
     """A body as its struct.
 
     Raises:
-        Malformed: not JSON or msgpack. InvalidRequest: a field is missing, unknown or of the wrong type. NonFinite:
-            JSON's Infinity.
+        Malformed, InvalidRequest: a field is missing, unknown or of the wrong type. NonFinite: JSON's Infinity.
     """
     try:
         return cast(B, decoder(cast(Any, kind), content_type).decode(body))
@@ -229,10 +229,9 @@ def _finite(text: str) -> float:
 
 
 def convert(value: Any, kind: type[B], what: str, strict: bool = True) -> B:
-    """A value that came otherwise than in a body, as a type; not strict: numbers and flags are text, as in a query.
+    """A value that came otherwise than in a body, as a type; InvalidRequest, which names it, where it is none.
 
-    Raises:
-        InvalidRequest: it is none, or a part of it is none; the message begins with `what`.
+    Not strict: numbers and flags are text, as in a query.
     """
     try:
         return msgspec.convert(value, kind, strict=strict)
@@ -240,44 +239,38 @@ def convert(value: Any, kind: type[B], what: str, strict: bool = True) -> B:
         raise InvalidRequest(f"{what}: {error}") from error
 
 
-def part(kind: Any, raw: Raw | bytes, content_type: str, path: str) -> Any:
-    """A part of a body as a type; the errors (Malformed, InvalidRequest, NonFinite) say where it stands."""
+def part(kind: Any, raw: Any, content_type: str, path: str) -> Any:
+    """A part of a body, Raw or decoded, as a type; the errors (as of `decode`) say where it stands."""
     try:
-        return decoder(kind, content_type).decode(raw)
+        return decoder(kind, content_type).decode(raw) if isinstance(raw, Raw) else msgspec.convert(raw, kind)
     except msgspec.ValidationError as error:
-        raise _refused(error, path) from error
+        text = str(error).replace("`$", f"`{path}") if "`$" in str(error) else f"{error} - at `{path}`"
+        refusal = NonFinite if text.startswith("Number out of range") else InvalidRequest
+        raise refusal(text) from error
     except UNREADABLE as error:
         raise Malformed(f"{path}: {error}") from error
-
-
-def _refused(error: msgspec.ValidationError, path: str) -> InvalidRequest | NonFinite:
-    text = str(error).replace("`$", f"`{path}") if "`$" in str(error) else f"{error} - at `{path}`"
-    return NonFinite(text) if text.startswith("Number out of range") else InvalidRequest(text)
 
 
 # --- arrays ---------------------------------------------------------------------------------------------------------
 
 _LISTS: Final[dict[int, Any]] = {1: list[Number], 2: list[list[Number]], 3: list[list[list[Number]]]}
+_OPENING: Final = re.compile(rb"[\[ \t\r\n]*")
 
 
 def numbers(raw: Any, shape: list[int] | None, content_type: str, path: str = "$.inputs") -> Floats:
-    """An array from JSON text, from a msgpack `bin` with `shape` ([F] if there is none), or from nested lists.
-
-    Args:
-        raw: Raw of a body, or a decoded value.
+    """An array from a part of a body: lists, or in msgpack a `bin` with a `shape` ([F] if there is none).
 
     Raises:
         ShapeMismatch, InvalidRequest, NonFinite, Malformed.
     """
-    if isinstance(raw, Raw) and content_type == JSON:
-        text = bytes(raw)
-        opening = text[: len(text) - len(text.lstrip(b"[ \t\r\n"))]
-        values = part(_lists(opening.count(b"["), path), text, JSON, path)
-    else:
-        value = part(Any, raw, MSGPACK, path) if isinstance(raw, Raw) else raw
-        if isinstance(value, bytes):
-            return _from_bytes(value, shape, path)
-        values = _from_lists(value, path)
+    if isinstance(raw, Raw) and content_type == MSGPACK:
+        raw = part(Any, raw, MSGPACK, path)
+    if isinstance(raw, bytes):
+        return _from_bytes(raw, shape, path)
+    rank = _rank(raw)
+    if rank not in _LISTS:
+        raise ShapeMismatch(f"{path} is not an array of rank 1 to 3")
+    values = part(_LISTS[rank], raw, JSON, path)
     try:
         with np.errstate(over="ignore"):
             return np.array(values, np.float32)
@@ -285,20 +278,15 @@ def numbers(raw: Any, shape: list[int] | None, content_type: str, path: str = "$
         raise ShapeMismatch(f"{path} is ragged: its rows have different lengths") from error
 
 
-def _lists(rank: int, path: str) -> Any:
-    if rank not in _LISTS:
-        raise ShapeMismatch(f"{path} is not an array of rank 1 to 3")
-    return _LISTS[rank]
-
-
-def _from_lists(value: Any, path: str) -> Any:
-    rank, inner = 0, value
-    while isinstance(inner, list):
-        rank, inner = rank + 1, inner[0] if inner else None
-    try:
-        return msgspec.convert(value, _lists(rank, path))
-    except msgspec.ValidationError as error:
-        raise _refused(error, path) from error
+def _rank(value: Any) -> int:
+    """How many lists open at the start of JSON text, or of what was decoded."""
+    if isinstance(value, Raw):
+        opening = _OPENING.match(value)
+        return opening[0].count(b"[") if opening else 0
+    rank = 0
+    while isinstance(value, list):
+        rank, value = rank + 1, value[0] if value else None
+    return rank
 
 
 def _from_bytes(raw: bytes, shape: list[int] | None, path: str) -> Floats:

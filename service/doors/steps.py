@@ -1,8 +1,7 @@
 """Steps: one reader and one writer for every door. What comes in is bytes, what goes out is bytes.
 
-A step of one or more examples, with or without missing readings, is taken apart in one go: msgspec decodes it, struct
-packs it. Everything else (sequences, masks, lists in msgpack, what is no good) goes the general way, which takes
-everything and gives exact errors.
+A step of one or more examples is taken apart in one go: msgspec decodes it, struct packs it. Everything else
+(sequences, masks, lists in msgpack, what is no good) goes the general way, which gives exact errors.
 """
 
 import asyncio
@@ -85,12 +84,10 @@ class Reader:
             return None
 
     def _read_rows(self, asked: Any) -> Plain | None:
-        inputs = asked.inputs
-        if not (inputs and isinstance(inputs[0], list)):
-            return asked, self._pack_row(inputs), "F"
-        if len(inputs) > self._most:
-            return None
-        return asked, b"".join([self._pack_row(row) for row in inputs]), "NF"
+        rows = asked.inputs
+        if not (rows and isinstance(rows[0], list)):
+            return asked, self._pack_row(rows), "F"
+        return None if len(rows) > self._most else (asked, b"".join(map(self._pack_row, rows)), "NF")
 
     def _pack_row(self, row: list[Any]) -> bytes:
         """Readings as float32, NaN where they are missing; struct.error where they do not fit."""
@@ -126,11 +123,11 @@ def read_columns(asked: BatchBody, kind: str, served: Served, count: int) -> Col
     Raises:
         ShapeMismatch: they have different lengths, or the wrong number of features. InvalidRequest.
     """
-    want = (count, served.n_features)
-    x = numbers(asked.inputs, list(want) if asked.shape is None else asked.shape, kind)
-    if x.shape != want or not count:
-        text = f"$.inputs has shape {list(x.shape)}, want {list(want)}: one row per session"
-        raise ShapeMismatch(text, got=list(x.shape))
+    want = [count, served.n_features]
+    x = numbers(asked.inputs, want if asked.shape is None else asked.shape, kind)
+    got = list(x.shape)
+    if got != want or not count:
+        raise ShapeMismatch(f"$.inputs has shape {got}, want {want}: one row per session", got=got)
     if asked.seq is not None and len(asked.seq) != count:
         raise ShapeMismatch(f"$.seq has {len(asked.seq)} numbers for {count} sessions")
     if arrays.are_finite(x.reshape(-1)):

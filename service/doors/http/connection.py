@@ -1,12 +1,11 @@
 """The connection under HTTP: uvicorn's, with a way of its own for steps and batch steps.
 
 A step goes from the transport to the door and back without a parser, an ASGI scope, a task or a queue. Whatever is not
-a step that comes whole behind a plain head takes uvicorn's way, from its first byte: httptools stays the judge of
-everything unusual (chunks, Expect, percent signs in a path).
+a step behind a plain head takes uvicorn's way, from its first byte: httptools stays the judge of everything unusual.
 """
 
 import string
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
@@ -155,11 +154,7 @@ class HttpConnection(HttpToolsProtocol):
         return True
 
     def settle(self, head: bytes, body: bytes, close: bool) -> None:
-        """Write an answer, then go on with what came meanwhile.
-
-        Args:
-            head: Up to the content length.
-        """
+        """Write an answer, its head up to the content length, then go on with what came meanwhile."""
         self._stepping = False
         self.server_state.total_requests += 1
         if self.transport.is_closing():
@@ -172,9 +167,8 @@ class HttpConnection(HttpToolsProtocol):
             return
         self._answered_at = self.loop.time()
         if self.timeout_keep_alive_task is None:
-            self.timeout_keep_alive_task = self.loop.call_later(
-                self.timeout_keep_alive, self.timeout_keep_alive_handler
-            )
+            limit_s, handler = self.timeout_keep_alive, self.timeout_keep_alive_handler
+            self.timeout_keep_alive_task = self.loop.call_later(limit_s, handler)
         if self._ahead:
             self.loop.call_soon(self._go_on)
 
@@ -196,5 +190,4 @@ def _heads(app: Any) -> Heads | None:
     """The heads of our application, which uvicorn may have wrapped."""
     while app is not None and not hasattr(app, "heads"):
         app = getattr(app, "app", None)
-    heads: Heads | None = app.heads if app is not None else None
-    return heads
+    return cast("Heads | None", getattr(app, "heads", None))

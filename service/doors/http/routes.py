@@ -172,6 +172,7 @@ def _fill(asked: Any, request: Request, queries: tuple[str, ...]) -> None:
     kinds = {field.name: field.type for field in msgspec.structs.fields(type(asked))}
     path, query = request.path_params, request.query_params
     for where, given, names in (("path", path, ("layer", "version")), ("query", query, queries)):
-        for name in [name for name in names if name in given]:
-            what = f"{where} parameter {name!r}"
-            setattr(asked, name, bodies.convert(given[name], kinds[name], what, strict=False))
+        for name in names:
+            if name in given:
+                what = f"{where} parameter {name!r}"
+                setattr(asked, name, bodies.convert(given[name], kinds[name], what, strict=False))
