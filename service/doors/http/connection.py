@@ -4,7 +4,7 @@ A step goes from the transport to the door and back without a parser, an ASGI sc
 a step behind a plain head takes uvicorn's way, from its first byte: httptools stays the judge of everything unusual.
 """
 
-import string
+import re
 from typing import Any, Final, cast
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
@@ -18,11 +18,8 @@ LONGEST_HEAD: Final = 4096
 AHEAD_BYTES: Final = 64 * 1024
 """What a client may send before its step is answered, until it is not read any more."""
 
-_POST: Final = b"POST /v1/models/"
-_VERSION: Final = b" HTTP/1.1\r\n"
-_MODELS: Final = b"/v1/models/"
-_STEP: Final = b"/step"
-_ID_BYTES: Final = (string.ascii_letters + string.digits + "._:@~-").encode()
+_STEP: Final = re.compile(rb"POST /v1/models/(?:([A-Za-z0-9._-]+)/sessions/)?([A-Za-z0-9._:@~-]+)/step HTTP/1\.1\r\n")
+"""The request line of a step: model and session; of a batch step: the model alone."""
 
 
 class Reply(BodyAsker):
@@ -117,26 +114,15 @@ class HttpConnection(HttpToolsProtocol):
 
     def _take(self, heads: Heads, data: bytes) -> bool:
         """Take a step, where the bytes begin with one and nothing else is under way; False: they are uvicorn's."""
-        if not data.startswith(_POST) or self.flow.write_paused:
+        line = _STEP.match(data)
+        if line is None or self.flow.write_paused or (self.cycle is not None and not self.cycle.response_complete):
             return False
-        if self.cycle is not None and not self.cycle.response_complete:
-            return False
-        path_end = data.find(_VERSION)
-        end = data.find(b"\r\n\r\n", path_end, path_end + LONGEST_HEAD)
-        path = data[5:path_end]
-        if path_end < 0 or end < 0 or not path.endswith(_STEP):
-            return False
-        cut = path.rfind(b"/", 0, -len(_STEP)) + 1
-        start, name = path[:cut], path[cut : -len(_STEP)]
-        head = heads.read(data[path_end + len(_VERSION) : end])
-        if head is None or not name or name.translate(None, _ID_BYTES):
+        at, (model, name) = line.end(), line.groups()
+        end = data.find(b"\r\n\r\n", at - 2, at + LONGEST_HEAD)
+        head = None if end < 0 else heads.read(data[at:end])
+        if head is None:
             return False
         length, caller = head
-        many = start == _MODELS
-        way_path = path if many else start
-        way = caller.ways.get(way_path) or heads.way(caller, way_path)
-        if way is None:
-            return False
         stop = end + 4 + length
         if len(data) < stop:
             self._parts.append(data)
@@ -144,13 +130,14 @@ class HttpConnection(HttpToolsProtocol):
             return True
         self._ahead = data[stop:]
         self._stepping = True  # before the step: its answer may be there at once
-        reply = Reply(self, caller)
+        way = caller.ways.get(model or name) or heads.way(caller, model or name)
+        reply, body = Reply(self, caller), data[end + 4 : stop]
         if caller.refusal is not None:
             reply.refused(caller.refusal)
-        elif many:
-            heads.steps.take_many(way, data[end + 4 : stop], caller.kind, reply)
+        elif model is None:
+            heads.steps.take_many(way, body, caller.kind, reply)
         else:
-            heads.steps.take(way, str(name, "ascii"), data[end + 4 : stop], caller.kind, reply)
+            heads.steps.take(way, str(name, "ascii"), body, caller.kind, reply)
         return True
 
     def settle(self, head: bytes, body: bytes, close: bool) -> None:

@@ -20,7 +20,6 @@ KNOWN_CALLERS: Final = 1024
 KNOWN_WAYS: Final = 1024
 
 _FIELD: Final = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*([\x20-\x7e\x80-\xff]*)")
-_PATH: Final = re.compile(rb"/v1/models/([A-Za-z0-9._-]+)/(?:sessions/|step)")
 _HEEDED: Final = frozenset({b"content-type", b"accept", b"authorization", b"x-api-key", b"origin"})
 _NEVER: Final = frozenset({b"transfer-encoding", b"expect", b"upgrade", b"trailer"})
 _CLOSE: Final = b"connection:close"
@@ -39,7 +38,7 @@ class Caller(NamedTuple):
     fields: bytes  # lines that every answer has
     close: bool  # whether the connection ends with the answer
     refusal: StepcastError | None  # why the caller may not step
-    ways: dict[bytes, Way]  # known ways of its namespace, by `Heads.way`'s path
+    ways: dict[bytes, Way]  # known ways of its namespace, by model
 
 
 class Heads:
@@ -122,12 +121,9 @@ class Heads:
             return b"vary: Origin\r\n"
         return b"access-control-allow-origin: %s\r\nvary: Origin\r\n" % allowed.encode("latin-1")
 
-    def way(self, caller: Caller, path: bytes) -> Way | None:
-        """Where steps go whose path is this (of batch steps) or starts so; None where it is no such path."""
-        found = _PATH.fullmatch(path)
-        if found is None:
-            return None
+    def way(self, caller: Caller, model: bytes) -> Way:
+        """Where a caller's steps of a model go."""
         if len(caller.ways) >= KNOWN_WAYS:
             caller.ways.clear()
-        way = caller.ways[path] = Way(caller.principal.namespace, found[1].decode())
+        way = caller.ways[model] = Way(caller.principal.namespace, model.decode())
         return way

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Final, NamedTuple
 
 import msgspec
-from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -68,13 +68,12 @@ class Routes:
         self._steps, self._states, self._keys, self._metrics = steps, steps.states, keys, metrics
         self._limit = steps.states.settings.body_limit_bytes
 
-    def router(self) -> APIRouter:
-        """The routes with their OpenAPI."""
-        router = APIRouter(prefix="/v1")
+    def install(self, api: FastAPI) -> None:
+        """Add the routes with their OpenAPI to an application, and answer every error with a problem document."""
 
         def add(route: Route, body: type[msgspec.Struct], handler: Handler, text: str | None) -> None:
             described = openapi.describe(*route, body, text or "")
-            router.add_api_route(route.path, handler, methods=[route.method], **described)
+            api.add_api_route("/v1" + route.path, handler, methods=[route.method], **described)
 
         for route in ROUTES:
             verb = VERBS[route.verb]
@@ -82,7 +81,9 @@ class Routes:
         one, many = Route("POST", _SESSION + "/step", "step"), Route("POST", _MODEL + "/step", "batch")
         add(one, bodies.StepBody, self._step, "Advance a session by one or more steps (rnnTimeStep).")
         add(many, bodies.BatchBody, self._step, "Advance many sessions by one step each.")
-        return router
+        api.add_exception_handler(StepcastError, self._on_error)
+        api.add_exception_handler(HTTPException, self._on_http)
+        api.add_exception_handler(Exception, self._on_error)
 
     def _handler(self, route: Route) -> Handler:
         verb, files = VERBS[route.verb], route.verb in ("state.get", "state.set") and "{layer}" not in route.path
@@ -131,13 +132,6 @@ class Routes:
         return b"".join(parts)
 
     # --- errors -------------------------------------------------------------------------------------------------
-
-    def install(self, api: FastAPI) -> None:
-        """Add the routes to an application, and answer every error with a problem document."""
-        api.include_router(self.router())
-        api.add_exception_handler(StepcastError, self._on_error)
-        api.add_exception_handler(HTTPException, self._on_http)
-        api.add_exception_handler(Exception, self._on_error)
 
     async def _on_error(self, request: Request, error: Exception) -> Response:
         ours = as_ours(error, f"the server has a defect at {request.method} {request.url.path}; its log tells more")
