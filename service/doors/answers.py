@@ -16,8 +16,7 @@ from .state_files import NPZ, SAFETENSORS
 
 PROBLEM: Final = "application/problem+json"
 FILES: Final = (SAFETENSORS, NPZ)
-Headers = dict[bytes, bytes]
-"""By name in lower case."""
+Headers = dict[bytes, bytes]  # by name in lower case
 
 _SAME: Final = {"": JSON, "application/x-msgpack": MSGPACK, "application/vnd.msgpack": MSGPACK}
 _SAME["application/x-www-form-urlencoded"] = JSON  # curl -d without a header
@@ -69,9 +68,6 @@ def answer_type(headers: Headers, sent: str, files: bool = False) -> str:
         if kind in accept:
             return kind
     return JSON if JSON in accept or sent not in (JSON, MSGPACK) else sent
-
-
-# --- encoding -------------------------------------------------------------------------------------------------------
 
 
 def _as_list(value: Any) -> Any:

@@ -24,7 +24,6 @@ Policy = Literal["pin", "reset", "replay"]
 Number = float | None
 Positive = Annotated[int, Meta(ge=1, le=2**53)]
 Count = Annotated[int, Meta(ge=0, le=2**53)]
-Ttl = Annotated[float, Meta(ge=0, le=2**31)]
 ID_PATTERN: Final = "^[A-Za-z0-9._:@~-]{1,256}$"
 SessionId = Annotated[str, Meta(extra_json_schema={"pattern": ID_PATTERN})]
 FrameId = str | Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | float | None
@@ -48,12 +47,7 @@ def nested(what: str, *ranks: int, item: dict[str, Any] = _NUMBER) -> Meta:
 _NAMES: Final = {"type": "array", "items": {"type": "string", "pattern": ID_PATTERN}}
 _LAYER: Final = {"anyOf": [{"type": "array"}, {"type": "object", "additionalProperties": {"type": "array"}}]}
 _STATE: Final = "layer, then key: [N, H]; of one layer, key: [N, H]"
-_Inputs = Annotated[Raw, nested("[F], [N,F] or [N,T,F]; null is a missing reading", 1, 2, 3)]
-_Rows = Annotated[Raw, nested("[K,F]; null is a missing reading", 2)]
-_Sequences = Annotated[Raw, nested("[T,F] or [B,T,F]; null is a missing reading", 2, 3)]
-_Future = Annotated[Any, nested("[H,F] or [N,H,F], null where nothing is known", 1, 2, 3)]
 _Mask = Annotated[Any, nested("1 present, 0: the state stays as it is", 0, 1, 2, item=_FLAG)]
-_Sessions = Annotated[Raw, Meta(description="one per row", extra_json_schema=_NAMES)]
 StateFields = Annotated[dict[str, Any], Meta(description=_STATE, extra_json_schema={"additionalProperties": _LAYER})]
 
 # --- bodies ---------------------------------------------------------------------------------------------------------
@@ -66,7 +60,7 @@ class Nothing(msgspec.Struct, forbid_unknown_fields=True):
 class StepBody(msgspec.Struct, forbid_unknown_fields=True):
     """A step."""
 
-    inputs: _Inputs
+    inputs: Annotated[Raw, nested("[F], [N,F] or [N,T,F]; null is a missing reading", 1, 2, 3)]
     seq: Positive | None = None
     mask: _Mask | None = None
     format: Format = "NWC"
@@ -77,8 +71,8 @@ class StepBody(msgspec.Struct, forbid_unknown_fields=True):
 class BatchBody(msgspec.Struct, forbid_unknown_fields=True):
     """A batch step: K sessions, one step each."""
 
-    sessions: _Sessions
-    inputs: _Rows
+    sessions: Annotated[Raw, Meta(description="one per row", extra_json_schema=_NAMES)]
+    inputs: Annotated[Raw, nested("[K,F]; null is a missing reading", 2)]
     seq: list[Positive | None] | None = None
     shape: list[int] | None = None
 
@@ -86,7 +80,7 @@ class BatchBody(msgspec.Struct, forbid_unknown_fields=True):
 class PredictBody(msgspec.Struct, forbid_unknown_fields=True):
     """Whole sequences, without a session."""
 
-    inputs: _Sequences
+    inputs: Annotated[Raw, nested("[T,F] or [B,T,F]; null is a missing reading", 2, 3)]
     mask: _Mask | None = None
     format: Format = "NWC"
     shape: list[int] | None = None
@@ -99,7 +93,7 @@ class CreateBody(msgspec.Struct, forbid_unknown_fields=True):
     session: SessionId | None = None
     examples: Positive | None = None
     version: Positive | None = None
-    ttl_s: Ttl | None = None
+    ttl_s: Annotated[float, Meta(ge=0, le=2**31)] | None = None
 
 
 class ListBody(msgspec.Struct, forbid_unknown_fields=True):
@@ -151,7 +145,7 @@ class RolloutBody(msgspec.Struct, forbid_unknown_fields=True):
     """A rollout: `inputs` are what is known of the future, null where it is not."""
 
     steps: Positive
-    inputs: _Future | None = None
+    inputs: Annotated[Any, nested("[H,F] or [N,H,F], null where nothing is known", 1, 2, 3)] | None = None
     commit: bool = False
     seq: Positive | None = None
     temperature: Annotated[float, Meta(ge=0, le=100)] = 0.0

@@ -49,7 +49,6 @@ class Keys:
                     "letters, digits, - and _, and a key of at least 8 characters"
                 )
             self._keys.append((key.encode(), Principal(namespace, role)))
-        self.needed = bool(self._keys)
 
     def authenticate(self, headers: Mapping[bytes, bytes]) -> Principal:
         """The caller that a request's headers (lower-case names) speak for: Authorization: Bearer, or X-API-Key.
@@ -57,7 +56,7 @@ class Keys:
         Raises:
             Unauthorized: no key, or an unknown one.
         """
-        if not self.needed:
+        if not self._keys:
             return ANYBODY
         scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
         given = headers.get(b"x-api-key") or (token.strip() if scheme.lower() == b"bearer" else b"")

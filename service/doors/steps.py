@@ -27,8 +27,7 @@ from . import bodies
 from .answers import dumps, encode, pack
 from .bodies import JSON, MSGPACK, BatchBody, Number, Positive, StepBody, decode, decoder, frame, numbers
 
-_MOST_ROWS: Final = 1024
-"""Examples in a step that is taken apart in one go."""
+_MOST_ROWS: Final = 1024  # examples in a step that is taken apart in one go
 _NOT_PLAIN: Final = (*bodies.UNREADABLE, struct.error, OverflowError, TypeError)
 """What decoding and packing raise at a step of another kind, or at none."""
 
@@ -51,15 +50,13 @@ class PlainMsgpack(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     shape: list[int] | None = None
 
 
-Decoders = tuple[Callable[[bytes], Any], Callable[[bytes], Any]]
-"""Of JSON and msgpack."""
+Decoders = tuple[Callable[[bytes], Any], Callable[[bytes], Any]]  # of JSON and msgpack
 BODIES: Final[Decoders] = decoder(PlainJson, JSON).decode, decoder(PlainMsgpack, MSGPACK).decode
 FRAMES: Final[Decoders] = (
     decoder(frame(PlainJson, Literal["step"], gc=False), JSON).decode,
     decoder(frame(PlainMsgpack, Literal["step"], gc=False), MSGPACK).decode,
 )
-Plain = tuple[Any, bytes, Form]
-"""A decoded struct, its inputs (N, F) as float32, and their axes."""
+Plain = tuple[Any, bytes, Form]  # a decoded struct, its inputs (N, F) as float32, and their axes
 
 
 class Reader:
@@ -73,21 +70,20 @@ class Reader:
     def read(self, body: bytes, kind: str, decoders: Decoders) -> Plain | None:
         """A step; None: it is of another kind or no good, and goes the general way."""
         try:
-            if kind == JSON:
-                asked = decoders[0](body)
-                try:
-                    return asked, self._pack(*asked.inputs), "F"
-                except struct.error:  # a null, some rows, or another number of readings
-                    return self._read_rows(asked)
-            return self._read_raw(decoders[1](body))
+            if kind != JSON:
+                return self._read_raw(decoders[1](body))
+            asked = decoders[0](body)
+            inputs = asked.inputs
+            try:
+                return asked, self._pack(*inputs), "F"
+            except struct.error:  # a null, some rows, or another number of readings
+                if not (inputs and isinstance(inputs[0], list)):
+                    return asked, self._pack_row(inputs), "F"
+                if len(inputs) > self._most:
+                    return None
+                return asked, b"".join(map(self._pack_row, inputs)), "NF"
         except _NOT_PLAIN:
             return None
-
-    def _read_rows(self, asked: Any) -> Plain | None:
-        rows = asked.inputs
-        if not (rows and isinstance(rows[0], list)):
-            return asked, self._pack_row(rows), "F"
-        return None if len(rows) > self._most else (asked, b"".join(map(self._pack_row, rows)), "NF")
 
     def _pack_row(self, row: list[Any]) -> bytes:
         """Readings as float32, NaN where they are missing; struct.error where they do not fit."""
@@ -258,10 +254,8 @@ class Steps:
     """Hands steps to the sessions, for every door."""
 
     def __init__(self, states: States) -> None:
-        self.states, self.repository = states, states.repository
-        self.turns = states.sessions
-        settings = states.settings
-        self._limits = arrays.Limits(settings.steps_limit, settings.examples_limit)
+        self.states, self.repository, self.turns = states, states.repository, states.sessions
+        self._limits = arrays.Limits(states.settings.steps_limit, states.settings.examples_limit)
         self._tasks: set[asyncio.Task[None]] = set()
 
     def look(self, way: Way) -> Reader:

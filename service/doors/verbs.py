@@ -56,9 +56,6 @@ class Verb(NamedTuple):
     run: Callable[[States, Call], Awaitable[Done]]
 
 
-# --- models ---------------------------------------------------------------------------------------------------------
-
-
 async def models(states: States, call: Call) -> Done:
     """Served models."""
     return Done({"models": [_listed(states.repository, name) for name in states.repository.names()]})
@@ -110,9 +107,6 @@ async def predict(states: States, call: Call) -> Done:
     elif asked.format == "NCW":
         y = y.transpose(0, 2, 1)
     return Done({"version": served.version, "outputs": y[0] if rank == 2 else y})
-
-
-# --- sessions -------------------------------------------------------------------------------------------------------
 
 
 def _about(states: States, address: Address, record: Record) -> Done:

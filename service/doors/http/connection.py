@@ -63,8 +63,6 @@ class HttpConnection(HttpToolsProtocol):
         self._last = False  # the server stops: close after this answer
         self._answered_at = 0.0
 
-    # --- uvicorn's protocol -------------------------------------------------------------------------------------
-
     def data_received(self, data: bytes) -> None:
         """Bytes from the client."""
         if self._stepping or self._ahead:
@@ -109,8 +107,6 @@ class HttpConnection(HttpToolsProtocol):
             self.timeout_keep_alive_task = self.loop.call_later(rest_s, self.timeout_keep_alive_handler)
         else:
             super().timeout_keep_alive_handler()
-
-    # --- steps --------------------------------------------------------------------------------------------------
 
     def _take(self, heads: Heads, data: bytes) -> bool:
         """Take a step, where the bytes begin with one and nothing else is under way; False: they are uvicorn's."""

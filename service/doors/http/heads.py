@@ -1,7 +1,6 @@
-"""What a request's head says, remembered line by line.
+"""What a request's head says, remembered line by line; whatever is unusual is left to uvicorn's parser.
 
-A client sends the same lines again and again; a proxy adds one of its own per request. So each line is read once, and a
-head costs a look per line. Whatever is unusual is left to uvicorn's parser.
+A client sends the same lines again and again, so each line is read once, and a head costs a look per line.
 """
 
 import re

@@ -131,8 +131,6 @@ class Routes:
             raise Malformed("the connection was lost in the body") from error
         return b"".join(parts)
 
-    # --- errors -------------------------------------------------------------------------------------------------
-
     async def _on_error(self, request: Request, error: Exception) -> Response:
         ours = as_ours(error, f"the server has a defect at {request.method} {request.url.path}; its log tells more")
         return respond(problem(ours, self._metrics))
