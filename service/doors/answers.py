@@ -48,11 +48,7 @@ def document(error: StepcastError, metrics: Metrics | None = None) -> dict[str, 
 
 
 def request_type(headers: Headers, files: bool = False) -> str:
-    """The body's content type; JSON where none is named. States may come as `files`.
-
-    Raises:
-        UnsupportedMediaType.
-    """
+    """The body's content type, JSON where none is named; UnsupportedMediaType where it is unknown, or no `files`."""
     named = headers.get(b"content-type", b"").partition(b";")[0].strip().lower().decode("latin-1")
     known = (JSON, MSGPACK, *FILES) if files else (JSON, MSGPACK)
     named = _SAME.get(named, named)

@@ -199,7 +199,7 @@ def decode(body: bytes, kind: type[B], content_type: str) -> B:
 def _lenient(body: bytes, kind: type[B], first: Exception) -> B:
     """JSON with NaN and Infinity, as Python's json writes it, and with integers such as 5.0, as others do."""
     try:
-        plain = json.loads(body, parse_constant=_constant, parse_float=_finite)
+        plain = json.loads(body, parse_constant=_number, parse_float=_number)
         return msgspec.json.decode(msgspec.json.encode(plain), type=kind)
     except NonFinite:
         raise
@@ -209,26 +209,20 @@ def _lenient(body: bytes, kind: type[B], first: Exception) -> B:
         raise Malformed(f"the body is not JSON: {first}") from error
 
 
-def _constant(text: str) -> None:
-    if text != "NaN":
-        raise NonFinite(f"the body has {text[:32]}, inputs are finite numbers or null")
-
-
-def _finite(text: str) -> float:
+def _number(text: str) -> Number:
     value = float(text)
     if math.isinf(value):
-        _constant(text)
+        raise NonFinite(f"the body has {text[:32]}, inputs are finite numbers or null")
+    if math.isnan(value):
+        return None
     whole = abs(value) <= 2**53 and value.is_integer() and not text.startswith("-")
     return int(value) if whole else value
 
 
 def convert(value: Any, kind: type[B], what: str, strict: bool = True) -> B:
-    """A value that came otherwise than in a body, as a type; InvalidRequest, which names it, where it is none.
-
-    Not strict: numbers and flags are text, as in a query.
-    """
+    """A value that came otherwise than in a body, as a type; InvalidRequest, which says `what`, where it is none."""
     try:
-        return msgspec.convert(value, kind, strict=strict)
+        return msgspec.convert(value, kind, strict=strict)  # not strict: numbers and flags are text, as in a query
     except msgspec.ValidationError as error:
         raise InvalidRequest(f"{what}: {error}") from error
 

@@ -293,11 +293,7 @@ class Steps:
     def start(
         self, way: Way, session: str, asked: StepBody, kind: str, asker: Asker, served: Served | None = None
     ) -> None:
-        """Queue a step of any kind, its inputs checked against a version (None: the live one).
-
-        Raises:
-            StepcastError: it is no good, or refused at once.
-        """
+        """Queue a step of any kind, checked against a version (None: the live one); raises what it is refused with."""
         address, manifest = way.address(session), (served or self.look(way).served).manifest
         values = numbers(asked.inputs, asked.shape, kind)
         x, mask, rank = arrays.step_inputs(values, asked.format, asked.mask, manifest, self._limits)

@@ -93,9 +93,12 @@ class Routes:
             headers: Headers = dict(request.scope["headers"])
             kind = request_type(headers, files and sent)
             principal = self._keys.authenticate(headers).require(verb.role)
-            asked = _asked(await self._body(request) if sent else b"", kind, verb.body, self._limit)
+            body, path = await self._body(request) if sent else b"", request.path_params
+            if kind in FILES:
+                asked = bodies.convert(state_files.read(body, kind, self._limit), verb.body, "the file")
+            else:
+                asked = bodies.decode(body or b"{}", verb.body, kind if body else JSON)
             _fill(asked, request, route.queries)
-            path = request.path_params
             match = request.headers.get("if-match")
             call = Call(principal.namespace, path.get("model", ""), path.get("session", ""), asked, kind, match)
             fields, tag = await verb.run(self._states, call)
@@ -150,13 +153,6 @@ class Routes:
 def respond(answer: Answer) -> Response:
     """An answer for FastAPI."""
     return Response(answer.body, answer.status, answer.fields, answer.kind)
-
-
-def _asked(body: bytes, kind: str, struct: type[msgspec.Struct], limit: int) -> Any:
-    """The struct of a body, of a file of a state, or of no body."""
-    if kind in FILES:
-        return bodies.convert(state_files.read(body, kind, limit), struct, "the file")
-    return bodies.decode(body or b"{}", struct, kind if body else JSON)
 
 
 def _fill(asked: Any, request: Request, queries: tuple[str, ...]) -> None:
