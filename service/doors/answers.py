@@ -84,8 +84,7 @@ def _as_bytes(value: Any) -> Any:
     raise TypeError(f"{type(value)} in an answer")
 
 
-pack: Final = msgspec.msgpack.Encoder(enc_hook=_as_bytes).encode
-"""msgpack; arrays become little-endian bytes."""
+pack: Final = msgspec.msgpack.Encoder(enc_hook=_as_bytes).encode  # arrays become little-endian bytes
 
 
 def encode(answer: dict[str, Any], content_type: str) -> bytes:

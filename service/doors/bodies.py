@@ -27,8 +27,7 @@ Count = Annotated[int, Meta(ge=0, le=2**53)]
 ID_PATTERN: Final = "^[A-Za-z0-9._:@~-]{1,256}$"
 SessionId = Annotated[str, Meta(extra_json_schema={"pattern": ID_PATTERN})]
 FrameId = str | Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | float | None
-UNREADABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
-"""What msgspec raises at bytes that are not what they should be."""
+UNREADABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)  # what msgspec raises at bad bytes
 
 # --- what types do not say: arrays, whose rank decides what they are -------------------------------------------------
 

@@ -1,7 +1,6 @@
 """A session's state as a file: safetensors or npz, tensors named <layer>.<key>, no pickle.
 
-The step number, the model, its version and fingerprint travel as metadata (safetensors) or as one JSON array of bytes
-named `__stepcast__` (npz).
+Step number, model, version and fingerprint travel as JSON: in the metadata, or in npz as bytes named `__stepcast__`.
 """
 
 import io

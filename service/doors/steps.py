@@ -28,8 +28,7 @@ from .answers import dumps, encode, pack
 from .bodies import JSON, MSGPACK, BatchBody, Number, Positive, StepBody, decode, decoder, frame, numbers
 
 _MOST_ROWS: Final = 1024  # examples in a step that is taken apart in one go
-_NOT_PLAIN: Final = (*bodies.UNREADABLE, struct.error, OverflowError, TypeError)
-"""What decoding and packing raise at a step of another kind, or at none."""
+_NOT_PLAIN: Final = (*bodies.UNREADABLE, struct.error, OverflowError, TypeError)  # raised at a step of another kind
 
 
 # --- the reader -----------------------------------------------------------------------------------------------------

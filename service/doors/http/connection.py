@@ -15,11 +15,9 @@ from ..steps import BodyAsker
 from .heads import Caller, Heads
 
 LONGEST_HEAD: Final = 4096
-AHEAD_BYTES: Final = 64 * 1024
-"""What a client may send before its step is answered, until it is not read any more."""
-
+AHEAD_BYTES: Final = 64 * 1024  # what a client may send before its step is answered, until it is not read any more
 _STEP: Final = re.compile(rb"POST /v1/models/(?:([A-Za-z0-9._-]+)/sessions/)?([A-Za-z0-9._:@~-]+)/step HTTP/1\.1\r\n")
-"""The request line of a step: model and session; of a batch step: the model alone."""
+"""The request line of a step: its model and session, or of a batch step: its model alone."""
 
 
 class Reply(BodyAsker):
