@@ -179,11 +179,7 @@ def decoder(kind: Any, content_type: str) -> Any:
 
 
 def decode(body: bytes, kind: type[B], content_type: str) -> B:
-    """A body as its struct.
-
-    Raises:
-        Malformed, InvalidRequest: a field is missing, unknown or of the wrong type. NonFinite: JSON's Infinity.
-    """
+    """A body as its struct; Malformed, NonFinite (JSON's Infinity), or InvalidRequest of a missing or wrong field."""
     try:
         return cast(B, decoder(cast(Any, kind), content_type).decode(body))
     except UNREADABLE as error:
@@ -248,7 +244,7 @@ def numbers(raw: Any, shape: list[int] | None, content_type: str, path: str = "$
     """An array from a part of a body: lists, or in msgpack a `bin` with a `shape` ([F] if there is none).
 
     Raises:
-        ShapeMismatch, InvalidRequest, NonFinite, Malformed.
+        ShapeMismatch, and what `part` raises.
     """
     if isinstance(raw, Raw) and content_type == MSGPACK:
         raw = part(Any, raw, MSGPACK, path)

@@ -32,11 +32,7 @@ ANYBODY: Final = Principal("default", "admin")
 
 
 class Keys:
-    """The configured API keys: ROLE:NAMESPACE:KEY, separated by commas; empty: none is needed.
-
-    Raises:
-        ConfigError: an entry is not of that form.
-    """
+    """The configured API keys: ROLE:NAMESPACE:KEY, separated by commas (else ConfigError); empty: none is needed."""
 
     def __init__(self, text: str) -> None:
         self._keys: list[tuple[bytes, Principal]] = []
@@ -51,11 +47,7 @@ class Keys:
             self._keys.append((key.encode(), Principal(namespace, role)))
 
     def authenticate(self, headers: Mapping[bytes, bytes]) -> Principal:
-        """The caller that a request's headers (lower-case names) speak for: Authorization: Bearer, or X-API-Key.
-
-        Raises:
-            Unauthorized: no key, or an unknown one.
-        """
+        """The caller whose key the headers (names in lower case) carry; Unauthorized where they carry no known one."""
         if not self._keys:
             return ANYBODY
         scheme, _, token = headers.get(b"authorization", b"").partition(b" ")

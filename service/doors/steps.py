@@ -157,7 +157,7 @@ def packed(answers: Answers, row: int, step: int, form: Form, fields: dict[str, 
     return pack(fields | said)
 
 
-# --- who asks -------------------------------------------------------------------------------------------------------
+# --- on the way to the sessions -------------------------------------------------------------------------------------
 
 
 class Asker(Waiter, Protocol):
@@ -168,18 +168,13 @@ class Asker(Waiter, Protocol):
     form: Form
 
 
-class BodyAsker(Asker, Protocol):
-    """Who is answered with a body, of a step or of a batch step.
-
-    Attributes:
-        kind: Its content type.
-        stays: It waits until it is answered: what is accepted is applied, whatever becomes of the client.
-    """
+class HttpWaiter(Asker, Protocol):
+    """Who waits for a step, or a batch step, over HTTP: its answer is a body."""
 
     __slots__ = ("kind",)
 
-    kind: str
-    stays: bool
+    kind: str  # content type of the answer
+    stays: bool  # it waits until it is answered: what is accepted is applied, whatever becomes of the client
 
     def answered(self, body: bytes) -> None:
         """Take the answer."""
@@ -206,7 +201,7 @@ class BodyAsker(Asker, Protocol):
             self.answered(body)
 
 
-class Pending(BodyAsker):
+class Pending(HttpWaiter):
     """One that waits in a coroutine: `future` gets the body."""
 
     __slots__ = ("future",)
@@ -228,9 +223,6 @@ class Pending(BodyAsker):
     def refused(self, error: BaseException) -> None:
         if not self.future.done():
             self.future.set_exception(error)
-
-
-# --- on the way to the sessions -------------------------------------------------------------------------------------
 
 
 class Way:
@@ -264,7 +256,7 @@ class Steps:
             way.reader, way.seen = Reader(self.repository.live(way.model), self._limits.examples), changes
         return way.reader
 
-    def take(self, way: Way, session: str, body: bytes, kind: str, asker: BodyAsker) -> None:
+    def take(self, way: Way, session: str, body: bytes, kind: str, asker: HttpWaiter) -> None:
         """Take the body of a step. All that comes of it, the asker hears, maybe before this returns."""
         try:
             if way.seen != self.repository.changes:
@@ -317,7 +309,7 @@ class Steps:
         except Exception as error:
             asker.refused(error)
 
-    def take_many(self, way: Way, body: bytes, kind: str, asker: BodyAsker) -> None:
+    def take_many(self, way: Way, body: bytes, kind: str, asker: HttpWaiter) -> None:
         """Take the body of a batch step. All that comes of it, the asker hears, maybe before this returns."""
         try:
             served, asked = self.look(way).served, decode(body, BatchBody, kind)

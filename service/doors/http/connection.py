@@ -11,7 +11,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from ...engine.arrays import Form
 from ..answers import Answer, problem
-from ..steps import BodyAsker
+from ..steps import HttpWaiter
 from .heads import Caller, Heads
 
 LONGEST_HEAD: Final = 4096
@@ -20,7 +20,7 @@ _STEP: Final = re.compile(rb"POST /v1/models/(?:([A-Za-z0-9._-]+)/sessions/)?([A
 """The request line of a step: its model and session, or of a batch step: its model alone."""
 
 
-class Reply(BodyAsker):
+class Reply(HttpWaiter):
     """Who waits for a step over HTTP: writes its answer without a turn of the loop."""
 
     __slots__ = ("_caller", "_connection", "_done")
