@@ -1,7 +1,7 @@
 """Answers: content types, encoding, and errors as problem documents. The same for every door."""
 
-import functools
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -16,7 +16,7 @@ from .state_files import NPZ, SAFETENSORS
 
 PROBLEM: Final = "application/problem+json"
 FILES: Final = (SAFETENSORS, NPZ)
-Headers = dict[bytes, bytes]
+Headers = dict[bytes, bytes]  # by name in lower case
 
 _SAME: Final = {"": JSON, "application/x-msgpack": MSGPACK, "application/vnd.msgpack": MSGPACK}
 _SAME["application/x-www-form-urlencoded"] = JSON  # curl -d without a header
@@ -33,11 +33,10 @@ class Answer(NamedTuple):
 
 def problem(error: BaseException, metrics: Metrics | None = None) -> Answer:
     """An error as an answer. Never fails, whatever the error's facts are."""
-    ours, fields = as_ours(error), {}
+    ours = as_ours(error)
+    fields = {"www-authenticate": "Bearer"} if ours.status == 401 else {}
     if ours.retry_after_s is not None:
         fields["retry-after"] = str(max(1, round(ours.retry_after_s)))
-    if ours.status == 401:
-        fields["www-authenticate"] = "Bearer"
     return Answer(ours.status, encode(document(ours, metrics), JSON), PROBLEM, fields)
 
 
@@ -49,15 +48,7 @@ def document(error: StepcastError, metrics: Metrics | None = None) -> dict[str, 
 
 
 def request_type(headers: Headers, files: bool = False) -> str:
-    """The body's content type; JSON where none is named.
-
-    Args:
-        headers: Names in lower case.
-        files: Whether states may come as files.
-
-    Raises:
-        UnsupportedMediaType.
-    """
+    """The body's content type, JSON where none is named; UnsupportedMediaType where it is unknown, or no `files`."""
     named = headers.get(b"content-type", b"").partition(b";")[0].strip().lower().decode("latin-1")
     known = (JSON, MSGPACK, *FILES) if files else (JSON, MSGPACK)
     named = _SAME.get(named, named)
@@ -75,21 +66,25 @@ def answer_type(headers: Headers, sent: str, files: bool = False) -> str:
     return JSON if JSON in accept or sent not in (JSON, MSGPACK) else sent
 
 
-# --- encoding -------------------------------------------------------------------------------------------------------
-
-pack: Final = msgspec.msgpack.Encoder().encode
-
-
 def _as_list(value: Any) -> Any:
     if isinstance(value, np.ndarray):  # orjson takes contiguous arrays of the common types by itself
         return np.ascontiguousarray(value) if value.dtype != np.float16 else value.tolist()
     raise TypeError(f"{type(value)} in an answer")
 
 
-dumps: Final[Callable[[Any], bytes]] = functools.partial(
-    orjson.dumps, default=_as_list, option=orjson.OPT_SERIALIZE_NUMPY
-)
+dumps: Final[Callable[[Any], bytes]] = partial(orjson.dumps, default=_as_list, option=orjson.OPT_SERIALIZE_NUMPY)
 """JSON; arrays become nested lists, NaN null."""
+
+
+def _as_bytes(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return np.ascontiguousarray(value).astype(value.dtype.newbyteorder("<"), copy=False).tobytes()
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{type(value)} in an answer")
+
+
+pack: Final = msgspec.msgpack.Encoder(enc_hook=_as_bytes).encode  # arrays become little-endian bytes
 
 
 def encode(answer: dict[str, Any], content_type: str) -> bytes:
@@ -100,24 +95,11 @@ def encode(answer: dict[str, Any], content_type: str) -> bytes:
     outputs = answer.get("outputs")
     if content_type == MSGPACK and isinstance(outputs, np.ndarray):
         answer = {**answer, "shape": list(outputs.shape)}
+    write = dumps if content_type == JSON else pack
     try:
-        return _encode(answer, content_type)
+        return write(answer)
     except (TypeError, ValueError, OverflowError):  # an error repeats what the caller said: text or numbers of any kind
-        return _encode(_sayable(answer), content_type)
-
-
-def _encode(answer: Any, content_type: str) -> bytes:
-    if content_type == JSON:
-        return dumps(answer)
-    return msgspec.msgpack.encode(answer, enc_hook=_as_bytes)
-
-
-def _as_bytes(value: Any) -> Any:
-    if isinstance(value, np.ndarray):
-        return np.ascontiguousarray(value).astype(value.dtype.newbyteorder("<"), copy=False).tobytes()
-    if isinstance(value, np.generic):
-        return value.item()
-    raise TypeError(f"{type(value)} in an answer")
+        return write(_sayable(answer))
 
 
 def _sayable(value: Any) -> Any:

@@ -1,13 +1,13 @@
 """Bodies: what may be asked as structs, and how bytes become them. The same for every door.
 
-JSON numbers are decimal text; msgpack carries arrays as raw little-endian float32 in a `bin`, beside a `shape`. A JSON
-null is a missing reading, as NaN is; infinity is refused. Types are checked here by msgspec, numbers against the
-manifest by service/engine/arrays.py.
+msgpack carries arrays as raw little-endian float32 in a `bin`, beside a `shape`. A JSON null is a missing reading, as
+NaN is; infinity is refused. Types are checked here, numbers against the manifest by service/engine/arrays.py.
 """
 
 import functools
 import json
 import math
+import re
 from typing import Annotated, Any, Final, Literal, TypeVar, cast
 
 import msgspec
@@ -24,42 +24,30 @@ Policy = Literal["pin", "reset", "replay"]
 Number = float | None
 Positive = Annotated[int, Meta(ge=1, le=2**53)]
 Count = Annotated[int, Meta(ge=0, le=2**53)]
-Ttl = Annotated[float, Meta(ge=0, le=2**31)]
 ID_PATTERN: Final = "^[A-Za-z0-9._:@~-]{1,256}$"
 SessionId = Annotated[str, Meta(extra_json_schema={"pattern": ID_PATTERN})]
 FrameId = str | Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | float | None
-UNREADABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
-"""What msgspec raises at bytes that are not what they should be."""
+UNREADABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)  # what msgspec raises at bad bytes
 
 # --- what types do not say: arrays, whose rank decides what they are -------------------------------------------------
 
-NUMBER: Final = {"anyOf": [{"type": "number"}, {"type": "null"}]}
+_NUMBER: Final = {"anyOf": [{"type": "number"}, {"type": "null"}]}
 _FLAG: Final = {"anyOf": [{"type": "integer", "enum": [0, 1]}, {"type": "boolean"}]}
 
 
-def nested(item: dict[str, Any], *ranks: int) -> dict[str, Any]:
+def nested(what: str, *ranks: int, item: dict[str, Any] = _NUMBER) -> Meta:
     """The schema of arrays of some ranks; 0: the item itself."""
     schemas = [item]
     for _ in range(max(ranks)):
         schemas.append({"type": "array", "items": schemas[-1]})
-    return {"anyOf": [schemas[rank] for rank in ranks]}
+    return Meta(description=what, extra_json_schema={"anyOf": [schemas[rank] for rank in ranks]})
 
 
-def _shown(what: str, schema: dict[str, Any]) -> Meta:
-    return Meta(description=what, extra_json_schema=schema)
-
-
-_LAYER: Final = {"anyOf": [{"type": "array"}, {"type": "object", "additionalProperties": {"type": "array"}}]}
 _NAMES: Final = {"type": "array", "items": {"type": "string", "pattern": ID_PATTERN}}
-_Inputs = Annotated[Raw, _shown("[F], [N,F] or [N,T,F]; null is a missing reading", nested(NUMBER, 1, 2, 3))]
-_Rows = Annotated[Raw, _shown("[K,F]; null is a missing reading", nested(NUMBER, 2))]
-_Sequences = Annotated[Raw, _shown("[T,F] or [B,T,F]; null is a missing reading", nested(NUMBER, 2, 3))]
-_Future = Annotated[Any, _shown("[H,F] or [N,H,F], null where nothing is known", nested(NUMBER, 1, 2, 3))]
-_Mask = Annotated[Any, _shown("1 present, 0: the state stays as it is", nested(_FLAG, 0, 1, 2))]
-_Sessions = Annotated[Raw, _shown("one per row", _NAMES)]
-StateFields = Annotated[
-    dict[str, Any], _shown("layer, then key: [N, H]; of one layer, key: [N, H]", {"additionalProperties": _LAYER})
-]
+_LAYER: Final = {"anyOf": [{"type": "array"}, {"type": "object", "additionalProperties": {"type": "array"}}]}
+_STATE: Final = "layer, then key: [N, H]; of one layer, key: [N, H]"
+_Mask = Annotated[Any, nested("1 present, 0: the state stays as it is", 0, 1, 2, item=_FLAG)]
+StateFields = Annotated[dict[str, Any], Meta(description=_STATE, extra_json_schema={"additionalProperties": _LAYER})]
 
 # --- bodies ---------------------------------------------------------------------------------------------------------
 
@@ -71,7 +59,7 @@ class Nothing(msgspec.Struct, forbid_unknown_fields=True):
 class StepBody(msgspec.Struct, forbid_unknown_fields=True):
     """A step."""
 
-    inputs: _Inputs
+    inputs: Annotated[Raw, nested("[F], [N,F] or [N,T,F]; null is a missing reading", 1, 2, 3)]
     seq: Positive | None = None
     mask: _Mask | None = None
     format: Format = "NWC"
@@ -82,8 +70,8 @@ class StepBody(msgspec.Struct, forbid_unknown_fields=True):
 class BatchBody(msgspec.Struct, forbid_unknown_fields=True):
     """A batch step: K sessions, one step each."""
 
-    sessions: _Sessions
-    inputs: _Rows
+    sessions: Annotated[Raw, Meta(description="one per row", extra_json_schema=_NAMES)]
+    inputs: Annotated[Raw, nested("[K,F]; null is a missing reading", 2)]
     seq: list[Positive | None] | None = None
     shape: list[int] | None = None
 
@@ -91,7 +79,7 @@ class BatchBody(msgspec.Struct, forbid_unknown_fields=True):
 class PredictBody(msgspec.Struct, forbid_unknown_fields=True):
     """Whole sequences, without a session."""
 
-    inputs: _Sequences
+    inputs: Annotated[Raw, nested("[T,F] or [B,T,F]; null is a missing reading", 2, 3)]
     mask: _Mask | None = None
     format: Format = "NWC"
     shape: list[int] | None = None
@@ -104,7 +92,7 @@ class CreateBody(msgspec.Struct, forbid_unknown_fields=True):
     session: SessionId | None = None
     examples: Positive | None = None
     version: Positive | None = None
-    ttl_s: Ttl | None = None
+    ttl_s: Annotated[float, Meta(ge=0, le=2**31)] | None = None
 
 
 class ListBody(msgspec.Struct, forbid_unknown_fields=True):
@@ -156,7 +144,7 @@ class RolloutBody(msgspec.Struct, forbid_unknown_fields=True):
     """A rollout: `inputs` are what is known of the future, null where it is not."""
 
     steps: Positive
-    inputs: _Future | None = None
+    inputs: Annotated[Any, nested("[H,F] or [N,H,F], null where nothing is known", 1, 2, 3)] | None = None
     commit: bool = False
     seq: Positive | None = None
     temperature: Annotated[float, Meta(ge=0, le=100)] = 0.0
@@ -191,32 +179,22 @@ def decoder(kind: Any, content_type: str) -> Any:
 
 
 def decode(body: bytes, kind: type[B], content_type: str) -> B:
-    """A body as its struct.
-
-    Raises:
-        Malformed: not JSON or msgpack. InvalidRequest: a field is missing, unknown or of the wrong type. NonFinite:
-            JSON's Infinity.
-    """
+    """A body as its struct; Malformed, NonFinite (JSON's Infinity), or InvalidRequest of a missing or wrong field."""
     try:
-        decoded: B = decoder(cast(Any, kind), content_type).decode(body)
-        return decoded
-    except msgspec.ValidationError as error:
-        if content_type == JSON and "got `float`" in str(error):
-            return _lenient(body, kind, error)
-        raise InvalidRequest(str(error)) from error
+        return cast(B, decoder(cast(Any, kind), content_type).decode(body))
     except UNREADABLE as error:
-        if content_type == JSON:
+        wrong_type = isinstance(error, msgspec.ValidationError)
+        if content_type == JSON and (not wrong_type or "got `float`" in str(error)):
             return _lenient(body, kind, error)
+        if wrong_type:
+            raise InvalidRequest(str(error)) from error
         raise Malformed(f"the body is not msgpack: {error}") from error
 
 
 def _lenient(body: bytes, kind: type[B], first: Exception) -> B:
-    """JSON with NaN and Infinity, as Python's json writes it, and with integers such as 5.0, as others do.
-
-    NaN is a missing reading, infinity is refused.
-    """
+    """JSON with NaN and Infinity, as Python's json writes it, and with integers such as 5.0, as others do."""
     try:
-        plain = json.loads(body, parse_constant=_constant, parse_float=_finite)
+        plain = json.loads(body, parse_constant=_number, parse_float=_number)
         return msgspec.json.decode(msgspec.json.encode(plain), type=kind)
     except NonFinite:
         raise
@@ -226,118 +204,72 @@ def _lenient(body: bytes, kind: type[B], first: Exception) -> B:
         raise Malformed(f"the body is not JSON: {first}") from error
 
 
-def _constant(text: str) -> None:
-    if text != "NaN":
-        raise NonFinite(f"the body has {text}, inputs are finite numbers or null")
-
-
-def _finite(text: str) -> float:
+def _number(text: str) -> Number:
     value = float(text)
     if math.isinf(value):
         raise NonFinite(f"the body has {text[:32]}, inputs are finite numbers or null")
+    if math.isnan(value):
+        return None
     whole = abs(value) <= 2**53 and value.is_integer() and not text.startswith("-")
     return int(value) if whole else value
 
 
 def convert(value: Any, kind: type[B], what: str, strict: bool = True) -> B:
-    """A value that came otherwise than in a body, as a type.
-
-    Args:
-        what: What to call it in the message.
-        strict: False: numbers and flags are text, as in a query.
-
-    Raises:
-        InvalidRequest: it is none, or a part of it is none.
-    """
+    """A value that came otherwise than in a body, as a type; InvalidRequest, which says `what`, where it is none."""
     try:
-        return msgspec.convert(value, kind, strict=strict)
+        return msgspec.convert(value, kind, strict=strict)  # not strict: numbers and flags are text, as in a query
     except msgspec.ValidationError as error:
         raise InvalidRequest(f"{what}: {error}") from error
 
 
-def session_names(raw: Raw, content_type: str) -> list[str]:
-    """The sessions of a batch step.
-
-    Raises:
-        Malformed, InvalidRequest.
-    """
-    names: list[str] = _decoded(list[str], raw, content_type, "$.sessions")
-    return names
-
-
-def _decoded(kind: Any, raw: Any, content_type: str, path: str) -> Any:
-    """A part of a body as a type; the errors say where it stands."""
+def part(kind: Any, raw: Any, content_type: str, path: str) -> Any:
+    """A part of a body, Raw or decoded, as a type; the errors (as of `decode`) say where it stands."""
     try:
-        return decoder(kind, content_type).decode(raw)
+        return decoder(kind, content_type).decode(raw) if isinstance(raw, Raw) else msgspec.convert(raw, kind)
     except msgspec.ValidationError as error:
-        raise _refused(error, path) from error
+        text = str(error).replace("`$", f"`{path}") if "`$" in str(error) else f"{error} - at `{path}`"
+        refusal = NonFinite if text.startswith("Number out of range") else InvalidRequest
+        raise refusal(text) from error
     except UNREADABLE as error:
         raise Malformed(f"{path}: {error}") from error
-
-
-def _refused(error: msgspec.ValidationError, path: str) -> InvalidRequest | NonFinite:
-    text = str(error).replace("`$", f"`{path}") if "`$" in str(error) else f"{error} - at `{path}`"
-    return NonFinite(text) if text.startswith("Number out of range") else InvalidRequest(text)
 
 
 # --- arrays ---------------------------------------------------------------------------------------------------------
 
 _LISTS: Final[dict[int, Any]] = {1: list[Number], 2: list[list[Number]], 3: list[list[list[Number]]]}
+_OPENING: Final = re.compile(rb"[\[ \t\r\n]*")
 
 
 def numbers(raw: Any, shape: list[int] | None, content_type: str, path: str = "$.inputs") -> Floats:
-    """An array from JSON text, from a msgpack `bin` with `shape` ([F] if there is none), or from nested lists.
-
-    Args:
-        raw: Raw of a body, or a decoded value.
+    """An array from a part of a body: lists, or in msgpack a `bin` with a `shape` ([F] if there is none).
 
     Raises:
-        ShapeMismatch, InvalidRequest, NonFinite, Malformed.
+        ShapeMismatch, and what `part` raises.
     """
-    if isinstance(raw, Raw) and content_type == JSON:
-        text = bytes(raw)
-        return _array(_decoded(_lists(_brackets(text), path), text, JSON, path), path)
-    if isinstance(raw, Raw):
-        raw = _decoded(Any, raw, MSGPACK, path)
+    if isinstance(raw, Raw) and content_type == MSGPACK:
+        raw = part(Any, raw, MSGPACK, path)
     if isinstance(raw, bytes):
         return _from_bytes(raw, shape, path)
-    try:
-        return _array(msgspec.convert(raw, _lists(_depth(raw), path)), path)
-    except msgspec.ValidationError as error:
-        raise _refused(error, path) from error
-
-
-def _lists(rank: int, path: str) -> Any:
+    rank = _rank(raw)
     if rank not in _LISTS:
         raise ShapeMismatch(f"{path} is not an array of rank 1 to 3")
-    return _LISTS[rank]
-
-
-def _brackets(text: bytes) -> int:
-    """How many brackets the text opens before anything else."""
-    rank = 0
-    for byte in text:
-        if byte == 0x5B:
-            rank += 1
-        elif byte not in b" \t\r\n":
-            break
-    return rank
-
-
-def _depth(value: Any) -> int:
-    depth = 0
-    while isinstance(value, list):
-        depth += 1
-        value = value[0] if value else None
-    return depth
-
-
-def _array(values: list[Any], path: str) -> Floats:
+    values = part(_LISTS[rank], raw, JSON, path)
     try:
         with np.errstate(over="ignore"):
             return np.array(values, np.float32)
     except ValueError as error:
         raise ShapeMismatch(f"{path} is ragged: its rows have different lengths") from error
+
+
+def _rank(value: Any) -> int:
+    """How many lists open at the start of JSON text, or of what was decoded."""
+    if isinstance(value, Raw):
+        opening = _OPENING.match(value)
+        return opening[0].count(b"[") if opening else 0
+    rank = 0
+    while isinstance(value, list):
+        rank, value = rank + 1, value[0] if value else None
+    return rank
 
 
 def _from_bytes(raw: bytes, shape: list[int] | None, path: str) -> Floats:
@@ -347,10 +279,7 @@ def _from_bytes(raw: bytes, shape: list[int] | None, path: str) -> Floats:
     if shape is None:
         return values
     # The product alone is no proof: a 0 in it hides numbers that numpy cannot take.
-    if len(shape) not in (1, 2, 3) or not all(0 <= n <= max(1, values.size) for n in shape):
-        fits = False
-    else:
-        fits = math.prod(shape) == values.size
-    if not fits:
+    small = len(shape) in (1, 2, 3) and all(0 <= n <= max(1, values.size) for n in shape)
+    if not small or math.prod(shape) != values.size:
         raise ShapeMismatch(f"{path} has {values.size} numbers, 'shape' is {shape}", shape=shape, got=values.size)
     return values.reshape(shape)

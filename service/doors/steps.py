@@ -1,14 +1,15 @@
 """Steps: one reader and one writer for every door. What comes in is bytes, what goes out is bytes.
 
-A step of one or more examples, with or without missing readings, is taken apart in one go: msgspec decodes it, struct
-packs it. Everything else (sequences, masks, lists in msgpack, what is no good) goes the general way, which takes
-everything and gives exact errors.
+A step of one or more examples is taken apart in one go: msgspec decodes it, struct packs it. Everything else
+(sequences, masks, lists in msgpack, what is no good) goes the general way, which gives exact errors.
 """
 
 import asyncio
 import math
 import struct
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from typing import Any, Final, Literal, Protocol
 
 import msgspec
@@ -17,7 +18,7 @@ import numpy as np
 from stepcast.errors import NonFinite, SessionNotFound, ShapeMismatch, StateVersionMismatch
 
 from ..engine import arrays
-from ..engine.arrays import Floats, Form
+from ..engine.arrays import Form
 from ..engine.repository import Served
 from ..sessions.core import Address, Answers, Waiter
 from ..sessions.edits import States, check_id
@@ -26,10 +27,8 @@ from . import bodies
 from .answers import dumps, encode, pack
 from .bodies import JSON, MSGPACK, BatchBody, Number, Positive, StepBody, decode, decoder, frame, numbers
 
-_MOST_ROWS: Final = 1024
-"""Examples in a step that is taken apart in one go."""
-_NOT_PLAIN: Final = (*bodies.UNREADABLE, struct.error, OverflowError, TypeError)
-"""What decoding and packing raise at a step of another kind, or at none."""
+_MOST_ROWS: Final = 1024  # examples in a step that is taken apart in one go
+_NOT_PLAIN: Final = (*bodies.UNREADABLE, struct.error, OverflowError, TypeError)  # raised at a step of another kind
 
 
 # --- the reader -----------------------------------------------------------------------------------------------------
@@ -50,23 +49,17 @@ class PlainMsgpack(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     shape: list[int] | None = None
 
 
-Decoders = tuple[Callable[[bytes], Any], Callable[[bytes], Any]]
-"""Of JSON and msgpack."""
+Decoders = tuple[Callable[[bytes], Any], Callable[[bytes], Any]]  # of JSON and msgpack
 BODIES: Final[Decoders] = decoder(PlainJson, JSON).decode, decoder(PlainMsgpack, MSGPACK).decode
 FRAMES: Final[Decoders] = (
     decoder(frame(PlainJson, Literal["step"], gc=False), JSON).decode,
     decoder(frame(PlainMsgpack, Literal["step"], gc=False), MSGPACK).decode,
 )
-Plain = tuple[Any, bytes, Form]
-"""A decoded struct, its inputs (N, F) as float32, and their axes."""
+Plain = tuple[Any, bytes, Form]  # a decoded struct, its inputs (N, F) as float32, and their axes
 
 
 class Reader:
-    """Takes steps apart that fit one served version.
-
-    Args:
-        most: Examples that a step may have.
-    """
+    """Takes steps apart that fit one served version, of at most so many examples."""
 
     def __init__(self, served: Served, most: int) -> None:
         self.served, self._features, self._most = served, served.n_features, min(most, _MOST_ROWS)
@@ -76,23 +69,20 @@ class Reader:
     def read(self, body: bytes, kind: str, decoders: Decoders) -> Plain | None:
         """A step; None: it is of another kind or no good, and goes the general way."""
         try:
-            if kind == JSON:
-                asked = decoders[0](body)
-                try:
-                    return asked, self._pack(*asked.inputs), "F"
-                except struct.error:  # a null, some rows, or another number of readings
-                    return self._read_rows(asked)
-            return self._read_raw(decoders[1](body))
+            if kind != JSON:
+                return self._read_raw(decoders[1](body))
+            asked = decoders[0](body)
+            inputs = asked.inputs
+            try:
+                return asked, self._pack(*inputs), "F"
+            except struct.error:  # a null, some rows, or another number of readings
+                if not (inputs and isinstance(inputs[0], list)):
+                    return asked, self._pack_row(inputs), "F"
+                if len(inputs) > self._most:
+                    return None
+                return asked, b"".join(map(self._pack_row, inputs)), "NF"
         except _NOT_PLAIN:
             return None
-
-    def _read_rows(self, asked: Any) -> Plain | None:
-        inputs = asked.inputs
-        if not (inputs and isinstance(inputs[0], list)):
-            return asked, self._pack_row(inputs), "F"
-        if len(inputs) > self._most:
-            return None
-        return asked, b"".join([self._pack_row(row) for row in inputs]), "NF"
 
     def _pack_row(self, row: list[Any]) -> bytes:
         """Readings as float32, NaN where they are missing; struct.error where they do not fit."""
@@ -122,17 +112,17 @@ class Reader:
         return asked, data, form
 
 
-def read_columns(asked: BatchBody, count: int, kind: str, served: Served) -> Columns:
+def read_columns(asked: BatchBody, kind: str, served: Served, count: int) -> Columns:
     """The columns of a batch step of `count` sessions, checked against a version.
 
     Raises:
         ShapeMismatch: they have different lengths, or the wrong number of features. InvalidRequest.
     """
-    want = (count, served.n_features)
-    x = numbers(asked.inputs, list(want) if asked.shape is None else asked.shape, kind)
-    if x.shape != want or not count:
-        text = f"$.inputs has shape {list(x.shape)}, want {list(want)}: one row per session"
-        raise ShapeMismatch(text, got=list(x.shape))
+    want = [count, served.n_features]
+    x = numbers(asked.inputs, want if asked.shape is None else asked.shape, kind)
+    got = list(x.shape)
+    if got != want or not count:
+        raise ShapeMismatch(f"$.inputs has shape {got}, want {want}: one row per session", got=got)
     if asked.seq is not None and len(asked.seq) != count:
         raise ShapeMismatch(f"$.seq has {len(asked.seq)} numbers for {count} sessions")
     if arrays.are_finite(x.reshape(-1)):
@@ -151,17 +141,13 @@ def text(answers: Answers, row: int, step: int, form: Form) -> bytes:
         texts = answers.made[JSON] = dumps(outputs.reshape(-1, outputs.shape[3]))[2:-2].split(b"],[")
     if form == "F":
         return b'"outputs":[%s],"step":%d,"version":%d}' % (texts[row], step, answers.version)
-    said = _array_text(answers.outputs, texts, row, form)
-    return b'"outputs":%s,"step":%d,"version":%d}' % (said, step, answers.version)
-
-
-def _array_text(outputs: Floats, texts: list[bytes], row: int, form: Form) -> bytes:
-    """One session's outputs (N, T, O) of a batch's (B, N, T, O)."""
-    _, n, t, _ = outputs.shape
+    _, n, t, _ = answers.outputs.shape
     if t > 1 or form == "NFT":
-        return dumps(arrays.by_form(outputs[row], form))
-    rows = texts[row * n : row * n + n]
-    return b"[[%s]]" % b"],[".join(rows) if form == "NF" else b"[[[%s]]]" % b"]],[[".join(rows)
+        said = dumps(arrays.by_form(answers.outputs[row], form))
+    else:
+        rows = texts[row * n : row * n + n]
+        said = b"[[%s]]" % b"],[".join(rows) if form == "NF" else b"[[[%s]]]" % b"]],[[".join(rows)
+    return b'"outputs":%s,"step":%d,"version":%d}' % (said, step, answers.version)
 
 
 def packed(answers: Answers, row: int, step: int, form: Form, fields: dict[str, Any]) -> bytes:
@@ -171,47 +157,54 @@ def packed(answers: Answers, row: int, step: int, form: Form, fields: dict[str, 
     return pack(fields | said)
 
 
-def body(asker: "Asker", answers: Answers, row: int, step: int) -> bytes:
-    """A step's answer as the body of a response."""
-    if asker.kind == JSON:
-        return b"{" + text(answers, row, step, asker.form)
-    return packed(answers, row, step, asker.form, {})
-
-
-def many_body(many: Many, kind: str) -> bytes:
-    """The body of the answer to a batch step."""
-    errors = {str(i): error.problem() for i, error in sorted(many.errors.items())}
-    return encode({"outputs": many.outputs, "steps": many.steps, "errors": errors}, kind)
-
-
 # --- on the way to the sessions -------------------------------------------------------------------------------------
 
 
 class Asker(Waiter, Protocol):
-    """Who waits for a step, and how the answer is to be written.
+    """Who waits for a step; `form` is set to the axes of its inputs, which are those of the answer."""
 
-    Attributes:
-        kind: Content type of the answer.
-        form: Axes of the inputs.
-        stays: It waits until it is answered: what is accepted is applied, whatever becomes of the client.
-    """
+    __slots__ = ("form",)
 
-    kind: str
     form: Form
-    stays: bool
 
 
-class ManyAsker(Asker, Protocol):
-    """Who waits for a batch step."""
+class HttpWaiter(Asker, Protocol):
+    """Who waits for a step, or a batch step, over HTTP: its answer is a body."""
+
+    __slots__ = ("kind",)
+
+    kind: str  # content type of the answer
+    stays: bool  # it waits until it is answered: what is accepted is applied, whatever becomes of the client
+
+    def answered(self, body: bytes) -> None:
+        """Take the answer."""
+
+    def stepped(self, answers: Answers, row: int, step: int) -> None:
+        try:
+            if self.kind == JSON:
+                body = b"{" + text(answers, row, step, self.form)
+            else:
+                body = packed(answers, row, step, self.form, {})
+        except Exception as error:  # others of the batch must not suffer
+            self.refused(error)
+        else:
+            self.answered(body)
 
     def stepped_many(self, many: Many) -> None:
         """All steps of the batch were made or refused."""
+        try:
+            errors = {str(i): error.problem() for i, error in sorted(many.errors.items())}
+            body = encode({"outputs": many.outputs, "steps": many.steps, "errors": errors}, self.kind)
+        except Exception as error:
+            self.refused(error)
+        else:
+            self.answered(body)
 
 
-class Pending:
-    """One that waits in a coroutine: `future` gets the body of the response."""
+class Pending(HttpWaiter):
+    """One that waits in a coroutine: `future` gets the body."""
 
-    __slots__ = ("form", "future", "kind")
+    __slots__ = ("future",)
 
     stays = False
 
@@ -223,13 +216,9 @@ class Pending:
     def done(self) -> bool:
         return self.future.done()
 
-    def stepped(self, answers: Answers, row: int, step: int) -> None:
+    def answered(self, body: bytes) -> None:
         if not self.future.done():
-            self.future.set_result(body(self, answers, row, step))
-
-    def stepped_many(self, many: Many) -> None:
-        if not self.future.done():
-            self.future.set_result(many_body(many, self.kind))
+            self.future.set_result(body)
 
     def refused(self, error: BaseException) -> None:
         if not self.future.done():
@@ -237,16 +226,11 @@ class Pending:
 
 
 class Way:
-    """Where the steps of a namespace's sessions of a model go.
-
-    Attributes:
-        prefix: Of the sessions' keys.
-        reader: Of the live version, as it was at the repository's change `seen`.
-    """
+    """Where the steps of a namespace's sessions of a model go; `prefix` is that of the sessions' keys."""
 
     __slots__ = ("model", "namespace", "prefix", "reader", "seen")
 
-    reader: Reader
+    reader: Reader  # of the live version, as it was at the repository's change `seen`
 
     def __init__(self, namespace: str, model: str) -> None:
         self.namespace, self.model, self.seen = namespace, model, -1
@@ -261,24 +245,18 @@ class Steps:
     """Hands steps to the sessions, for every door."""
 
     def __init__(self, states: States) -> None:
-        self.states, self.repository = states, states.repository
-        self.turns = states.sessions
-        settings = states.settings
-        self._limits = arrays.Limits(settings.steps_limit, settings.examples_limit)
+        self.states, self.repository, self.turns = states, states.repository, states.sessions
+        self._limits = arrays.Limits(states.settings.steps_limit, states.settings.examples_limit)
         self._tasks: set[asyncio.Task[None]] = set()
 
     def look(self, way: Way) -> Reader:
-        """The reader of a way's live version.
-
-        Raises:
-            ModelNotFound.
-        """
+        """The reader of a way's live version; ModelNotFound where it has none."""
         if way.seen != self.repository.changes:
             changes = self.repository.changes
             way.reader, way.seen = Reader(self.repository.live(way.model), self._limits.examples), changes
         return way.reader
 
-    def take(self, way: Way, session: str, body: bytes, kind: str, asker: Asker) -> None:
+    def take(self, way: Way, session: str, body: bytes, kind: str, asker: HttpWaiter) -> None:
         """Take the body of a step. All that comes of it, the asker hears, maybe before this returns."""
         try:
             if way.seen != self.repository.changes:
@@ -300,24 +278,13 @@ class Steps:
             asker.refused(error)
 
     def queue(self, way: Way, session: str, data: bytes, seq: int | None, asker: Asker) -> None:
-        """Queue a step (N, F) of a session that is not hot and idle.
-
-        Raises:
-            StepcastError: refused at once.
-        """
+        """Queue a step (N, F) of a session that is not hot and idle; raises what it is refused with at once."""
         self.turns.step(way.address(session), data, len(data) // way.reader.served.input_bytes, seq, asker)
 
     def start(
         self, way: Way, session: str, asked: StepBody, kind: str, asker: Asker, served: Served | None = None
     ) -> None:
-        """Queue a step of any kind.
-
-        Args:
-            served: The version that its inputs are checked against; None: the live one.
-
-        Raises:
-            StepcastError: it is no good, or refused at once.
-        """
+        """Queue a step of any kind, checked against a version (None: the live one); raises what it is refused with."""
         address, manifest = way.address(session), (served or self.look(way).served).manifest
         values = numbers(asked.inputs, asked.shape, kind)
         x, mask, rank = arrays.step_inputs(values, asked.format, asked.mask, manifest, self._limits)
@@ -333,34 +300,21 @@ class Steps:
             try:
                 self.start(way, session, asked, kind, asker)
             except (ShapeMismatch, NonFinite):
-                served = await self._own(way.address(session))
+                served = None
+                with suppress(SessionNotFound, StateVersionMismatch):  # then no version made its state
+                    served = (await self.states.view(way.address(session))).served
                 if served is None:
                     raise
                 self.start(way, session, asked, kind, asker, served)
         except Exception as error:
             asker.refused(error)
 
-    async def _own(self, address: Address) -> Served | None:
-        """The version that a session's state is of; None where it has none that is served."""
-        try:
-            return (await self.states.view(address)).served
-        except (SessionNotFound, StateVersionMismatch):
-            return None
-
-    def take_many(self, way: Way, body: bytes, kind: str, asker: ManyAsker) -> None:
+    def take_many(self, way: Way, body: bytes, kind: str, asker: HttpWaiter) -> None:
         """Take the body of a batch step. All that comes of it, the asker hears, maybe before this returns."""
         try:
-            served = self.look(way).served
-            asked = decode(body, BatchBody, kind)
-
-            roster, step = bytes(asked.sessions), self.turns.batch_steps.step
-
-            def names() -> list[str]:
-                return bodies.session_names(asked.sessions, kind)
-
-            def read(count: int) -> Columns:
-                return read_columns(asked, count, kind, served)
-
-            step(way.namespace, way.model, roster, names, read, way.address, asker.stepped_many)
+            served, asked = self.look(way).served, decode(body, BatchBody, kind)
+            names = partial(bodies.part, list[str], asked.sessions, kind, "$.sessions")
+            read, step = partial(read_columns, asked, kind, served), self.turns.batch_steps.step
+            step(way.namespace, way.model, bytes(asked.sessions), names, read, way.address, asker.stepped_many)
         except Exception as error:
             asker.refused(error)

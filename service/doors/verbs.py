@@ -6,6 +6,7 @@ codes, entity tags and files; the WebSocket adds order.
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -13,6 +14,7 @@ import msgspec
 from stepcast.manifest import Manifest
 
 from ..engine import arrays
+from ..engine.repository import Repository
 from ..records.record import Record
 from ..sessions.core import Address
 from ..sessions.edits import NewState, States, check_id, new_address
@@ -22,24 +24,18 @@ from . import bodies
 from .bodies import JSON
 
 
-@dataclass(slots=True)
+@dataclass
 class Call:
-    """What is asked: by whom, of which model and session ("": of none), with which body.
-
-    Attributes:
-        asked: The struct that the verb names.
-        kind: Content type of the body that `asked` came in.
-        if_match: Entity tag that the session's record must have; None: any.
-    """
+    """What is asked: by whom, of which model and session ("": of none), with which body."""
 
     namespace: str
     model: str
     session: str
-    asked: Any
-    kind: str = JSON
-    if_match: str | None = None
+    asked: Any  # the struct that the verb names
+    kind: str = JSON  # content type of the body that it came in
+    if_match: str | None = None  # entity tag that the session's record must have
 
-    @property
+    @cached_property
     def address(self) -> Address:
         """The session's address; InvalidSessionId where it can have none."""
         return Address(self.namespace, self.model, check_id(self.session))
@@ -60,20 +56,17 @@ class Verb(NamedTuple):
     run: Callable[[States, Call], Awaitable[Done]]
 
 
-# --- models ---------------------------------------------------------------------------------------------------------
-
-
 async def models(states: States, call: Call) -> Done:
     """Served models."""
-    return Done({"models": [_listed(states, name) for name in states.repository.names()]})
+    return Done({"models": [_listed(states.repository, name) for name in states.repository.names()]})
 
 
-def _listed(states: States, name: str) -> dict[str, Any]:
-    live = states.repository.live(name)
+def _listed(repository: Repository, name: str) -> dict[str, Any]:
+    live = repository.live(name)
     return {
         "name": name,
         "version": live.version,
-        "versions": states.repository.versions(name),
+        "versions": repository.versions(name),
         "task": live.manifest.task,
         "streaming": live.manifest.streaming,
         "device": live.runtime.device,
@@ -116,33 +109,26 @@ async def predict(states: States, call: Call) -> Done:
     return Done({"version": served.version, "outputs": y[0] if rank == 2 else y})
 
 
-# --- sessions -------------------------------------------------------------------------------------------------------
-
-
 def _about(states: States, address: Address, record: Record) -> Done:
     return Done(states.info(address, record), etag(record))
 
 
 async def create(states: States, call: Call) -> Done:
     """Create a session."""
-    asked = call.asked
-    address = new_address(call.namespace, call.model, asked.session)
-    record = await states.create(address, asked.examples or 0, asked.version, asked.ttl_s)
-    return _about(states, address, record)
+    asked, address = call.asked, new_address(call.namespace, call.model, call.asked.session)
+    return _about(states, address, await states.create(address, asked.examples or 0, asked.version, asked.ttl_s))
 
 
 async def list_sessions(states: States, call: Call) -> Done:
     """Ids of sessions, a page at a time."""
-    asked = call.asked
-    limit = min(1000, asked.limit)
+    asked, limit = call.asked, min(1000, call.asked.limit)
     found, cursor = await states.list_sessions(call.namespace, call.model, asked.prefix, asked.cursor, limit)
     return Done({"sessions": found, "cursor": cursor or None})
 
 
 async def info(states: States, call: Call) -> Done:
     """A session's step, examples, version, size and times."""
-    address = call.address
-    return _about(states, address, await states.exists(address))
+    return _about(states, call.address, await states.exists(call.address))
 
 
 async def end(states: States, call: Call) -> Done:
@@ -153,22 +139,19 @@ async def end(states: States, call: Call) -> Done:
 
 async def get_state(states: States, call: Call) -> Done:
     """The state of all layers, or of one (rnnGetPreviousState)."""
-    address = call.address
-    view = await states.view(address)
-    return Done(states.state(address, view, call.asked.layer), etag(view.record))
+    view = await states.view(call.address)
+    return Done(states.state(call.address, view, call.asked.layer), etag(view.record))
 
 
 async def set_state(states: States, call: Call) -> Done:
     """Set the state of all layers, or of one (rnnSetPreviousState)."""
-    address, asked = call.address, call.asked
-    about = {name: getattr(asked, name) for name in NewState.__slots__}
-    return _about(states, address, await states.put(address, NewState(**about), call.if_match))
+    new = NewState(**{name: getattr(call.asked, name) for name in NewState.__slots__})
+    return _about(states, call.address, await states.put(call.address, new, call.if_match))
 
 
 async def clear(states: States, call: Call) -> Done:
     """Forget the state (rnnClearPreviousState)."""
-    address = call.address
-    return _about(states, address, await states.clear(address, call.if_match))
+    return _about(states, call.address, await states.clear(call.address, call.if_match))
 
 
 async def fork(states: States, call: Call) -> Done:
@@ -188,8 +171,7 @@ async def checkpoints(states: States, call: Call) -> Done:
 
 async def rewind(states: States, call: Call) -> Done:
     """Go back to a checkpoint."""
-    address = call.address
-    return _about(states, address, await states.rewind(address, call.asked.to, call.if_match))
+    return _about(states, call.address, await states.rewind(call.address, call.asked.to, call.if_match))
 
 
 async def run_free(states: States, call: Call) -> Done:

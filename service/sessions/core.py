@@ -58,6 +58,8 @@ class Answers:
 class Waiter(Protocol):
     """Who asked for a step; it answers at once, without a turn of the event loop."""
 
+    __slots__ = ()
+
     def stepped(self, answers: Answers, row: int, step: int) -> None:
         """The session is at `step` now, or its kept answer of that step is here: row `row` of the answers."""
 

@@ -1,40 +1,29 @@
 """The connection under HTTP: uvicorn's, with a way of its own for steps and batch steps.
 
 A step goes from the transport to the door and back without a parser, an ASGI scope, a task or a queue. Whatever is not
-a step that comes whole behind a plain head takes uvicorn's way, from its first byte: httptools stays the judge of
-everything unusual (chunks, Expect, percent signs in a path).
+a step behind a plain head takes uvicorn's way, from its first byte: httptools stays the judge of everything unusual.
 """
 
-import asyncio
-import string
-from typing import Any, Final
+import re
+from typing import Any, Final, cast
 
-from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
-from uvicorn.server import ServerState
 
 from ...engine.arrays import Form
-from ...sessions.core import Answers
-from ...sessions.many import Many
 from ..answers import Answer, problem
-from ..steps import body, many_body
+from ..steps import HttpWaiter
 from .heads import Caller, Heads
 
 LONGEST_HEAD: Final = 4096
-AHEAD_BYTES: Final = 64 * 1024
-"""What a client may send before its step is answered, until it is not read any more."""
-
-_POST: Final = b"POST /v1/models/"
-_VERSION: Final = b" HTTP/1.1\r\n"
-_MODELS: Final = b"/v1/models/"
-_STEP: Final = b"/step"
-_ID_BYTES: Final = (string.ascii_letters + string.digits + "._:@~-").encode()
+AHEAD_BYTES: Final = 64 * 1024  # what a client may send before its step is answered, until it is not read any more
+_STEP: Final = re.compile(rb"POST /v1/models/(?:([A-Za-z0-9._-]+)/sessions/)?([A-Za-z0-9._:@~-]+)/step HTTP/1\.1\r\n")
+"""The request line of a step: its model and session, or of a batch step: its model alone."""
 
 
-class Reply:
+class Reply(HttpWaiter):
     """Who waits for a step over HTTP: writes its answer without a turn of the loop."""
 
-    __slots__ = ("_caller", "_connection", "_done", "form", "kind")
+    __slots__ = ("_caller", "_connection", "_done")
 
     stays = True
 
@@ -47,23 +36,9 @@ class Reply:
         """Whether the step is settled; a client that is gone changes nothing, what was accepted is applied."""
         return self._done
 
-    def stepped(self, answers: Answers, row: int, step: int) -> None:
-        try:
-            said = body(self, answers, row, step)
-        except Exception as error:  # others of the batch must not suffer
-            self.refused(error)
-        else:
-            self._done = True
-            self._connection.settle(self._caller.ok, said, self._caller.close)
-
-    def stepped_many(self, many: Many) -> None:
-        try:
-            said = many_body(many, self.kind)
-        except Exception as error:
-            self.refused(error)
-        else:
-            self._done = True
-            self._connection.settle(self._caller.ok, said, self._caller.close)
+    def answered(self, body: bytes) -> None:
+        self._done = True
+        self._connection.settle(self._caller.ok, body, self._caller.close)
 
     def refused(self, error: BaseException) -> None:
         self._done = True
@@ -74,14 +49,8 @@ class Reply:
 class HttpConnection(HttpToolsProtocol):
     """An HTTP connection; the class for uvicorn's `http` setting."""
 
-    def __init__(
-        self,
-        config: Config,
-        server_state: ServerState,
-        app_state: dict[str, Any],
-        _loop: asyncio.AbstractEventLoop | None = None,
-    ) -> None:
-        super().__init__(config, server_state, app_state, _loop)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self._heads = _heads(self.app) if self.limit_concurrency is None and not self.root_path else None
         self.metrics = None if self._heads is None else self._heads.metrics
         self._between = True  # no message has begun in the parser
@@ -91,8 +60,6 @@ class HttpConnection(HttpToolsProtocol):
         self._missing = 0  # and how much of it
         self._last = False  # the server stops: close after this answer
         self._answered_at = 0.0
-
-    # --- uvicorn's protocol -------------------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
         """Bytes from the client."""
@@ -139,30 +106,17 @@ class HttpConnection(HttpToolsProtocol):
         else:
             super().timeout_keep_alive_handler()
 
-    # --- steps --------------------------------------------------------------------------------------------------
-
     def _take(self, heads: Heads, data: bytes) -> bool:
         """Take a step, where the bytes begin with one and nothing else is under way; False: they are uvicorn's."""
-        if not data.startswith(_POST) or self.flow.write_paused:
+        line = _STEP.match(data)
+        if line is None or self.flow.write_paused or (self.cycle is not None and not self.cycle.response_complete):
             return False
-        if self.cycle is not None and not self.cycle.response_complete:
-            return False
-        path_end = data.find(_VERSION)
-        end = data.find(b"\r\n\r\n", path_end, path_end + LONGEST_HEAD)
-        path = data[5:path_end]
-        if path_end < 0 or end < 0 or not path.endswith(_STEP):
-            return False
-        cut = path.rfind(b"/", 0, -len(_STEP)) + 1
-        start, name = path[:cut], path[cut : -len(_STEP)]
-        head = heads.read(data[path_end + len(_VERSION) : end])
-        if head is None or not name or name.translate(None, _ID_BYTES):
+        at, (model, name) = line.end(), line.groups()
+        end = data.find(b"\r\n\r\n", at - 2, at + LONGEST_HEAD)
+        head = None if end < 0 else heads.read(data[at:end])
+        if head is None:
             return False
         length, caller = head
-        many = start == _MODELS
-        way = caller.ways.get(path) or heads.remember(caller, path, name) if many else caller.ways.get(start)
-        way = way or heads.way(caller, start)
-        if way is None:
-            return False
         stop = end + 4 + length
         if len(data) < stop:
             self._parts.append(data)
@@ -170,21 +124,18 @@ class HttpConnection(HttpToolsProtocol):
             return True
         self._ahead = data[stop:]
         self._stepping = True  # before the step: its answer may be there at once
-        reply = Reply(self, caller)
+        way = caller.ways.get(model or name) or heads.way(caller, model or name)
+        reply, body = Reply(self, caller), data[end + 4 : stop]
         if caller.refusal is not None:
             reply.refused(caller.refusal)
-        elif many:
-            heads.steps.take_many(way, data[end + 4 : stop], caller.kind, reply)
+        elif model is None:
+            heads.steps.take_many(way, body, caller.kind, reply)
         else:
-            heads.steps.take(way, str(name, "ascii"), data[end + 4 : stop], caller.kind, reply)
+            heads.steps.take(way, str(name, "ascii"), body, caller.kind, reply)
         return True
 
     def settle(self, head: bytes, body: bytes, close: bool) -> None:
-        """Write an answer, then go on with what came meanwhile.
-
-        Args:
-            head: Up to the content length.
-        """
+        """Write an answer, its head up to the content length, then go on with what came meanwhile."""
         self._stepping = False
         self.server_state.total_requests += 1
         if self.transport.is_closing():
@@ -197,9 +148,8 @@ class HttpConnection(HttpToolsProtocol):
             return
         self._answered_at = self.loop.time()
         if self.timeout_keep_alive_task is None:
-            self.timeout_keep_alive_task = self.loop.call_later(
-                self.timeout_keep_alive, self.timeout_keep_alive_handler
-            )
+            limit_s, handler = self.timeout_keep_alive, self.timeout_keep_alive_handler
+            self.timeout_keep_alive_task = self.loop.call_later(limit_s, handler)
         if self._ahead:
             self.loop.call_soon(self._go_on)
 
@@ -221,5 +171,4 @@ def _heads(app: Any) -> Heads | None:
     """The heads of our application, which uvicorn may have wrapped."""
     while app is not None and not hasattr(app, "heads"):
         app = getattr(app, "app", None)
-    heads: Heads | None = app.heads if app is not None else None
-    return heads
+    return cast("Heads | None", getattr(app, "heads", None))

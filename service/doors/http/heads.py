@@ -1,7 +1,6 @@
-"""What a request's head says, remembered line by line.
+"""What a request's head says, remembered line by line; whatever is unusual is left to uvicorn's parser.
 
-A client sends the same lines again and again; a proxy adds one of its own per request. So each line is read once, and a
-head costs a look per line. Whatever is unusual is left to uvicorn's parser.
+A client sends the same lines again and again, so each line is read once, and a head costs a look per line.
 """
 
 import re
@@ -20,46 +19,33 @@ KNOWN_CALLERS: Final = 1024
 KNOWN_WAYS: Final = 1024
 
 _FIELD: Final = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*([\x20-\x7e\x80-\xff]*)")
-_SESSIONS: Final = re.compile(rb"/v1/models/([A-Za-z0-9._-]+)/sessions/")
 _HEEDED: Final = frozenset({b"content-type", b"accept", b"authorization", b"x-api-key", b"origin"})
 _NEVER: Final = frozenset({b"transfer-encoding", b"expect", b"upgrade", b"trailer"})
 _CLOSE: Final = b"connection:close"
 _ODD: Final = -1
 _NOTHING: Final = b""
+_ENDING: Final[dict[bytes, int | bytes]] = {b"keep-alive": _NOTHING, b"close": _CLOSE}
 
 
 class Caller(NamedTuple):
-    """What a head says of who asks, and how.
-
-    Attributes:
-        kind: Content type of the body.
-        accepted: Content type of the answer.
-        ok: The head of a good answer, up to the content length.
-        fields: Lines that every answer has.
-        close: Whether the connection ends with the answer.
-        refusal: Why the caller may not step.
-    """
+    """What a head says of who asks, and how."""
 
     principal: Principal
-    kind: str
-    accepted: str
-    ok: bytes
-    fields: bytes
-    close: bool
-    refusal: StepcastError | None
-    ways: dict[bytes, Way]
+    kind: str  # content type of the body
+    accepted: str  # content type of the answer
+    ok: bytes  # the head of a good answer, up to the content length
+    fields: bytes  # lines that every answer has
+    close: bool  # whether the connection ends with the answer
+    refusal: StepcastError | None  # why the caller may not step
+    ways: dict[bytes, Way]  # known ways of its namespace, by model
 
 
 class Heads:
-    """Reads heads of steps, for connections (connection.py) below ASGI.
-
-    Attributes:
-        limit: The largest body.
-    """
+    """Reads heads of steps, for connections (connection.py) below ASGI."""
 
     def __init__(self, steps: Steps, keys: Keys, settings: Settings, metrics: Metrics) -> None:
         self.steps, self._keys, self.metrics = steps, keys, metrics
-        self.limit = settings.body_limit_bytes
+        self._body_limit = settings.body_limit_bytes
         self._origins = origins(settings.cors_origins)
         self._lines: dict[bytes, int | bytes] = {}
         self._callers: dict[tuple[bytes, ...], Caller] = {}
@@ -86,13 +72,21 @@ class Heads:
         return (length, caller) if length and caller is not None else None
 
     def _learn(self, line: bytes) -> int | bytes:
-        """What a line means: the content length, a field that matters, or nothing."""
+        """What a line means: the content length, a field that matters, nothing, or that the head is unusual."""
+        found = _FIELD.fullmatch(line)
+        name, value = (b"", b"") if found is None else (found[1].lower(), found[2].rstrip(b" \t"))
+        meaning: int | bytes = _NOTHING
+        if found is None or name in _NEVER:
+            meaning = _ODD
+        elif name == b"content-length":
+            length = int(value) if value.isdigit() and len(value) < 10 else 0
+            meaning = length if 0 < length <= self._body_limit else _ODD
+        elif name == b"connection":
+            meaning = _ENDING.get(value.lower(), _ODD)
+        elif name in _HEEDED:
+            meaning = b"%s:%s" % (name, value)
         if len(self._lines) >= KNOWN_LINES:
             self._lines.clear()
-        found = _FIELD.fullmatch(line)
-        meaning = _ODD if found is None else _meaning(found[1].lower(), found[2].rstrip(b" \t"))
-        if meaning.__class__ is int and meaning > self.limit:
-            meaning = _ODD
         self._lines[line] = meaning
         return meaning
 
@@ -104,8 +98,7 @@ class Heads:
         principal, kind, refusal = ANYBODY, "", None
         try:
             kind = request_type(fields)
-            principal = self._keys.authenticate(fields)
-            principal.require("step")
+            principal = self._keys.authenticate(fields).require("step")
         except StepcastError as error:
             refusal = error.with_traceback(None)
         close = _CLOSE in said
@@ -115,8 +108,7 @@ class Heads:
         ways = self._ways.setdefault(principal.namespace, {})
         if len(self._callers) >= KNOWN_CALLERS:
             self._callers.clear()
-        caller = Caller(principal, kind, accepted, ok, lines, close, refusal, ways)
-        self._callers[said] = caller
+        caller = self._callers[said] = Caller(principal, kind, accepted, ok, lines, close, refusal, ways)
         return caller
 
     def _cors(self, origin: bytes) -> bytes:
@@ -128,24 +120,9 @@ class Heads:
             return b"vary: Origin\r\n"
         return b"access-control-allow-origin: %s\r\nvary: Origin\r\n" % allowed.encode("latin-1")
 
-    def way(self, caller: Caller, start: bytes) -> Way | None:
-        """Where steps go whose path starts so, up to the session's id; None where it is no such path."""
-        found = _SESSIONS.fullmatch(start)
-        return None if found is None else self.remember(caller, start, found[1])
-
-    def remember(self, caller: Caller, start: bytes, model: bytes) -> Way:
-        """The way to a model, kept under the start of a path."""
+    def way(self, caller: Caller, model: bytes) -> Way:
+        """Where a caller's steps of a model go."""
         if len(caller.ways) >= KNOWN_WAYS:
             caller.ways.clear()
-        way = caller.ways[start] = Way(caller.principal.namespace, model.decode())
+        way = caller.ways[model] = Way(caller.principal.namespace, model.decode())
         return way
-
-
-def _meaning(name: bytes, value: bytes) -> int | bytes:
-    if name in _NEVER:
-        return _ODD
-    if name == b"content-length":
-        return int(value) if value.isdigit() and len(value) < 10 and int(value) else _ODD
-    if name == b"connection":
-        return {b"keep-alive": _NOTHING, b"close": _CLOSE}.get(value.lower(), _ODD)
-    return b"%s:%s" % (name, value) if name in _HEEDED else _NOTHING

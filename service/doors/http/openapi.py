@@ -8,7 +8,7 @@ import msgspec
 from msgspec import Meta
 
 from ..answers import PROBLEM
-from ..bodies import JSON, MSGPACK, NUMBER, Count, Positive, SessionId, StateFields, nested
+from ..bodies import JSON, MSGPACK, Count, Positive, SessionId, StateFields, nested
 
 Schema = dict[str, Any]
 Struct = type[msgspec.Struct]
@@ -16,61 +16,32 @@ Struct = type[msgspec.Struct]
 
 def _answer(title: str, /, **fields: Any) -> Struct:
     """An answer; fields given as (type, default) may be missing."""
-    return msgspec.defstruct(
-        title, [(key, *kind) if isinstance(kind, tuple) else (key, kind) for key, kind in fields.items()]
-    )
+    given = [(key, *kind) if isinstance(kind, tuple) else (key, kind) for key, kind in fields.items()]
+    return msgspec.defstruct(title, given)
 
 
-def _outputs(what: str, *ranks: int) -> Any:
-    return Annotated[Any, Meta(description=what, extra_json_schema=nested(NUMBER, *ranks))]
-
-
-_OUTPUTS: Final = _outputs("of the rank of the inputs; null where masked", 1, 2, 3)
+_OUTPUTS: Final = Annotated[Any, nested("of the rank of the inputs; null where masked", 1, 2, 3)]
 _TIME: Final = Annotated[float, Meta(description="s since the epoch")]
-_INFO: Final = _answer(
-    "Info",
-    session=str,
-    model=str,
-    version=Positive,
-    step=Count,
-    examples=Positive | None,
-    bytes=int,
-    created_at=_TIME,
-    used_at=_TIME,
-    expires_at=Annotated[float | None, Meta(description="s since the epoch; null: never")],
-)
-_CHECKPOINT: Final = _answer("Checkpoint", name=str, step=int, session=(str, ""))
+_EXPIRY: Final = Annotated[float | None, Meta(description="s since the epoch; null: never")]
+_ROWS: Final = Annotated[Any, nested("[K,O]; a row of null where the item failed", 2)]
+_ERRORS: Final = Annotated[dict[str, Any], Meta(description="item: problem document")]
+_FORECAST: Final = Annotated[Any, nested("[N,H,O]", 3)]
+_CLASSES: Final = Annotated[list[list[str]], Meta(description="[N,H]")]
+_SESSION: Final[Schema] = {"session": str, "model": str, "version": Positive, "step": Count}
+_TIMES: Final[Schema] = {"created_at": _TIME, "used_at": _TIME, "expires_at": _EXPIRY}
+_INFO: Final = _answer("Info", **_SESSION, examples=Positive | None, bytes=int, **_TIMES)
 _ANSWERS: Final[dict[str, Struct]] = {
     **dict.fromkeys(("create", "info", "state.set", "clear", "fork", "rewind"), _INFO),
     "step": _answer("Stepped", outputs=_OUTPUTS, step=Positive, version=Positive),
-    "batch": _answer(
-        "SteppedMany",
-        outputs=_outputs("[K,O]; a row of null where the item failed", 2),
-        steps=list[Positive | None],
-        errors=Annotated[dict[str, Any], Meta(description="item: problem document")],
-    ),
+    "batch": _answer("SteppedMany", outputs=_ROWS, steps=list[Positive | None], errors=_ERRORS),
     "predict": _answer("Predicted", outputs=_OUTPUTS, version=Positive),
     "list": _answer("Page", sessions=list[str], cursor=str | None),
     "state.get": _answer(
-        "State",
-        session=str,
-        model=str,
-        version=Positive,
-        step=Count,
-        examples=Count,
-        state=StateFields,
-        fingerprint=(str, ""),
-        layer=(str, ""),
+        "State", **_SESSION, examples=Count, state=StateFields, fingerprint=(str, ""), layer=(str, "")
     ),
-    "checkpoint": _CHECKPOINT,
+    "checkpoint": _answer("Checkpoint", name=str, step=int, session=(str, "")),
     "checkpoints": _answer("Checkpoints", checkpoints=list[dict[str, str | int]]),
-    "rollout": _answer(
-        "RolledOut",
-        outputs=_outputs("[N,H,O]", 3),
-        step=Count,
-        version=Positive,
-        classes=(Annotated[list[list[str]], Meta(description="[N,H]")], []),
-    ),
+    "rollout": _answer("RolledOut", outputs=_FORECAST, step=Count, version=Positive, classes=(_CLASSES, [])),
 }
 _PROBLEM: Final = _answer("Problem", type=str, title=str, status=int, detail=str, code=str)
 _PARAMETERS: Final[dict[str, tuple[Any, str]]] = {
@@ -97,36 +68,31 @@ def _parameter(name: str, where: str) -> Schema:
     return {"name": name, "in": where, "required": where == "path", "schema": schema, "description": what}
 
 
-def operation_id(method: str, path: str) -> str:
-    """A stable id of a route: `post_models_sessions_step`."""
-    words = [word for word in re.split(r"[/{}]+", path) if word and f"{{{word}}}" not in path]
-    tail = "_one" if path.endswith("}") else ""
-    return "_".join([method.lower(), *words]) + tail
-
-
 def describe(
     method: str, path: str, verb: str, status: int, queries: Sequence[str], body: Struct, text: str
 ) -> dict[str, Any]:
     """Keyword arguments for add_api_route: body, answers, errors and parameters of a route."""
-    parameters = [_parameter(name, "path") for name in re.findall(r"{(\w+)}", path)]
-    parameters += [_parameter(name, "query") for name in queries]
+    named = re.findall(r"{(\w+)}", path)
+    parameters = [_parameter(name, "path") for name in named] + [_parameter(name, "query") for name in queries]
     if verb in ("end", "state.set", "clear", "rewind"):
         parameters.append(_parameter("if-match", "header"))
-    extra: dict[str, Any] = {"parameters": parameters}
+    extra: Schema = {"parameters": parameters}
     if method in ("POST", "PUT"):
         schema = _schema(body)
         content = {JSON: {"schema": schema}, MSGPACK: {"schema": {"type": "string"}}}
         extra["requestBody"] = {"required": bool(schema.get("required")), "content": content}
-    good: dict[str, Any] = {"description": "done"}
+    good: Schema = {"description": "done"}
     if status != 204:
         answer = _schema(_ANSWERS[verb]) if verb in _ANSWERS else {"type": "object"}
         good["content"] = {JSON: {"schema": answer}, MSGPACK: {"schema": {}}}
     bad = {"description": "an error", "content": {PROBLEM: {"schema": _schema(_PROBLEM)}}}
+    # the id is stable: post_models_sessions_step
+    words = [word for word in re.split(r"[/{}]+", path) if word and word not in named]
     return {
-        "operation_id": operation_id(method, path),
+        "operation_id": "_".join([method.lower(), *words]) + ("_one" if path.endswith("}") else ""),
         "summary": text.strip().splitlines()[0],
         "openapi_extra": extra,
         "status_code": status,
         "response_model": None,
-        "responses": {status: good, **{code: bad for code in ("4XX", "5XX")}},
+        "responses": {status: good, "4XX": bad, "5XX": bad},
     }

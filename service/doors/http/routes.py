@@ -1,14 +1,14 @@
 """Native HTTP: the routes of /v1, made from the verbs; steps that connection.py leaves to FastAPI; errors as problems.
 
-Handlers take the raw request: bodies, shapes and content types are the same for every door, and FastAPI's own machinery
-stays out of the way. What is HTTP's own is here: paths, status codes, entity tags, files.
+Handlers take the raw request, FastAPI's own machinery stays out of the way. What is HTTP's own is here: paths, status
+codes, entity tags, files.
 """
 
 from collections.abc import Awaitable, Callable
 from typing import Any, Final, NamedTuple
 
 import msgspec
-from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -18,7 +18,7 @@ from ...telemetry import Metrics, as_ours
 from .. import bodies, state_files
 from ..answers import FILES, Answer, Headers, answer_type, encode, problem, request_type
 from ..bodies import JSON
-from ..keys import Keys, Principal
+from ..keys import Keys
 from ..steps import Pending, Steps, Way
 from ..verbs import VERBS, Call
 from . import openapi
@@ -68,20 +68,22 @@ class Routes:
         self._steps, self._states, self._keys, self._metrics = steps, steps.states, keys, metrics
         self._limit = steps.states.settings.body_limit_bytes
 
-    def router(self) -> APIRouter:
-        """The routes with their OpenAPI."""
-        router = APIRouter(prefix="/v1")
+    def install(self, api: FastAPI) -> None:
+        """Add the routes with their OpenAPI to an application, and answer every error with a problem document."""
 
         def add(route: Route, body: type[msgspec.Struct], handler: Handler, text: str | None) -> None:
             described = openapi.describe(*route, body, text or "")
-            router.add_api_route(route.path, handler, methods=[route.method], **described)
+            api.add_api_route("/v1" + route.path, handler, methods=[route.method], **described)
 
         for route in ROUTES:
             verb = VERBS[route.verb]
             add(route, verb.body, self._handler(route), verb.run.__doc__)
-        add(Route("POST", _SESSION + "/step", "step"), bodies.StepBody, self._step, self._step.__doc__)
-        add(Route("POST", _MODEL + "/step", "batch"), bodies.BatchBody, self._step_many, self._step_many.__doc__)
-        return router
+        one, many = Route("POST", _SESSION + "/step", "step"), Route("POST", _MODEL + "/step", "batch")
+        add(one, bodies.StepBody, self._step, "Advance a session by one or more steps (rnnTimeStep).")
+        add(many, bodies.BatchBody, self._step, "Advance many sessions by one step each.")
+        api.add_exception_handler(StepcastError, self._on_error)
+        api.add_exception_handler(HTTPException, self._on_http)
+        api.add_exception_handler(Exception, self._on_error)
 
     def _handler(self, route: Route) -> Handler:
         verb, files = VERBS[route.verb], route.verb in ("state.get", "state.set") and "{layer}" not in route.path
@@ -90,10 +92,13 @@ class Routes:
         async def handle(request: Request) -> Response:
             headers: Headers = dict(request.scope["headers"])
             kind = request_type(headers, files and sent)
-            principal = self._principal(headers, verb.role)
-            asked = _asked(await self._body(request) if sent else b"", kind, verb.body, self._limit)
+            principal = self._keys.authenticate(headers).require(verb.role)
+            body, path = await self._body(request) if sent else b"", request.path_params
+            if kind in FILES:
+                asked = bodies.convert(state_files.read(body, kind, self._limit), verb.body, "the file")
+            else:
+                asked = bodies.decode(body or b"{}", verb.body, kind if body else JSON)
             _fill(asked, request, route.queries)
-            path = request.path_params
             match = request.headers.get("if-match")
             call = Call(principal.namespace, path.get("model", ""), path.get("session", ""), asked, kind, match)
             fields, tag = await verb.run(self._states, call)
@@ -106,28 +111,16 @@ class Routes:
         return handle
 
     async def _step(self, request: Request) -> Response:
-        """Advance a session by one or more steps (rnnTimeStep)."""
-        way, body, kind, pending = await self._stepping(request)
-        self._steps.take(way, request.path_params["session"], body, kind, pending)
-        return Response(await pending.future, 200, None, pending.kind)
-
-    async def _step_many(self, request: Request) -> Response:
-        """Advance many sessions by one step each."""
-        way, body, kind, pending = await self._stepping(request)
-        self._steps.take_many(way, body, kind, pending)
-        return Response(await pending.future, 200, None, pending.kind)
-
-    async def _stepping(self, request: Request) -> tuple[Way, bytes, str, Pending]:
         headers: Headers = dict(request.scope["headers"])
         kind = request_type(headers)
-        principal = self._principal(headers, "step")
-        way = Way(principal.namespace, request.path_params["model"])
-        return way, await self._body(request), kind, Pending(answer_type(headers, kind))
-
-    def _principal(self, headers: Headers, role: str) -> Principal:
-        principal = self._keys.authenticate(headers)
-        principal.require(role)
-        return principal
+        principal = self._keys.authenticate(headers).require("step")
+        body, path = await self._body(request), request.path_params
+        way, pending = Way(principal.namespace, path["model"]), Pending(answer_type(headers, kind))
+        if "session" in path:
+            self._steps.take(way, path["session"], body, kind, pending)
+        else:
+            self._steps.take_many(way, body, kind, pending)
+        return Response(await pending.future, 200, None, pending.kind)
 
     async def _body(self, request: Request) -> bytes:
         limit, size, parts = self._limit, 0, []
@@ -141,31 +134,20 @@ class Routes:
             raise Malformed("the connection was lost in the body") from error
         return b"".join(parts)
 
-    # --- errors -------------------------------------------------------------------------------------------------
-
-    def install(self, api: FastAPI) -> None:
-        """Add the routes to an application, and answer every error with a problem document."""
-        api.include_router(self.router())
-        for kind, handler in (
-            (StepcastError, self._on_error),
-            (HTTPException, self._on_http),
-            (Exception, self._on_error),
-        ):
-            api.add_exception_handler(kind, handler)
-
     async def _on_error(self, request: Request, error: Exception) -> Response:
         ours = as_ours(error, f"the server has a defect at {request.method} {request.url.path}; its log tells more")
         return respond(problem(ours, self._metrics))
 
     async def _on_http(self, request: Request, error: Any) -> Response:
         path = request.url.path
+        ours: StepcastError = BadRequest(str(error.detail))
         if error.status_code == 404:
-            return await self._on_error(request, RouteNotFound(f"there is nothing at {path!r}", path=path))
-        if error.status_code == 405:
-            response = await self._on_error(request, MethodNotAllowed(f"{path!r} does not take {request.method}"))
-            response.headers.update(error.headers or {})
-            return response
-        return await self._on_error(request, BadRequest(str(error.detail)))
+            ours = RouteNotFound(f"there is nothing at {path!r}", path=path)
+        elif error.status_code == 405:
+            ours = MethodNotAllowed(f"{path!r} does not take {request.method}")
+        response = await self._on_error(request, ours)
+        response.headers.update(error.headers or {})
+        return response
 
 
 def respond(answer: Answer) -> Response:
@@ -173,20 +155,12 @@ def respond(answer: Answer) -> Response:
     return Response(answer.body, answer.status, answer.fields, answer.kind)
 
 
-def _asked(body: bytes, kind: str, struct: type[msgspec.Struct], limit: int) -> Any:
-    """The struct of a body, of a file of a state, or of no body."""
-    if kind in FILES:
-        return bodies.convert(state_files.read(body, kind, limit), struct, "the file")
-    return bodies.decode(body or b"{}", struct, kind if body else JSON)
-
-
 def _fill(asked: Any, request: Request, queries: tuple[str, ...]) -> None:
     """Fields that come in the path or the query; they are text."""
-    for field in msgspec.structs.fields(type(asked)):
-        if field.name in ("layer", "version") and field.name in request.path_params:
-            text, what = request.path_params[field.name], "path parameter"
-        elif field.name in queries and field.name in request.query_params:
-            text, what = request.query_params[field.name], "query parameter"
-        else:
-            continue
-        setattr(asked, field.name, bodies.convert(text, field.type, f"{what} {field.name!r}", strict=False))
+    kinds = {field.name: field.type for field in msgspec.structs.fields(type(asked))}
+    path, query = request.path_params, request.query_params
+    for where, given, names in (("path", path, ("layer", "version")), ("query", query, queries)):
+        for name in names:
+            if name in given:
+                what = f"{where} parameter {name!r}"
+                setattr(asked, name, bodies.convert(given[name], kinds[name], what, strict=False))
