@@ -53,22 +53,20 @@ def step_ports(session: Any, manifest: Manifest, constants: Mapping[str, Array])
     Raises:
         ManifestError: the graph does not run with these shapes.
     """
-    spec, y = manifest.input, manifest.output
-    types = {s.input: s.dtype for s in manifest.states}
+    spec, y, states = manifest.input, manifest.output, manifest.states
+    fixed = {spec.batch_axis: ROWS, **({} if spec.time_axis is None else {spec.time_axis: 1})}
+    x = tuple(fixed.get(axis, manifest.n_features) for axis in range(len(fixed) + 1))
+    inputs = {spec.name: x, **{s.input: _with_rows(s.shape, s.batch_axis) for s in states}}
+    dtypes = {spec.name: "float32", **{s.input: s.dtype for s in states}}
     with reading(MODEL_FILE):
-        x = [manifest.n_features] * (2 if spec.time_axis is None else 3)
-        if spec.time_axis is not None:
-            x[spec.time_axis] = 1
-        x[spec.batch_axis] = ROWS
-        inputs = {spec.name: tuple(x), **{s.input: _with_rows(s.shape, s.batch_axis) for s in manifest.states}}
-        feeds = {name: np.zeros([abs(n) for n in shape], types.get(name, "f4")) for name, shape in inputs.items()}
+        feeds = {name: np.zeros([abs(size) for size in shape], dtypes[name]) for name, shape in inputs.items()}
         if manifest.lengths is not None:
             feeds[manifest.lengths] = np.ones(1, np.int32)
         (found,) = session.run([y.name], {**feeds, **constants})
         left = np.delete(found.shape, y.batch_axis)
     if found.size != manifest.n_outputs:
         raise ManifestError(f"output {y.name!r} is {found.shape} for one step, not {manifest.n_outputs} numbers")
-    outputs = {s.output: inputs[s.input] for s in manifest.states} | {y.name: _with_rows(left.tolist(), y.batch_axis)}
+    outputs = {s.output: inputs[s.input] for s in states} | {y.name: _with_rows(left.tolist(), y.batch_axis)}
     return {name: [(name, shape)] for name, shape in {**inputs, **outputs}.items()}
 
 
@@ -88,16 +86,11 @@ class Buffers(NamedTuple):
 
 
 class BoundSteps:
-    """Runs of B rows by one step, B of any size.
-
-    Args:
-        session: The graph. It may do without `lengths`.
-        ports: Of the graph.
-        constants: Further inputs, by name.
-    """
+    """Runs of B rows by one step, B of any size, of a graph with these ports; it may do without `lengths`."""
 
     def __init__(self, session: Any, manifest: Manifest, ports: Ports, constants: Mapping[str, Array]) -> None:
         self._session, self._manifest, self.ports, self._constants = session, manifest, ports, constants
+        self._shapes = {name: p[0][1] if len(p) == 1 else (len(p), *p[0][1]) for name, p in ports.items()}
         self._row = row_type(manifest)
         self._names = self._row.names or ()
         self._lengths_port = manifest.lengths if manifest.lengths in {p.name for p in session.get_inputs()} else None
@@ -174,20 +167,18 @@ class BoundSteps:
         if rows > self._most:
             self._grow(rows)
         spec, binding = self._manifest, self._session.io_binding()
-        x = self._tensors(self._x, {spec.input.name: "float32"}, rows)
-        before = self._tensors(self._read, {s.input: s.dtype for s in spec.states}, rows)
+        x = self._laid(binding.bind_input, self._x, {spec.input.name: "float32"}, rows)[spec.input.name]
+        before = self._laid(binding.bind_input, self._read, {s.input: s.dtype for s in spec.states}, rows)
         # The output may be a state's as well: then it is there once.
         dtypes = {s.output: s.dtype for s in spec.states} | {spec.output.name: "float32"}
-        made = self._tensors(self._written, dtypes, rows)
-        self._bind_tensors(binding.bind_input, {**x, **before})
-        self._bind_tensors(binding.bind_output, made)
+        made = self._laid(binding.bind_output, self._written, dtypes, rows)
         if self._lengths_port is not None:
             binding.bind_cpu_input(self._lengths_port, self._lengths[:rows])
         for name, value in self._constants.items():
             binding.bind_cpu_input(name, value)
         bound = Buffers(
             binding,
-            self._by_row(spec.input.name, x[spec.input.name]).reshape(rows, -1),
+            self._by_row(spec.input.name, x).reshape(rows, -1),
             [self._by_row(s.input, before[s.input]).reshape(rows, *s.shape) for s in spec.states],
             [self._by_row(s.output, made[s.output]).reshape(rows, *s.shape) for s in spec.states],
             self._by_row(spec.output.name, made[spec.output.name]),
@@ -198,29 +189,21 @@ class BoundSteps:
         self._bound[rows] = bound
         return bound
 
-    def _tensors(self, memory: Bytes, dtypes: Mapping[str, str], rows: int) -> dict[str, Array]:
-        """Tensors as the graph has them, one behind the other, each at a multiple of its item size."""
+    def _laid(self, bind: Callable[..., None], memory: Bytes, dtypes: Mapping[str, str], rows: int) -> dict[str, Array]:
+        """Bound tensors as the graph has them, one behind the other, each at a multiple of its item size."""
         tensors, at = {}, 0
         for name, dtype in dtypes.items():
-            shape = [rows if size == ROWS else size for size in self._shape(name)]
-            item = np.dtype(dtype).itemsize
+            ports, item = self.ports[name], np.dtype(dtype).itemsize
+            shape = [rows if size == ROWS else size for size in self._shapes[name]]
             at = -(-at // item) * item
             end = at + item * math.prod(shape)
             tensors[name], at = memory[at:end].view(dtype).reshape(shape), end
+            for (port, _), part in zip(ports, tensors[name] if len(ports) > 1 else [tensors[name]], strict=True):
+                bind(port, "cpu", 0, part.dtype, part.shape, part.ctypes.data)
         return tensors
 
-    def _shape(self, name: str) -> Shape:
-        ports = self.ports[name]
-        return ports[0][1] if len(ports) == 1 else (len(ports), *ports[0][1])
-
     def _by_row(self, name: str, tensor: Array) -> Array:
-        return np.moveaxis(tensor, self._shape(name).index(ROWS), 0)
-
-    def _bind_tensors(self, bind: Callable[..., None], tensors: Mapping[str, Array]) -> None:
-        for name, tensor in tensors.items():
-            ports = self.ports[name]
-            for (port, _), part in zip(ports, [tensor] if len(ports) == 1 else tensor, strict=True):
-                bind(port, "cpu", 0, part.dtype, part.shape, part.ctypes.data)
+        return np.moveaxis(tensor, self._shapes[name].index(ROWS), 0)
 
     def _floats(self, tensors: Sequence[Array]) -> list[Array]:
         """What may be infinite, flat; one array where all is float32, which is most models."""
