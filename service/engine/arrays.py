@@ -1,6 +1,7 @@
 """Numbers against the manifest: shapes, masks, missing readings, state tensors. Knows no encoding and no caller."""
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ Ints = npt.NDArray[np.int64]
 Lengths = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.bool_]
 State = dict[str, dict[str, Array]]
+RunGraph = Callable[[Floats, Lengths | None, Bytes], tuple[Floats, Bytes]]  # as `Runtime.run`
 Format = Literal["NWC", "NCW"]
 Form = Literal["F", "NF", "NTF", "NFT"]
 """What the axes of a caller's array are; the answer's are the same, with O for F."""

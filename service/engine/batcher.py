@@ -17,9 +17,8 @@ import numpy as np
 from stepcast.errors import DeadlineExceeded, StepcastError
 
 from ..telemetry import as_ours
-from .arrays import Bytes, Floats, Lengths
+from .arrays import Floats, Lengths, RunGraph
 
-RunGraph = Callable[[Floats, Lengths | None, Bytes], tuple[Floats, Bytes]]
 Commit: TypeAlias = Awaitable[object] | None  # what comes after a run, and is awaited
 
 UNFINISHED_RUNS: Final = 2  # that wait for their commit while the next one runs; more would only make batches small

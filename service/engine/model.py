@@ -1,7 +1,6 @@
-"""One loaded model: initial states, runs, single steps, states packed and unpacked.
+"""One loaded model: initial states, runs, single steps.
 
-States travel packed: uint8 (B, row_bytes), a row being every state tensor of the manifest in order. That is what a
-session's record holds, so gathering a batch is joining bytes.
+States travel packed: uint8 (B, row_bytes), a row being every state tensor of the manifest in order, as in a record.
 """
 
 import logging
@@ -14,9 +13,9 @@ import numpy as np
 from stepcast.errors import ManifestError
 from stepcast.manifest import MODEL_FILE, InputTensor, Manifest, OutputTensor, read_manifest
 
-from .arrays import Array, Bytes, Floats, Ints, Lengths, State
+from .arrays import Array, Bytes, Floats, Ints, Lengths, RunGraph, State
 from .buffers import BoundSteps, blank_rows, check_run, row_type, rows_of, step_ports
-from .golden import Golden, Proof, Run
+from .golden import Golden, Proof
 from .gpu_states import CannotReside, ResidentStates, StatesOf
 from .onnx_session import check_signature, open_session
 from .single_step_graph import single_step_graph
@@ -25,25 +24,14 @@ log = logging.getLogger("stepcast.runtime")
 
 
 class Runtime:
-    """A model version, ready to run.
-
-    Args:
-        directory: models/<name>/<version>/.
-        device: auto takes CUDA when onnxruntime has it, cuda insists on it.
-        threads: onnxruntime's intra-op threads.
-        profile: Prefix of a file that onnxruntime writes (`end_profile`).
+    """The model version in a directory, ready to run; `profile` is the prefix of a file that onnxruntime writes.
 
     Raises:
-        ManifestError: the directory is not what its manifest says, or the device is not there.
-
-    Attributes:
-        quick: Whether single steps have a graph of their own.
+        ManifestError: the directory is not what its manifest says, or `device` (auto, cpu, cuda) is not there.
     """
 
     def __init__(self, directory: Path, *, device: str = "auto", threads: int = 1, profile: Path | None = None) -> None:
-        self.directory = directory
-        self._threads = threads
-        self.resident: ResidentStates | None = None
+        self.directory, self._threads = directory, threads
         self.manifest: Manifest = read_manifest(directory)
         self._session = open_session(directory / MODEL_FILE, device, threads, profile)
         check_signature(self.manifest, self._session)
@@ -55,7 +43,8 @@ class Runtime:
         self._initial_row = b"".join(np.full(s.shape, s.initial, dtype=s.dtype).tobytes() for s in self.manifest.states)
         axes = {(port.batch_axis, port.time_axis) for port in (self.manifest.input, self.manifest.output)}
         self._mixes_lengths = self.manifest.lengths is not None and axes == {(0, 1)}
-        self.quick = False
+        self.resident: ResidentStates | None = None
+        self.quick = False  # whether single steps have a graph of their own
         self._bound: BoundSteps | None = None
         if self.device == "cpu":
             ports = step_ports(self._session, self.manifest, self._constants)
@@ -86,7 +75,7 @@ class Runtime:
         return y, new
 
     def step(self, x: Floats, before: Sequence[Bytes], after: Sequence[Bytes], tags: Ints | None = None) -> Floats:
-        """Advance R rows by one step, their states being wherever they are.
+        """Advance R rows by one step, their states being wherever they are; y (R, O) float32 is the caller's own.
 
         Args:
             x: (R, F) float32.
@@ -95,32 +84,29 @@ class Runtime:
             after: Where the new states go, in the same cuts.
             tags: (R,) of the states, as for `run_resident`.
 
-        Returns:
-            y (R, O) float32, the caller's own.
-
         Raises:
             NonFinite: as `run`; what `after` holds means nothing then.
         """
         if self._bound is not None and self.resident is None:
             return self._bound.step(x, before, after)
+
+        def states_of(rows: Ints) -> Bytes:
+            joined = before[0] if len(before) == 1 else np.concatenate([part.reshape(-1) for part in before])
+            return joined.reshape(len(x), -1)[rows]
+
         tags = np.zeros(len(x), np.int64) if tags is None else tags
-        y, new = self.run_resident(x[:, None], None, tags, lambda rows: _joined(before, len(x))[rows])
-        flat, at = new.reshape(-1), 0
+        y, new = self.run_resident(x[:, None], None, tags, states_of)
+        flat, end = new.reshape(-1), 0
         for part in after:
-            part[:] = flat[at : at + part.size].reshape(part.shape)
-            at += part.size
+            part[:] = flat[end : (end := end + part.size)].reshape(part.shape)
         return np.ascontiguousarray(y[:, 0])
 
     def step_one(self, x: bytes, record: bytes, at: int, rows: int = 1) -> tuple[Floats, bytes] | None:
-        """The same for one session alone; None on CUDA and with resident states, where `step` is the way.
-
-        Args:
-            x: (N, F) float32.
-            record: Bytes with the packed state of N rows at offset `at`.
-            rows: N.
+        """`step` for one session of N rows alone, x (N, F), its packed state at offset `at` of a record.
 
         Returns:
-            y (N, O) float32, the caller's own, and the new packed state.
+            y (N, O) float32, the caller's own, and the new packed state; None where only `step` is possible: on CUDA
+            and with resident states.
 
         Raises:
             NonFinite: as `run`.
@@ -130,22 +116,16 @@ class Runtime:
         return self._bound.step_one(x, record, at, rows)
 
     def run_resident(self, x: Floats, lengths: Lengths | None, tags: Ints, states_of: StatesOf) -> tuple[Floats, Bytes]:
-        """As `run`, for rows whose states may be on the device already.
+        """As `run`, for rows whose states may be on the device already; the new states are valid until the next call.
 
-        A tag names one state of one row for as long as this process lives. The caller keeps it with the state's
-        bytes and drops it together with them (a state that was loaded or set has tag 0). It need not tell whether a
-        result was committed: of a refused one it forgets the tag, and what it goes back to is uploaded. Without
-        residency all of this does nothing but `run`.
+        A tag names one state of one row for as long as this process lives. The caller keeps it with the state's bytes
+        and drops it together with them. It need not tell whether a result was committed: of a refused one it forgets
+        the tag, and what it goes back to is uploaded. Without residency all of this does nothing but `run`.
 
         Args:
-            x, lengths: As for `run`.
-            tags: (B,) int64, changed in place when the run has succeeded: from those of the states before, 0 where
-                there is none, to those of the new states.
-            states_of: Takes numbers of rows (M,) and gives their packed states (M, row_bytes) uint8; called for the
-                rows that are not on the device, if any.
-
-        Returns:
-            As `run`. The new states are valid until the next call.
+            tags: (B,) int64 of the states before, 0 where there is none (a state that was loaded or set); changed in
+                place to those of the new states when the run has succeeded.
+            states_of: Gives the packed states (M, row_bytes) of rows (M,) that are not on the device.
 
         Raises:
             NonFinite: as `run`; the batch's states have left the device, and no tag has changed.
@@ -157,10 +137,9 @@ class Runtime:
         return y, new
 
     def reside(self, budget_bytes: int, *, grain: int | None = None) -> bool:
-        """Keep states of hot rows on the device from now on; a table of up to budget_bytes is allocated.
+        """Keep states of hot rows on the device from now on, in a table of up to budget_bytes.
 
-        Returns:
-            Whether it was possible and reproduced golden.npz. If not, the log says why, and all runs are plain ones.
+        False where it is not possible or does not reproduce golden.npz: the log says why, and all runs are plain ones.
         """
         with self._trying("states do not stay on the device"):
             self.resident = ResidentStates(
@@ -181,8 +160,7 @@ class Runtime:
     def quicken(self) -> bool:
         """Make single steps by a graph of their own from now on (single_step_graph.py).
 
-        Returns:
-            Whether there is one and it reproduced golden.npz. If it did not, the log says why; steps go as before.
+        False where there is none, or it does not reproduce golden.npz (the log says why): steps go as before.
         """
         if self._bound is None or not self.manifest.streaming:
             return False
@@ -196,11 +174,7 @@ class Runtime:
         return self.quick
 
     def prove(self) -> Proof:
-        """Reproduce golden.npz in one call and, where the model streams, one step at a time.
-
-        Raises:
-            ManifestError: golden.npz is missing or wrong, or an output or state is off by more than the tolerance.
-        """
+        """Reproduce golden.npz, or raise ManifestError: see `Golden`."""
         return Golden(self.directory, self.manifest).prove(self.run)
 
     def end_profile(self) -> Path:
@@ -254,10 +228,9 @@ class Runtime:
         new, tensors = blank_rows(rows, self._row)
         for state, value in zip(spec.states, values, strict=True):
             tensors[state.input][:] = np.moveaxis(value, state.batch_axis, 0)
-        y = np.moveaxis(y, out_of, range(len(out_of)))
-        return y.reshape(rows, steps, spec.n_outputs), new
+        return np.moveaxis(y, out_of, range(len(out_of))).reshape(rows, steps, spec.n_outputs), new
 
-    def _run_tagged(self) -> Run:
+    def _run_tagged(self) -> RunGraph:
         """`run` by way of the table, for one batch after the other with the same rows, in which each goes on."""
         tags: dict[bytes, Ints] = {}
 
@@ -278,13 +251,6 @@ class Runtime:
             known = isinstance(error, CannotReside | ManifestError)
             why = error if known else f"{type(error).__name__}: {error}"
             log.warning("%s: %s: %s", self.directory / MODEL_FILE, what, why)
-
-
-def _joined(parts: Sequence[Bytes], rows: int) -> Bytes:
-    """Packed rows (R, row_bytes) of parts (b, n * row_bytes)."""
-    if len(parts) == 1 and len(parts[0]) == rows:
-        return parts[0]
-    return np.concatenate([part.reshape(-1) for part in parts]).reshape(rows, -1)
 
 
 def _axes(port: InputTensor | OutputTensor) -> list[int]:
