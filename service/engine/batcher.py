@@ -96,8 +96,8 @@ class Batcher(Generic[B]):
         self._task: asyncio.Task[None] | None = None
         self._called = False  # `_look` is about to be
         self._crossed = False  # batches ran since the last chunk
-        self._rest: asyncio.TimerHandle | None = None  # no chunk until then
-        self._closing = False
+        self._resting = False  # no chunk for a while
+        self._closing = False  # then chunks rest no more
         self._unfinished: set[asyncio.Future[Any]] = set()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="stepcast-run")  # has no thread until it is needed
         self._made: deque[tuple[int, float]] = deque(maxlen=MOST_NOTES)
@@ -117,9 +117,7 @@ class Batcher(Generic[B]):
     async def close(self) -> None:
         """Wait until everything that is queued has been finished."""
         self._closing = True
-        if self._rest is not None:
-            self._rest.cancel()
-            self._rested()
+        self._look_soon()
         while self._called or self._task or self._unfinished:
             await asyncio.wait([self._task or asyncio.ensure_future(asyncio.sleep(0)), *self._unfinished])
         self._pool.shutdown(wait=False)
@@ -131,7 +129,7 @@ class Batcher(Generic[B]):
         return made
 
     def _chunk_due(self) -> bool:
-        return bool(self._runs) and self._rest is None
+        return bool(self._runs) and (self._closing or not self._resting)
 
     def _look_soon(self) -> None:
         if self._task is None and not self._called and (self._batches or self._chunk_due()):
@@ -169,7 +167,7 @@ class Batcher(Generic[B]):
 
     def _rested(self) -> None:
         """Chunks may go on."""
-        self._rest = None
+        self._resting = False
         self._look_soon()
 
     def _expected_s(self, batch: B) -> float:
@@ -223,7 +221,8 @@ class Batcher(Generic[B]):
             else:
                 self._await(run.then(run))
         if crossed and self._runs and not self._closing:
-            self._rest = asyncio.get_running_loop().call_later(REST_S, self._rested)
+            self._resting = True
+            asyncio.get_running_loop().call_later(REST_S, self._rested)
 
     def _take_runs(self) -> list[Run]:
         """The oldest runs that fit into one chunk; expired and abandoned ones are finished at once."""

@@ -99,18 +99,10 @@ class BoundSteps:
         self._lock = threading.Lock()  # the batcher's thread and the event loop may both want one step
         self._grow(_LEAST_ROWS)
 
-    def run(self, x: Floats, lengths: Lengths | None, states: Bytes) -> tuple[Floats, Bytes]:
-        """`Runtime.run` for x (B, 1, F); rows of length 0 keep their state."""
-        if lengths is None or lengths.all():
-            new = np.empty_like(states)
-            return self.step(x[:, 0], [states], [new])[:, None], new
-        y, new = np.zeros((len(x), 1, self._manifest.n_outputs), np.float32), np.array(states)
-        rows = np.flatnonzero(lengths)
-        if len(rows):
-            after = new[rows]
-            y[rows, 0] = self.step(x[rows, 0], [states[rows]], [after])
-            new[rows] = after
-        return y, new
+    def run(self, x: Floats, states: Bytes) -> tuple[Floats, Bytes]:
+        """`Runtime.run` for x (B, 1, F), all rows having that step."""
+        new = np.empty_like(states)
+        return self.step(x[:, 0], [states], [new])[:, None], new
 
     def step(self, x: Floats, before: Sequence[Bytes], after: Sequence[Bytes]) -> Floats:
         """`Runtime.step`; where it raises NonFinite, `after` has been written all the same."""

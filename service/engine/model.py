@@ -68,9 +68,11 @@ class Runtime:
         Raises:
             NonFinite: an output or a state of some row is NaN or infinite.
         """
-        if x.shape[1] == 1 and len(x) and self._bound is not None:
-            return self._bound.run(x, lengths, states)
-        y, new = (self._run_graph if self._mixes_lengths else self._run_by_length)(x, lengths, states)
+        single = self._bound if x.shape[1] == 1 else None
+        if single is not None and len(x) and (lengths is None or lengths.all()):
+            return single.run(x, states)
+        by_length = single is not None or not self._mixes_lengths
+        y, new = (self._run_by_length if by_length else self._run_graph)(x, lengths, states)
         check_run(y, lengths, rows_of(new, self._row).values())
         return y, new
 
@@ -162,16 +164,19 @@ class Runtime:
 
         False where there is none, or it does not reproduce golden.npz (the log says why): steps go as before.
         """
-        if self._bound is None or not self.manifest.streaming:
+        plain = self._bound
+        if plain is None or not self.manifest.streaming:
             return False
         with self._trying("single steps have no graph of their own"):
-            made = single_step_graph(self.directory / MODEL_FILE, self._bound.ports, self.manifest.lengths)
+            made = single_step_graph(self.directory / MODEL_FILE, plain.ports, self.manifest.lengths)
             if made is not None:
                 session = open_session(made.model, self.device, self._threads)
-                bound = BoundSteps(session, self.manifest, made.ports, self._constants)
-                Golden(self.directory, self.manifest).prove_steps(bound.run)
-                self._bound, self.quick = bound, True
-        return self.quick
+                self._bound = BoundSteps(session, self.manifest, made.ports, self._constants)
+                Golden(self.directory, self.manifest).prove_steps(self.run)
+                self.quick = True
+                return True
+        self._bound = plain
+        return False
 
     def prove(self) -> Proof:
         """Reproduce golden.npz, or raise ManifestError: see `Golden`."""
@@ -198,7 +203,7 @@ class Runtime:
         return packed.tobytes()
 
     def _run_by_length(self, x: Floats, lengths: Lengths | None, states: Bytes) -> tuple[Floats, Bytes]:
-        """A graph that takes no lengths, no time or other axes: rows of equal length go together, or step by step."""
+        """Where the graph takes no lengths, no time or other axes: rows of equal length together, or step by step."""
         rows, steps = x.shape[:2]
         each = np.full(rows, steps, np.int32) if lengths is None else lengths
         y = np.zeros((rows, steps, self.manifest.n_outputs), np.float32)
@@ -208,9 +213,11 @@ class Runtime:
         else:
             spans = [(0, int(length), each == length) for length in np.unique(each[each > 0])]
         for start, end, there in spans:
-            pick = np.flatnonzero(there)
-            run = self._bound.run if self._bound is not None and end - start == 1 else self._run_graph
-            y[pick, start:end], new[pick] = run(x[pick, start:end], None, new[pick])
+            pick, cut = np.flatnonzero(there), slice(start, end)
+            if self._bound is not None and end - start == 1:
+                y[pick, cut], new[pick] = self._bound.run(x[pick, cut], new[pick])
+            else:
+                y[pick, cut], new[pick] = self._run_graph(x[pick, cut], None, new[pick])
         return y, new
 
     def _run_graph(self, x: Floats, lengths: Lengths | None, states: Bytes) -> tuple[Floats, Bytes]:

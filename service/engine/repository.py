@@ -36,7 +36,6 @@ class Repository:
         self._device, self._threads, self._resident_bytes = device, threads, resident_bytes
         self._served: dict[str, dict[int, Served]] = {}
         self._live: dict[str, Served] = {}
-        self._mixed: set[str] = set()
         self.changes = 0  # of what is live
         self._retired: set[tuple[str, int]] = set()
         self._failed: dict[Path, Stamp] = {}  # not served, as they were then: loading them again would change nothing
@@ -59,10 +58,8 @@ class Repository:
         return fresh
 
     def _look(self, name: str) -> None:
-        """Find out which version of a model is live, and whether they differ in features."""
-        versions = self._served.get(name, {})
-        mixed = len({served.n_features for served in versions.values()}) > 1
-        (self._mixed.add if mixed else self._mixed.discard)(name)
+        """Find out which version of a model is live."""
+        versions = self._served.get(name)
         if versions:
             self._live[name] = versions[max(versions)]
         else:
@@ -105,7 +102,7 @@ class Repository:
 
     def mixed(self, name: str) -> bool:
         """Whether served versions of a model take different numbers of features."""
-        return name in self._mixed
+        return len({served.n_features for served in self._served.get(name, {}).values()}) > 1
 
     def live(self, name: str) -> Served:
         """The highest served version; raises ModelNotFound where none is."""
