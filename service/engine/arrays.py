@@ -97,9 +97,6 @@ def _mask(value: Any, want: tuple[int, ...], shape: tuple[int, ...]) -> Mask | N
     return None if mask.all() else mask
 
 
-# --- readings -------------------------------------------------------------------------------------------------------
-
-
 def are_finite(flat: Floats) -> bool:
     """Whether all of a flat array is finite; may say no where the squares of its numbers are not."""
     if flat.size <= 16:  # quicker than numpy, and float64 holds the sum
@@ -145,9 +142,6 @@ def refused_rows(x: Floats, manifest: Manifest) -> dict[int, StepcastError]:
     return refused
 
 
-# --- outputs --------------------------------------------------------------------------------------------------------
-
-
 def form_of(rank: int, layout: Format) -> Form:
     """The axes of an array of rank 1 to 3."""
     return "F" if rank == 1 else "NF" if rank == 2 else "NFT" if layout == "NCW" else "NTF"
@@ -166,9 +160,6 @@ def last_present(y: Floats, mask: Mask | None) -> Floats:
         return y[:, -1]
     at = mask.shape[1] - 1 - np.argmax(mask[:, ::-1], axis=1)
     return y[np.arange(len(y)), at, :]
-
-
-# --- states ---------------------------------------------------------------------------------------------------------
 
 
 def state_arrays(given: dict[str, Any], manifest: Manifest) -> tuple[State, int]:

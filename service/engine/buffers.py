@@ -82,7 +82,7 @@ class Buffers(NamedTuple):
     before: list[Array]  # (B, *shape) of each state tensor
     after: list[Array]
     y: Floats  # (B, ...)
-    floats: list[Array]  # all numbers that the graph writes and that may be infinite; flat
+    floats: list[Array]  # all numbers that the graph writes and that may be infinite
 
 
 class BoundSteps:
@@ -159,7 +159,7 @@ class BoundSteps:
         if rows > self._most:
             self._grow(rows)
         spec, binding = self._manifest, self._session.io_binding()
-        x = self._laid(binding.bind_input, self._x, {spec.input.name: "float32"}, rows)[spec.input.name]
+        (x,) = self._laid(binding.bind_input, self._x, {spec.input.name: "float32"}, rows).values()
         before = self._laid(binding.bind_input, self._read, {s.input: s.dtype for s in spec.states}, rows)
         # The output may be a state's as well: then it is there once.
         dtypes = {s.output: s.dtype for s in spec.states} | {spec.output.name: "float32"}
@@ -170,10 +170,10 @@ class BoundSteps:
             binding.bind_cpu_input(name, value)
         bound = Buffers(
             binding,
-            self._by_row(spec.input.name, x).reshape(rows, -1),
-            [self._by_row(s.input, before[s.input]).reshape(rows, *s.shape) for s in spec.states],
-            [self._by_row(s.output, made[s.output]).reshape(rows, *s.shape) for s in spec.states],
-            self._by_row(spec.output.name, made[spec.output.name]),
+            x.reshape(rows, -1),
+            [before[s.input].reshape(rows, *s.shape) for s in spec.states],
+            [made[s.output].reshape(rows, *s.shape) for s in spec.states],
+            made[spec.output.name],
             self._floats(list(made.values())),
         )
         if len(self._bound) >= _MOST_BOUND:
@@ -182,26 +182,24 @@ class BoundSteps:
         return bound
 
     def _laid(self, bind: Callable[..., None], memory: Bytes, dtypes: Mapping[str, str], rows: int) -> dict[str, Array]:
-        """Bound tensors as the graph has them, one behind the other, each at a multiple of its item size."""
-        tensors, at = {}, 0
+        """Bind tensors that lie one behind the other, each at a multiple of its item size; they are given by row."""
+        by_row, end = {}, 0
         for name, dtype in dtypes.items():
-            ports, item = self.ports[name], np.dtype(dtype).itemsize
-            shape = [rows if size == ROWS else size for size in self._shapes[name]]
-            at = -(-at // item) * item
-            end = at + item * math.prod(shape)
-            tensors[name], at = memory[at:end].view(dtype).reshape(shape), end
-            for (port, _), part in zip(ports, tensors[name] if len(ports) > 1 else [tensors[name]], strict=True):
+            ports, whole, item = self.ports[name], self._shapes[name], np.dtype(dtype).itemsize
+            shape = [rows if size == ROWS else size for size in whole]
+            start = -(-end // item) * item
+            end = start + item * math.prod(shape)
+            tensor = memory[start:end].view(dtype).reshape(shape)
+            for (port, _), part in zip(ports, tensor if len(ports) > 1 else [tensor], strict=True):
                 bind(port, "cpu", 0, part.dtype, part.shape, part.ctypes.data)
-        return tensors
-
-    def _by_row(self, name: str, tensor: Array) -> Array:
-        return np.moveaxis(tensor, self._shapes[name].index(ROWS), 0)
+            by_row[name] = np.moveaxis(tensor, whole.index(ROWS), 0)
+        return by_row
 
     def _floats(self, tensors: Sequence[Array]) -> list[Array]:
-        """What may be infinite, flat; one array where all is float32, which is most models."""
+        """What may be infinite; one array where all is float32, which is most models."""
         if all(tensor.dtype == np.float32 for tensor in tensors):
             return [self._written[: sum(tensor.nbytes for tensor in tensors)].view(np.float32)]
-        return [tensor.reshape(-1) for tensor in tensors if tensor.dtype.kind == "f"]
+        return [tensor for tensor in tensors if tensor.dtype.kind == "f"]
 
 
 def _sound(bound: Buffers) -> Floats:
@@ -214,11 +212,11 @@ def check_run(y: Floats, lengths: Lengths | None, states: Iterable[Array]) -> No
     """Raises NonFinite where an output (B, T, O) within its row's length, or a state, is NaN or infinite."""
     if lengths is not None and not np.isfinite(y).all():
         y = y[np.arange(y.shape[1]) < lengths[:, None]]
-    _check_finite(array.reshape(-1) for array in (y, *states) if array.dtype.kind == "f")
+    _check_finite(array for array in (y, *states) if array.dtype.kind == "f")
 
 
-def _check_finite(flats: Iterable[Array]) -> None:
-    for flat in flats:
+def _check_finite(arrays: Iterable[Array]) -> None:
+    for array in arrays:
         # The product overflows first, cheaply; vdot, unlike dot, does not warn of it.
-        if not math.isfinite(np.vdot(flat, flat)) and not np.isfinite(flat).all():
+        if not math.isfinite(np.vdot(array, array)) and not np.isfinite(array).all():
             raise NonFinite("the model's outputs or its state would not be finite; nothing was committed")
