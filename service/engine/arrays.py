@@ -39,11 +39,9 @@ class Inputs(NamedTuple):
 
 
 def step_inputs(values: Floats, layout: Format, mask: Any, manifest: Manifest, limits: Limits) -> Inputs:
-    """The inputs of a step, checked against the model.
+    """The inputs of a step, [F], [N,F], [N,T,F], or [N,F,T] where the layout is NCW, checked against the model.
 
-    Args:
-        values: [F], [N,F], [N,T,F], or [N,F,T] where the layout is NCW.
-        mask: A flag, or nested lists of flags; None: everything is present.
+    `mask` is a flag, or nested lists of flags; None: everything is present.
 
     Raises:
         ShapeMismatch, NonFinite, InvalidRequest, TooLarge.
@@ -132,9 +130,8 @@ def needed(manifest: Manifest) -> Mask:
 
 def refused_rows(x: Floats, manifest: Manifest) -> dict[int, StepcastError]:
     """Why rows of inputs (K, F) cannot be stepped, by their place; most calls have none."""
-    suspects = np.isinf(x).any(axis=1) | (np.isnan(x) & needed(manifest)).any(axis=1)
     refused: dict[int, StepcastError] = {}
-    for row in np.flatnonzero(suspects).tolist():
+    for row in np.flatnonzero((np.isinf(x) | (np.isnan(x) & needed(manifest))).any(axis=1)).tolist():
         try:
             check_readings(x[row][None, None], manifest)
         except NonFinite as error:
@@ -166,7 +163,7 @@ def state_arrays(given: dict[str, Any], manifest: Manifest) -> tuple[State, int]
     """A whole state {layer: {key: [N, *shape] nested lists, bytes or an array}}, checked; and its N.
 
     Raises:
-        StateMismatch: layers or keys are missing or unknown, or have different N. ShapeMismatch, NonFinite.
+        StateMismatch, ShapeMismatch, NonFinite.
     """
     _check_names("state", given, manifest.layers)
     made = {layer: layer_arrays(given[layer], manifest, layer) for layer in manifest.layers}
@@ -198,34 +195,24 @@ def _one_of(counts: set[int], what: str) -> int:
 
 
 def _tensor(value: Any, dtype: str, shape: tuple[int, ...], path: str) -> Array:
-    """One tensor (N, *shape)."""
+    """One tensor (N, *shape) of a dtype that holds the values."""
     want = f"[N, {', '.join(map(str, shape))}]"
     try:
-        if isinstance(value, np.ndarray):
-            with np.errstate(over="ignore"):
-                tensor = value.astype(dtype, casting="same_kind")
-        elif isinstance(value, bytes):
-            tensor = np.frombuffer(value, np.dtype(dtype).newbyteorder("<")).astype(dtype).reshape(-1, *shape)
-        else:
-            tensor = _plain_numbers(value, dtype, path)
+        if isinstance(value, bytes):
+            value = np.frombuffer(value, np.dtype(dtype).newbyteorder("<")).reshape(-1, *shape)
+        given = np.array(value)
     except (ValueError, TypeError) as error:
         raise ShapeMismatch(f"{path} is not an array {want} of {dtype}") from error
-    if tensor.shape == (0,):  # of no examples: what a session without a state answers
-        tensor = tensor.reshape(0, *shape)
-    if tensor.ndim != len(shape) + 1 or tensor.shape[1:] != shape:
-        raise ShapeMismatch(f"{path} has shape {list(tensor.shape)}, want {want}")
-    if dtype.startswith("float") and not np.isfinite(tensor).all():
-        raise NonFinite(f"{path} has values that are not finite")
-    return tensor
-
-
-def _plain_numbers(value: Any, dtype: str, path: str) -> Array:
-    """Nested lists as an array of a dtype that holds their values."""
-    given = np.array(value)
     if given.dtype.kind not in "biuf":
         raise ShapeMismatch(f"{path} is ragged, or has values that are not numbers of {dtype}")
     with np.errstate(over="ignore", invalid="ignore"):
         tensor = given.astype(dtype)
     if not dtype.startswith("float") and not np.array_equal(tensor, given):
         raise ShapeMismatch(f"{path} has values that {dtype} does not hold")
+    if tensor.shape == (0,):  # of no examples: what a session without a state answers
+        tensor = tensor.reshape(0, *shape)
+    if tensor.ndim != len(shape) + 1 or tensor.shape[1:] != shape:
+        raise ShapeMismatch(f"{path} has shape {list(tensor.shape)}, want {want}")
+    if dtype.startswith("float") and not np.isfinite(tensor).all():
+        raise NonFinite(f"{path} has values that are not finite")
     return tensor

@@ -66,7 +66,6 @@ class Run:
     then: Then  # takes it at the end, with `outputs` and `state`, or `error`
     gone: Callable[[], bool]  # whether nobody waits for the outputs any more
     at: int = 0  # steps made
-    parts: list[Floats] = field(default_factory=list)
     outputs: Floats = field(init=False)  # (N, T, O)
     error: StepcastError | None = None
 
@@ -275,11 +274,11 @@ def advance(graph: RunGraph, runs: Sequence[Run], chunk: int) -> None:
     end = 0
     for run, take in zip(runs, takes, strict=True):
         rows = slice(end, end := end + run.rows)
-        run.parts.append(y[rows, :take])
+        if run.at == 0:
+            run.outputs = np.empty((run.rows, run.steps, y.shape[2]), np.float32)
+        run.outputs[:, run.at : run.at + take] = y[rows, :take]
         run.state = new[rows].tobytes()
         run.at += take
-        if run.at >= run.steps:
-            run.outputs = run.parts[0] if len(run.parts) == 1 else np.concatenate(run.parts, axis=1)
 
 
 def _gather(runs: Sequence[Run], takes: Sequence[int]) -> tuple[Floats, Lengths]:

@@ -48,10 +48,9 @@ def blank_rows(rows: int, row: np.dtype[Any]) -> tuple[Bytes, dict[str, Array]]:
 
 
 def step_ports(session: Any, manifest: Manifest, constants: Mapping[str, Array]) -> Ports:
-    """The ports of model.onnx for one step. The output's is learned from a run: exporters forget sizes of outputs.
+    """The ports of model.onnx for one step, or ManifestError where it does not run with these shapes.
 
-    Raises:
-        ManifestError: the graph does not run with these shapes.
+    The output's is learned from a run: exporters forget sizes of outputs.
     """
     spec, y, states = manifest.input, manifest.output, manifest.states
     fixed = {spec.batch_axis: ROWS, **({} if spec.time_axis is None else {spec.time_axis: 1})}

@@ -30,11 +30,7 @@ class Proof:
 
 
 class Golden:
-    """The arrays of a model's golden.npz.
-
-    Raises:
-        ManifestError: the file cannot be read, or has not all that is needed.
-    """
+    """The arrays of a model's golden.npz; raises ManifestError where it cannot be read or lacks what is needed."""
 
     def __init__(self, directory: Path, manifest: Manifest) -> None:
         self._directory, self._manifest, self._row = directory, manifest, row_type(manifest)
@@ -60,8 +56,7 @@ class Golden:
     def prove(self, run: RunGraph) -> Proof:
         """Reproduce it in one call and, where the model streams, one step at a time.
 
-        Raises:
-            ManifestError: an output or a state is off by more than the tolerance, or the graph does not run.
+        Raises ManifestError where an output or a state is off by more than the tolerance, or the graph does not run.
         """
         whole = self._compare("one call", lambda: run(self._x, self._lengths, self._before))
         stepped = self.prove_steps(run) if self._manifest.streaming else (0.0, 0.0)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from stepcast.errors import ManifestError
-from stepcast.manifest import MODEL_FILE, InputTensor, Manifest, OutputTensor, read_manifest
+from stepcast.manifest import MODEL_FILE, Manifest, read_manifest
 
 from .arrays import Array, Bytes, Floats, Ints, Lengths, RunGraph, State
 from .buffers import BoundSteps, blank_rows, check_run, row_type, rows_of, step_ports
@@ -41,21 +41,23 @@ class Runtime:
         self._outputs = [self.manifest.output.name, *(s.output for s in self.manifest.states)]
         self._constants = {c.name: np.array(c.values, dtype=c.dtype).reshape(c.shape) for c in self.manifest.constants}
         self._initial_row = b"".join(np.full(s.shape, s.initial, dtype=s.dtype).tobytes() for s in self.manifest.states)
-        axes = {(port.batch_axis, port.time_axis) for port in (self.manifest.input, self.manifest.output)}
-        self._mixes_lengths = self.manifest.lengths is not None and axes == {(0, 1)}
+        ports = self.manifest.input, self.manifest.output
+        # Where the graph has the rows, and the steps if it has steps.
+        self._into, self._out_of = ([a for a in (p.batch_axis, p.time_axis) if a is not None] for p in ports)
+        self._mixes_lengths = self.manifest.lengths is not None and self._into == self._out_of == [0, 1]
         self.resident: ResidentStates | None = None
         self.quick = False  # whether single steps have a graph of their own
         self._bound: BoundSteps | None = None
         if self.device == "cpu":
-            ports = step_ports(self._session, self.manifest, self._constants)
-            self._bound = BoundSteps(self._session, self.manifest, ports, self._constants)
+            plain = step_ports(self._session, self.manifest, self._constants)
+            self._bound = BoundSteps(self._session, self.manifest, plain, self._constants)
 
     def initial(self, rows: int) -> bytes:
         """The packed state of `rows` rows that have no history."""
         return self._initial_row * rows
 
     def run(self, x: Floats, lengths: Lengths | None, states: Bytes) -> tuple[Floats, Bytes]:
-        """Advance B rows by up to T steps.
+        """Advance B rows by up to T steps; raises NonFinite where an output or a state of some row is NaN or infinite.
 
         Args:
             x: (B, T, F) float32.
@@ -64,9 +66,6 @@ class Runtime:
 
         Returns:
             y (B, T, O) float32, of which steps past a row's length mean nothing, and the new states.
-
-        Raises:
-            NonFinite: an output or a state of some row is NaN or infinite.
         """
         single = self._bound if x.shape[1] == 1 else None
         if single is not None and len(x) and (lengths is None or lengths.all()):
@@ -77,17 +76,13 @@ class Runtime:
         return y, new
 
     def step(self, x: Floats, before: Sequence[Bytes], after: Sequence[Bytes], tags: Ints | None = None) -> Floats:
-        """Advance R rows by one step, their states being wherever they are; y (R, O) float32 is the caller's own.
+        """Advance R rows, x (R, F), by one step, wherever their states are; y (R, O) float32 is the caller's own.
 
         Args:
-            x: (R, F) float32.
-            before: Packed states, each uint8 (b, n * row_bytes): b sessions of n rows, the bytes of a session being
-                contiguous. Together R rows, in order.
-            after: Where the new states go, in the same cuts.
+            before: Packed states of the R rows in order, each uint8 (b, n * row_bytes): b sessions of n rows, a
+                session's bytes being contiguous.
+            after: Where the new states go, in the same cuts; where NonFinite is raised, these mean nothing.
             tags: (R,) of the states, as for `run_resident`.
-
-        Raises:
-            NonFinite: as `run`; what `after` holds means nothing then.
         """
         if self._bound is not None and self.resident is None:
             return self._bound.step(x, before, after)
@@ -106,12 +101,7 @@ class Runtime:
     def step_one(self, x: bytes, record: bytes, at: int, rows: int = 1) -> tuple[Floats, bytes] | None:
         """`step` for one session of N rows alone, x (N, F), its packed state at offset `at` of a record.
 
-        Returns:
-            y (N, O) float32, the caller's own, and the new packed state; None where only `step` is possible: on CUDA
-            and with resident states.
-
-        Raises:
-            NonFinite: as `run`.
+        Gives y (N, O) and the new packed state; None where only `step` is possible: on CUDA and with resident states.
         """
         if self._bound is None or self.resident is not None:
             return None
@@ -130,7 +120,7 @@ class Runtime:
             states_of: Gives the packed states (M, row_bytes) of rows (M,) that are not on the device.
 
         Raises:
-            NonFinite: as `run`; the batch's states have left the device, and no tag has changed.
+            NonFinite: the batch's states have left the device, and no tag has changed.
         """
         if self.resident is not None and len(x) <= self.resident.capacity:
             return self.resident.run(x, lengths, tags, states_of)
@@ -223,8 +213,7 @@ class Runtime:
     def _run_graph(self, x: Floats, lengths: Lengths | None, states: Bytes) -> tuple[Floats, Bytes]:
         """One run of model.onnx; of rows of equal length, where it does not mix lengths."""
         spec, rows, steps = self.manifest, *x.shape[:2]
-        into, out_of = _axes(spec.input), _axes(spec.output)
-        moved = np.moveaxis(x if len(into) > 1 else x[:, 0], range(len(into)), into)
+        moved = np.moveaxis(x if len(self._into) > 1 else x[:, 0], range(len(self._into)), self._into)
         feeds = {spec.input.name: np.ascontiguousarray(moved), **self._constants}
         tensors = rows_of(states, self._row)
         for state in spec.states:
@@ -235,7 +224,8 @@ class Runtime:
         new, tensors = blank_rows(rows, self._row)
         for state, value in zip(spec.states, values, strict=True):
             tensors[state.input][:] = np.moveaxis(value, state.batch_axis, 0)
-        return np.moveaxis(y, out_of, range(len(out_of))).reshape(rows, steps, spec.n_outputs), new
+        y = np.moveaxis(y, self._out_of, range(len(self._out_of)))
+        return y.reshape(rows, steps, spec.n_outputs), new
 
     def _run_tagged(self) -> RunGraph:
         """`run` by way of the table, for one batch after the other with the same rows, in which each goes on."""
@@ -258,8 +248,3 @@ class Runtime:
             known = isinstance(error, CannotReside | ManifestError)
             why = error if known else f"{type(error).__name__}: {error}"
             log.warning("%s: %s: %s", self.directory / MODEL_FILE, what, why)
-
-
-def _axes(port: InputTensor | OutputTensor) -> list[int]:
-    """Where a graph has the rows, and the steps if it has steps."""
-    return [port.batch_axis] if port.time_axis is None else [port.batch_axis, port.time_axis]

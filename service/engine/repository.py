@@ -1,6 +1,7 @@
 """Which models and versions exist, which is live; new versions go live without dropping a session."""
 
 import logging
+from contextlib import suppress
 from pathlib import Path
 
 from stepcast.errors import ManifestError, ModelNotFound
@@ -10,8 +11,8 @@ from .model import Runtime
 
 log = logging.getLogger("stepcast.repository")
 
-Stamp = list[tuple[int, int, int] | None]
-"""Time of change (ns), size and inode of each file of a version, None where it is not there."""
+Stamp = dict[str, tuple[int, int, int]]
+"""Time of change (ns), size and inode of each file of a version that is there."""
 
 
 class Served:
@@ -144,11 +145,9 @@ class Repository:
 
 
 def _stamp(directory: Path) -> Stamp:
-    stamp: Stamp = []
+    stamp = {}
     for name in (MODEL_FILE, MANIFEST_FILE, GOLDEN_FILE):
-        try:
+        with suppress(OSError):
             found = (directory / name).stat()
-            stamp.append((found.st_mtime_ns, found.st_size, found.st_ino))
-        except OSError:
-            stamp.append(None)
+            stamp[name] = found.st_mtime_ns, found.st_size, found.st_ino
     return stamp
