@@ -41,10 +41,8 @@ class Inputs(NamedTuple):
 def step_inputs(values: Floats, layout: Format, mask: Any, manifest: Manifest, limits: Limits) -> Inputs:
     """The inputs of a step, [F], [N,F], [N,T,F], or [N,F,T] where the layout is NCW, checked against the model.
 
-    `mask` is a flag, or nested lists of flags; None: everything is present.
-
-    Raises:
-        ShapeMismatch, NonFinite, InvalidRequest, TooLarge.
+    The mask is a flag, or nested lists of flags; None: everything is present. Raises ShapeMismatch, NonFinite,
+    InvalidRequest or TooLarge.
     """
     given = _by_time(values, layout)
     return _checked(given, given if given.ndim == 3 else np.atleast_2d(given)[:, None], mask, manifest, limits)
@@ -162,8 +160,7 @@ def last_present(y: Floats, mask: Mask | None) -> Floats:
 def state_arrays(given: dict[str, Any], manifest: Manifest) -> tuple[State, int]:
     """A whole state {layer: {key: [N, *shape] nested lists, bytes or an array}}, checked; and its N.
 
-    Raises:
-        StateMismatch, ShapeMismatch, NonFinite.
+    Raises StateMismatch, ShapeMismatch or NonFinite.
     """
     _check_names("state", given, manifest.layers)
     made = {layer: layer_arrays(given[layer], manifest, layer) for layer in manifest.layers}

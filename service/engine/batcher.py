@@ -1,7 +1,6 @@
 """Gathers concurrent work into few runs; bounded; knows no model and no session.
 
-The rule: whatever arrived while the last run was busy goes together into the next one. No timers, so a lone caller
-waits for nobody. Batches of single steps go before long sequences; these run in chunks, with batches in between.
+Whatever arrived while the last run was busy goes together into the next one; a lone caller waits for nobody.
 """
 
 import asyncio
@@ -77,8 +76,7 @@ class Batcher(Generic[B]):
     """Runs the work of one model.
 
     Args:
-        run: (x (B,T,F), lengths (B,) or None, states (B,S) uint8) -> (y (B,T,O), new states). Called from the event
-            loop or from one thread, never twice at once, nor while a batch runs.
+        run: Called from the event loop or from one thread, never twice at once, nor while a batch runs.
         finish: Takes a batch that has run.
         batch_rows: Most rows in one chunk (a larger run goes alone).
         chunk_s: About how long a chunk of a long sequence may take; None: sequences cannot be cut.
@@ -116,7 +114,7 @@ class Batcher(Generic[B]):
     async def close(self) -> None:
         """Wait until everything that is queued has been finished."""
         self._closing = True
-        self._look_soon()
+        self._rested()
         while self._called or self._task or self._unfinished:
             await asyncio.wait([self._task or asyncio.ensure_future(asyncio.sleep(0)), *self._unfinished])
         self._pool.shutdown(wait=False)
@@ -128,7 +126,7 @@ class Batcher(Generic[B]):
         return made
 
     def _chunk_due(self) -> bool:
-        return bool(self._runs) and (self._closing or not self._resting)
+        return bool(self._runs) and not self._resting
 
     def _look_soon(self) -> None:
         if self._task is None and not self._called and (self._batches or self._chunk_due()):

@@ -1,8 +1,6 @@
 """Single steps on the CPU: buffers that are bound to the graph once, so that a run is copies in, the model, copies out.
 
-onnxruntime's `run` makes its outputs each time and copies them; with IO binding it reads and writes these buffers. A
-packed row is every state tensor of the manifest, in order, without padding; numpy reads it as a structured type, so
-that tensors of any dtype and batch axis are copied by the same two lines.
+A packed row is every state tensor of the manifest, in order, without padding; numpy reads it as a structured type.
 """
 
 import math
@@ -163,6 +161,9 @@ class BoundSteps:
         # The output may be a state's as well: then it is there once.
         dtypes = {s.output: s.dtype for s in spec.states} | {spec.output.name: "float32"}
         made = self._laid(binding.bind_output, self._written, dtypes, rows)
+        floats = [tensor for tensor in made.values() if tensor.dtype.kind == "f"]
+        if all(tensor.dtype == np.float32 for tensor in made.values()):  # most models: then they are one piece
+            floats = [self._written[: sum(tensor.nbytes for tensor in floats)].view(np.float32)]
         if self._lengths_port is not None:
             binding.bind_cpu_input(self._lengths_port, self._lengths[:rows])
         for name, value in self._constants.items():
@@ -173,7 +174,7 @@ class BoundSteps:
             [before[s.input].reshape(rows, *s.shape) for s in spec.states],
             [made[s.output].reshape(rows, *s.shape) for s in spec.states],
             made[spec.output.name],
-            self._floats(list(made.values())),
+            floats,
         )
         if len(self._bound) >= _MOST_BOUND:
             self._bound.clear()
@@ -193,12 +194,6 @@ class BoundSteps:
                 bind(port, "cpu", 0, part.dtype, part.shape, part.ctypes.data)
             by_row[name] = np.moveaxis(tensor, whole.index(ROWS), 0)
         return by_row
-
-    def _floats(self, tensors: Sequence[Array]) -> list[Array]:
-        """What may be infinite; one array where all is float32, which is most models."""
-        if all(tensor.dtype == np.float32 for tensor in tensors):
-            return [self._written[: sum(tensor.nbytes for tensor in tensors)].view(np.float32)]
-        return [tensor for tensor in tensors if tensor.dtype.kind == "f"]
 
 
 def _sound(bound: Buffers) -> Floats:

@@ -60,12 +60,11 @@ class Runtime:
         """Advance B rows by up to T steps; raises NonFinite where an output or a state of some row is NaN or infinite.
 
         Args:
-            x: (B, T, F) float32.
+            x: (B, T, F) float32; states: (B, row_bytes) uint8.
             lengths: (B,) int32, valid steps per row; None: T in every row. A row of length 0 keeps its state.
-            states: (B, row_bytes) uint8.
 
         Returns:
-            y (B, T, O) float32, of which steps past a row's length mean nothing, and the new states.
+            y (B, T, O) float32, of which steps past a row's length mean nothing, and the new states (B, row_bytes).
         """
         single = self._bound if x.shape[1] == 1 else None
         if single is not None and len(x) and (lengths is None or lengths.all()):

@@ -88,7 +88,6 @@ class Repository:
         runtime.quicken()
         if runtime.device == "cuda" and self._resident_bytes:
             runtime.reside(self._resident_bytes)
-        self._failed.pop(directory, None)
         self.failures.pop(str(directory), None)
         log.info("serving %s version %s on %s", name, version, runtime.device)
         return Served(runtime)
@@ -103,7 +102,7 @@ class Repository:
 
     def mixed(self, name: str) -> bool:
         """Whether served versions of a model take different numbers of features."""
-        return len({served.n_features for served in self._served.get(name, {}).values()}) > 1
+        return len({served.n_features for served in list(self._served.get(name, {}).values())}) > 1
 
     def live(self, name: str) -> Served:
         """The highest served version; raises ModelNotFound where none is."""
