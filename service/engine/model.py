@@ -60,11 +60,12 @@ class Runtime:
         """Advance B rows by up to T steps; raises NonFinite where an output or a state of some row is NaN or infinite.
 
         Args:
-            x: (B, T, F) float32; states: (B, row_bytes) uint8.
+            x: (B, T, F) float32.
             lengths: (B,) int32, valid steps per row; None: T in every row. A row of length 0 keeps its state.
+            states: (B, row_bytes) uint8.
 
         Returns:
-            y (B, T, O) float32, of which steps past a row's length mean nothing, and the new states (B, row_bytes).
+            y (B, T, O) float32, of which steps past a row's length mean nothing, and the new states.
         """
         single = self._bound if x.shape[1] == 1 else None
         if single is not None and len(x) and (lengths is None or lengths.all()):
@@ -107,19 +108,14 @@ class Runtime:
         return self._bound.step_one(x, record, at, rows)
 
     def run_resident(self, x: Floats, lengths: Lengths | None, tags: Ints, states_of: StatesOf) -> tuple[Floats, Bytes]:
-        """As `run`, for rows whose states may be on the device already; the new states are valid until the next call.
+        """As `run`, for rows whose states may be on the device already (gpu_states.py); else it does nothing but `run`.
 
-        A tag names one state of one row for as long as this process lives. The caller keeps it with the state's bytes
-        and drops it together with them. It need not tell whether a result was committed: of a refused one it forgets
-        the tag, and what it goes back to is uploaded. Without residency all of this does nothing but `run`.
+        The new states are valid until the next call. Where NonFinite is raised, no tag has changed.
 
         Args:
             tags: (B,) int64 of the states before, 0 where there is none (a state that was loaded or set); changed in
-                place to those of the new states when the run has succeeded.
+                place to those of the new states. The caller drops a tag together with the state's bytes.
             states_of: Gives the packed states (M, row_bytes) of rows (M,) that are not on the device.
-
-        Raises:
-            NonFinite: the batch's states have left the device, and no tag has changed.
         """
         if self.resident is not None and len(x) <= self.resident.capacity:
             return self.resident.run(x, lengths, tags, states_of)

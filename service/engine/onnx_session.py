@@ -2,9 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import onnxruntime as ort
 
@@ -17,8 +16,7 @@ _ORT_NAMES: Final = {"float32": "float", "float64": "double"}  # the others are 
 _DTYPES: Final = {f"tensor({_ORT_NAMES.get(dtype, dtype)})": dtype for dtype in ITEM_BYTES}
 
 
-@dataclass(frozen=True, slots=True)
-class Port:
+class Port(NamedTuple):
     """An input or output of a graph; axes of no fixed size have a name, or None."""
 
     name: str
