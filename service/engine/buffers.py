@@ -33,10 +33,8 @@ def row_type(manifest: Manifest) -> np.dtype[Any]:
 
 def rows_of(states: Bytes, row: np.dtype[Any]) -> dict[str, Array]:
     """The state tensors (B, *shape) of packed rows (B, row_bytes), by input; views."""
-    if not row.names:
-        return {}
-    rows: Array = states.view(row)[:, 0]
-    return {name: rows[name] for name in row.names}
+    rows: Array = states.view(row)[:, 0] if row.names else states
+    return {name: rows[name] for name in row.names or ()}
 
 
 def blank_rows(rows: int, row: np.dtype[Any]) -> tuple[Bytes, dict[str, Array]]:

@@ -173,18 +173,16 @@ class Runtime:
 
     def unpack(self, states: bytes, rows: int) -> State:
         """Packed state as {layer: {key: array (rows, *shape)}}."""
-        tensors = rows_of(np.frombuffer(states, np.uint8).reshape(rows, self.row_bytes), self._row)
-        state: State = {}
-        for tensor in self.manifest.states:
-            state.setdefault(tensor.layer, {})[tensor.key] = np.ascontiguousarray(tensors[tensor.input])
-        return state
+        found = rows_of(np.frombuffer(states, np.uint8).reshape(rows, self.row_bytes), self._row)
+        layers = self.manifest.layers.items()
+        return {layer: {key: np.ascontiguousarray(found[t.input]) for key, t in keys.items()} for layer, keys in layers}
 
     def pack(self, state: Mapping[str, Mapping[str, Array]]) -> bytes:
         """The inverse of unpack; arrays have the manifest's dtypes and shapes already."""
-        values = [state[tensor.layer][tensor.key] for tensor in self.manifest.states]
-        packed, tensors = blank_rows(len(values[0]) if values else 0, self._row)
-        for tensor, value in zip(tensors.values(), values, strict=True):
-            tensor[:] = value
+        values = {tensor.input: state[tensor.layer][tensor.key] for tensor in self.manifest.states}
+        packed, tensors = blank_rows(max(map(len, values.values()), default=0), self._row)
+        for name, value in values.items():
+            tensors[name][:] = value
         return packed.tobytes()
 
     def _run_by_length(self, x: Floats, lengths: Lengths | None, states: Bytes) -> tuple[Floats, Bytes]:

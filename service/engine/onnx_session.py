@@ -28,13 +28,8 @@ class Port(NamedTuple):
 
     @property
     def dynamic(self) -> list[int]:
-        """The axes of no fixed size."""
+        """The axes of no fixed size: one at most for a state, two for sequences."""
         return [at for at, size in enumerate(self.shape) if not isinstance(size, int)]
-
-    @property
-    def has_fixed_rows(self) -> bool:
-        """Whether one axis at most is of no fixed size: a state's, not a sequence's."""
-        return len(self.dynamic) <= 1
 
 
 def open_session(model: Path | bytes, device: str, threads: int = 1, profile: Path | None = None) -> Session:
