@@ -52,10 +52,7 @@ class Golden:
         self._before, self._after = self._states(arrays, "state_in"), self._states(arrays, "state_out")
 
     def prove(self, run: RunGraph) -> Proof:
-        """Reproduce it in one call and, where the model streams, one step at a time.
-
-        Raises ManifestError where an output or a state is off by more than the tolerance, or the graph does not run.
-        """
+        """Reproduce it in one call and, where the model streams, one step at a time; raises ManifestError if not."""
         whole = self._compare("one call", lambda: run(self._x, self._lengths, self._before))
         stepped = self.prove_steps(run) if self._manifest.streaming else (0.0, 0.0)
         output_error, state_error = map(max, whole, stepped)

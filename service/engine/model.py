@@ -238,6 +238,5 @@ class Runtime:
         try:
             yield
         except Exception as error:  # onnx's and onnxruntime's exceptions have no common base but this
-            known = isinstance(error, CannotReside | ManifestError)
-            why = error if known else f"{type(error).__name__}: {error}"
+            why = error if isinstance(error, CannotReside | ManifestError) else f"{type(error).__name__}: {error}"
             log.warning("%s: %s: %s", self.directory / MODEL_FILE, what, why)

@@ -28,8 +28,7 @@ class Served:
 class Repository:
     """The models of a directory <root>/<name>/<version>/.
 
-    Every version whose golden.npz is reproduced is served; the highest one is live. A version that fails is reported
-    and not served, the others go on.
+    Every version that reproduces its golden.npz is served, the others are reported; the highest one is live.
     """
 
     def __init__(self, root: Path, *, device: str, threads: int, resident_bytes: int = 0) -> None:
@@ -60,11 +59,11 @@ class Repository:
 
     def _look(self, name: str) -> None:
         """Find out which version of a model is live."""
-        versions = self._served.get(name)
+        versions = self._served[name]
         if versions:
             self._live[name] = versions[max(versions)]
         else:
-            self._live.pop(name, None)
+            del self._served[name], self._live[name]
         self.changes += 1  # last: who sees the new number finds the new version
 
     def _load(self, directory: Path) -> Served | None:
@@ -129,8 +128,6 @@ class Repository:
         self.require(name, version)
         self._retired.add((name, version))
         del self._served[name][version]
-        if not self._served[name]:
-            del self._served[name]
         self._look(name)
 
     def _of(self, name: str) -> dict[int, Served]:
