@@ -17,7 +17,7 @@ def opset(model: Any) -> int:
 
 
 def replace(field: Any, values: Iterable[Any]) -> None:
-    """Let a repeated field hold these values, which may be its own."""
+    """Let a repeated field hold these values."""
     kept = list(values)
     del field[:]
     field.extend(kept)
