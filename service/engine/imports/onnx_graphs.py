@@ -210,7 +210,7 @@ class _Guess:
         """State inputs with their outputs: of the same type and shape, and of the same stem or the only ones."""
         pairs = self._continued(lambda port, result: stem(port.name) == stem(result.name) != "")
         if len(self.free["input"]) > 1 and len(self.free["output"]) > 1:
-            pairs += self._continued(lambda port, result: port.has_fixed_rows and result.has_fixed_rows)
+            pairs += self._continued(lambda port, result: max(len(port.dynamic), len(result.dynamic)) <= 1)
         return pairs
 
     def _continued(self, alike: Callable[[Port, Port], bool]) -> list[tuple[Port, Port]]:
