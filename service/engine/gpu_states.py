@@ -295,7 +295,7 @@ def resident_model(path: Path, manifest: Manifest, pieces: int) -> bytes:
     before = _nodes(theirs, _PLACES, _GATHER, *apart)
     after = _nodes(theirs, *packed, _SCATTER, _SOUNDNESS)
     onnx.replace(graph.node, [*before, *graph.node, *after])
-    if _TABLE not in onnx.needed(graph, [_NEW]):  # else nothing would keep the scatter from running before the gather
+    if _TABLE not in onnx.needed(graph.node, [_NEW]):  # else nothing would keep the scatter behind the gather
         raise CannotReside("its new states do not depend on the old ones")
     shapes = {f"shape{n}": [-1, *s.shape] for n, s in states.items()}
     graph.initializer.extend(_constants(pieces, floats, sizes=[s.size for s in manifest.states], **shapes))
