@@ -18,6 +18,7 @@ from .arrays import Array
 from .buffers import ROWS, Ports, Shape
 
 Axes = tuple[int, ...]
+View = tuple[str, Axes]
 
 # Of weights: they are in memory twice, and the larger they are the more of a run is the products themselves.
 MOST_BYTES: Final = 64 << 20
@@ -66,10 +67,10 @@ def single_step_graph(path: Path, ports: Ports, lengths: str | None) -> SingleSt
 
 
 class _Rewriter:
-    """Goes through the nodes in order. Views are followed, not made, until somebody needs them.
+    """Goes through the nodes in order. Views and stacks are followed, not made, until somebody needs them.
 
-    Views are tensors that are others with axes of size 1 put in, if any, at these places of the result. Stacks are
-    others one behind the other, along a first axis that these do not have.
+    A view is another tensor with axes of size 1 put in, if any, at these places of the result. A stack is others one
+    behind the other, along a first axis that these do not have.
     """
 
     def __init__(self, graph: Any, ports: Ports, lengths: str | None) -> None:
@@ -80,9 +81,9 @@ class _Rewriter:
         self._rewrote = False  # whether a recurrent node is equations now
         self._constants = _constants(graph)
         self._shapes = _shapes(graph)
-        self._views: dict[str, tuple[str, Axes]] = {}
+        self._views: dict[str, View] = {}
         self._stacks: dict[str, list[str]] = {}
-        self._whole: dict[tuple[str, Axes], str] = {}  # views and stacks that somebody needed: what was made for them
+        self._whole: dict[View, str] = {}  # views and stacks that somebody needed: what was made for them
         self._everywhere: dict[str, Any] = {} if lengths is None else {lengths: np.array(1)}  # one value all over
 
     def rewrite(self) -> bool:
@@ -90,7 +91,9 @@ class _Rewriter:
         graph = self._graph
         onnx.replace(graph.input, [new for port in graph.input for new in self._take_apart(port)])
         for node in graph.node:
-            if not self._replace(node):
+            views = self._followed(node)
+            self._views |= {name: view for name, view in zip(node.output, views, strict=False) if name}
+            if not views:
                 onnx.replace(node.input, [self._made(name) for name in node.input])
                 self._nodes.append(node)
         onnx.replace(graph.output, [new for port in graph.output for new in self._give(port)])
@@ -145,17 +148,17 @@ class _Rewriter:
         self.ports[port.name] = [(name, shape) for name in names]
         return [_port(port, name, shape) for name in names]
 
-    def _replace(self, node: Any) -> bool:
-        """Whether a node is dealt with; else it stays."""
+    def _followed(self, node: Any) -> list[View]:
+        """What its outputs are views of; empty where it has to stay."""
         self._look_for_one_value(node)
-        replace: Callable[[Any], bool] | None = {
+        follow: Callable[[Any], list[View]] | None = {
             **dict.fromkeys(_DEFAULTS, self._recurrent),
             **dict.fromkeys(("MatMul", "Add"), self._through),
             **dict.fromkeys(_ONE_OF_MANY, self._one_of_many),
             **dict.fromkeys(("Unsqueeze", "Squeeze", "Transpose", "Identity"), self._moves_nothing),
             **{"Where": self._where, "Concat": self._concat},
         }.get(node.op_type)
-        return replace is not None and replace(node)
+        return follow(node) if follow else []
 
     def _add(self, op: str, *inputs: str | Array | Axes, output: str = "", **attributes: Any) -> str:
         """Add a node, and an initializer for each input that is no name; the name of its output."""
@@ -170,13 +173,8 @@ class _Rewriter:
 
     # --- what is the same as something else ---------------------------------------------------------------------
 
-    def _view_of(self, name: str) -> tuple[str, Axes]:
+    def _view_of(self, name: str) -> View:
         return self._views.get(name, (name, ()))
-
-    def _be(self, name: str, base: str, axes: Axes) -> bool:
-        """Let `name` stand for `base` with axes put in."""
-        self._views[name] = base, axes
-        return True
 
     def _made(self, name: str) -> str:
         """The name of a tensor that is there; a view or a stack is made when first needed."""
@@ -194,64 +192,57 @@ class _Rewriter:
         base, inside = self._view_of(name)
         return base if inside == axes else self._add("Squeeze", self._made(name), axes)
 
-    def _moves_nothing(self, node: Any) -> bool:
+    def _moves_nothing(self, node: Any) -> list[View]:
         """Axes of size 1 come, go or change places."""
         (base, inside), order = self._view_of(node.input[0]), _attributes(node).get("perm")
         before, after = (self._shapes.get(name) for name in (node.input[0], node.output[0]))
         if node.op_type == "Identity":
-            return self._be(node.output[0], base, inside)
+            return [(base, inside)]
         if before is None or after is None or base in self._stacks:
-            return False
+            return []
         if order is not None:
             kept = [at for at in order if before[at] != 1]
             if kept != sorted(kept):
-                return False
+                return []
             inside = tuple(at for at, size in enumerate(before) if size == 1)
             base = self._flat(node.input[0], inside)
         axes = _put_in(after, [size for at, size in enumerate(before) if at not in inside])
-        return axes is not None and self._be(node.output[0], base, axes)
+        return [] if axes is None else [(base, axes)]
 
-    def _through(self, node: Any) -> bool:
+    def _through(self, node: Any) -> list[View]:
         """The product of a view with a matrix, or its sum with a vector, is a view of that of its base."""
         ranks = (2,) if node.op_type == "MatMul" else (0, 1)
         constant = [name in self._constants and self._constants[name].ndim in ranks for name in node.input]
         if constant.count(True) != 1 or (node.op_type == "MatMul" and constant[0]):
-            return False
+            return []
         name = node.input[constant.index(False)]
         (base, axes), shape = self._view_of(name), self._shapes.get(name)
         if not axes or shape is None or axes[-1] >= len(shape) - 1:
-            return False
-        inputs = [given if fixed else base for given, fixed in zip(node.input, constant, strict=True)]
-        return self._be(node.output[0], self._add(node.op_type, *inputs), axes)
+            return []
+        return [(self._add(node.op_type, *(base if given == name else given for given in node.input)), axes)]
 
-    def _one_of_many(self, node: Any) -> bool:
-        """One index of the first axis of a stack."""
-        stack, axis = self._stacks.get(node.input[0]), _attributes(node).get("axis", 0)
+    def _one_of_many(self, node: Any) -> list[View]:
+        """One index of the first axis of a stack, or each."""
+        stack, axis = self._stacks.get(self._view_of(node.input[0])[0]), _attributes(node).get("axis", 0)
         if stack is None or axis or any(name not in self._constants for name in node.input[1:]):
-            return False
-        numbers = [self._constants[name].reshape(-1).tolist() for name in node.input[1:]]
-        axes: Axes = (0,)
-        match node.op_type, numbers:
-            case "Split", _:
-                picked = stack
+            return []
+        values = [self._constants[name] for name in node.input[1:]]
+        match node.op_type, [value.reshape(-1).tolist() for value in values]:
             case "Gather", [[number]]:
-                picked, axes = [stack[number]], tuple(range(self._constants[node.input[1]].ndim))
-            case "Slice", [[first], [end], [0]] | [[first], [end], [0], [1]]:
-                picked = stack[first:end]
-            case _:
-                return False
-        if len(picked) != len(node.output):
-            return False
-        self._views |= {name: (part, axes) for name, part in zip(node.output, picked, strict=True)}
-        return True
+                return [(stack[number], tuple(range(values[0].ndim)))]
+            case "Slice", [[first], [end], [0]] | [[first], [end], [0], [1]] if len(stack[first:end]) == 1:
+                return [(stack[first], (0,))]
+            case "Split", _ if len(stack) == len(node.output):
+                return [(part, (0,)) for part in stack]
+        return []
 
-    def _concat(self, node: Any) -> bool:
+    def _concat(self, node: Any) -> list[View]:
         """What is put together along a first axis, layer by layer, is a stack."""
         parts = [self._view_of(name) for name in node.input]
         if _attributes(node).get("axis") != 0 or any(axes != (0,) for _, axes in parts):
-            return False
+            return []
         self._stacks[node.output[0]] = [base for base, _ in parts]
-        return True
+        return [(node.output[0], ())]
 
     def _look_for_one_value(self, node: Any) -> None:
         """Follow that every row has one step: `lengths` is 1 everywhere, so a row is present everywhere."""
@@ -264,22 +255,19 @@ class _Rewriter:
         elif node.op_type in _KEEP_VALUES and node.input[0] in self._everywhere:
             self._everywhere[node.output[0]] = known[0]
 
-    def _where(self, node: Any) -> bool:
+    def _where(self, node: Any) -> list[View]:
         """A selection that takes every row of one side is that side, unless it repeats it."""
         condition = self._everywhere.get(node.input[0])
-        if condition is None:
-            return False
         taken = node.input[1 if condition else 2]
         ours, out = self._shapes.get(taken), self._shapes.get(node.output[0])
-        if ours is None or out is None or len(ours) != len(out):
-            return False
-        if any(mine == 1 != whole for mine, whole in zip(ours, out, strict=True)):
-            return False
-        return self._be(node.output[0], *self._view_of(taken))
+        if condition is None or ours is None or out is None or len(ours) != len(out):
+            return []
+        repeats = any(mine == 1 != whole for mine, whole in zip(ours, out, strict=True))
+        return [] if repeats else [self._view_of(taken)]
 
     # --- recurrent nodes ----------------------------------------------------------------------------------------
 
-    def _recurrent(self, node: Any) -> bool:
+    def _recurrent(self, node: Any) -> list[View]:
         """Write it as equations, where its attributes are the usual ones and each row has its step."""
         given, kind = _attributes(node), node.op_type
         x, w, r, b, lengths, h, c, p = (*node.input, *[""] * 8)[:8]
@@ -296,7 +284,7 @@ class _Rewriter:
             or (kind == "LSTM" and not c)
             or self._shapes.get(x, (0,))[0] != 1
         ):
-            return False
+            return []
         size = self._constants[r].shape[2]
         both = np.concatenate([self._constants[w][0], self._constants[r][0]], axis=1)
         bias = self._constants[b] if b else np.zeros(2 * len(both), np.float32)
@@ -309,10 +297,8 @@ class _Rewriter:
             h_after = cell.gru(x, h, bool(given.get("linear_before_reset", 0)))
         else:
             h_after = cell.rnn(x, h)
-        after: list[tuple[str, Axes]] = [(h_after, (0, 1)), (h_after, (0,)), (c_after, (0,))]
-        self._views |= {name: view for name, view in zip(node.output, after, strict=False) if name}
         self._rewrote = True
-        return True
+        return [(h_after, (0, 1)), (h_after, (0,)), (c_after, (0,))]
 
 
 class _Cell(NamedTuple):
