@@ -257,13 +257,12 @@ class _Rewriter:
 
     def _where(self, node: Any) -> list[View]:
         """A selection that takes every row of one side is that side, unless it repeats it."""
-        condition = self._everywhere.get(node.input[0])
-        taken = node.input[1 if condition else 2]
-        ours, out = self._shapes.get(taken), self._shapes.get(node.output[0])
-        if condition is None or ours is None or out is None or len(ours) != len(out):
+        if node.input[0] not in self._everywhere:
             return []
-        repeats = any(mine == 1 != whole for mine, whole in zip(ours, out, strict=True))
-        return [] if repeats else [self._view_of(taken)]
+        taken = node.input[1 if self._everywhere[node.input[0]] else 2]
+        ours, out = self._shapes.get(taken, ()), self._shapes.get(node.output[0], ())
+        repeats = len(ours) != len(out) or any(mine == 1 != whole for mine, whole in zip(ours, out, strict=True))
+        return [self._view_of(taken)] if ours and not repeats else []
 
     # --- recurrent nodes ----------------------------------------------------------------------------------------
 
@@ -296,7 +295,7 @@ class _Rewriter:
         elif kind == "GRU":
             h_after = cell.gru(x, h, bool(given.get("linear_before_reset", 0)))
         else:
-            h_after = cell.rnn(x, h)
+            h_after = self._add(cell.acts[0], *cell.sums(x, h, 1))
         self._rewrote = True
         return [(h_after, (0, 1)), (h_after, (0,)), (c_after, (0,))]
 
@@ -309,7 +308,7 @@ class _Cell(NamedTuple):
     bias: Array  # of W and of R (2, G, H)
     acts: Sequence[str]
 
-    def _sums(self, x: str, h: str, gates: int) -> Iterator[str]:
+    def sums(self, x: str, h: str, gates: int) -> Iterator[str]:
         """W x + R h + b of the first gates, each in one product over [x, h]."""
         xh = self.add("Concat", x, h, axis=1)
         return (self.add("Gemm", xh, self.weights[gate], self.bias[:, gate].sum(axis=0)) for gate in range(gates))
@@ -317,7 +316,7 @@ class _Cell(NamedTuple):
     def lstm(self, x: str, h: str, c: str, peepholes: Array | None) -> tuple[str, str]:
         """The new h and c; gates i, o, f, c, peepholes (3, H) for i, o, f."""
         add, (gate_act, cell_act, out_act) = self.add, self.acts
-        i, o, f, g = self._sums(x, h, 4)
+        i, o, f, g = self.sums(x, h, 4)
         if peepholes is not None:
             i = add("Add", i, add("Mul", c, peepholes[0]))
             f = add("Add", f, add("Mul", c, peepholes[2]))
@@ -330,7 +329,7 @@ class _Cell(NamedTuple):
     def gru(self, x: str, h: str, linear_before_reset: bool) -> str:
         """The new h; gates z, r, h."""
         add, (gate_act, cell_act) = self.add, self.acts
-        z, r = (add(gate_act, total) for total in self._sums(x, h, 2))
+        z, r = (add(gate_act, total) for total in self.sums(x, h, 2))
         (forward, back), bias = np.split(self.weights[2], [-self.bias.shape[2]]), self.bias[:, 2]
         from_x = add("Gemm", x, forward, bias[0])
         if linear_before_reset:
@@ -339,10 +338,6 @@ class _Cell(NamedTuple):
             from_h = add("Gemm", add("Mul", r, h), back, bias[1])
         new = add(cell_act, add("Add", from_x, from_h))
         return add("Add", new, add("Mul", z, add("Sub", h, new)))
-
-    def rnn(self, x: str, h: str) -> str:
-        """The new h."""
-        return self.add(self.acts[0], *self._sums(x, h, 1))
 
 
 # --- graphs ---------------------------------------------------------------------------------------------------------
@@ -356,9 +351,10 @@ def _constants(graph: Any) -> dict[str, Array]:
     """Values that are in the graph: of initializers, and of Constant nodes that may be axes or indices."""
     values = {i.name: onnx.numpy_helper.to_array(i) for i in graph.initializer}
     for node in graph.node:
-        for kind, value in _attributes(node).items() if node.op_type == "Constant" else ():
-            if kind in ("value", "value_int", "value_ints"):
-                values[node.output[0]] = onnx.numpy_helper.to_array(value) if kind == "value" else np.array(value)
+        if node.op_type == "Constant" and node.attribute[0].name in ("value", "value_int", "value_ints"):
+            value = onnx.helper.get_attribute_value(node.attribute[0])
+            is_tensor = isinstance(value, onnx.TensorProto)
+            values[node.output[0]] = onnx.numpy_helper.to_array(value) if is_tensor else np.array(value)
     return values
 
 

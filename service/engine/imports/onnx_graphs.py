@@ -95,13 +95,11 @@ def record(directory: Path) -> None:
         start = np.where(np.arange(_ROWS)[:, None] % 2, start, blank)
         y, end = runtime.run(x, lengths, start)
         for row, length in enumerate(lengths[:-1]):
-            cut = slice(row, row + 1)
-            alone, _ = runtime.run(x[cut], lengths[cut], start[cut])
+            alone, _ = runtime.run(x[[row]], lengths[[row]], start[[row]])
             if not np.allclose(alone[0, :length], y[row, :length], tolerance.rtol, tolerance.atol):
-                raise ManifestError(
-                    "a row's answer depends on the rows beside it: an axis is read wrongly, or the graph mixes its "
-                    "batch. Give $.input, $.output and $.states with their batch_axis and time_axis."
-                )
+                why = "an axis is read wrongly, or the graph mixes its batch"
+                advice = "Give $.input, $.output and $.states with their batch_axis and time_axis."
+                raise ManifestError(f"a row's answer depends on the rows beside it: {why}. {advice}")
     arrays: dict[str, Array] = {"x": x, "lengths": lengths, "y": y}
     for side, states in (("state_in", start), ("state_out", end)):
         for layer, keys in runtime.unpack(states.tobytes(), _ROWS).items():
@@ -228,10 +226,9 @@ class _Guess:
         if len(times) > 1:
             raise ManifestError(f"which axis of {side} {port} is time? {advice}")
         if not times:
-            advice = (
-                f"Give $.{side}.time_axis of a graph that takes one step (axis of size 1), or export with a dynamic"
-            )
-            raise ManifestError(f"{side} {port} has one dynamic axis of three: time is fixed. {advice} time axis.")
+            fixed = f"{side} {port} has one dynamic axis of three: time is fixed."
+            step = f"Give $.{side}.time_axis of a graph that takes one step (axis of size 1)"
+            raise ManifestError(f"{fixed} {step}, or export with a dynamic time axis.")
         return {"batch_axis": found[0], "time_axis": times[0], **made}
 
     def _names(self, field: str, letter: str, port: Port, axes: dict[str, Any]) -> list[dict[str, Any]]:
