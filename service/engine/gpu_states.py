@@ -5,9 +5,6 @@ ScatterND copies the rest only if the two differ). The new states, which the sto
 
 A row is found by its tag, a number that the run which made the state gave out and that is never given out again; a row
 that is not found is uploaded. So nothing is ever invalidated: whoever refuses a result forgets its tag.
-
-No CUDA graphs: capturing one runs the model several times (onnxruntime issue 32243), and a state that is changed in
-place would advance each time.
 """
 
 import itertools
@@ -56,10 +53,8 @@ class Slots:
     def claim(self, tags: Ints) -> tuple[Ints, Ints]:
         """A slot for each row (B,), all different, and the numbers of the rows whose state is not in theirs.
 
+        `tags` (B,) are what `keep` gave for the rows' states; 0 is never found. B is at most the capacity.
         Until `keep`, the slots hold nothing that anybody can find.
-
-        Args:
-            tags: (B,) what `keep` gave for the rows' states; 0 is never found. B is at most the capacity.
         """
         self._claims += 1
         slots = tags & MOST_SLOTS
@@ -107,8 +102,7 @@ class ResidentStates:
         budget_bytes: The table's size; what is not in it is uploaded when it is stepped.
         grain: Floats per index of the scatter; None: what the device likes.
 
-    Raises:
-        CannotReside: the graph is not of a form that can be wrapped, or there is no room for one row.
+    Raises CannotReside where the graph is not of a form that can be wrapped, or there is no room for one row.
     """
 
     def __init__(
@@ -248,16 +242,14 @@ def resident_model(path: Path, manifest: Manifest, pieces: int) -> bytes:
     All new states are one more output, packed rows (B, S) float32 in the manifest's order; another one (B, 1) is finite
     where a row's new state is, so that the host need not look through the states.
 
-    Raises:
-        CannotReside: the graph is too old or of fixed batch size, or no new state depends on an old one.
+    Raises CannotReside where the graph is too old or of fixed batch size, or no new state depends on an old one.
     """
-    model, states = onnx.load(str(path)), dict(enumerate(manifest.states))
-    graph, sizes = model.graph, [state.size for state in manifest.states]
-    floats = sum(sizes)
+    model, states, sizes = onnx.load(str(path)), dict(enumerate(manifest.states)), [s.size for s in manifest.states]
+    graph, floats = model.graph, sum(sizes)
     if onnx.opset(model) < 13:
         raise CannotReside(f"its opset is {onnx.opset(model)}, the least is 13")
     ports = {port.name: port for port in (*graph.input, *graph.output)}
-    for name in (manifest.input.name, *(s.input for s in manifest.states)):
+    for name in (manifest.input.name, *(state.input for state in manifest.states)):
         if ports[name].type.tensor_type.shape.dim[0].HasField("dim_value"):
             raise CannotReside(f"input {name!r} has a fixed batch size")
     for state in manifest.states:

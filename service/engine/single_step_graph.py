@@ -40,15 +40,10 @@ class SingleStepGraph(NamedTuple):
 
 
 def single_step_graph(path: Path, ports: Ports, lengths: str | None) -> SingleStepGraph | None:
-    """The graph for one step, every row having that step.
+    """The graph of `path`, of these ports, for one step that every row has.
 
-    Args:
-        path: model.onnx; `ports` are its.
-        lengths: The name of its input of valid steps per row; it is gone where nothing is left that needs it.
-
-    Returns:
-        None where there is nothing to gain: no recurrent node can be written as equations, or the graph is large or has
-        graphs inside.
+    It has no other outputs, nor `lengths`, the input of valid steps per row, where nothing needs it. None where there is
+    nothing to gain: no recurrent node can be written as equations, or the graph is large or has graphs inside.
     """
     model = onnx.load(str(path), load_external_data=False)
     inside = any(a.HasField("g") or a.graphs for node in model.graph.node for a in node.attribute)
@@ -76,11 +71,10 @@ class _Rewriter:
     def __init__(self, graph: Any, ports: Ports, lengths: str | None) -> None:
         self._graph, self._lengths = graph, lengths
         self.ports = dict(ports)  # of the graph that is made
-        self._given = {port.name for port in graph.output if port.name not in ports}  # tensors that are outputs
+        self._given: set[str] = set()  # tensors that are outputs
         self._nodes: list[Any] = []
         self._rewrote = False  # whether a recurrent node is equations now
-        self._constants = _constants(graph)
-        self._shapes = _shapes(graph)
+        self._constants, self._shapes = _constants(graph), _shapes(graph)
         self._views: dict[str, View] = {}
         self._stacks: dict[str, list[str]] = {}
         self._whole: dict[View, str] = {}  # views and stacks that somebody needed: what was made for them
@@ -96,15 +90,15 @@ class _Rewriter:
             if not views:
                 onnx.replace(node.input, [self._made(name) for name in node.input])
                 self._nodes.append(node)
-        onnx.replace(graph.output, [new for port in graph.output for new in self._give(port)])
+        onnx.replace(
+            graph.output, [new for port in graph.output if port.name in self.ports for new in self._give(port)]
+        )
         needed = onnx.needed(self._nodes, (port.name for port in graph.output))
         onnx.replace(graph.node, (node for node in self._nodes if needed.intersection(node.output)))
         onnx.replace(graph.initializer, (value for value in graph.initializer if value.name in needed))
         onnx.replace(graph.input, (port for port in graph.input if port.name in needed or port.name != self._lengths))
         del graph.value_info[:]
         return self._rewrote
-
-    # --- inputs and outputs -------------------------------------------------------------------------------------
 
     def _take_apart(self, port: Any) -> list[Any]:
         """The ports of an input: without axes of size 1, and several where it is only read layer by layer."""
@@ -124,10 +118,6 @@ class _Rewriter:
         """The ports of an output, in the shape that it has already."""
         base, axes = self._view_of(port.name)
         stack = self._stacks.get(base)
-        if port.name not in self.ports:
-            if stack or base != port.name:
-                self._add("Identity", self._made(port.name), output=port.name)
-            return [port]
         whole = self.ports[port.name][0][1]
         shape, ones = _without_ones(whole)
         if stack and whole[1:2] == (ROWS,):
@@ -160,9 +150,9 @@ class _Rewriter:
         }.get(node.op_type)
         return follow(node) if follow else []
 
-    def _add(self, op: str, *inputs: str | Array | Axes, output: str = "", **attributes: Any) -> str:
+    def _add(self, op: str, *inputs: str | Array | Axes, **attributes: Any) -> str:
         """Add a node, and an initializer for each input that is no name; the name of its output."""
-        names, output = list(inputs), output or f"{_NAME}{len(self._nodes)}"
+        names, output = list(inputs), f"{_NAME}{len(self._nodes)}"
         for at, value in enumerate(inputs):
             if not isinstance(value, str):
                 names[at] = f"{_NAME}constant_{len(self._graph.initializer)}"
@@ -170,8 +160,6 @@ class _Rewriter:
                 self._graph.initializer.append(onnx.numpy_helper.from_array(array, names[at]))
         self._nodes.append(onnx.helper.make_node(op, names, [output], **attributes))
         return output
-
-    # --- what is the same as something else ---------------------------------------------------------------------
 
     def _view_of(self, name: str) -> View:
         return self._views.get(name, (name, ()))
@@ -263,8 +251,6 @@ class _Rewriter:
         ours, out = self._shapes.get(taken, ()), self._shapes.get(node.output[0], ())
         repeats = len(ours) != len(out) or any(mine == 1 != whole for mine, whole in zip(ours, out, strict=True))
         return [self._view_of(taken)] if ours and not repeats else []
-
-    # --- recurrent nodes ----------------------------------------------------------------------------------------
 
     def _recurrent(self, node: Any) -> list[View]:
         """Write it as equations, where its attributes are the usual ones and each row has its step."""

@@ -43,12 +43,8 @@ def import_onnx(
 ) -> Imported:
     """Write models/<name>/<version>/ (None: the next free one) for a graph, and prove it; else nothing is left behind.
 
-    Args:
-        partial: JSON of manifest fields that are known; they win over guesses.
-
-    Raises:
-        ManifestError: the graph cannot be served, or can be read in more than one way; the message says which
-            fields of a partial manifest would help.
+    `partial` is JSON of manifest fields that are known; they win over guesses. Raises ManifestError where the graph
+    cannot be served or can be read in more than one way; the message says which fields would help.
     """
     fields = _Guess(*signature(file), _read_partial(partial)).fields()
     parent = models / name
@@ -82,8 +78,7 @@ def import_onnx(
 def record(directory: Path) -> None:
     """Record golden.npz from the graph's own answers, and prove that the manifest reads the graph rightly.
 
-    Raises:
-        ManifestError: rows depend on each other, stepping is not what whole sequences are, or it does not run.
+    Raises ManifestError where rows depend on each other, or stepping is not what whole sequences are.
     """
     runtime = Runtime(directory, device="cpu")
     tolerance = runtime.manifest.tolerance
