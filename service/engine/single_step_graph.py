@@ -42,8 +42,8 @@ class SingleStepGraph(NamedTuple):
 def single_step_graph(path: Path, ports: Ports, lengths: str | None) -> SingleStepGraph | None:
     """The graph of `path`, of these ports, for one step that every row has.
 
-    It has no other outputs, nor `lengths`, the input of valid steps per row, where nothing needs it. None where there is
-    nothing to gain: no recurrent node can be written as equations, or the graph is large or has graphs inside.
+    It has no other outputs, nor `lengths`, the input of valid steps per row, where nothing needs it. None where nothing
+    is gained: no recurrent node can be written as equations, or the graph is large or has graphs inside.
     """
     model = onnx.load(str(path), load_external_data=False)
     inside = any(a.HasField("g") or a.graphs for node in model.graph.node for a in node.attribute)
@@ -90,9 +90,8 @@ class _Rewriter:
             if not views:
                 onnx.replace(node.input, [self._made(name) for name in node.input])
                 self._nodes.append(node)
-        onnx.replace(
-            graph.output, [new for port in graph.output if port.name in self.ports for new in self._give(port)]
-        )
+        outputs = [port for port in graph.output if port.name in self.ports]
+        onnx.replace(graph.output, [new for port in outputs for new in self._give(port)])
         needed = onnx.needed(self._nodes, (port.name for port in graph.output))
         onnx.replace(graph.node, (node for node in self._nodes if needed.intersection(node.output)))
         onnx.replace(graph.initializer, (value for value in graph.initializer if value.name in needed))
@@ -107,8 +106,8 @@ class _Rewriter:
         shape, axes = _without_ones(self.ports[port.name][0][1])
         readers = {node.op_type for node in self._graph.node if port.name in node.input}
         if axes:
-            self._views[port.name] = f"{_NAME}{port.name}", axes
-            return self._declare(port, shape, [f"{_NAME}{port.name}"])
+            self._views[port.name] = f"{_NAME}{port.name}/0", axes
+            return self._declare(port, shape, [f"{_NAME}{port.name}/0"])
         if shape[0] != ROWS and shape[1:2] == (ROWS,) and readers <= _ONE_OF_MANY:
             stack = self._stacks[port.name] = [f"{_NAME}{port.name}/{number}" for number in range(shape[0])]
             return self._declare(port, shape[1:], stack)
@@ -117,8 +116,7 @@ class _Rewriter:
     def _give(self, port: Any) -> list[Any]:
         """The ports of an output, in the shape that it has already."""
         base, axes = self._view_of(port.name)
-        stack = self._stacks.get(base)
-        whole = self.ports[port.name][0][1]
+        stack, whole = self._stacks.get(base), self.ports[port.name][0][1]
         shape, ones = _without_ones(whole)
         if stack and whole[1:2] == (ROWS,):
             return self._declare(port, whole[1:], [self._own(part) for part in stack])
