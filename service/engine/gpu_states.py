@@ -3,8 +3,9 @@
 The table is an input and an output of the graph, bound to the same memory, so that onnxruntime changes it in place (its
 ScatterND copies the rest only if the two differ). The new states, which the store commits, come back in the same run.
 
-A row is found by its tag, a number that the run which made the state gave out and that is never given out again; a row
-that is not found is uploaded. So nothing is ever invalidated: whoever refuses a result forgets its tag.
+A row is found by its tag, a number that the run which made the state gave out and that is never given out again; the
+caller keeps it with the state's bytes. A row that is not found (a state that was loaded or set has tag 0) is uploaded.
+So nothing is ever invalidated: whoever refuses a result forgets its tag, and goes back to a state that is uploaded.
 """
 
 import itertools
@@ -134,15 +135,16 @@ class ResidentStates:
                 self._upload(slots[missing], states_of(missing))
                 self.uploaded += len(missing)
             buffers = self._buffers_for(_bucket(rows), steps)
-            given = (x, 0), (steps if lengths is None else lengths, 0), (slots, self.capacity)
-            for buffer, (values, padding) in zip(buffers.inputs, given, strict=True):
-                buffer[:rows], buffer[rows:] = values, padding
+            given_x, given_lengths, given_slots = buffers.inputs
+            given_x[:rows], given_x[rows:] = x, 0
+            given_lengths[:rows], given_lengths[rows:] = steps if lengths is None else lengths, 0
+            given_slots[:rows], given_slots[rows:] = slots, self.capacity
             buffers.run()
-            y, new, sound = (buffer[:rows] for buffer in buffers.outputs)
-            y = y.copy()
-            check_run(y, lengths, [sound])
+            y, new, sound = buffers.outputs
+            y = y[:rows].copy()
+            check_run(y, lengths, [sound[:rows]])
             tags[:] = self._slots.keep(slots)
-            return y, new.view(np.uint8)
+            return y, new[:rows].view(np.uint8)
 
     def _buffers_for(self, rows: int, steps: int) -> "_Buffers":
         """Those of x, lengths and slots, and of y, new states and soundness; those of single steps are kept."""
@@ -161,13 +163,18 @@ class ResidentStates:
 
     def _upload(self, slots: Ints, states: Bytes) -> None:
         """Write packed states (M, row_bytes) into their slots; the last one again up to a power of two."""
-        pick = np.arange(_bucket(len(slots))).clip(max=len(slots) - 1)
-        inputs = {_SLOTS: slots[pick], _NEW: states[pick].view(np.float32)}
-        _Buffers(self._uploads, self._table, inputs, {}).run()
+        pick = np.minimum(np.arange(_bucket(len(slots))), len(slots) - 1)
+        binding = self._uploads.io_binding()
+        binding.bind_ortvalue_input(_TABLE, self._table)
+        binding.bind_cpu_input(_SLOTS, slots[pick])
+        binding.bind_cpu_input(_NEW, states[pick].view(np.float32))
+        binding.bind_ortvalue_output(_TABLE_OUT, self._table)
+        binding.synchronize_inputs()
+        self._uploads.run_with_iobinding(binding)
 
 
 class _Buffers:
-    """What a graph reads and writes beside the table: all bound once, padded so that there are few shapes."""
+    """What the graph reads and writes beside the table: all bound once, padded so that there are few shapes."""
 
     def __init__(
         self, session: ort.InferenceSession, table: ort.OrtValue, inputs: dict[str, Array], outputs: dict[str, Array]

@@ -170,7 +170,7 @@ class _Guess:
             ]
         pairs = self._continued(lambda port, result: stem(port.name) == stem(result.name) != "")
         if all(len(ports) > 1 for ports in self.free.values()):
-            pairs += self._continued(lambda port, result: port.has_fixed_rows and result.has_fixed_rows)
+            pairs += self._continued(lambda port, result: max(len(port.dynamic), len(result.dynamic)) <= 1)
         return [self._state({}, port, result) for port, result in pairs]
 
     def _state(self, given: dict[str, Any], port: Port, result: Port) -> dict[str, Any]:
