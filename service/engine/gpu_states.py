@@ -134,40 +134,28 @@ class ResidentStates:
             if len(missing):
                 self._upload(slots[missing], states_of(missing))
                 self.uploaded += len(missing)
-            buffers = self._buffers_for(_bucket(rows), steps)
-            given_x, given_lengths, given_slots = buffers.inputs
-            given_x[:rows], given_x[rows:] = x, 0
-            given_lengths[:rows], given_lengths[rows:] = steps if lengths is None else lengths, 0
-            given_slots[:rows], given_slots[rows:] = slots, self.capacity
+            bucket = _bucket(rows)
+            buffers = self._buffers.get(bucket) if steps == 1 else None
+            if buffers is None:
+                buffers = _Buffers(self._session, self._manifest, self._table, bucket, steps)
+                if steps == 1:
+                    self._buffers[bucket] = buffers
+            buffers.x[:rows], buffers.x[rows:] = x, 0
+            buffers.lengths[:rows], buffers.lengths[rows:] = steps if lengths is None else lengths, 0
+            buffers.slots[:rows], buffers.slots[rows:] = slots, self.capacity
             buffers.run()
-            y, new, sound = buffers.outputs
-            y = y[:rows].copy()
-            check_run(y, lengths, [sound[:rows]])
+            y = buffers.y[:rows].copy()
+            check_run(y, lengths, [buffers.sound[:rows]])
             tags[:] = self._slots.keep(slots)
-            return y, new[:rows].view(np.uint8)
-
-    def _buffers_for(self, rows: int, steps: int) -> "_Buffers":
-        """Those of x, lengths and slots, and of y, new states and soundness; those of single steps are kept."""
-        if steps == 1 and rows in self._buffers:
-            return self._buffers[rows]
-        m = self._manifest
-        assert m.lengths is not None  # _check_manifest
-        x: Array = np.zeros((rows, steps, m.n_features), np.float32)
-        inputs = {m.input.name: x, m.lengths: np.zeros(rows, np.int32), _SLOTS: np.zeros(rows, np.int64)}
-        shapes = {m.output.name: (steps, m.n_outputs), _NEW: (m.state_row_bytes // 4,), _SOUND: (1,)}
-        outputs = {name: np.zeros((rows, *shape), np.float32) for name, shape in shapes.items()}
-        buffers = _Buffers(self._session, self._table, inputs, outputs)
-        if steps == 1:
-            self._buffers[rows] = buffers
-        return buffers
+            return y, buffers.new[:rows].view(np.uint8)
 
     def _upload(self, slots: Ints, states: Bytes) -> None:
         """Write packed states (M, row_bytes) into their slots; the last one again up to a power of two."""
         pick = np.minimum(np.arange(_bucket(len(slots))), len(slots) - 1)
-        binding = self._uploads.io_binding()
+        places, rows, binding = slots[pick], states[pick].view(np.float32), self._uploads.io_binding()
         binding.bind_ortvalue_input(_TABLE, self._table)
-        binding.bind_cpu_input(_SLOTS, slots[pick])
-        binding.bind_cpu_input(_NEW, states[pick].view(np.float32))
+        binding.bind_cpu_input(_SLOTS, places)
+        binding.bind_cpu_input(_NEW, rows)
         binding.bind_ortvalue_output(_TABLE_OUT, self._table)
         binding.synchronize_inputs()
         self._uploads.run_with_iobinding(binding)
@@ -176,19 +164,22 @@ class ResidentStates:
 class _Buffers:
     """What the graph reads and writes beside the table: all bound once, padded so that there are few shapes."""
 
-    def __init__(
-        self, session: ort.InferenceSession, table: ort.OrtValue, inputs: dict[str, Array], outputs: dict[str, Array]
-    ) -> None:
-        self.inputs, self.outputs = list(inputs.values()), list(outputs.values())
+    def __init__(self, session: ort.InferenceSession, m: Manifest, table: ort.OrtValue, rows: int, steps: int) -> None:
+        assert m.lengths is not None  # _check_manifest
         self._session, self._binding = session, session.io_binding()
+        self.x: Array = np.zeros((rows, steps, m.n_features), np.float32)
+        self.lengths, self.slots = np.zeros(rows, np.int32), np.zeros(rows, np.int64)
+        self.y, self.sound = np.zeros((rows, steps, m.n_outputs), np.float32), np.zeros((rows, 1), np.float32)
+        self.new = np.zeros((rows, m.state_row_bytes // 4), np.float32)
+        inputs = {m.input.name: self.x, m.lengths: self.lengths, _SLOTS: self.slots}
         self._inputs = {name: ort.OrtValue.ortvalue_from_numpy(value) for name, value in inputs.items()}
         self._binding.bind_ortvalue_input(_TABLE, table)
         self._binding.bind_ortvalue_output(_TABLE_OUT, table)
-        for name, value in outputs.items():
+        for name, value in {m.output.name: self.y, _NEW: self.new, _SOUND: self.sound}.items():
             self._binding.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_numpy(value))
 
     def run(self) -> None:
-        """Inputs through the graph; outputs and the table change."""
+        """x, lengths and slots through the graph; y, new, sound and the table change."""
         for name, value in self._inputs.items():
             self._binding.bind_ortvalue_input(name, value)  # each time: this is what copies it to the device
         self._binding.synchronize_inputs()
