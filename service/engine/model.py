@@ -135,7 +135,6 @@ class Runtime:
                 lambda graph: open_session(graph, self.device, self._threads),
                 device=self.device,
                 budget_bytes=budget_bytes,
-                initial=self.initial(1),
                 grain=grain,
             )
             Golden(self.directory, self.manifest).prove(self._run_tagged())
