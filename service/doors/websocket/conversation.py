@@ -128,7 +128,6 @@ class Conversation:
         self._tasks: set[asyncio.Task[None]] = set()
         self._mixed = False  # whether versions take different features
         self._may_step = ROLES.index(principal.role) >= ROLES.index("step")
-        self._alive = True
 
     # --- for the connection -------------------------------------------------------------------------------------
 
@@ -150,10 +149,6 @@ class Conversation:
         limit_s = self._settings.drain_s * DRAIN_SHARE
         asyncio.get_running_loop().call_later(limit_s, self._connection.close, RESTARTING, _SHUTTING_DOWN)
         self._go_on()
-
-    def lost(self) -> None:
-        """The client is gone: what was started is finished, what was held back is forgotten."""
-        self._alive = False
 
     # --- frames in ----------------------------------------------------------------------------------------------
 
@@ -245,7 +240,7 @@ class Conversation:
     def _start(self, frame: Frame) -> None:
         if frame.step:
             self._step(frame)
-        elif self._alive:
+        elif not self._connection.disconnected:  # what a client that is gone still held back is forgotten
             task = asyncio.get_running_loop().create_task(self._operate(frame))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
@@ -264,8 +259,8 @@ class Conversation:
     async def _operate(self, frame: Frame) -> None:
         """Do an operation other than a step; not before the client has read what is ready."""
         async with self._slow:
-            await self._connection.drained()
-            if not self._alive:
+            await self._connection.writable.wait()
+            if self._connection.disconnected:
                 return
             asked, way = frame.asked, self._way
             try:
@@ -284,15 +279,15 @@ class Conversation:
 
     def answered(self, frame: Frame, opcode: int, payload: bytes) -> None:
         """A step has its answer."""
-        talk = self._talk
-        if not self._alive or talk.draining or talk.room <= 0 or not talk.end(frame):
+        talk, connection = self._talk, self._connection
+        if connection.disconnected or talk.draining or talk.room <= 0 or not talk.end(frame):
             self.finish(frame, (opcode, payload))
         else:
-            self._connection.reply(opcode, payload, not talk.in_flight)
+            connection.reply(opcode, payload, not talk.in_flight)
 
     def finish(self, frame: Frame, answer: Answer) -> None:
         """A frame has its answer, which may have to wait for its turn."""
-        if not self._alive:
+        if self._connection.disconnected:
             return
         if self._talk.room <= 0:  # there is room now; but first let the caller go on
             asyncio.get_running_loop().call_soon(self._connection.pump)
