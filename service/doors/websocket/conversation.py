@@ -1,8 +1,7 @@
 """A WebSocket's frames: to the sessions and back; the order of the conversation is stepcast.protocol's.
 
 Text frames are JSON, binary frames are msgpack, the fields are those of the HTTP bodies plus `id`, `session`, `op`.
-A step costs no task and no await of its own: its answer is written when it is there, and leaves with whatever else
-is ready in that tick.
+A step costs no task and no await: its answer is written when it is there, and leaves with what else is ready then.
 """
 
 import asyncio
@@ -10,13 +9,14 @@ import json
 from typing import Any, Final, cast
 
 import msgspec
+from websockets.frames import CloseCode
 
 from stepcast.errors import Draining, InvalidRequest, StepcastError
 from stepcast.protocol import MARKER, STEP, ServerConversation, Ticket
 
 from ...engine.arrays import Form
 from ...sessions.core import Answers
-from ...telemetry import Metrics, as_ours
+from ...telemetry import as_ours
 from .. import bodies
 from ..answers import document, encode
 from ..bodies import JSON, MSGPACK, FrameId
@@ -26,7 +26,6 @@ from ..verbs import VERBS, Call
 from .connection import WebSocketConnection
 from .rfc6455 import BINARY, TEXT
 
-RESTARTING: Final = 1012
 SLOW_OPERATIONS: Final = 8
 """Operations other than steps that one socket may have under way; with it the answers waiting in memory are bounded."""
 DRAIN_SHARE: Final = 0.8
@@ -38,7 +37,7 @@ _BESIDE: Final = frozenset({"models", "model", "version", "retire", "predict", "
 
 
 class Head(msgspec.Struct):
-    """What every frame may have; read alone where a frame is no good."""
+    """What every frame may have: what it is, and where its answer belongs."""
 
     id: FrameId = None
     session: str | None = None
@@ -53,35 +52,22 @@ _FRAMES: Final[dict[str, Any]] = {
 
 Answer = tuple[int, bytes]
 """Opcode and payload of a frame that is ready to be sent."""
+Taken = tuple[Any, bytes | None, Form]
+"""A frame's struct; the inputs of a step that was taken apart in one go (None: another frame), and their axes."""
 
 
 class Frame(Ticket[None, Answer]):
-    """A frame on its way: its own ticket in the conversation, and who waits for its step.
-
-    Args:
-        asked: Its struct.
-        session: Its own, or the socket's.
-        data, form: Inputs of a step that was taken apart in one go, and their axes; None: of another frame.
-    """
+    """A frame on its way: its own ticket in the conversation, and who waits for its step."""
 
     __slots__ = ("_conversation", "_done", "asked", "data", "form", "kind", "session")
 
     stays = True
 
-    def __init__(
-        self,
-        conversation: "Conversation",
-        asked: Any,
-        kind: str,
-        session: str,
-        step: bool,
-        data: bytes | None = None,
-        form: Form = "F",
-    ) -> None:
+    def __init__(self, conversation: "Conversation", taken: Taken, kind: str, session: str, step: bool) -> None:
         self.request = self.answer = None
         self.answered, self._done, self.step = False, False, step
-        self._conversation, self.asked, self.kind, self.session = conversation, asked, kind, session
-        self.data, self.form = data, form
+        self.asked, self.data, self.form = taken
+        self._conversation, self.kind, self.session = conversation, kind, session
 
     def done(self) -> bool:
         """Whether it is settled; a client that is gone changes nothing, what was accepted is applied."""
@@ -101,27 +87,17 @@ class Frame(Ticket[None, Answer]):
 
     def refused(self, error: BaseException) -> None:
         self._done = True
-        self._conversation.failed(self, error)
+        self._conversation.finish(self, self._conversation.problem(self.asked.id, self.session, error, self.kind))
 
 
 class Conversation:
-    """One socket: the Handler of its connection.
-
-    Args:
-        session: The session of all frames; None: each frame names its own.
-    """
+    """One socket: the Handler of its connection. `session` is that of all frames; None: each names its own."""
 
     def __init__(
-        self,
-        steps: Steps,
-        connection: WebSocketConnection,
-        principal: Principal,
-        way: Way,
-        session: str | None,
-        metrics: Metrics,
+        self, steps: Steps, connection: WebSocketConnection, principal: Principal, way: Way, session: str | None
     ) -> None:
-        self._steps, self._states, self._connection = steps, steps.states, connection
-        self._principal, self._way, self._session, self._metrics = principal, way, session, metrics
+        self._steps, self._connection, self._principal = steps, connection, principal
+        self._way, self._session = way, session
         self._settings = steps.states.settings
         self._talk: ServerConversation[None, Answer] = ServerConversation(self._settings.frames_limit)
         self._slow = asyncio.Semaphore(SLOW_OPERATIONS)
@@ -146,8 +122,8 @@ class Conversation:
         if self._talk.draining:
             return
         self._talk.drain()
-        limit_s = self._settings.drain_s * DRAIN_SHARE
-        asyncio.get_running_loop().call_later(limit_s, self._connection.close, RESTARTING, _SHUTTING_DOWN)
+        loop, limit_s = asyncio.get_running_loop(), self._settings.drain_s * DRAIN_SHARE
+        loop.call_later(limit_s, self._connection.close, CloseCode.SERVICE_RESTART, _SHUTTING_DOWN)
         self._go_on()
 
     # --- frames in ----------------------------------------------------------------------------------------------
@@ -160,11 +136,11 @@ class Conversation:
         plain = way.reader.read(payload, kind, FRAMES)
         if plain is None or not self._may_step or self._mixed or self._talk.draining:
             return False
-        asked, data, form = plain
-        session = own or asked.session
-        if session is None or (own and asked.session not in (None, own)):
+        named = plain[0].session
+        session = own or named
+        if session is None or named not in (None, session):
             return False
-        frame = Frame(self, asked, kind, session, True, data, form)
+        frame = Frame(self, plain, kind, session, True)
         if self._talk.begin(session, frame):
             self._step(frame)
         return True
@@ -179,50 +155,38 @@ class Conversation:
         return True
 
     def _take(self, payload: bytes, kind: str) -> None:
-        """Take any frame."""
-        asked: Any = Head()
+        """Take any frame; one that reaches no session is answered with its error, in its turn."""
+        head, own = _head(payload, kind), self._session
         try:
-            asked, error = _read(payload, kind)
-            if error is not None:
-                raise error
-            if asked.op == MARKER:
+            if head.op not in _FRAMES:
+                raise InvalidRequest(f"$.op is {head.op!r}, want one of {', '.join(_FRAMES)}")
+            asked: Any = bodies.decode(payload, _FRAMES[head.op], kind)
+            if head.op == MARKER:
                 self._talk.mark(_encode({"id": asked.id, "op": MARKER}, kind))
             else:
-                self._take_asked(asked, kind)
+                self._begin(asked, kind)
         except Exception as error:
-            self._refuse(asked, error, kind)
+            session = head.session if own is None else own
+            self._talk.refuse(session, self.problem(head.id, session, error, kind))
         self._go_on()
 
-    def _take_asked(self, asked: Any, kind: str) -> None:
-        """Hand a frame to the conversation.
-
-        Raises:
-            StepcastError: it is answered with an error.
-        """
+    def _begin(self, asked: Any, kind: str) -> None:
+        """Hand a frame to the conversation, or raise the StepcastError that is its answer."""
         if self._talk.draining:
             raise Draining(f"{_SHUTTING_DOWN}. Connect again.", retry_after_s=1.0)
         self._principal.require("step" if asked.op == STEP else VERBS[asked.op].role)
-        session = self._way.address(self._named(asked.session)).session
+        own = self._session
+        session = own if asked.session is None else asked.session
+        if session is None:
+            raise InvalidRequest("Object missing required field `session`: this socket is for any of them")
+        if own not in (None, session):
+            raise InvalidRequest(f"$.session is {session!r}, this socket is for {own!r}")
+        self._way.address(session)
         # Where versions take different features, a step has to look at its session first: it waits for earlier frames.
         alone = asked.op != STEP or self._steps.repository.mixed(self._way.model)
-        frame = Frame(self, asked, kind, session, not alone)
+        frame = Frame(self, (asked, None, "F"), kind, session, not alone)
         if self._talk.begin(session, frame):
             self._start(frame)
-
-    def _named(self, session: str | None) -> str:
-        """The session that a frame's `session` means."""
-        own = self._session
-        if own is not None and session not in (None, own):
-            raise InvalidRequest(f"$.session is {session!r}, this socket is for {own!r}")
-        name = own if session is None else session
-        if name is None:
-            raise InvalidRequest("Object missing required field `session`: this socket is for any of them")
-        return name
-
-    def _refuse(self, head: Any, error: Exception, kind: str) -> None:
-        """Answer a frame that reaches no session, in its turn."""
-        session = head.session if self._session is None else self._session
-        self._talk.refuse(session, self._failed(head.id, session, error, kind))
 
     # --- work ---------------------------------------------------------------------------------------------------
 
@@ -235,7 +199,7 @@ class Conversation:
             connection.reply(opcode, payload)
         talk.answers.clear()
         if talk.close_due:
-            connection.close(RESTARTING, _SHUTTING_DOWN)
+            connection.close(CloseCode.SERVICE_RESTART, _SHUTTING_DOWN)
 
     def _start(self, frame: Frame) -> None:
         if frame.step:
@@ -269,7 +233,7 @@ class Conversation:
                     return
                 asked.session = frame.session
                 call = Call(way.namespace, way.model, frame.session, asked, frame.kind)
-                fields = (await VERBS[asked.op].run(self._states, call)).fields
+                fields = (await VERBS[asked.op].run(self._steps.states, call)).fields
                 other = {} if fields.get("session", frame.session) == frame.session else {"to": fields["session"]}
                 answer = {"id": asked.id, **fields, **other, "session": frame.session}
             except Exception as error:
@@ -294,46 +258,25 @@ class Conversation:
         self._talk.finish(frame, answer)
         self._go_on()
 
-    def failed(self, frame: Frame, error: BaseException) -> None:
-        """A frame has an error as its answer."""
-        self.finish(frame, self._failed(frame.asked.id, frame.session, error, frame.kind))
-
-    def _failed(self, name: Any, session: str | None, error: BaseException, kind: str) -> Answer:
-        return _encode({"id": name, "session": session, "error": document(as_ours(error), self._metrics)}, kind)
+    def problem(self, name: Any, session: str | None, error: BaseException, kind: str) -> Answer:
+        """An error as the answer to the frame `name`."""
+        return _encode(
+            {"id": name, "session": session, "error": document(as_ours(error), self._steps.turns.metrics)}, kind
+        )
 
 
 def _encode(answer: dict[str, Any], kind: str) -> Answer:
     return TEXT if kind == JSON else BINARY, encode(answer, kind)
 
 
-def _read(payload: bytes, kind: str) -> tuple[Any, StepcastError | None]:
-    """A frame's struct, the most likely one tried first; or its head, and why it is none."""
-    refusal: StepcastError = InvalidRequest("Object contains unknown field `inputs`")
-    try:
-        asked: Any = bodies.decode(payload, _FRAMES[STEP], kind)
-        if asked.op == STEP:
-            return asked, None
-    except StepcastError as error:
-        refusal = error
-    head = _head(payload, kind)
-    if head.op == STEP:
-        return head, refusal
-    if head.op not in _FRAMES:
-        return head, InvalidRequest(f"$.op is {head.op!r}, want one of {', '.join(_FRAMES)}")
-    try:
-        return bodies.decode(payload, _FRAMES[head.op], kind), None
-    except StepcastError as error:
-        return head, error
-
-
 def _head(payload: bytes, kind: str) -> Head:
-    """What can be read of a frame that is otherwise no good."""
+    """What can be read of a frame's head, even if the frame is no good."""
     try:
         head: Head = bodies.decoder(Head, kind).decode(payload)
         return head
     except bodies.UNREADABLE:
         pass
     try:
-        return msgspec.convert(json.loads(payload), Head)
+        return msgspec.convert(json.loads(payload, parse_constant=lambda _: None), Head)
     except (ValueError, RecursionError, msgspec.MsgspecError):  # not even that
         return Head()

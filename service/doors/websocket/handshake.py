@@ -62,7 +62,7 @@ class Handshake:
             raise NotReady("WebSockets need the server that `python -m service serve` starts")
         if sessions.draining:
             raise Draining("the server is shutting down. Connect again.", retry_after_s=1.0)
-        return Conversation(self._steps, connection, principal, way, session, self._metrics), connection
+        return Conversation(self._steps, connection, principal, way, session), connection
 
     def _check_origin(self, headers: Headers) -> None:
         """Refuse pages of other sites: a browser sends their Origin, and lets them open any WebSocket."""
