@@ -28,10 +28,9 @@ from .telemetry import CONTENT_TYPE, WORKERS, Metrics, Scrape, log
 
 
 class Server:
-    """One server: its rooms, its FastAPI application, its life. Call it as an ASGI application.
+    """One server: its rooms, its FastAPI application, its life; an ASGI application itself.
 
-    Attributes:
-        heads: What connections below ASGI (service/doors/http/connection.py) find the steps by.
+    By `heads`, connections below ASGI (service/doors/http/connection.py) find the steps.
     """
 
     def __init__(self, settings: Settings, freezes: bool) -> None:

@@ -8,6 +8,7 @@ import os
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import Final
@@ -56,9 +57,12 @@ class Observed:
 class Histogram(Collector):
     """A histogram under labels; written from one thread. `bounds` are upper bounds of the buckets, ascending."""
 
-    def __init__(self, name: str, about: str, bounds: Sequence[float], labels: Sequence[str]) -> None:
-        self._name, self._about, self._bounds, self._labels = name, about, bounds, labels
+    def __init__(
+        self, name: str, about: str, bounds: Sequence[float], *labels: str, registry: CollectorRegistry
+    ) -> None:
+        self._name, self._about, self._bounds, self._labels = f"stepcast_{name}", about, bounds, labels
         self._seen: dict[tuple[str, ...], Observed] = {}
+        registry.register(self)
 
     def of(self, *values: str) -> Observed:
         """What is seen under the labels' values."""
@@ -81,23 +85,15 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
-
-        def counter(name: str, text: str, label: str = "model") -> Counter:
-            return Counter(f"stepcast_{name}", text, [label], registry=registry)
-
-        def gauge(name: str, text: str) -> Gauge:
-            return Gauge(f"stepcast_{name}", text, registry=registry)
-
-        def histogram(name: str, text: str, bounds: Sequence[float], *labels: str) -> Histogram:
-            made = Histogram(f"stepcast_{name}", text, bounds, labels)
-            registry.register(made)
-            return made
+        counter = partial(Counter, namespace="stepcast", labelnames=["model"], registry=registry)
+        gauge = partial(Gauge, namespace="stepcast", registry=registry)
+        histogram = partial(Histogram, registry=registry)
 
         self.steps = counter("steps", "Time steps committed, times examples.")
         self.calls = counter("step_calls", "Step calls committed.")
         self.retries = counter("step_retries", "Step calls answered from a kept answer.")
         self.conflicts = counter("store_conflicts", "Steps computed again: another writer came first.")
-        self.errors = counter("errors", "Errors answered, by code.", "code")
+        self.errors = counter("errors", "Errors answered, by code.", labelnames=["code"])
         self.batch_rows = histogram("batch_rows", "Rows in one run.", [2**i for i in range(11)], "model")
         self.run_seconds = histogram(
             "run_seconds", "Time of one run, gather and scatter included, waiting excluded.", _SECONDS, "model"

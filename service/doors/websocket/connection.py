@@ -26,16 +26,14 @@ AHEAD_BYTES: Final = 64 * 1024
 
 
 class Handler(Protocol):
-    """The door's side of a connection."""
+    """The door's side of a connection: it takes `room()` messages, and calls `pump` when there is room again.
 
-    def message(self, opcode: int, payload: bytes) -> None:
-        """Take a TEXT or BINARY message."""
+    `drain` tells it that the server stops: it answers what was accepted, then closes.
+    """
 
-    def room(self) -> int:
-        """How many messages are taken now; when that is no longer 0, the door calls `WebSocketConnection.pump`."""
-
-    def drain(self) -> None:
-        """The server stops: answer what was accepted, then `WebSocketConnection.close`."""
+    def message(self, opcode: int, payload: bytes) -> None: ...
+    def room(self) -> int: ...
+    def drain(self) -> None: ...
 
 
 class WebSocketConnection(WebSocketsSansIOProtocol):
@@ -97,7 +95,7 @@ class WebSocketConnection(WebSocketsSansIOProtocol):
             self._pumping = self._take()
         except BadFrame as bad:
             self._deaf = True
-            self.close(bad.code, bad.reason)
+            self.close(*bad.args)
             return
         if self._pumping:
             self.loop.call_soon(self._pump_on)

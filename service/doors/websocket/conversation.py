@@ -5,6 +5,7 @@ A step costs no task and no await: its answer is written when it is there, and l
 """
 
 import asyncio
+import contextlib
 import json
 from typing import Any, Final, cast
 
@@ -102,8 +103,8 @@ class Conversation:
         self._talk: ServerConversation[None, Answer] = ServerConversation(self._settings.frames_limit)
         self._slow = asyncio.Semaphore(SLOW_OPERATIONS)
         self._tasks: set[asyncio.Task[None]] = set()
-        self._mixed = False  # whether versions take different features
         self._may_step = ROLES.index(principal.role) >= ROLES.index("step")
+        self._look()
 
     # --- for the connection -------------------------------------------------------------------------------------
 
@@ -112,10 +113,21 @@ class Conversation:
         return self._talk.room
 
     def message(self, opcode: int, payload: bytes) -> None:
-        """Take a frame."""
+        """Take a frame: a step that is taken apart in one go starts here, everything else goes the general way."""
         kind = JSON if opcode == TEXT else MSGPACK
-        if not self._take_plain(payload, kind):
-            self._take(payload, kind)
+        way, own = self._way, self._session
+        if way.seen != self._steps.repository.changes:
+            self._look()
+        plain = way.reader.read(payload, kind, FRAMES) if self._plain and not self._talk.draining else None
+        if plain is not None:
+            named = plain[0].session
+            session = own or named
+            if session is not None and named in (None, session):
+                frame = Frame(self, plain, kind, session, True)
+                if self._talk.begin(session, frame):
+                    self._step(frame)
+                return
+        self._take(payload, kind)
 
     def drain(self) -> None:
         """Answer what was accepted, then close; refuse what comes."""
@@ -128,31 +140,12 @@ class Conversation:
 
     # --- frames in ----------------------------------------------------------------------------------------------
 
-    def _take_plain(self, payload: bytes, kind: str) -> bool:
-        """Take a step that is taken apart in one go; False: it is none, or no good, and goes the general way."""
-        way, own = self._way, self._session
-        if way.seen != self._steps.repository.changes and not self._look():
-            return False
-        plain = way.reader.read(payload, kind, FRAMES)
-        if plain is None or not self._may_step or self._mixed or self._talk.draining:
-            return False
-        named = plain[0].session
-        session = own or named
-        if session is None or named not in (None, session):
-            return False
-        frame = Frame(self, plain, kind, session, True)
-        if self._talk.begin(session, frame):
-            self._step(frame)
-        return True
-
-    def _look(self) -> bool:
-        """Find out what the live version takes now; whether there is one."""
-        try:
+    def _look(self) -> None:
+        """Find out what the live version takes now, and whether steps may be taken apart for it alone."""
+        self._plain = False
+        with contextlib.suppress(StepcastError):  # the general way tells it
             self._steps.look(self._way)
-        except StepcastError:
-            return False
-        self._mixed = self._steps.repository.mixed(self._way.model)
-        return True
+            self._plain = self._may_step and not self._steps.repository.mixed(self._way.model)
 
     def _take(self, payload: bytes, kind: str) -> None:
         """Take any frame; one that reaches no session is answered with its error, in its turn."""
@@ -273,10 +266,9 @@ def _head(payload: bytes, kind: str) -> Head:
     """What can be read of a frame's head, even if the frame is no good."""
     try:
         head: Head = bodies.decoder(Head, kind).decode(payload)
-        return head
     except bodies.UNREADABLE:
-        pass
-    try:
-        return msgspec.convert(json.loads(payload, parse_constant=lambda _: None), Head)
-    except (ValueError, RecursionError, msgspec.MsgspecError):  # not even that
-        return Head()
+        try:
+            head = msgspec.convert(json.loads(payload, parse_constant=lambda _: None), Head)
+        except (ValueError, RecursionError, msgspec.MsgspecError):  # not even that
+            head = Head()
+    return head

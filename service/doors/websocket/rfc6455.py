@@ -14,13 +14,7 @@ try:
 except ImportError:  # no C compiler where websockets was built
     from websockets.utils import apply_mask
 
-CONTINUATION: Final = 0x0
-TEXT: Final = 0x1
-BINARY: Final = 0x2
-CLOSE: Final = 0x8
-PING: Final = 0x9
-PONG: Final = 0xA
-
+CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA
 _SINGLE: Final = {0x80 | TEXT: TEXT, 0x80 | BINARY: BINARY}
 _MOST_FRAGMENTS: Final = 4096
 """An empty fragment costs the peer nothing and us a list's place."""
@@ -30,11 +24,7 @@ Message = tuple[int, bytes]
 
 
 class BadFrame(Exception):
-    """The peer broke the protocol; the connection is to be closed with `code`."""
-
-    def __init__(self, code: int, reason: str) -> None:
-        super().__init__(reason)
-        self.code, self.reason = code, reason
+    """The peer broke the protocol; the arguments are the code and the reason to close the connection with."""
 
 
 class Framer:
@@ -42,13 +32,11 @@ class Framer:
 
     def __init__(self, max_size: int) -> None:
         self._max_size = max_size
-        self._data = b""
-        self._at = 0
-        self._later: list[bytes] = []
-        self._missing = 0
-        self._fragments: list[bytes] = []
-        self._size = 0
-        self._kind = CONTINUATION
+        self._data, self._at = b"", 0  # what came, and where the next frame starts in it
+        self._later: list[bytes] = []  # what came then of a large frame,
+        self._missing = 0  # and how much of it did not
+        self._fragments: list[bytes] = []  # of a message,
+        self._kind, self._size = CONTINUATION, 0  # its opcode, and how large it is already
 
     @property
     def buffered(self) -> int:
