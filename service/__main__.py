@@ -23,15 +23,13 @@ from .engine.model import Runtime
 from .settings import PREFIX, Settings
 from .telemetry import WORKERS
 
-OPTIONS = ("models", "store", "device", "host", "port", "workers")
-"""Settings that `serve` also takes as options."""
+OPTIONS = ("models", "store", "device", "host", "port", "workers")  # of `serve`: settings too
 
 
 class Uvicorn(uvicorn.Server):
-    """uvicorn that says where it serves."""
+    """uvicorn that prints where it serves."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start, then print the address."""
         await super().startup(sockets)
         if self.started and self.servers:
             _announce(self.servers[0].sockets[0])
@@ -76,8 +74,9 @@ def serve(arguments: argparse.Namespace) -> int:
     listener = config.bind_socket()
     with tempfile.TemporaryDirectory(prefix="stepcast-") as folder:
         os.environ[WORKERS] = folder
+        supervisor = Multiprocess(config, sockets=[listener])  # from here on SIGTERM stops it in order
         _announce(listener)
-        Multiprocess(config, sockets=[listener]).run()
+        supervisor.run()
     return 0
 
 
