@@ -28,10 +28,7 @@ from .telemetry import CONTENT_TYPE, WORKERS, Metrics, Scrape, log
 
 
 class Server:
-    """One server: its rooms, its FastAPI application, its life; an ASGI application itself.
-
-    By `heads`, connections below ASGI (service/doors/http/connection.py) find the steps.
-    """
+    """One server: its rooms, its FastAPI application, its life. By `heads`, connections below ASGI find the steps."""
 
     def __init__(self, settings: Settings, freezes: bool) -> None:
         self.settings, self._freezes, self.ready = settings, freezes, False
@@ -65,8 +62,7 @@ class Server:
     async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
         """Open the store, prove the models, serve; at the end answer what was accepted, within drain_s.
 
-        Raises:
-            ManifestError: there is no model to serve. StoreUnavailable: the store cannot be opened.
+        Raises ManifestError where there is no model to serve, StoreUnavailable where the store cannot be opened.
         """
         await self.store.open()
         if self.store.volatile:
@@ -132,9 +128,9 @@ class Server:
         return Response(b'{"live":true}', media_type="application/json")
 
     async def _ready(self) -> Response:
-        if not self.ready:
-            return respond(problem(NotReady("the server is starting or draining", retry_after_s=1.0)))
         try:
+            if not self.ready:
+                raise NotReady("the server is starting or draining", retry_after_s=1.0)
             await self.store.ping()
         except StepcastError as error:
             return respond(problem(error))
@@ -153,9 +149,8 @@ class Server:
 def create_app(settings: Settings, *, freezes: bool = False) -> Server:
     """A server as an ASGI application; ConfigError where a setting is wrong.
 
-    Args:
-        freezes: The process is its own: what was made until it is ready is never looked at by the cycle collector,
-            which would stop all steps for some 20 ms each time.
+    With `freezes` the process is its own: what was made until it is ready is never looked at by the cycle collector,
+    which would stop all steps for some 20 ms each time.
     """
     return Server(settings, freezes)
 

@@ -95,10 +95,7 @@ class Settings(BaseModel):
 
     @classmethod
     def read(cls, environ: Mapping[str, str], **overrides: Any) -> Self:
-        """Settings from STEPCAST_ variables; `overrides` (the command line) win where they are not None.
-
-        Raises ConfigError at an unknown variable, or a value that is none of what the setting takes.
-        """
+        """Settings from STEPCAST_ variables, or ConfigError; `overrides` (the command line) win unless None."""
         names = {PREFIX + name.upper(): name for name in cls.model_fields}
         values: dict[str, Any] = {}
         for variable, value in environ.items():
@@ -131,7 +128,5 @@ def _takes(field: FieldInfo) -> str:
         return ", ".join(f"`{value}`" for value in get_args(field.annotation))
     words: dict[Any, str] = {int: "integer", float: "number", str: "text", Path: "path", bool: "`true`, `false`"}
     signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
-    bounds = [
-        f"{sign} {getattr(part, key)}" for part in field.metadata for key, sign in signs.items() if hasattr(part, key)
-    ]
+    bounds = [f"{sign} {getattr(at, key)}" for at in field.metadata for key, sign in signs.items() if hasattr(at, key)]
     return ", ".join([words[field.annotation or str], *bounds])

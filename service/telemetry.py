@@ -72,7 +72,6 @@ class Histogram(Collector):
         return seen
 
     def collect(self) -> Iterator[HistogramMetricFamily]:
-        """For the registry."""
         family = HistogramMetricFamily(self._name, self._about, labels=self._labels)
         bounds = [*(str(float(bound)) for bound in self._bounds), "+Inf"]
         for values, seen in sorted(self._seen.items()):
@@ -118,12 +117,8 @@ class Metrics:
 class Scrape:
     """What /metrics answers: the sums over all worker processes of a server, whichever is asked.
 
-    A worker tells its metrics to whoever connects to its socket in their folder. One that is gone or does not answer
-    in time is left out; `stepcast_workers` says how many are in the sums.
-
-    Args:
-        fresh: Brings the gauges up to date.
-        folder: Of the sockets; None: this process is alone.
+    A worker tells its metrics to whoever connects to its socket in `folder` (None: it is alone). One that is gone or
+    does not answer in time is left out; `stepcast_workers` says how many are in the sums. `fresh` updates the gauges.
     """
 
     def __init__(self, metrics: Metrics, fresh: Callable[[], None], folder: str | None) -> None:

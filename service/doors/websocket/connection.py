@@ -1,13 +1,11 @@
 """The connection under a WebSocket: uvicorn's handshake, then messages straight between the transport and the door.
 
-uvicorn's own passes every frame through an ASGI queue, writes every answer alone, and closes at once at shutdown. This
-one hands whole bursts to the door, writes together what is ready in one tick, and at shutdown asks the door to drain
-first. The door finds it in the ASGI scope, as the extension EXTENSION.
+It hands whole bursts to the door, writes together what is ready in one tick, and has the door drain before it closes.
 """
 
 import asyncio
 from collections import deque
-from typing import Any, Final, Protocol, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from uvicorn.config import Config
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
@@ -16,7 +14,11 @@ from websockets.frames import CloseCode
 from . import rfc6455 as framing
 from .rfc6455 import BadFrame, Framer, Message
 
+if TYPE_CHECKING:
+    from .conversation import Conversation
+
 EXTENSION: Final = "stepcast.link"
+"""Where the door finds a connection in its ASGI scope."""
 CLOSE_S: Final = 5.0
 """How long the peer may take to answer our close frame."""
 BURST: Final = 64
@@ -25,24 +27,13 @@ AHEAD_BYTES: Final = 64 * 1024
 """What is read beyond what the door takes, so that pings behind waiting messages are answered."""
 
 
-class Handler(Protocol):
-    """The door's side of a connection: it takes `room()` messages, and calls `pump` when there is room again.
-
-    `drain` tells it that the server stops: it answers what was accepted, then closes.
-    """
-
-    def message(self, opcode: int, payload: bytes) -> None: ...
-    def room(self) -> int: ...
-    def drain(self) -> None: ...
-
-
 class WebSocketConnection(WebSocketsSansIOProtocol):
     """A WebSocket connection; the class for uvicorn's `ws` setting."""
 
     def __init__(self, config: Config, *rest: Any, **more: Any) -> None:
         super().__init__(config, *rest, **more)
         self.conn.available_extensions = None  # compressing small frames of floats costs more than it saves
-        self._handler: Handler | None = None
+        self._conversation: Conversation | None = None
         self._framer = Framer(config.ws_max_size)
         self._held: deque[Message] = deque()
         self._held_bytes = 0
@@ -56,9 +47,9 @@ class WebSocketConnection(WebSocketsSansIOProtocol):
 
     # --- for the door -------------------------------------------------------------------------------------------
 
-    def open(self, handler: Handler, stall_s: float) -> None:
+    def open(self, conversation: "Conversation", stall_s: float) -> None:
         """Hand the connection to the door after websocket.accept; who leaves answers unread for stall_s is cut off."""
-        self._handler, self._stall_s = handler, stall_s
+        self._conversation, self._stall_s = conversation, stall_s
         self.stop_keepalive()  # uvicorn's own: it does not know when reading is paused
         if self.ping_interval:
             self._beats = self.loop.call_later(self.ping_interval, self._beat)
@@ -86,9 +77,9 @@ class WebSocketConnection(WebSocketsSansIOProtocol):
         self._end = self.loop.call_later(CLOSE_S, self.transport.abort)
         self._read(True)
 
-    def pump(self) -> None:
-        """Hand on the messages that came, as far as the door takes them."""
-        if self._pumping or self.disconnected:
+    def pump(self, going_on: bool = False) -> None:
+        """Hand on the messages that came, as far as the door takes them, BURST at a time."""
+        if self.disconnected or (self._pumping and not going_on):
             return
         self._pumping = True  # the door may call from within
         try:
@@ -98,7 +89,7 @@ class WebSocketConnection(WebSocketsSansIOProtocol):
             self.close(*bad.args)
             return
         if self._pumping:
-            self.loop.call_soon(self._pump_on)
+            self.loop.call_soon(self.pump, True)
         ahead = self._held_bytes + self._framer.buffered
         self._read(not (self._pumping or self._blocked()) or ahead < AHEAD_BYTES)
 
@@ -107,10 +98,10 @@ class WebSocketConnection(WebSocketsSansIOProtocol):
     def data_received(self, data: bytes) -> None:
         """Bytes from the peer: the handshake, then frames."""
         self._heard = True
-        if self._handler is not None:
+        if self._conversation is not None:
             if not self._deaf:
                 self._framer.feed(data)
-                if not self._take_usual(self._handler):
+                if not self._take_usual(self._conversation):
                     self.pump()
         elif self.handshake_initiated:
             self._framer.feed(data)
@@ -119,27 +110,23 @@ class WebSocketConnection(WebSocketsSansIOProtocol):
             if self.handshake_initiated and not self.transport.is_closing():
                 self.transport.pause_reading()  # until the door has the connection
 
-    def _take_usual(self, handler: Handler) -> bool:
+    def _take_usual(self, conversation: "Conversation") -> bool:
         """Hand on whole messages where nothing stands in the way; whether that was all, and all is as it was."""
         if self._held or self._pumping or self._closing or self._stopped or not self.writable.is_set():
             return False
         self._pumping = True  # the door may call from within
         try:
-            for opcode, payload in self._framer.burst(min(BURST, handler.room())):
+            for opcode, payload in self._framer.burst(min(BURST, conversation.room())):
                 if not self._closing:
-                    handler.message(opcode, payload)
+                    conversation.message(opcode, payload)
         except BadFrame:
             pass  # found again, and answered, by pump
         self._pumping = False
-        return not self._framer.buffered and handler.room() > 0
-
-    def _pump_on(self) -> None:
-        self._pumping = False
-        self.pump()
+        return not self._framer.buffered and conversation.room() > 0
 
     def _take(self) -> bool:
         """Take up to BURST messages; whether there may be more to take now."""
-        handler, held = cast(Handler, self._handler), self._held
+        conversation, held = cast("Conversation", self._conversation), self._held
         for _ in range(BURST):
             if not held or self._blocked():  # then read on, for pings that wait behind
                 message = self._framer.next() if self._held_bytes < AHEAD_BYTES else None
@@ -153,11 +140,11 @@ class WebSocketConnection(WebSocketsSansIOProtocol):
             if held and not self._blocked():
                 opcode, payload = held.popleft()
                 self._held_bytes -= len(payload)
-                handler.message(opcode, payload)
+                conversation.message(opcode, payload)
         return True
 
     def _blocked(self) -> bool:
-        return cast(Handler, self._handler).room() <= 0 or not self.writable.is_set()
+        return cast("Conversation", self._conversation).room() <= 0 or not self.writable.is_set()
 
     def _read(self, wanted: bool) -> None:
         if self._stopped == wanted and not self.transport.is_closing():
@@ -189,7 +176,7 @@ class WebSocketConnection(WebSocketsSansIOProtocol):
         super().resume_writing()
         if self._stall is not None:
             self._stall.cancel()
-        if self._handler is not None:
+        if self._conversation is not None:
             self.pump()
 
     # --- life ---------------------------------------------------------------------------------------------------
@@ -207,10 +194,10 @@ class WebSocketConnection(WebSocketsSansIOProtocol):
 
     def shutdown(self) -> None:
         """uvicorn stops: drain."""
-        if self._handler is None:
+        if self._conversation is None:
             super().shutdown()
         else:
-            self._handler.drain()
+            self._conversation.drain()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection is gone, whoever ended it."""

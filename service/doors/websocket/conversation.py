@@ -61,7 +61,6 @@ class Frame(Ticket[None, Answer]):
     """A frame on its way: its own ticket in the conversation, and who waits for its step."""
 
     __slots__ = ("_conversation", "_done", "asked", "data", "form", "kind", "session")
-
     stays = True
 
     def __init__(self, conversation: "Conversation", taken: Taken, kind: str, session: str, step: bool) -> None:
@@ -92,7 +91,7 @@ class Frame(Ticket[None, Answer]):
 
 
 class Conversation:
-    """One socket: the Handler of its connection. `session` is that of all frames; None: each names its own."""
+    """What is said on one connection. `session` is that of all frames; None: each names its own."""
 
     def __init__(
         self, steps: Steps, connection: WebSocketConnection, principal: Principal, way: Way, session: str | None
@@ -109,7 +108,7 @@ class Conversation:
     # --- for the connection -------------------------------------------------------------------------------------
 
     def room(self) -> int:
-        """How many more frames may be in flight."""
+        """How many more frames may be in flight; when there is room again, `WebSocketConnection.pump` is called."""
         return self._talk.room
 
     def message(self, opcode: int, payload: bytes) -> None:
