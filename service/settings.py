@@ -66,7 +66,6 @@ class Settings(BaseModel):
     session_queue_limit: int = _of(256, "Steps waiting per session before 429.", ge=1)
     deadline_s: float = _of(5.0, "Longest time a step may wait for its run before 504.", gt=0)
     hot_bytes: int = _of(2**28, "Memory for sessions kept ready in the process, bytes; the rest is read again.", ge=0)
-
     digest_key: str = _of(
         "",
         "Secret by which payloads are named to know a retry; the same for all servers of a store, now and "
