@@ -11,14 +11,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from .layout import (
-    ANSWER_BYTES,
-    DIGEST_BYTES,
-    HAS_CHECKPOINTS,
-    HEADER_BYTES,
-    TOKEN,
-    Advance,
-)
+from .layout import ANSWER_BYTES, DIGEST_BYTES, HAS_CHECKPOINTS, HEADER_BYTES, TOKEN, Advance
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -37,10 +30,9 @@ def _counted(steps: int) -> npt.NDArray[np.uint64]:
 
 
 class Spares:
-    """Arrays that nobody uses any more, for the next of their shape: they are in the processor's cache.
+    """Arrays that nobody uses any more, for the next of their shape, `most` of each and so many shapes.
 
-    Args:
-        most: Arrays of one shape, and shapes.
+    They are in the processor's cache.
     """
 
     def __init__(self, most: int = 4) -> None:
@@ -73,8 +65,7 @@ class Block:
 
     Attributes:
         ttl_s: Seconds until they are forgotten unless written again; None: never.
-        old: (B, W) the records that they replace.
-        new: (B, W') the next records.
+        old, new: (B, W) the records that they replace, (B, W') the next.
         before, after: The states (B, N x row bytes) of both, to be read and to be filled.
         log: (B, bytes) the inputs that are appended to the log, to be filled; None: none are.
         digests, outputs: Of the new kept answer, to be filled: (B, 2, DIGEST_BYTES / 2) and (B, bytes).
@@ -89,12 +80,7 @@ class Block:
     )
 
     def __init__(
-        self,
-        advance: Advance,
-        keys: Sequence[str],
-        old: Bytes,
-        now_ms: int,
-        spares: Spares | None = None,
+        self, advance: Advance, keys: Sequence[str], old: Bytes, now_ms: int, spares: Spares | None = None
     ) -> None:
         self.advance, self.keys, self.old, self.ttl_s = advance, keys, old, advance.after.ttl_s
         self.stays = False
@@ -159,7 +145,6 @@ class LoneBlock(Block):
     """The next record of one session, made by hand: numpy's calls would cost more than the model's run.
 
     Args:
-        old: The record.
         parts: Of the call: the new state, the name of its payload, its outputs float32 [N,T,O].
         log: The inputs that are appended to the log.
     """
@@ -167,13 +152,7 @@ class LoneBlock(Block):
     __slots__ = ("_old_record",)
 
     def __init__(
-        self,
-        advance: Advance,
-        key: str,
-        old: bytes,
-        now_ms: int,
-        parts: tuple[bytes, bytes, bytes],
-        log: bytes = b"",
+        self, advance: Advance, key: str, old: bytes, now_ms: int, parts: tuple[bytes, bytes, bytes], log: bytes = b""
     ) -> None:
         self.advance, self.keys, self.ttl_s = advance, (key,), advance.after.ttl_s
         self.stays, self._old_record = False, old
@@ -181,33 +160,21 @@ class LoneBlock(Block):
         state, digest, outputs = parts
         before, after = advance.before, advance.after
         _, incarnation, revision, step, created_ms, used_ms, versions = _WORDS.unpack_from(old)
-        used_ms = max(used_ms, now_ms)
-        step += advance.steps
+        step, used_ms = step + advance.steps, max(used_ms, now_ms)
         head = _WORDS.pack(after.first_word, incarnation, revision + 1, step, created_ms, used_ms, versions)
-        record = (
-            head,
-            old[_WORDS_BYTES : HEADER_BYTES - 4],
-            (after.answers_at - after.log_at).to_bytes(4, "little"),
-            old[HEADER_BYTES : before.state_at],
-            state,
-            old[advance.log_from : before.answers_at],
-            log,
-            old[advance.answers_from :],
-            digest,
-            advance.mark,
-            outputs,
-        )
-        self._records = [b"".join(record)]
+        rest, source = old[_WORDS_BYTES : HEADER_BYTES - 4], old[HEADER_BYTES : before.state_at]
+        log_bytes = (after.answers_at - after.log_at).to_bytes(4, "little")
+        kept_log, kept = old[advance.log_from : before.answers_at], old[advance.answers_from :]
+        made = head, rest, log_bytes, source, state, kept_log, log, kept, digest, advance.mark, outputs
+        self._records = [b"".join(made)]
 
     def __getattr__(self, name: str) -> Bytes:
         """The arrays, where somebody asks for them."""
-        if name == "old":
-            self.old = np.frombuffer(self._old_record, np.uint8)[None]
-            return self.old
-        if name == "new":
-            self.new = np.frombuffer(self.records()[0], np.uint8)[None]
-            return self.new
-        raise AttributeError(name)
+        if name not in ("old", "new"):
+            raise AttributeError(name)
+        array: Bytes = side_by_side([self._old_record] if name == "old" else self.records())
+        setattr(self, name, array)
+        return array
 
     def expected(self) -> list[bytes]:
         return [b"" if self.advance.before.fresh else self._old_record[TOKEN]]

@@ -92,6 +92,11 @@ def answer_mark(steps: int, outputs: int) -> bytes:
     return (steps | outputs << 24).to_bytes(6, "little")
 
 
+def state_offset(flags: int) -> int:
+    """Where the state of a record with these flags begins."""
+    return HEADER_BYTES + (SOURCE.size if flags & HAS_SOURCE else 0)
+
+
 @cache
 def _single_answers(count: int, size: int) -> struct.Struct:
     """Reads what follows the digests of `count` kept answers of `size` bytes each."""
@@ -99,11 +104,7 @@ def _single_answers(count: int, size: int) -> struct.Struct:
 
 
 def seconds(ttl_s: int, default_s: int) -> float | None:
-    """A record's time to live; None: for ever.
-
-    Args:
-        default_s: The server's; 0: for ever.
-    """
+    """A record's time to live, None for ever; `default_s` is the server's, 0 for ever."""
     return None if ttl_s == TTL_FOR_EVER else float(ttl_s or default_s) or None
 
 
@@ -133,7 +134,7 @@ class Shape:
         self.flags, self.examples, self.sizes = flags, examples, sizes
         self.ttl_s = seconds(ttl_s, shapes.default_ttl_s)
         self.input_bytes = examples * shapes.input_bytes
-        self.state_at = HEADER_BYTES + (SOURCE.size if flags & HAS_SOURCE else 0)
+        self.state_at = state_offset(flags)
         self.log_at = self.state_at + examples * shapes.row_bytes
         self.answers_at = self.log_at + log_bytes
         self.width = self.answers_at + sum(sizes)
@@ -147,11 +148,7 @@ class Shape:
         return self.single
 
     def advance(self, steps: int, *, logs: bool) -> "Advance":
-        """The change that a call of T steps makes.
-
-        Args:
-            logs: Whether its inputs may be kept: no mask, and no others left out.
-        """
+        """The change that a call of T steps makes; its inputs may be kept if `logs`: no mask, and none left out."""
         shapes = self._shapes
         entry = answer_bytes(self.examples, steps, shapes.outputs)
         sizes = *self.sizes, entry
@@ -161,17 +158,9 @@ class Shape:
             new_log = min(steps, shapes.log_steps) * shapes.input_bytes
             log_bytes = min(self.answers_at - self.log_at, shapes.log_steps * shapes.input_bytes - new_log)
         after = shapes.shape(False, self._ttl_s, self.flags, self.examples, log_bytes + new_log, sizes[dropped:])
-        return Advance(
-            before=self,
-            after=after,
-            log_from=self.answers_at - log_bytes,
-            log_new=new_log,
-            answers_from=self.answers_at + sum(self.sizes[:dropped]),
-            entry=entry,
-            mark=answer_mark(steps, shapes.outputs),
-            steps=steps,
-            steady=after is self,
-        )
+        log_from, answers_from = self.answers_at - log_bytes, self.answers_at + sum(self.sizes[:dropped])
+        mark = answer_mark(steps, shapes.outputs)
+        return Advance(self, after, log_from, new_log, answers_from, entry, mark, steps, steady=after is self)
 
 
 class Advance(NamedTuple):
@@ -197,8 +186,7 @@ class Shapes:
     """The shapes of one model version's records.
 
     Args:
-        row_bytes: Of one row's state.
-        input_bytes: Of one row's inputs by one step.
+        row_bytes, input_bytes: Of one row's state, and of its inputs by one step.
         outputs: O.
         log_steps: How many steps of inputs are kept.
         default_ttl_s: The server's time to live, s; 0: for ever.
@@ -215,8 +203,7 @@ class Shapes:
     def shape(self, fresh: bool, ttl_s: int, flags: int, examples: int, log_bytes: int, sizes: Sizes) -> Shape:
         """The shape of these parts."""
         key = fresh, ttl_s, flags, examples, log_bytes, sizes
-        known = self._known.get(key)
-        if known is None:
+        if (known := self._known.get(key)) is None:
             if len(self._known) >= _SHAPES:
                 self._known.clear()
             known = self._known[key] = Shape(self, *key)
@@ -230,7 +217,7 @@ class Shapes:
         """
         if found.state_bytes != found.examples * self.row_bytes:
             raise BadRecord(f"a state of {found.state_bytes} bytes for {found.examples} rows of {self.row_bytes}")
-        at = HEADER_BYTES + (SOURCE.size if found.flags & HAS_SOURCE else 0) + found.state_bytes + found.log_bytes
+        at = state_offset(found.flags) + found.state_bytes + found.log_bytes
         sizes = self._single_sizes(record, at, found) or answer_sizes(record, at, found.answers, found.examples)
         return self.shape(not found.revision, found.ttl_s, found.flags, found.examples, found.log_bytes, sizes)
 

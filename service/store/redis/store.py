@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import chain
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from stepcast.errors import InvalidRequest
 
@@ -52,17 +52,14 @@ class RedisStore:
         parts = self._parts(len(keys), _LOADS_PER_COMMAND)
         commands = [pack("MGET", *map(main, keys[part.start : part.stop])) for part in parts]
         found = await self._nodes.run([keys[part.start] for part in parts], commands)
-        return list(chain.from_iterable(found))
+        return list(chain(*found))
 
     def replace(self, block: Block, done: Done) -> None:
         parts = self._parts(len(block), ROWS)
 
         def told(places: Sequence[int], replies: Replies | BaseException) -> None:
             rows = places if len(parts) == len(block) else [row for place in places for row in parts[place]]
-            if isinstance(replies, BaseException):
-                done(rows, replies)
-            else:
-                done(rows, [flag == 1 for reply in replies for flag in reply])
+            done(rows, replies if isinstance(replies, BaseException) else [flag == 1 for flag in chain(*replies)])
 
         keys = [block.keys[part.start] for part in parts]
         self._nodes.send(keys, self._frames.commands(block, parts), told)
@@ -71,7 +68,7 @@ class RedisStore:
         parts = self._parts(len(writes), WRITES)
         commands = [change(writes[part.start : part.stop]) for part in parts]
         replies = await self._nodes.run([writes[part.start].key for part in parts], commands)
-        return [flag == 1 for reply in replies for flag in reply]
+        return [flag == 1 for flag in chain(*replies)]
 
     async def list_keys(self, prefix: str, cursor: str, limit: int) -> tuple[list[str], str]:
         """A key may be listed twice, and missed if a failover happens between the pages."""
@@ -82,14 +79,12 @@ class RedisStore:
             if index >= len(nodes) or len(found) >= limit:
                 break
             place, keys = await _scan(nodes[index], prefix, place, limit)
-            found.update(dict.fromkeys(keys))
-            if place == "0":
-                index += 1
+            found |= dict.fromkeys(keys)
+            index += place == "0"
         return list(found), f"{index}:{place}" if index < len(nodes) else ""
 
     async def load_side(self, key: str, name: str) -> bytes | None:
-        found: bytes | None = await self._of_live(key, pack("HGET", side(key), name))
-        return found
+        return cast(bytes | None, await self._of_live(key, pack("HGET", side(key), name)))
 
     async def list_sides(self, key: str) -> list[str]:
         names = await self._of_live(key, pack("HKEYS", side(key)))
