@@ -3,7 +3,6 @@
 Write-ahead log, one transaction per group of commits: calls that arrive while a transaction runs share the next one.
 With synchronous=NORMAL (the default) a killed process loses nothing that was acknowledged; a power failure may lose
 the last transactions but never damages the file. With synchronous=FULL a power failure loses nothing either.
-
 All of sqlite3 happens on two threads, one that writes and one that reads; the event loop never waits for a disk.
 """
 
@@ -16,7 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, TypeVar, cast
+from sqlite3 import Connection
+from typing import Any, Final, TypeVar
 
 from stepcast.errors import StoreUnavailable
 
@@ -71,11 +71,12 @@ _SIDES: Final = "SELECT name FROM sides JOIN sessions USING (key) WHERE key = ? 
 _ROUND: Final = "SELECT id, key, expires_ms FROM sessions WHERE id > ? ORDER BY id LIMIT ?"
 
 _T = TypeVar("_T")
-_Lane = tuple[ThreadPoolExecutor, sqlite3.Connection]
+_Lane = tuple[ThreadPoolExecutor, Connection]
 """A thread, and the connection that it uses."""
 _Steps = list[tuple[bytes, int, bytes, str, bytes, int]]
 """A block, as _REPLACE takes its rows."""
-_Asked = Sequence[Write] | _Steps
+_Call = tuple[Sequence[Write], _Steps]
+"""One of them is empty."""
 
 
 class SqliteStore:
@@ -102,7 +103,7 @@ class SqliteStore:
         self._busy_timeout_s, self._clock_ms = busy_timeout_s, clock_ms
         self._writer: _Lane | None = None
         self._reader: _Lane | None = None
-        self._waiting: list[tuple[_Asked, asyncio.Future[list[bool]]]] = []
+        self._waiting: list[tuple[_Call, asyncio.Future[list[bool]]]] = []
         self._drainer: asyncio.Task[None] | None = None
         self._sweep_at = self._swept_ms = 0
 
@@ -124,7 +125,7 @@ class SqliteStore:
         lanes = self._reader, self._writer
         self._reader = self._writer = None
         for lane in filter(None, lanes):
-            await _run(lane, sqlite3.Connection.close)
+            await _run(lane, Connection.close)
             lane[0].shutdown(wait=False)
 
     async def ping(self) -> None:
@@ -135,16 +136,16 @@ class SqliteStore:
 
     def replace(self, block: Block, done: Done) -> None:
         now_ms, expected = self._clock_ms(), block.expected()
-        asked: _Asked
         if not expected[0]:  # new sessions
-            asked = as_writes(block)
+            writes, steps = as_writes(block), []
         else:
             expires_ms, rows = _expires_ms(block.ttl_s, now_ms), zip(block.keys, expected, block.records(), strict=True)
-            asked = [(record[TOKEN], expires_ms, record, key, token, now_ms) for key, token, record in rows]
-        tell(done, range(len(block)), self._accept(asked))
+            steps = [(record[TOKEN], expires_ms, record, key, token, now_ms) for key, token, record in rows]
+            writes = []
+        tell(done, range(len(block)), self._accept(writes, steps))
 
     async def change(self, writes: Sequence[Write]) -> list[bool]:
-        return await self._accept(writes)
+        return await self._accept(writes, [])
 
     async def list_keys(self, prefix: str, cursor: str, limit: int) -> tuple[list[str], str]:
         bounds = cursor, prefix, prefix + _LAST, self._clock_ms(), limit
@@ -170,10 +171,10 @@ class SqliteStore:
         with _translated(self._path):
             return await _run(lane, work, *args)
 
-    def _accept(self, asked: _Asked) -> "asyncio.Future[list[bool]]":
+    def _accept(self, writes: Sequence[Write], steps: _Steps) -> "asyncio.Future[list[bool]]":
         """Let writes wait for the next transaction."""
         done: asyncio.Future[list[bool]] = asyncio.get_running_loop().create_future()
-        self._waiting.append((asked, done))
+        self._waiting.append(((writes, steps), done))
         if self._drainer is None:
             self._drainer = asyncio.create_task(self._drain())
         return done
@@ -185,7 +186,7 @@ class SqliteStore:
                 group, self._waiting = self._waiting, []
                 results: Sequence[list[bool] | Exception]
                 try:
-                    results = await self._on(self._writer, self._apply, [asked for asked, _ in group])
+                    results = await self._on(self._writer, self._apply, [call for call, _ in group])
                 except Exception as error:
                     results = [error] * len(group)
                 for (_, done), result in zip(group, results, strict=True):
@@ -200,11 +201,11 @@ class SqliteStore:
 
     # What follows runs on the lanes' threads.
 
-    def _set_up(self, connection: sqlite3.Connection) -> None:
+    def _set_up(self, connection: Connection) -> None:
         connection.execute(f"PRAGMA synchronous = {'FULL' if self._full_sync else 'NORMAL'}")
         connection.execute(f"PRAGMA wal_autocheckpoint = {_CHECKPOINT_PAGES}")
 
-    def _prepare(self, connection: sqlite3.Connection) -> None:
+    def _prepare(self, connection: Connection) -> None:
         """Make the tables, or check that they are of a version we know."""
         self._set_up(connection)
         version, tables = connection.execute(_LOOK).fetchone()
@@ -218,7 +219,7 @@ class SqliteStore:
             connection.executescript(_SCHEMA)
         _touch(connection)
 
-    def _switch_to_wal(self, connection: sqlite3.Connection) -> None:
+    def _switch_to_wal(self, connection: Connection) -> None:
         """For a new file, or one that was copied by a tool that leaves the write-ahead log out."""
         deadline, mode = time.monotonic() + self._busy_timeout_s, ""
         while not mode:
@@ -231,27 +232,21 @@ class SqliteStore:
         if mode != "wal":
             raise _unavailable(f"{self._path} cannot have a write-ahead log. Put it on a local disk")
 
-    def _apply(
-        self, connection: sqlite3.Connection, calls: Sequence[_Asked], *, one_by_one: bool = False
-    ) -> list[list[bool]]:
+    def _apply(self, connection: Connection, calls: Sequence[_Call], one_by_one: bool = False) -> list[list[bool]]:
         """One transaction for several commits; where a plain step is refused, all of it again, step by step."""
-        now_ms, created = self._clock_ms(), 0
-        results: list[list[bool]] = []
+        now_ms, created, results = self._clock_ms(), 0, []
         try:
             with _transaction(connection):
-                for asked in calls:
-                    if asked and not isinstance(asked[0], Write):
-                        results.append(_replace(connection, cast(_Steps, asked), one_by_one))
-                    else:
-                        writes = cast(Sequence[Write], asked)
-                        results.append([_write(connection, write, now_ms) for write in writes])
-                        created += sum(write.expect is None for write in writes)
+                for writes, steps in calls:
+                    others = [_write(connection, write, now_ms) for write in writes]
+                    results.append(_replace(connection, steps, one_by_one) if steps else others)
+                    created += sum(write.expect is None for write in writes)
                 self._sweep(connection, created, now_ms)
         except _SomeRefused:
             return self._apply(connection, calls, one_by_one=True)
         return results
 
-    def _sweep(self, connection: sqlite3.Connection, created: int, now_ms: int) -> None:
+    def _sweep(self, connection: Connection, created: int, now_ms: int) -> None:
         """Look at the next sessions of the round and delete the expired: some per second, two per creation."""
         visits = 2 * created
         if abs(now_ms - self._swept_ms) >= 1000:
@@ -271,18 +266,18 @@ def _run(lane: _Lane, work: Callable[..., _T], *args: object) -> "asyncio.Future
     return asyncio.get_running_loop().run_in_executor(thread, work, connection, *args)
 
 
-def _touch(connection: sqlite3.Connection) -> None:
+def _touch(connection: Connection) -> None:
     """Write something, as only that shows whether the file can be written."""
     with _transaction(connection):
         connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
 
-def _load(connection: sqlite3.Connection, keys: Sequence[str], now_ms: int) -> list[bytes | None]:
+def _load(connection: Connection, keys: Sequence[str], now_ms: int) -> list[bytes | None]:
     rows = [connection.execute(_LOAD, (key, now_ms)).fetchone() for key in keys]
     return [row[0] if row else None for row in rows]
 
 
-def _column(connection: sqlite3.Connection, query: str, *values: str | int) -> list[Any]:
+def _column(connection: Connection, query: str, *values: str | int) -> list[Any]:
     return [row[0] for row in connection.execute(query, values)]
 
 
@@ -294,7 +289,7 @@ class _SomeRefused(Exception):
     """A plain step found another record than its own: the transaction must not be kept."""
 
 
-def _replace(connection: sqlite3.Connection, steps: _Steps, one_by_one: bool) -> list[bool]:
+def _replace(connection: Connection, steps: _Steps, one_by_one: bool) -> list[bool]:
     """Plain steps; by one statement, which says how many were applied, but not which."""
     if one_by_one:
         return [connection.execute(_REPLACE, step).rowcount == 1 for step in steps]
@@ -303,7 +298,7 @@ def _replace(connection: sqlite3.Connection, steps: _Steps, one_by_one: bool) ->
     return [True] * len(steps)
 
 
-def _write(connection: sqlite3.Connection, write: Write, now_ms: int) -> bool:
+def _write(connection: Connection, write: Write, now_ms: int) -> bool:
     """One compare-and-set; says whether it was applied."""
     key, expect, record, ttl_s, sides, _ = write
     if record is None and expect is None:
@@ -322,7 +317,7 @@ def _write(connection: sqlite3.Connection, write: Write, now_ms: int) -> bool:
 
 
 @contextmanager
-def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
+def _transaction(connection: Connection) -> Iterator[None]:
     """All of it or nothing; takes the write lock at once, so that two processes never deadlock."""
     connection.execute("BEGIN IMMEDIATE")
     try:

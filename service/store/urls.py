@@ -32,20 +32,18 @@ def open_store(url: str, *, durability: str = "commit", options: StoreOptions | 
     if durability not in DURABILITIES:
         raise ConfigError(f"durability is {durability!r}. Take one of {', '.join(DURABILITIES)}.")
     parts = urlsplit(url)
+    base: Store
     if durability == "replicated" and parts.scheme not in _REDIS:
         raise ConfigError(f"durability 'replicated' needs Redis, got store {parts.scheme!r}.")
-    base = _base(parts, options)
-    return BehindStore(base, options.interval_s) if durability == "interval" else base
-
-
-def _base(parts: SplitResult, options: StoreOptions) -> Store:
     if parts.scheme == "memory":
-        return MemoryStore()
-    if parts.scheme == "sqlite":
-        return _sqlite(parts, options)
-    if parts.scheme in _REDIS:
-        return _redis(parts, options)
-    raise ConfigError(f"store scheme is {parts.scheme!r}. Take memory, sqlite or {', '.join(sorted(_REDIS))}.")
+        base = MemoryStore()
+    elif parts.scheme == "sqlite":
+        base = _sqlite(parts, options)
+    elif parts.scheme in _REDIS:
+        base = _redis(parts, options)
+    else:
+        raise ConfigError(f"store scheme is {parts.scheme!r}. Take memory, sqlite or {', '.join(sorted(_REDIS))}.")
+    return BehindStore(base, options.interval_s) if durability == "interval" else base
 
 
 def _sqlite(parts: SplitResult, options: StoreOptions) -> SqliteStore:

@@ -86,8 +86,8 @@ def change(writes: Sequence[Write]) -> bytes:
     keys: list[str] = []
     values: list[bytes | str] = []
     for key, expect, record, ttl_s, sides, touch_sides in writes:
-        is_step = expect is not None and record is not None and not touch_sides
-        count = f"{len(sides)}" if sides else "" if is_step else "0" if touch_sides else "-1"
+        is_step = expect is not None and record is not None
+        count = f"{len(sides)}" if sides else "0" if touch_sides else "" if is_step else "-1"
         keys += (main(key), side(key)) if count else (main(key),)
         values += (expect or b"", record or b"", _ttl(ttl_s), count)
         for name, data in (sides or {}).items():

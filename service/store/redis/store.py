@@ -119,17 +119,15 @@ async def _scan(node: Node, prefix: str, place: str, limit: int) -> tuple[str, l
     (reply,) = await ask(node.line, pack("SCAN", place, "MATCH", f"{PREFIX}{escaped}*}}", "COUNT", max(limit, 100)))
     if isinstance(reply, Refused):
         raise reply.error
-    following, keys = reply
-    return following.decode(), [key[len(PREFIX) : -1].decode() for key in keys]
+    return reply[0].decode(), [key[len(PREFIX) : -1].decode() for key in reply[1]]
 
 
 async def _warn_of_loss(node: Node) -> None:
     """Say what in the server's settings can make sessions vanish."""
     replies = await ask(node.line, pack("INFO", "memory"), pack("INFO", "persistence"))
-    lines = [line for text in replies if isinstance(text, bytes) for line in text.decode().splitlines() if ":" in line]
-    facts = dict(line.split(":", 1) for line in lines)
-    policy = facts.get("maxmemory_policy", "noeviction")
-    if policy != "noeviction":
+    lines = [line for text in replies if isinstance(text, bytes) for line in text.decode().splitlines()]
+    facts = dict(line.split(":", 1) for line in lines if ":" in line)
+    if (policy := facts.get("maxmemory_policy", "noeviction")) != "noeviction":
         _log.warning("Redis evicts under maxmemory-policy %r: sessions can vanish. Set it to noeviction.", policy)
     if facts.get("aof_enabled") == "0":
         _log.warning("Redis runs without appendonly: its restart loses all since the last snapshot. Set it to yes.")

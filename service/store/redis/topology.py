@@ -61,15 +61,10 @@ class Node:
 
 
 class Nodes:
-    """The servers of one store: one primary.
+    """The servers of one store: one primary."""
 
-    Attributes:
-        most: How many sessions one command may name.
-        not_done: What a server says that has done nothing of a command, which another try may mend.
-    """
-
-    most = 1 << 30
-    not_done = frozenset({"NOSCRIPT"})
+    most = 1 << 30  # sessions that one command may name
+    not_done = frozenset({"NOSCRIPT"})  # what a server says that has done nothing, which another try may mend
 
     def __init__(self, node: Node | None, options: StoreOptions) -> None:
         self._node, self._options = node, options
@@ -146,18 +141,19 @@ class Nodes:
 
     async def _again(self, key: str, command: bytes, refused: Refused) -> Replies:
         """The reply to a command that was not done, sent until it is or the time is over."""
-        clock, pause_s, reply = asyncio.get_running_loop().time, 0.0, refused
+        clock, pause_s = asyncio.get_running_loop().time, 0.0
         until = clock() + self._options.reply_timeout_s
-        while isinstance(reply, Refused) and reply.reason in self.not_done and clock() < until:
+        while refused.reason in self.not_done and clock() < until:
             await asyncio.sleep(pause_s)
             pause_s = _PAUSE_S
-            node, first = self._next(key, reply)
+            node, first = self._next(key, refused)
             if node is None:
                 raise _nowhere()
             *_, reply = await ask(node.line, *first, command)
-        if isinstance(reply, Refused):
-            raise reply.error
-        return [reply]
+            if not isinstance(reply, Refused):
+                return [reply]
+            refused = reply
+        raise refused.error
 
     def _next(self, key: str, refused: Refused) -> tuple[Node | None, Sequence[bytes]]:
         """Where a command goes that was not done, and what must be said before it."""
@@ -269,7 +265,7 @@ def server_of(url: str, port: int) -> Server:
 
 
 def _client(server: Server, options: StoreOptions) -> Any:
-    """redis-py's, that asks once: whether to ask again is for who calls us to say."""
+    """One of redis-py that asks once: whether to ask again is for who calls us to say."""
     waits = {"socket_connect_timeout": options.connect_timeout_s, "socket_timeout": options.reply_timeout_s}
     where = {"host": server.host, "port": server.port, "protocol": 2, "retry": _ONCE}
     return Redis.from_pool(ConnectionPool(**{**server.options, **waits, **where}))
@@ -277,13 +273,11 @@ def _client(server: Server, options: StoreOptions) -> Any:
 
 async def _look_up(server: Server, options: StoreOptions) -> Any:
     """Who has which slots, as this server says."""
-    client = _client(server, options)
     try:
-        return await client.execute_command("CLUSTER SLOTS")
+        async with _client(server, options) as client:
+            return await client.execute_command("CLUSTER SLOTS")
     except (RedisError, OSError) as error:
         raise unavailable(server, str(error)) from error
-    finally:
-        await client.aclose()
 
 
 async def connect_primary(sentinels: Sequence[Server], service: str, entry: Server, options: StoreOptions) -> Wire:
