@@ -98,7 +98,7 @@ def state_offset(flags: int) -> int:
 
 
 @cache
-def _single_answers(count: int, size: int) -> struct.Struct:
+def _marks(count: int, size: int) -> struct.Struct:
     """Reads what follows the digests of `count` kept answers of `size` bytes each."""
     return struct.Struct("<" + f"{DIGEST_BYTES}x6s{size - ANSWER_BYTES}x" * count)
 
@@ -183,12 +183,11 @@ class Advance(NamedTuple):
 
 
 class Shapes:
-    """The shapes of one model version's records.
+    """The shapes of one model version's records, with the inputs of the last `log_steps` steps.
 
     Args:
         row_bytes, input_bytes: Of one row's state, and of its inputs by one step.
         outputs: O.
-        log_steps: How many steps of inputs are kept.
         default_ttl_s: The server's time to live, s; 0: for ever.
     """
 
@@ -197,7 +196,7 @@ class Shapes:
     ) -> None:
         self.row_bytes, self.input_bytes, self.outputs, self.log_steps = row_bytes, input_bytes, outputs, log_steps
         self.default_ttl_s = default_ttl_s
-        self._mark = answer_mark(1, outputs)
+        self._single_marks = {answer_mark(1, outputs)}
         self._known: dict[tuple[bool, int, int, int, int, Sizes], Shape] = {}
 
     def shape(self, fresh: bool, ttl_s: int, flags: int, examples: int, log_bytes: int, sizes: Sizes) -> Shape:
@@ -218,16 +217,13 @@ class Shapes:
         if found.state_bytes != found.examples * self.row_bytes:
             raise BadRecord(f"a state of {found.state_bytes} bytes for {found.examples} rows of {self.row_bytes}")
         at = state_offset(found.flags) + found.state_bytes + found.log_bytes
-        sizes = self._single_sizes(record, at, found) or answer_sizes(record, at, found.answers, found.examples)
+        count, single = found.answers, answer_bytes(found.examples, 1, self.outputs)
+        fits = len(record) == at + count * single
+        if fits and self._single_marks.issuperset(_marks(count, single).unpack_from(record, at)):
+            sizes: Sizes = (single,) * count
+        else:
+            sizes = answer_sizes(record, at, count, found.examples)
         return self.shape(not found.revision, found.ttl_s, found.flags, found.examples, found.log_bytes, sizes)
-
-    def _single_sizes(self, record: bytes, at: int, found: Facts) -> Sizes:
-        """The sizes of kept answers that are all of single steps; () where they are not."""
-        count, size = found.answers, answer_bytes(found.examples, 1, self.outputs)
-        if not count or len(record) != at + count * size:
-            return ()
-        marks = _single_answers(count, size).unpack_from(record, at)
-        return (size,) * count if marks.count(self._mark) == count else ()
 
 
 def answer_bytes(examples: int, steps: int, outputs: int) -> int:

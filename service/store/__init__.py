@@ -11,12 +11,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-import numpy as np
-import numpy.typing as npt
-
 from ..records.block import Block
-
-Bytes = npt.NDArray[np.uint8]
 
 
 class Write(NamedTuple):

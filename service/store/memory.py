@@ -10,9 +10,9 @@ from heapq import nsmallest
 from math import inf
 from typing import Final
 
-from ..records.block import Block
+from ..records.block import Block, Bytes
 from ..records.layout import TOKEN
-from . import Bytes, Done, Write
+from . import Done, Write
 
 _GONE: Final[tuple[bytes, float]] = (b"", inf)
 

@@ -14,9 +14,9 @@ from typing import Any, Final, cast
 import numpy as np
 from hiredis import pack_command
 
-from ...records.block import Block
+from ...records.block import Block, Bytes
 from ...records.layout import TOKEN
-from .. import Bytes, Write
+from .. import Write
 
 PREFIX: Final = "stepcast:{"
 ROWS: Final = 64

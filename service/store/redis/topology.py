@@ -184,19 +184,20 @@ class Cluster(Nodes):
 
     async def open(self) -> None:
         """Ask one server after the other who has which slots."""
-        failure = _nowhere()
+        failure, cause = _nowhere(), None
         for asked in dict.fromkeys([*(node.server for node in self.primaries()), *self._seeds]):
             try:
-                found = await _look_up(asked, self._options)
-            except StoreUnavailable as error:
-                failure = error
+                async with _client(asked, self._options) as client:
+                    found = await client.execute_command("CLUSTER SLOTS")
+            except (RedisError, OSError) as error:
+                failure, cause = unavailable(asked, str(error)), error
                 continue
             owners: list[Node | None] = [None] * _SLOTS
             for first, last, (host, port, *_), *_ in found:
                 owners[first : last + 1] = [self._at(asked, (host or b"").decode(), port)] * (last + 1 - first)
             self._owners = owners
             return
-        raise failure
+        raise failure from cause
 
     def send(self, keys: Sequence[str], commands: Sequence[bytes], told: Told) -> None:
         by_node: dict[Node | None, list[int]] = {}
@@ -269,15 +270,6 @@ def _client(server: Server, options: StoreOptions) -> Any:
     waits = {"socket_connect_timeout": options.connect_timeout_s, "socket_timeout": options.reply_timeout_s}
     where = {"host": server.host, "port": server.port, "protocol": 2, "retry": _ONCE}
     return Redis.from_pool(ConnectionPool(**{**server.options, **waits, **where}))
-
-
-async def _look_up(server: Server, options: StoreOptions) -> Any:
-    """Who has which slots, as this server says."""
-    try:
-        async with _client(server, options) as client:
-            return await client.execute_command("CLUSTER SLOTS")
-    except (RedisError, OSError) as error:
-        raise unavailable(server, str(error)) from error
 
 
 async def connect_primary(sentinels: Sequence[Server], service: str, entry: Server, options: StoreOptions) -> Wire:
