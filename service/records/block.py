@@ -19,6 +19,7 @@ Bytes = npt.NDArray[np.uint8]
 _USED_WORD: Final = 5
 _WORDS: Final = struct.Struct("<Q8sQQQQ16s")
 _WORDS_BYTES: Final = _WORDS.size
+_MOST_SPARES: Final = 4  # of one shape, and shapes
 SPARE_BYTES: Final = 4 << 20
 """A larger array is in no processor's cache and not worth the memory."""
 
@@ -30,13 +31,10 @@ def _counted(steps: int) -> npt.NDArray[np.uint64]:
 
 
 class Spares:
-    """Arrays that nobody uses any more, for the next of their shape, `most` of each and so many shapes.
+    """Arrays that nobody uses any more, for the next of their shape: they are in the processor's cache."""
 
-    They are in the processor's cache.
-    """
-
-    def __init__(self, most: int = 4) -> None:
-        self._most, self._free = most, dict[tuple[int, ...], list[Bytes]]()
+    def __init__(self) -> None:
+        self._free: dict[tuple[int, ...], list[Bytes]] = {}
 
     def take(self, shape: tuple[int, ...]) -> Bytes:
         """An array of that shape; its content means nothing."""
@@ -48,9 +46,9 @@ class Spares:
         if array.nbytes > SPARE_BYTES:
             return
         free = self._free.setdefault(array.shape, [])
-        if len(self._free) > self._most:  # others have come into use
+        if len(self._free) > _MOST_SPARES:  # others have come into use
             self._free.clear()
-        elif len(free) < self._most:
+        elif len(free) < _MOST_SPARES:
             free.append(array)
 
 
@@ -155,8 +153,7 @@ class LoneBlock(Block):
         self, advance: Advance, key: str, old: bytes, now_ms: int, parts: tuple[bytes, bytes, bytes], log: bytes = b""
     ) -> None:
         self.advance, self.keys, self.ttl_s = advance, (key,), advance.after.ttl_s
-        self.stays, self._old_record = False, old
-        self.place = None
+        self.stays, self.place, self._old_record = False, None, old
         state, digest, outputs = parts
         before, after = advance.before, advance.after
         _, incarnation, revision, step, created_ms, used_ms, versions = _WORDS.unpack_from(old)

@@ -122,11 +122,6 @@ class Shape:
         single: What `following` made, once it was asked.
     """
 
-    __slots__ = (
-        *("_shapes", "_ttl_s", "answers_at", "examples", "first_word", "flags", "fresh", "input_bytes", "log_at"),
-        *("single", "sizes", "state_at", "ttl_s", "width"),
-    )
-
     def __init__(
         self, shapes: "Shapes", fresh: bool, ttl_s: int, flags: int, examples: int, log_bytes: int, sizes: Sizes
     ) -> None:

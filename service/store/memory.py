@@ -6,6 +6,7 @@ A restart forgets everything and no other process sees it. No method ever suspen
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from heapq import nsmallest
 from math import inf
 from typing import Final
@@ -20,24 +21,19 @@ _GONE: Final[tuple[bytes, float]] = (b"", inf)
 class _Roster:
     """Records (B, W) of a block that stays; whole until one of its sessions is written by itself."""
 
-    __slots__ = ("applied", "records", "whole")
-
     def __init__(self, records: Bytes) -> None:
-        self.records, self.whole = records, True
-        self.applied = [True] * len(records)
+        self.records, self.applied, self.whole = records, [True] * len(records), True
 
 
+@dataclass(slots=True)
 class _Member:
     """A record in a roster."""
 
-    __slots__ = ("_at", "roster")
-
-    def __init__(self, roster: _Roster, at: int) -> None:
-        self.roster, self._at = roster, at
+    roster: _Roster
+    at: int
 
     def __bytes__(self) -> bytes:
-        record: bytes = self.roster.records[self._at].tobytes()
-        return record
+        return self.roster.records[self.at].tobytes()  # type: ignore[no-any-return]
 
 
 class MemoryStore:

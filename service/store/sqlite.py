@@ -52,6 +52,7 @@ CREATE TABLE IF NOT EXISTS sides (
 PRAGMA user_version = {SCHEMA_VERSION};
 COMMIT;
 """
+_BEGIN: Final = "BEGIN IMMEDIATE"  # takes the write lock at once, so that two processes never deadlock
 _LOOK: Final = "SELECT user_version, (SELECT count(*) FROM sqlite_master) FROM pragma_user_version"
 _LOAD: Final = "SELECT record FROM sessions WHERE key = ? AND expires_ms > ?"
 _CREATE: Final = """
@@ -236,7 +237,8 @@ class SqliteStore:
         """One transaction for several commits; where a plain step is refused, all of it again, step by step."""
         now_ms, created, results = self._clock_ms(), 0, []
         try:
-            with _transaction(connection):
+            with connection:
+                connection.execute(_BEGIN)
                 for writes, steps in calls:
                     others = [_write(connection, write, now_ms) for write in writes]
                     results.append(_replace(connection, steps, one_by_one) if steps else others)
@@ -268,7 +270,8 @@ def _run(lane: _Lane, work: Callable[..., _T], *args: object) -> "asyncio.Future
 
 def _touch(connection: Connection) -> None:
     """Write something, as only that shows whether the file can be written."""
-    with _transaction(connection):
+    with connection:
+        connection.execute(_BEGIN)
         connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
 
@@ -314,19 +317,6 @@ def _write(connection: Connection, write: Write, now_ms: int) -> bool:
     if applied and sides and record is not None:
         connection.executemany(_SET_SIDE, [(key, name, side) for name, side in sides.items()])
     return applied
-
-
-@contextmanager
-def _transaction(connection: Connection) -> Iterator[None]:
-    """All of it or nothing; takes the write lock at once, so that two processes never deadlock."""
-    connection.execute("BEGIN IMMEDIATE")
-    try:
-        yield
-        connection.execute("COMMIT")
-    except BaseException:
-        if connection.in_transaction:  # SQLite has rolled back by itself after a full disk
-            connection.execute("ROLLBACK")
-        raise
 
 
 def _unavailable(facts: str, retry_after_s: float = 1.0) -> StoreUnavailable:

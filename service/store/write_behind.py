@@ -1,9 +1,9 @@
 """Durability `interval`: steps are acknowledged at once and written to the store behind a little later.
 
-A crash of the process loses what was acknowledged in the last interval at most: what waits is written twice per
-interval, and where that takes too long or fails, commits wait or are refused until it is done. Creating and forgetting
-a session and its side records are written at once. A session must be stepped by one process at a time: where another
-one wrote it, what is waiting here is dropped, and counted.
+A crash loses what was acknowledged in the last interval at most: what waits is written twice per interval, and where
+that takes too long or fails, commits wait or are refused until it is done. Creating and forgetting a session and its
+side records are written at once. A session must be stepped by one process at a time: where another one wrote it, what
+is waiting here is dropped, and counted.
 """
 
 import asyncio
@@ -97,7 +97,10 @@ class BehindStore:
 
     async def change(self, writes: Sequence[Write]) -> list[bool]:
         await self._keep_promise()
-        at_once = {write.key: write for write in writes if not self._may_wait(write)}
+        at_once: dict[str, Write] = {}
+        for write in writes:  # only steps wait
+            if not write.expect or not write.record or write.sides or write.key in self._passing:
+                at_once[write.key] = write
         applied = dict(zip(at_once, await self._change_now(list(at_once.values())), strict=True)) if at_once else {}
         await self._learn([write.key for write in writes if write.key not in at_once])
         return [applied[write.key] if write.key in at_once else self._keep(write) for write in writes]
@@ -120,10 +123,6 @@ class BehindStore:
         while self._clock() - min(self._since, self._flushing_since) > self._interval_s:
             await self.flush()
 
-    def _may_wait(self, write: Write) -> bool:
-        is_step = write.expect is not None and write.record is not None and not write.sides
-        return is_step and write.key not in self._passing
-
     async def _change_now(self, writes: Sequence[Write]) -> list[bool]:
         """Write to the base now, after what waits for the same sessions."""
         keys = {write.key for write in writes}
@@ -139,16 +138,13 @@ class BehindStore:
 
     async def _learn(self, keys: Sequence[str]) -> None:
         """Read the tokens of sessions that we know nothing of."""
-        unknown = [key for key in keys if not self._is_known(key)]
+        unknown = [key for key in keys if not self._newest(key) and key not in self._known]
         for key, record in zip(unknown, await self._base.load(unknown) if unknown else (), strict=True):
-            if record is not None and not self._is_known(key):
+            if record is not None and not self._newest(key) and key not in self._known:
                 self._remember(key, record[TOKEN], inf)
 
     def _newest(self, key: str) -> _Waiting | None:
         return self._waiting.get(key) or self._flushing.get(key)
-
-    def _is_known(self, key: str) -> bool:
-        return self._newest(key) is not None or key in self._known
 
     def _remember(self, key: str, token: bytes, expires: float) -> None:
         self._known[key] = (token, expires)
@@ -180,9 +176,12 @@ class BehindStore:
         try:
             await self._clear_doubts()
             while self._flushing:
-                now, batch = self._clock(), list(self._flushing.items())[:_PER_FLUSH_CALL]
-                results = await self._base.change([_as_write(key, waiting, now) for key, waiting in batch])
-                for (key, waiting), applied in zip(batch, results, strict=True):
+                now, batch, writes = self._clock(), list(self._flushing.items())[:_PER_FLUSH_CALL], []
+                for key, waiting in batch:
+                    (expect,) = waiting.replaces
+                    ttl_s = None if waiting.expires == inf else max(waiting.expires - now, 0.001)
+                    writes.append(Write(key, expect, waiting.record, ttl_s, None, waiting.touch_sides))
+                for (key, waiting), applied in zip(batch, await self._base.change(writes), strict=True):
                     self._settle(key, waiting, applied)
         finally:
             if self._flushing:
@@ -212,9 +211,3 @@ class BehindStore:
         _log.warning("session %r was written by another process: its steps that waited here are dropped", key)
         self._waiting.pop(key, None)
         self._known.pop(key, None)
-
-
-def _as_write(key: str, waiting: _Waiting, now: float) -> Write:
-    (expect,) = waiting.replaces
-    ttl_s = None if waiting.expires == inf else max(waiting.expires - now, 0.001)
-    return Write(key, expect, waiting.record, ttl_s, None, waiting.touch_sides)

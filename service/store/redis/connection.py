@@ -1,8 +1,8 @@
 """One connection to one Redis server, shared by all calls in flight.
 
-A client of our own on top of hiredis, for two reasons. Nothing may be sent twice: a general client's retry after a
-lost reply would turn an applied compare-and-set into a refused one. And calls in flight share one connection, in
-order, at a fraction of the processor time of redis-py's pool, which would give each a connection of its own.
+A client of our own on top of hiredis. Nothing may be sent twice: a general client's retry after a lost reply would turn
+an applied compare-and-set into a refused one. And calls in flight share one connection, in order, at a fraction of the
+processor time of redis-py's pool, which would give each a connection of its own.
 """
 
 import asyncio
@@ -54,8 +54,6 @@ class Refused:
 
     `text` is all that it said, `reason` its word for it (OOM, MOVED, ...), also where Redis 6 wraps it in a script's.
     """
-
-    __slots__ = ("reason", "server", "text")
 
     def __init__(self, server: Server, error: ReplyError) -> None:
         self.server, self.text = server, str(error)
@@ -235,26 +233,20 @@ class Line:
 
 async def ask(line: Wire | Line, *commands: bytes) -> Replies:
     """The replies to commands. Raises StoreUnavailable: none, or not in time; what was done is unknown."""
-    future: asyncio.Future[Replies] = asyncio.get_running_loop().create_future()
+    future: asyncio.Future[Replies | StoreUnavailable] = asyncio.get_running_loop().create_future()
 
     def done(replies: Replies | StoreUnavailable) -> None:
-        if future.done():  # its caller is gone
-            return
-        if isinstance(replies, list):
+        if not future.done():  # else its caller is gone
             future.set_result(replies)
-        else:
-            future.set_exception(replies)
 
     line.send(commands, done)
-    return await future
+    if isinstance(replies := await future, list):
+        return replies
+    raise replies
 
 
 async def connect(server: Server, options: StoreOptions) -> Wire:
-    """Open a connection, enter, and teach the server our script.
-
-    Raises:
-        StoreUnavailable: nobody there, or a wrong password.
-    """
+    """Open a connection, enter, and teach the server our script. Raises StoreUnavailable."""
     wire, limit_s = Wire(server, options.reply_timeout_s), options.connect_timeout_s
     named = pack("CLIENT", "SETNAME", "stepcast")  # for who looks at Redis' list of clients; it may be forbidden
     try:

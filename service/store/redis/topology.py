@@ -5,11 +5,12 @@ redis-py is asked who is where; what is asked of those servers then goes over co
 
 import asyncio
 from binascii import crc_hqx
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import cycle
 from math import inf
 from typing import Any, Final, cast
+from urllib.parse import SplitResult, urlencode, urlunsplit
 
 from redis.asyncio import ConnectionPool, Redis, SSLConnection
 from redis.asyncio.connection import parse_url
@@ -18,7 +19,7 @@ from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
-from stepcast.errors import StoreUnavailable
+from stepcast.errors import ConfigError, StoreUnavailable
 
 from .. import StoreOptions, tell
 from .commands import LESSON, pack
@@ -250,19 +251,31 @@ def slot_of(key: str) -> int:
 # --- redis-py -------------------------------------------------------------------------------------------------------
 
 
-def server_of(url: str, port: int) -> Server:
-    """The server that redis:// or rediss:// names, with one host; `port` where the URL has none.
+def servers_of(parts: SplitResult, scheme: str, db: str, query: Mapping[str, str], port: int) -> list[Server]:
+    """The servers of host:port,host:port, who share user, password, database and options; `port` where none is given.
 
     Raises:
-        ValueError: not a URL of this form. OSError: its certificates cannot be read.
+        ConfigError: not a URL of this form, or its certificates cannot be read.
     """
-    options: dict[str, Any] = {**parse_url(url)}
-    context = None
-    if "connection_class" in options:  # of TLS
-        options.setdefault("ssl_check_hostname", True)  # redis-py before 6 leaves the name unchecked
-        tls = {name: value for name, value in options.items() if name.startswith("ssl_")}
-        context = SSLConnection(**tls).ssl_context.get()
-    return Server(options.get("host", "localhost"), options.get("port", port), options, context)
+    if db and not db.isdecimal():
+        raise ConfigError(f"store URL asks for database {db!r}. Give its number.")
+    entry, at, hosts = parts.netloc.rpartition("@")
+    found = []
+    for host in hosts.split(","):
+        try:
+            url = urlunsplit((scheme, entry + at + host, db, urlencode(query), ""))
+            options: dict[str, Any] = {**parse_url(url)}
+            context = None
+            if "connection_class" in options:  # of TLS
+                options.setdefault("ssl_check_hostname", True)  # redis-py before 6 leaves the name unchecked
+                tls = {name: value for name, value in options.items() if name.startswith("ssl_")}
+                context = SSLConnection(**tls).ssl_context.get()
+        except OSError as error:
+            raise ConfigError(f"store URL has certificates that cannot be read: {error}.") from error
+        except ValueError as error:
+            raise ConfigError(f"store URL has the host {host!r}: {error}.") from error
+        found.append(Server(options.get("host", "localhost"), options.get("port", port), options, context))
+    return found
 
 
 def _client(server: Server, options: StoreOptions) -> Any:
