@@ -20,8 +20,7 @@ _USED_WORD: Final = 5
 _WORDS: Final = struct.Struct("<Q8sQQQQ16s")
 _WORDS_BYTES: Final = _WORDS.size
 _MOST_SPARES: Final = 4  # of one shape, and shapes
-SPARE_BYTES: Final = 4 << 20
-"""A larger array is in no processor's cache and not worth the memory."""
+SPARE_BYTES: Final = 4 << 20  # a larger array is in no processor's cache and not worth the memory
 
 
 @lru_cache(64)
@@ -55,13 +54,10 @@ class Spares:
 class Block:
     """The next records of sessions that are stepped together.
 
-    Args:
-        advance: How each record changes.
-        keys: B distinct keys of the store.
-        now_ms: Wall clock.
-        spares: Where the next records' array comes from; None: it is made.
+    Of B distinct keys; the array of the next records comes from `spares`, if there are any.
 
     Attributes:
+        advance: How each record changes.
         ttl_s: Seconds until they are forgotten unless written again; None: never.
         old, new: (B, W) the records that they replace, (B, W') the next.
         before, after: The states (B, N x row bytes) of both, to be read and to be filled.

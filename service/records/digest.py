@@ -25,11 +25,9 @@ Mask = npt.NDArray[np.bool_]
 _LANES: Final = 2
 _LANE_BYTES: Final = DIGEST_BYTES // _LANES
 _CUT: Final = 8 - _LANE_BYTES
-_FEW_WORDS: Final = 64
-"""Up to these, Python's own numbers are faster than numpy's calls."""
+_FEW_WORDS: Final = 64  # up to these, Python's own numbers are faster than numpy's calls
 _ALL_BITS: Final = (1 << 64) - 1
-_LANE_SHIFT: Final = 192
-"""Where the second key lies in the number that holds both: sums of the first stay below it."""
+_LANE_SHIFT: Final = 192  # of the second key in the number that holds both: sums of the first stay below it
 _OLD_BYTES: Final = 5
 
 

@@ -41,24 +41,20 @@ HEADER_BYTES: Final = HEADER.size
 SOURCE: Final = struct.Struct("<8sQQ")
 
 DIGEST_BYTES: Final = 10
-ANSWER_BYTES: Final = 16
-"""Of a kept answer, before its outputs."""
+ANSWER_BYTES: Final = 16  # of a kept answer, before its outputs
 KEPT_ANSWERS: Final = 16
 KEPT_ANSWER_BYTES: Final = 64 * 1024
-MOST_STEPS: Final = (1 << 23) - 1
-"""Of one call: T has 23 bits."""
+MOST_STEPS: Final = (1 << 23) - 1  # of one call: T has 23 bits
 LEGACY: Final = 1 << 23
 
 _FACTS: Final = struct.Struct("<BBHI8xQQ16xII8sII")
-_SHAPES: Final = 4096
-"""Shapes remembered per model version; sessions keep theirs when these are forgotten."""
+_SHAPES: Final = 4096  # remembered per model version; sessions keep theirs when these are forgotten
+
+Sizes = tuple[int, ...]
 
 
 class BadRecord(Exception):
     """Bytes in the store that are not a record of a layout this server knows."""
-
-
-Sizes = tuple[int, ...]
 
 
 class Facts(NamedTuple):
@@ -114,8 +110,7 @@ class Shape:
     Attributes:
         fresh: No store has such a record: the session is new.
         ttl_s: Seconds until it is forgotten unless written again; None: never.
-        examples: N.
-        sizes: Bytes of each kept answer, oldest first.
+        examples, sizes: N; bytes of each kept answer, oldest first.
         input_bytes: Of one step's inputs [N,F].
         state_at, log_at, answers_at, width: Offsets; `width` is the record's length.
         first_word: The header's first eight bytes, as a number.
@@ -213,10 +208,9 @@ class Shapes:
             raise BadRecord(f"a state of {found.state_bytes} bytes for {found.examples} rows of {self.row_bytes}")
         at = state_offset(found.flags) + found.state_bytes + found.log_bytes
         count, single = found.answers, answer_bytes(found.examples, 1, self.outputs)
+        sizes: Sizes = (single,) * count
         fits = len(record) == at + count * single
-        if fits and self._single_marks.issuperset(_marks(count, single).unpack_from(record, at)):
-            sizes: Sizes = (single,) * count
-        else:
+        if not fits or not self._single_marks.issuperset(_marks(count, single).unpack_from(record, at)):
             sizes = answer_sizes(record, at, count, found.examples)
         return self.shape(not found.revision, found.ttl_s, found.flags, found.examples, found.log_bytes, sizes)
 

@@ -11,8 +11,7 @@ from . import layout
 from .layout import ANSWER_BYTES, DIGEST_BYTES, HAS_CHECKPOINTS, HAS_SOURCE, HEADER, HEADER_BYTES, MOST_STEPS, BadRecord
 
 _RUN: Final = 2
-_FLAGS: Final = {1: HAS_CHECKPOINTS, 2: HAS_CHECKPOINTS | _RUN, layout.LAYOUT: HAS_CHECKPOINTS | HAS_SOURCE}
-"""By layout version."""
+_FLAGS: Final = {1: HAS_CHECKPOINTS, 2: HAS_CHECKPOINTS | _RUN, 3: HAS_CHECKPOINTS | HAS_SOURCE}  # by layout version
 _OLD_ANSWER: Final = struct.Struct("<Q5s3xII")
 _OLD_DIGEST_BYTES: Final = 5
 
@@ -27,16 +26,13 @@ class Source(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A kept answer: which payload it answered, and its outputs float32 [N,T,O] as bytes.
-
-    `legacy`: the digest is one of layout 2 (records/digest.py).
-    """
+    """A kept answer: which payload it answered, and its outputs float32 [N,T,O] as bytes."""
 
     seq: int
     digest: bytes
     steps: int
     outputs: bytes
-    legacy: bool = False
+    legacy: bool = False  # the digest is one of layout 2 (records/digest.py)
 
 
 def encode_answer(digest: bytes, steps: int, width: int, outputs: bytes) -> bytes:
@@ -175,8 +171,7 @@ def _answers(record: Record, data: bytes, at: int, count: int) -> tuple[bytes, .
 
 # --- layouts 1 and 2 ------------------------------------------------------------------------------------------------
 
-_OldAnswer = tuple[int, bytes, int, bytes]
-"""seq, digest, T, outputs."""
+_OldAnswer = tuple[int, bytes, int, bytes]  # seq, digest, T, outputs
 
 
 def _old_answers(record: Record, data: bytes, at: int, count: int) -> tuple[bytes, ...]:

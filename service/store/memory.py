@@ -41,10 +41,7 @@ class MemoryStore:
 
     Expired sessions vanish for readers at once; their memory is freed by a sweep that goes round the sessions: every
     commit looks at one, and at two more for each session that it creates. So a commit does bounded work, and at most
-    about as many expired sessions are held as live ones.
-
-    Args:
-        clock: Seconds, monotonic.
+    about as many expired sessions are held as live ones. The clock is monotonic, in seconds.
     """
 
     volatile = True

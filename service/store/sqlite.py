@@ -72,19 +72,15 @@ _SIDES: Final = "SELECT name FROM sides JOIN sessions USING (key) WHERE key = ? 
 _ROUND: Final = "SELECT id, key, expires_ms FROM sessions WHERE id > ? ORDER BY id LIMIT ?"
 
 _T = TypeVar("_T")
-_Lane = tuple[ThreadPoolExecutor, Connection]
-"""A thread, and the connection that it uses."""
-_Steps = list[tuple[bytes, int, bytes, str, bytes, int]]
-"""A block, as _REPLACE takes its rows."""
-_Call = tuple[Sequence[Write], _Steps]
-"""One of them is empty."""
+_Lane = tuple[ThreadPoolExecutor, Connection]  # a thread, and the connection that it uses
+_Steps = list[tuple[bytes, int, bytes, str, bytes, int]]  # a block, as _REPLACE takes its rows
+_Call = tuple[Sequence[Write], _Steps]  # one of them is empty
 
 
 class SqliteStore:
-    """One SQLite file.
+    """One SQLite file, made if it is not there; its directory is not.
 
     Args:
-        path: The file; made if it is not there, its directory is not.
         full_sync: Wait for the disk at every transaction (synchronous=FULL).
         busy_timeout_s: How long a commit waits for another process's transaction.
         clock_ms: Wall clock in ms since the epoch; expiry outlives the process.

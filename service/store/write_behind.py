@@ -34,15 +34,13 @@ class _Waiting:
     record: bytes
     expires: float
     touch_sides: bool
-    replaces: set[bytes]
-    """Tokens of records that it may replace; several where it is unknown which one the store has."""
+    replaces: set[bytes]  # tokens of records that it may replace; several where it is unknown which one the store has
 
 
 class BehindStore:
-    """A store in front of another one.
+    """A store in front of `base`, where sessions rest.
 
     Args:
-        base: Where sessions rest.
         interval_s: How long an acknowledged step may wait to be written: the loss window.
         clock: Seconds, monotonic.
 

@@ -19,15 +19,13 @@ from ...records.layout import TOKEN
 from .. import Write
 
 PREFIX: Final = "stepcast:{"
-ROWS: Final = 64
-"""Of a block, that one command changes at most: more would make Redis pause for longer, and save nothing."""
-WRITES: Final = 16
-"""Edits of one command: their records may be of any size."""
-_FEW: Final = 12
-"""Records that are written by hand sooner than numpy's calls fill a frame."""
+ROWS: Final = (
+    64  # of a block, that one command changes at most: more would make Redis pause for longer, and save nothing
+)
+WRITES: Final = 16  # edits of one command: their records may be of any size
+_FEW: Final = 12  # records that are written by hand sooner than numpy's calls fill a frame
 _MOST_FRAMES: Final = 8
-_FRAME_BYTES: Final = 4 << 20
-"""Of records side by side; more are written one by one, so that little memory is kept for them."""
+_FRAME_BYTES: Final = 4 << 20  # of records; more are written one by one, so that little memory is kept for frames
 
 SCRIPT: Final = f"""
 local key, at, applied = 1, 1, {{}}

@@ -21,13 +21,11 @@ from stepcast.errors import StoreUnavailable
 from .. import StoreOptions
 from .commands import LESSON, pack
 
-_SEND_BYTES: Final = 1 << 20
-"""Room in the kernel for a whole batch, so that it leaves in one go."""
+_SEND_BYTES: Final = 1 << 20  # room in the kernel for a whole batch, so that it leaves in one go
 _SLOW_RETRY_S: Final = 0.5
 _RETRY_S: Final = {"OOM": 5.0, "MISCONF": 5.0, "TRYAGAIN": 0.1}
 _IN_SCRIPT: Final = re.compile(r"-([A-Z]+) ")
-_ELSEWHERE: Final = frozenset({"READONLY", "MASTERDOWN", "LOADING"})
-"""This server is not the one to talk to (any more): a replica, or one that is starting."""
+_ELSEWHERE: Final = frozenset({"READONLY", "MASTERDOWN", "LOADING"})  # said by a replica, and by who is starting
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +65,7 @@ class Refused:
         return unavailable(self.server, self.text, _RETRY_S.get(self.reason, 1.0))
 
 
-Replies = list[Any]
-"""One per command; a Refused where the server replied with an error."""
+Replies = list[Any]  # one per command; a Refused where the server replied with an error
 Replied = Callable[[Replies | StoreUnavailable], None]
 
 
@@ -259,10 +256,9 @@ async def connect(server: Server, options: StoreOptions) -> Wire:
         if isinstance(error, OSError | ValueError):
             raise unavailable(server, str(error) or f"no connection within {limit_s:g} s") from error
         raise
-    for reply in replies:
-        if isinstance(reply, Refused):
-            wire.close("refused at the door")
-            raise reply.error
+    if refused := [reply for reply in replies if isinstance(reply, Refused)]:
+        wire.close("refused at the door")
+        raise refused[0].error
     return wire
 
 

@@ -20,7 +20,6 @@ _log = logging.getLogger(__name__)
 _LOADS_PER_COMMAND: Final = 128
 _SCANS_PER_PAGE: Final = 10
 _CURSOR: Final = re.compile(r"([0-9]{1,4}):([0-9]{1,20})")
-_CURSORS: Final = 1 << 64
 
 
 class RedisStore:
@@ -29,8 +28,7 @@ class RedisStore:
     volatile = False
 
     def __init__(self, nodes: Nodes) -> None:
-        self._nodes = nodes
-        self._frames = Frames()
+        self._nodes, self._frames = nodes, Frames()
 
     async def open(self) -> None:
         try:
@@ -49,13 +47,13 @@ class RedisStore:
         await self._nodes.run(["ping"], [pack("SET", "stepcast:ping:{ping}", "", "PX", 1)])
 
     async def load(self, keys: Sequence[str]) -> list[bytes | None]:
-        parts = self._parts(len(keys), _LOADS_PER_COMMAND)
+        parts = _parts(len(keys), min(_LOADS_PER_COMMAND, self._nodes.most))
         commands = [pack("MGET", *map(main, keys[part.start : part.stop])) for part in parts]
         found = await self._nodes.run([keys[part.start] for part in parts], commands)
         return list(chain(*found))
 
     def replace(self, block: Block, done: Done) -> None:
-        parts = self._parts(len(block), ROWS)
+        parts = _parts(len(block), min(ROWS, self._nodes.most))
 
         def told(places: Sequence[int], replies: Replies | BaseException) -> None:
             rows = places if len(parts) == len(block) else [row for place in places for row in parts[place]]
@@ -65,7 +63,7 @@ class RedisStore:
         self._nodes.send(keys, self._frames.commands(block, parts), told)
 
     async def change(self, writes: Sequence[Write]) -> list[bool]:
-        parts = self._parts(len(writes), WRITES)
+        parts = _parts(len(writes), min(WRITES, self._nodes.most))
         commands = [change(writes[part.start : part.stop]) for part in parts]
         replies = await self._nodes.run([writes[part.start].key for part in parts], commands)
         return [flag == 1 for flag in chain(*replies)]
@@ -90,9 +88,6 @@ class RedisStore:
         names = await self._of_live(key, pack("HKEYS", side(key)))
         return sorted(name.decode() for name in names or [])
 
-    def _parts(self, count: int, most: int) -> Sequence[range]:
-        return _parts(count, min(most, self._nodes.most))
-
     async def _of_live(self, key: str, command: bytes) -> Any:
         """The reply to `command` if the session is there, else None."""
         exists, reply = await self._nodes.run([key, key], [pack("EXISTS", main(key)), command])
@@ -108,7 +103,7 @@ def _parts(count: int, size: int) -> Sequence[range]:
 def _place(cursor: str) -> tuple[int, str]:
     """The node's index and its own cursor, a number of 64 bits."""
     match = _CURSOR.fullmatch(cursor or "0:0")
-    if match is None or int(match[2]) >= _CURSORS:
+    if match is None or int(match[2]) >> 64:
         raise InvalidRequest(f"cursor {cursor[:64]!r} was not given by this server. Start without one.")
     return int(match[1]), match[2]
 

@@ -26,10 +26,8 @@ from .commands import LESSON, pack
 from .connection import Line, Refused, Replies, Server, Wire, ask, connect, unavailable
 
 _SLOTS: Final = 16384
-_PAUSE_S: Final = 0.05
-"""Before a command that was not done is sent for the third time, and so on: its slot may be on its way."""
-_LOOK_S: Final = 0.1
-"""Between two looks at who has which slots."""
+_PAUSE_S: Final = 0.05  # before a command that was not done is sent for the third time, and so on: its slot may move
+_LOOK_S: Final = 0.1  # between two looks at who has which slots
 _LINES_THAT_WAIT: Final = 4
 _ASKING: Final = pack("ASKING")
 _ONCE: Final = Retry(NoBackoff(), 0)
