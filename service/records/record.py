@@ -141,8 +141,8 @@ def decode(data: bytes) -> Record:
     """
     number, flags = data[:2] if len(data) >= HEADER_BYTES else (0, 0)
     if number not in _FLAGS or flags & ~_FLAGS[number]:
-        reads = f"this server reads up to {layout.LAYOUT}"
-        raise BadRecord(f"record of {len(data)} bytes, layout {data[0] if data else None}; {reads}")
+        found = f"record of {len(data)} bytes, layout {data[0] if data else None}"
+        raise BadRecord(f"{found}; this server reads up to {layout.LAYOUT}")
     _, _, count, *fixed, state_bytes, input_bytes = HEADER.unpack_from(data)
     has_source = number == layout.LAYOUT and flags & HAS_SOURCE
     state_at = layout.state_offset(flags) if has_source else HEADER_BYTES

@@ -32,11 +32,10 @@ Done = Callable[[Sequence[int], list[bool] | BaseException], None]
 class Store(Protocol):
     """The protocol of every store. Its coroutines raise errors.StoreUnavailable where the store cannot answer.
 
-    After a StoreUnavailable, whether a write was applied is unknown: load before the next try.
+    Whether a write was applied is unknown then: load before the next try.
     """
 
-    volatile: bool
-    """True where a restart of the process forgets everything."""
+    volatile: bool  # a restart of the process forgets everything
 
     async def open(self) -> None:
         """Connect; create what is needed. Raises StoreUnavailable where that fails."""

@@ -36,18 +36,11 @@ _SWEEP_PER_S: Final = 64
 _SCHEMA: Final = f"""
 BEGIN IMMEDIATE;
 CREATE TABLE IF NOT EXISTS sessions (
-    id INTEGER PRIMARY KEY,
-    key TEXT NOT NULL UNIQUE,
-    token BLOB NOT NULL,
-    expires_ms INTEGER NOT NULL,
+    id INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, token BLOB NOT NULL, expires_ms INTEGER NOT NULL,
     record BLOB NOT NULL
 );
 CREATE TABLE IF NOT EXISTS sides (
-    id INTEGER PRIMARY KEY,
-    key TEXT NOT NULL,
-    name TEXT NOT NULL,
-    record BLOB NOT NULL,
-    UNIQUE (key, name)
+    id INTEGER PRIMARY KEY, key TEXT NOT NULL, name TEXT NOT NULL, record BLOB NOT NULL, UNIQUE (key, name)
 );
 PRAGMA user_version = {SCHEMA_VERSION};
 COMMIT;
@@ -321,15 +314,11 @@ def _unavailable(facts: str, retry_after_s: float = 1.0) -> StoreUnavailable:
 
 @contextmanager
 def _translated(path: Path, told: str = "SQLite") -> Iterator[None]:
-    """sqlite3's errors become StoreUnavailable; retry soon where another process writes, late on a full disk.
-
-    Args:
-        told: What the error names; who steps a session need not know where its file is, the log does.
-    """
+    """sqlite3's errors become StoreUnavailable; retry soon where another process writes, late on a full disk."""
     try:
         yield
     except sqlite3.Error as error:
-        _log.warning("%s: %s", path, error)
+        _log.warning("%s: %s", path, error)  # who steps a session need not know where its file is, the log does
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
         retry_after_s = {sqlite3.SQLITE_BUSY: 0.1, sqlite3.SQLITE_FULL: 5.0}.get(code, 1.0)
         raise _unavailable(f"{told}: {error}", retry_after_s) from error

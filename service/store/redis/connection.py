@@ -162,8 +162,8 @@ class Wire(asyncio.Protocol):
 class Line:
     """A connection that comes back: opened by `locate` when first needed, and again after a failure.
 
-    So many `replicas` must have what a command did within `replicas_s` before its reply counts. That goes for reads
-    too: an answer that was refused for lack of replicas and then read back could still be lost.
+    `replicas` must have what a command did, within `replicas_s`, before its reply counts. That goes for reads too: an
+    answer that was refused for lack of replicas and then read back could still be lost.
     """
 
     def __init__(self, locate: Callable[[], Awaitable[Wire]], replicas: int = 0, replicas_s: float = 0.0) -> None:

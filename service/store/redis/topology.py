@@ -37,13 +37,10 @@ Told = Callable[[Sequence[int], Replies | BaseException], None]
 
 
 class Node:
-    """One server; where replicas are waited for, several connections take turns, since one that waits stands still.
-
-    `server` says where it is if it stays there, `locate` makes a connection to where it is now.
-    """
+    """One server; where replicas are waited for, several connections take turns, since one that waits stands still."""
 
     def __init__(self, server: Server, locate: Callable[[], Awaitable[Wire]], options: StoreOptions) -> None:
-        self.server = server
+        self.server = server  # where it is if it stays there; `locate` makes a connection to where it is now
         lines = range(_LINES_THAT_WAIT if options.awaited else 1)
         self._lines = [Line(locate, options.awaited, options.replica_timeout_s) for _ in lines]
         self._turn = cycle(self._lines)
