@@ -56,8 +56,6 @@ class Server:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await (self._sockets if scope["type"] == "websocket" else self.api)(scope, receive, send)
 
-    # --- life ---------------------------------------------------------------------------------------------------
-
     @contextlib.asynccontextmanager
     async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
         """Open the store, prove the models, serve; at the end answer what was accepted, within drain_s.
@@ -101,8 +99,6 @@ class Server:
                 await asyncio.to_thread(self.repository.scan)
             except ManifestError as error:
                 log.error("%s", error)
-
-    # --- the FastAPI application --------------------------------------------------------------------------------
 
     def _api(self, routes: Routes) -> FastAPI:
         docs = self.settings.docs

@@ -191,8 +191,6 @@ def _bucket(rows: int) -> int:
     return 1 << (rows - 1).bit_length()
 
 
-# --- graphs ---------------------------------------------------------------------------------------------------------
-
 _NAME: Final = "stepcast/"  # of what is added to a graph; a slash begins no name that exporters give
 _TABLE, _TABLE_OUT, _SLOTS = f"{_NAME}table", f"{_NAME}table_out", f"{_NAME}slots"
 _NEW, _SOUND = f"{_NAME}new", f"{_NAME}sound"

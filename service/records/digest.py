@@ -88,9 +88,6 @@ def same_payload(kept: Answer, named: bytes, x: Floats, mask: Mask | None) -> bo
     return kept.digest[:_OLD_BYTES] == legacy_call(x, mask)
 
 
-# --- layouts 1 and 2 ------------------------------------------------------------------------------------------------
-
-
 def legacy_call(x: Floats, mask: Mask | None) -> bytes:
     """The five bytes that servers of layout 2 named a call by."""
     if x.shape[:2] == (1, 1) and mask is None:

@@ -169,8 +169,6 @@ def _answers(record: Record, data: bytes, at: int, count: int) -> tuple[bytes, .
     return tuple(answers)
 
 
-# --- layouts 1 and 2 ------------------------------------------------------------------------------------------------
-
 _OldAnswer = tuple[int, bytes, int, bytes]  # seq, digest, T, outputs
 
 

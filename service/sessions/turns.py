@@ -16,13 +16,7 @@ from functools import partial
 
 import numpy as np
 
-from stepcast.errors import (
-    SessionBusy,
-    ShapeMismatch,
-    StateVersionMismatch,
-    StepcastError,
-    StepConflict,
-)
+from stepcast.errors import SessionBusy, ShapeMismatch, StateVersionMismatch, StepcastError, StepConflict
 
 from ..engine.batcher import Run, too_late
 from ..engine.repository import Repository, Served

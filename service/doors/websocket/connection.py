@@ -45,8 +45,6 @@ class WebSocketConnection(WebSocketsSansIOProtocol):
         self._beats: asyncio.TimerHandle | None = None
         self._end: asyncio.TimerHandle | None = None
 
-    # --- for the door -------------------------------------------------------------------------------------------
-
     def open(self, conversation: "Conversation", stall_s: float) -> None:
         """Hand the connection to the door after websocket.accept; who leaves answers unread for stall_s is cut off."""
         self._conversation, self._stall_s = conversation, stall_s
@@ -92,8 +90,6 @@ class WebSocketConnection(WebSocketsSansIOProtocol):
             self.loop.call_soon(self.pump, True)
         ahead = self._held_bytes + self._framer.buffered
         self._read(not (self._pumping or self._blocked()) or ahead < AHEAD_BYTES)
-
-    # --- reading ------------------------------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
         """Bytes from the peer: the handshake, then frames."""
@@ -159,8 +155,6 @@ class WebSocketConnection(WebSocketsSansIOProtocol):
                 self.close(framing.close_code(payload))
             self.transport.close()
 
-    # --- writing ------------------------------------------------------------------------------------------------
-
     def _flush(self) -> None:
         if self._out and not self._closing and not self.transport.is_closing():
             self.transport.write(b"".join(self._out))
@@ -178,8 +172,6 @@ class WebSocketConnection(WebSocketsSansIOProtocol):
             self._stall.cancel()
         if self._conversation is not None:
             self.pump()
-
-    # --- life ---------------------------------------------------------------------------------------------------
 
     def _beat(self) -> None:
         """Ping; cut off a peer that was not heard of since the last one (but not where we do not listen)."""

@@ -105,8 +105,6 @@ class Conversation:
         self._may_step = ROLES.index(principal.role) >= ROLES.index("step")
         self._look()
 
-    # --- for the connection -------------------------------------------------------------------------------------
-
     def room(self) -> int:
         """How many more frames may be in flight; when there is room again, `WebSocketConnection.pump` is called."""
         return self._talk.room
@@ -136,8 +134,6 @@ class Conversation:
         loop, limit_s = asyncio.get_running_loop(), self._settings.drain_s * DRAIN_SHARE
         loop.call_later(limit_s, self._connection.close, CloseCode.SERVICE_RESTART, _SHUTTING_DOWN)
         self._go_on()
-
-    # --- frames in ----------------------------------------------------------------------------------------------
 
     def _look(self) -> None:
         """Find out what the live version takes now, and whether steps may be taken apart for it alone."""
@@ -179,8 +175,6 @@ class Conversation:
         frame = Frame(self, (asked, None, "F"), kind, session, not alone)
         if self._talk.begin(session, frame):
             self._start(frame)
-
-    # --- work ---------------------------------------------------------------------------------------------------
 
     def _go_on(self) -> None:
         """Start what may start, send what is ready."""
