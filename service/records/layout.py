@@ -47,7 +47,7 @@ KEPT_ANSWER_BYTES: Final = 64 * 1024
 MOST_STEPS: Final = (1 << 23) - 1  # of one call: T has 23 bits
 LEGACY: Final = 1 << 23
 
-_FACTS: Final = struct.Struct("<BBHI8xQQ16xII8sII")
+_FACTS: Final = struct.Struct("<xBHI8xQQ16xII8sII")
 _SHAPES: Final = 4096  # remembered per model version; sessions keep theirs when these are forgotten
 
 Sizes = tuple[int, ...]
@@ -80,7 +80,7 @@ def facts(record: bytes) -> Facts:
     """
     if len(record) < HEADER_BYTES or record[0] != LAYOUT:
         raise BadRecord(f"record of {len(record)} bytes, layout {record[0] if record else None}, want {LAYOUT}")
-    return Facts(*_FACTS.unpack_from(record)[1:])
+    return Facts._make(_FACTS.unpack_from(record))
 
 
 def answer_mark(steps: int, outputs: int) -> bytes:
@@ -186,7 +186,7 @@ class Shapes:
     ) -> None:
         self.row_bytes, self.input_bytes, self.outputs, self.log_steps = row_bytes, input_bytes, outputs, log_steps
         self.default_ttl_s = default_ttl_s
-        self._single_marks = {answer_mark(1, outputs)}
+        self._mark = answer_mark(1, outputs)
         self._known: dict[tuple[bool, int, int, int, int, Sizes], Shape] = {}
 
     def shape(self, fresh: bool, ttl_s: int, flags: int, examples: int, log_bytes: int, sizes: Sizes) -> Shape:
@@ -204,15 +204,16 @@ class Shapes:
         Raises:
             BadRecord: its lengths do not add up.
         """
-        if found.state_bytes != found.examples * self.row_bytes:
-            raise BadRecord(f"a state of {found.state_bytes} bytes for {found.examples} rows of {self.row_bytes}")
-        at = state_offset(found.flags) + found.state_bytes + found.log_bytes
-        count, single = found.answers, answer_bytes(found.examples, 1, self.outputs)
+        flags, count, examples, revision, _, _, ttl_s, _, state_bytes, log_bytes = found
+        if state_bytes != examples * self.row_bytes:
+            raise BadRecord(f"a state of {state_bytes} bytes for {examples} rows of {self.row_bytes}")
+        at = state_offset(flags) + state_bytes + log_bytes
+        single = ANSWER_BYTES + 4 * examples * self.outputs
         sizes: Sizes = (single,) * count
         fits = len(record) == at + count * single
-        if not fits or not self._single_marks.issuperset(_marks(count, single).unpack_from(record, at)):
-            sizes = answer_sizes(record, at, count, found.examples)
-        return self.shape(not found.revision, found.ttl_s, found.flags, found.examples, found.log_bytes, sizes)
+        if not fits or _marks(count, single).unpack_from(record, at).count(self._mark) < count:
+            sizes = answer_sizes(record, at, count, examples)
+        return self.shape(not revision, ttl_s, flags, examples, log_bytes, sizes)
 
 
 def answer_bytes(examples: int, steps: int, outputs: int) -> int:
