@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from serving import Process, Running, free_port, running
 
-from stepcast.client import AsyncClient, Client
+from stepcast import AsyncClient, Client
 from stepcast.errors import (
     CheckpointNotFound,
     ExamplesMismatch,
@@ -41,7 +41,7 @@ def client(memory_server: Running) -> Iterator[Client]:
 
 def sequence(client: Client, steps: int, seed: int = 0) -> np.ndarray[Any, Any]:
     """Random inputs (T, F) for the model."""
-    features = len(client.manifest(MODEL)["features"])
+    features = client.manifest(MODEL).n_features
     return np.random.default_rng(seed).standard_normal((steps, features)).astype(np.float32)
 
 
@@ -269,7 +269,10 @@ def test_client_whose_answer_was_lost_steps_once(memory_server: Running, client:
 
 def test_client_without_a_server_says_so() -> None:
     """After its tries; nothing hangs."""
-    with Client(f"http://127.0.0.1:{free_port()}") as client, pytest.raises(Unavailable, match="ConnectError"):
+    with (
+        Client(f"http://127.0.0.1:{free_port()}") as client,
+        pytest.raises(Unavailable, match="ConnectionRefusedError"),
+    ):
         client.models()
 
 
