@@ -8,8 +8,8 @@ import contextlib
 import secrets
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Final, Generic, Literal, TypedDict, TypeVar, Unpack, overload
+from dataclasses import dataclass
+from typing import Any, Final, Generic, Literal, NamedTuple, TypedDict, TypeVar, Unpack, overload
 from urllib.parse import quote
 
 import msgspec
@@ -40,8 +40,7 @@ T = TypeVar("T")
 READY_PAUSE_S: Final = 0.1
 
 
-@dataclass(frozen=True, slots=True)
-class Pause:
+class Pause(NamedTuple):
     """Wait before going on."""
 
     seconds: float
@@ -126,7 +125,7 @@ class Calls:
         attempt = 0
         while True:
             attempt += 1
-            reply = yield call if deadline is None else replace(call, timeout_s=max(0.001, deadline - self._clock()))
+            reply = yield call if deadline is None else call._replace(timeout_s=max(0.001, deadline - self._clock()))
             if isinstance(reply, Reply) and reply.status < 300:
                 return codec.unpack(reply.content) if reply.content else {}
             error = _problem(reply) if isinstance(reply, Reply) else _unreachable(call, reply)

@@ -13,11 +13,11 @@ import asyncio
 import ssl
 import threading
 from collections.abc import Callable, Coroutine
-from functools import wraps
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 from .calls import Calls, SessionCalls, Steps, new_id
 from .retry import Retry
+from .signatures import described
 from .stream import AsyncStream, Stream
 from .transport import AsyncTransport, Transport
 from .wire import Target
@@ -30,29 +30,24 @@ T = TypeVar("T")
 def waiting(ask: Callable[Concatenate[C, P], Steps[T]]) -> Callable[Concatenate[Any, P], T]:
     """A method that asks this and waits for the result."""
 
-    @wraps(ask)
     def method(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> T:
         return self.run(ask(self.calls, *args, **kwargs))  # type: ignore[no-any-return]
 
-    return _annotated(method, ask)
+    return described(method, ask, _result(ask))
 
 
 def awaiting(ask: Callable[Concatenate[C, P], Steps[T]]) -> Callable[Concatenate[Any, P], Coroutine[Any, Any, T]]:
     """A coroutine method that asks this."""
 
-    @wraps(ask)
     async def method(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> T:
         return await self.run(ask(self.calls, *args, **kwargs))  # type: ignore[no-any-return]
 
-    return _annotated(method, ask)
+    return described(method, ask, _result(ask))
 
 
-def _annotated(method: T, ask: Any) -> T:
-    """Say what the result is: to those who read signatures at run time it is no generator."""
-    (result,) = ask.__annotations__["return"].__args__[2:]
-    method.__annotations__ = {**ask.__annotations__, "return": result}
-    del method.__wrapped__  # type: ignore[attr-defined]
-    return method
+def _result(ask: Callable[..., Any]) -> Any:
+    """T, where a description returns Steps[T]."""
+    return ask.__annotations__["return"].__args__[2]
 
 
 # --- sync -----------------------------------------------------------------------------------------------------------

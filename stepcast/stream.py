@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import wraps
 from typing import Any, Concatenate, Final, Generic, ParamSpec, Protocol, Self, TypedDict, TypeVar, Unpack, overload
 
 import msgspec
@@ -26,6 +25,7 @@ from .features import FeatureNames, Floats
 from .inputs import Array, Columns, F, Form, Frame, NamedColumns, NamedRow, Records, Row, form, is_frame, rows
 from .progress import Progress, shown
 from .protocol import WINDOW_STEPS, ClientConversation, Request
+from .signatures import described
 from .transport import Transport
 from .wire import Target
 
@@ -108,37 +108,33 @@ class _Sender(Protocol):
 def _async_send(
     ask: Callable[P, AskedStep[T]],
 ) -> Callable[Concatenate[_AsyncSender, P], "asyncio.Future[Answer[T]]"]:
-    @wraps(ask)
     def send(self: _AsyncSender, /, *args: P.args, **kwargs: P.kwargs) -> "asyncio.Future[Answer[T]]":
         return self.put(ask(*args, **kwargs))
 
-    return send
+    return described(send, ask, "asyncio.Future[Answer]", "send")
 
 
 def _async_step(
     ask: Callable[P, AskedStep[T]],
 ) -> Callable[Concatenate[_AsyncSender, P], Coroutine[Any, Any, Answer[T]]]:
-    @wraps(ask)
     async def step(self: _AsyncSender, /, *args: P.args, **kwargs: P.kwargs) -> Answer[T]:
         return await self.put(ask(*args, **kwargs))
 
-    return step
+    return described(step, ask, Answer, "step")
 
 
 def _send(ask: Callable[P, AskedStep[T]]) -> Callable[Concatenate[_Sender, P], "Future[Answer[T]]"]:
-    @wraps(ask)
     def send(self: _Sender, /, *args: P.args, **kwargs: P.kwargs) -> "Future[Answer[T]]":
         return self.put(ask(*args, **kwargs))
 
-    return send
+    return described(send, ask, "Future[Answer]", "send")
 
 
 def _step(ask: Callable[P, AskedStep[T]]) -> Callable[Concatenate[_Sender, P], Answer[T]]:
-    @wraps(ask)
     def step(self: _Sender, /, *args: P.args, **kwargs: P.kwargs) -> Answer[T]:
         return self.put(ask(*args, **kwargs)).result()
 
-    return step
+    return described(step, ask, Answer, "step")
 
 
 # --- on asyncio -----------------------------------------------------------------------------------------------------

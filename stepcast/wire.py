@@ -7,7 +7,7 @@ httptools (llhttp) parses, a request's head is put together once, and what remai
 import ssl
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 from urllib.parse import quote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -19,8 +19,7 @@ from .codec import MSGPACK
 _DEFAULT_PORT: Final = {"http": 80, "https": 443}
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(NamedTuple):
     """One HTTP request.
 
     `safe`: it may be sent again when it is not known whether it was applied. `applied`: the error code which then means
@@ -35,16 +34,14 @@ class Call:
     timeout_s: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
+class Reply(NamedTuple):
     """One HTTP response."""
 
     status: int
     content: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Broken:
+class Broken(NamedTuple):
     """There was no response; why."""
 
     reason: str
