@@ -252,6 +252,8 @@ class AsyncStream:
             self._task.cancel()
             await asyncio.wait([self._task])
         self._fail(Unavailable("the stream was closed"))
+        if self._lookups:
+            await asyncio.wait(self._lookups)
 
     async def _live(self) -> None:
         """Connect, talk, connect again."""
@@ -409,6 +411,8 @@ class AsyncStream:
 
     def _looked_up(self, task: "asyncio.Task[None]") -> None:
         self._lookups.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:  # a defect: no reason to hang
+            self._fail(StepcastError(f"the stream ended: {error!r}"))
         self._go_on()
 
     async def _learn(self, session: str) -> None:

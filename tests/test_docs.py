@@ -119,15 +119,17 @@ def test_sdk_snippets_print_what_the_page_shows(url: str, capsys: pytest.Capture
     """All Python blocks of docs/sdk.md, in order, as one program; a text block is what was printed since the last."""
     text = SDK.read_text()
     names: dict[str, Any] = {"url": url}
-    for kind, block in re.findall(r"```(python|text)\n(.*?)```", text, re.DOTALL):
-        if kind == "python":
-            exec(compile(block, str(SDK), "exec"), names)
-        elif os.environ.get("STEPCAST_UPDATE_DOCS"):
-            text = text.replace(f"```text\n{block}```", f"```text\n{capsys.readouterr().out}```")
-            SDK.write_text(text)
-        else:
-            assert capsys.readouterr().out == block
-    names["client"].close()
+    try:
+        for kind, block in re.findall(r"```(python|text)\n(.*?)```", text, re.DOTALL):
+            if kind == "python":
+                exec(compile(block, str(SDK), "exec"), names)
+            elif os.environ.get("STEPCAST_UPDATE_DOCS"):
+                text = text.replace(f"```text\n{block}```", f"```text\n{capsys.readouterr().out}```")
+                SDK.write_text(text)
+            else:
+                assert capsys.readouterr().out == block
+    finally:
+        names["client"].close()
 
 
 def test_error_table_is_that_of_the_classes() -> None:
