@@ -9,12 +9,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .calls import BatchAnswer, ModelInfo, SessionInfo
+    from .calls import BatchAnswer, ModelInfo
     from .client import AsyncClient, AsyncSession, Client, Session
     from .codec import Answer, Forecast, SessionState
     from .errors import StepcastError
     from .manifest import Manifest
     from .retry import Retry
+    from .session_calls import SessionInfo
     from .stream import AsyncStream, Stream
 
 __version__ = "0.1.0"
@@ -41,10 +42,11 @@ __all__ = [
 _HOMES = {
     **dict.fromkeys(("AsyncClient", "AsyncSession", "Client", "Session"), "client"),
     **dict.fromkeys(("Answer", "Forecast", "SessionState"), "codec"),
-    **dict.fromkeys(("BatchAnswer", "ModelInfo", "SessionInfo"), "calls"),
+    **dict.fromkeys(("BatchAnswer", "ModelInfo"), "calls"),
     **dict.fromkeys(("AsyncStream", "Stream"), "stream"),
     "Manifest": "manifest",
     "Retry": "retry",
+    "SessionInfo": "session_calls",
     "StepcastError": "errors",
 }
 _EXTRA = {"httptools", "msgspec", "numpy", "websockets"}

@@ -5,8 +5,8 @@
         print(answer.outputs["temp"])
 
 Steps are numbered, so that a call is sent again after a broken connection or a full queue without being applied twice.
-Errors are those of stepcast.errors. What can be asked is described once, in stepcast/calls.py: `waiting` and `awaiting`
-make a method of such a description, with its types and its documentation.
+Errors are those of stepcast.errors. What can be asked is described once, in stepcast/calls.py and session_calls.py:
+`waiting` and `awaiting` make a method of such a description, with its types and its documentation.
 """
 
 import asyncio
@@ -15,8 +15,9 @@ import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
-from .calls import Calls, SessionCalls, Steps, new_id
+from .calls import Calls, Steps
 from .retry import Retry
+from .session_calls import SessionCalls, new_id
 from .signatures import described
 from .stream import AsyncStream, Stream
 from .transport import AsyncTransport, Transport

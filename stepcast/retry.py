@@ -35,7 +35,7 @@ class Retry:
 
     def pause_s(self, attempt: int, asked_s: float | None = None) -> float:
         """The pause after the attempt of this number, the first being 1; `asked_s`: what the server asked for."""
-        pause = min(self.longest_pause_s, (asked_s or self.first_pause_s) * 2 ** (attempt - 1))
+        pause = min(self.longest_pause_s, (asked_s or self.first_pause_s) * 2 ** min(attempt - 1, 62))
         return self.jittered(pause)
 
     def jittered(self, pause_s: float) -> float:

@@ -10,131 +10,30 @@ from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Concatenate, Final, Generic, ParamSpec, Protocol, Self, TypedDict, TypeVar, Unpack, overload
+from typing import Any, Final, ParamSpec, Self, TypeVar, overload
 
 import msgspec
-import numpy.typing as npt
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
 
 from . import codec
-from .calls import Calls, SessionCalls, Steps, same_features
-from .codec import Answer, Layout, O_co, Rows, StepInputs
+from .calls import Calls, Steps
+from .codec import Answer, StepInputs
 from .errors import StepcastError, Unavailable, from_problem
 from .features import FeatureNames, Floats
-from .inputs import Array, Columns, F, Form, Frame, NamedColumns, NamedRow, Records, Row, form, is_frame, rows
+from .inputs import Array, Frame, NamedRow, Row, is_frame, rows
 from .progress import Progress, shown
 from .protocol import WINDOW_STEPS, ClientConversation, Request
-from .signatures import described
+from .session_calls import SessionCalls, same_features
+from .stream_steps import AskedStep, asked_step, awaited_send, awaited_step, waiting_send, waiting_step
 from .transport import Transport
 from .wire import Target
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-FIRST_PAUSE_S: Final = 0.05
-LONGEST_PAUSE_S: Final = 2.0
 GIVE_UP_S: Final = 60.0
 """How long there may be no connection where the retry policy has no deadline."""
-
-
-# --- what is asked, for both streams --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class AskedStep(Generic[O_co]):
-    """A step as a caller asks for it."""
-
-    form: Form[Any]
-    mask: npt.ArrayLike | None
-    layout: Layout
-    rows: Rows
-    session: str | None
-
-    def prepare(self, names: FeatureNames | None) -> StepInputs:
-        """Its fields."""
-        return codec.step_inputs(self.form, names, self.mask, self.layout, self.rows)
-
-
-class StreamStepOptions(TypedDict, total=False):
-    """What a step may say besides its inputs."""
-
-    mask: npt.ArrayLike | None
-    layout: Layout
-    rows: Rows
-    session: str | None
-
-
-@overload
-def asked_step(inputs: Row, **options: Unpack[StreamStepOptions]) -> AskedStep[NamedRow]: ...
-@overload
-def asked_step(inputs: Columns, **options: Unpack[StreamStepOptions]) -> AskedStep[NamedColumns]: ...
-@overload
-def asked_step(inputs: Records, **options: Unpack[StreamStepOptions]) -> AskedStep[list[NamedRow]]: ...
-@overload
-def asked_step(inputs: F, **options: Unpack[StreamStepOptions]) -> AskedStep[F]: ...
-@overload
-def asked_step(inputs: Array, **options: Unpack[StreamStepOptions]) -> AskedStep[Floats]: ...
-def asked_step(
-    inputs: Any,
-    mask: npt.ArrayLike | None = None,
-    *,
-    layout: Layout = "NWC",
-    rows: Rows = "examples",
-    session: str | None = None,
-) -> AskedStep[Any]:
-    """Advance a session; applied exactly once, in the order of calls.
-
-    Args:
-        inputs: As `Session.step` takes them, and the outputs come in the same form.
-        mask: 0 where a step is absent.
-        layout: NCW: [N,F,T] in and [N,O,T] out.
-        rows: What the rows of inputs of rank 2 are: examples, or the steps of one example.
-        session: Which session, on a stream for any of them.
-
-    `send` puts the step on its way and gives a future, `step` waits for the answer.
-    """
-    return AskedStep(form(inputs), mask, layout, rows, session)
-
-
-class _AsyncSender(Protocol):
-    def put(self, asked: AskedStep[T]) -> "asyncio.Future[Answer[T]]": ...
-
-
-class _Sender(Protocol):
-    def put(self, asked: AskedStep[T]) -> "Future[Answer[T]]": ...
-
-
-def _async_send(
-    ask: Callable[P, AskedStep[T]],
-) -> Callable[Concatenate[_AsyncSender, P], "asyncio.Future[Answer[T]]"]:
-    def send(self: _AsyncSender, /, *args: P.args, **kwargs: P.kwargs) -> "asyncio.Future[Answer[T]]":
-        return self.put(ask(*args, **kwargs))
-
-    return described(send, ask, "asyncio.Future[Answer]", "send")
-
-
-def _async_step(
-    ask: Callable[P, AskedStep[T]],
-) -> Callable[Concatenate[_AsyncSender, P], Coroutine[Any, Any, Answer[T]]]:
-    async def step(self: _AsyncSender, /, *args: P.args, **kwargs: P.kwargs) -> Answer[T]:
-        return await self.put(ask(*args, **kwargs))
-
-    return described(step, ask, Answer, "step")
-
-
-def _send(ask: Callable[P, AskedStep[T]]) -> Callable[Concatenate[_Sender, P], "Future[Answer[T]]"]:
-    def send(self: _Sender, /, *args: P.args, **kwargs: P.kwargs) -> "Future[Answer[T]]":
-        return self.put(ask(*args, **kwargs))
-
-    return described(send, ask, "Future[Answer]", "send")
-
-
-def _step(ask: Callable[P, AskedStep[T]]) -> Callable[Concatenate[_Sender, P], Answer[T]]:
-    def step(self: _Sender, /, *args: P.args, **kwargs: P.kwargs) -> Answer[T]:
-        return self.put(ask(*args, **kwargs)).result()
-
-    return described(step, ask, Answer, "step")
 
 
 # --- on asyncio -----------------------------------------------------------------------------------------------------
@@ -185,8 +84,8 @@ class AsyncStream:
 
     # --- for the caller -----------------------------------------------------------------------------------------
 
-    send = _async_send(asked_step)
-    step = _async_step(asked_step)
+    send = awaited_send(asked_step)
+    step = awaited_step(asked_step)
 
     def put(self, asked: AskedStep[T]) -> "asyncio.Future[Answer[T]]":
         """Put a step on its way; its future has the answer."""
@@ -257,14 +156,15 @@ class AsyncStream:
 
     async def _live(self) -> None:
         """Connect, talk, connect again."""
-        pause_s, silent_since = FIRST_PAUSE_S, asyncio.get_running_loop().time()
+        attempt, silent_since = 0, asyncio.get_running_loop().time()
         while True:
+            attempt += 1
             try:
                 headers = {"x-api-key": self._target.key} if self._target.key else None
                 async with connect(
                     self._url, compression=None, max_size=None, additional_headers=headers, ssl=self._target.context
                 ) as socket:
-                    pause_s = FIRST_PAUSE_S
+                    attempt = 1
                     await self._converse(socket)
             except InvalidStatus as refused:
                 error = _refusal(refused)
@@ -283,8 +183,7 @@ class AsyncStream:
             if asyncio.get_running_loop().time() - silent_since > self._give_up_s:
                 self._fail(Unavailable(f"{self._url} could not be reached for {self._give_up_s} s"))
                 return
-            await asyncio.sleep(self._calls.retry.jittered(pause_s))
-            pause_s = min(LONGEST_PAUSE_S, 2 * pause_s)
+            await asyncio.sleep(self._calls.retry.pause_s(attempt))
 
     async def _converse(self, socket: ClientConnection) -> None:
         self._talk.connect()
@@ -493,8 +392,8 @@ class Stream:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="stepcast-stream", daemon=True)
 
-    send = _send(asked_step)
-    step = _step(asked_step)
+    send = waiting_send(asked_step)
+    step = waiting_step(asked_step)
 
     def put(self, asked: AskedStep[T]) -> "Future[Answer[T]]":
         """Put a step on its way; its future has the answer."""
