@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Generic, Literal, TypeVar
+from typing import Any, Final, Generic, Literal, NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
@@ -76,16 +76,18 @@ class SessionState:
     fingerprint: str
 
 
-@dataclass(frozen=True, slots=True)
-class StepInputs:
-    """A step's fields, its size (N examples, T steps), and the form of its inputs."""
+class StepInputs(NamedTuple):
+    """A step's fields, its size (N examples, T steps), and the form of its inputs.
+
+    Attributes:
+        alone: The inputs had no axis of examples, though the message has one.
+    """
 
     fields: dict[str, Any]
     examples: int
     steps: int
     form: Form[Any]
     alone: bool
-    """The inputs had no axis of examples, though the message has one."""
 
     def answer_bytes(self, n_outputs: int) -> int:
         """Size of the answer as the server keeps it."""

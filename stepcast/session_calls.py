@@ -107,8 +107,10 @@ class SessionCalls:
         taken = yield from self._taken()
         names = (yield from self.calls.names(self.model, self._version)) if asked.named else None
         made = codec.step_inputs(asked, names, mask, layout, rows)
-        fields = made.fields if version_policy is None else {**made.fields, "version_policy": version_policy}
-        message = yield from self._numbered("step", {**fields, "seq": taken + made.steps})
+        made.fields["seq"] = taken + made.steps
+        if version_policy is not None:
+            made.fields["version_policy"] = version_policy
+        message = yield from self._numbered("step", made.fields)
         self._step, self._version = message["step"], message["version"]
         if names is not None:
             names = yield from self._answered_by(message["version"], names)

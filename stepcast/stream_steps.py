@@ -1,11 +1,12 @@
 """A step on a stream, described once: `send` and `step` of both streams are made of it."""
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypedDict, TypeVar, Unpack, overload
 
+import numpy as np
 import numpy.typing as npt
 
 from . import codec
@@ -71,7 +72,14 @@ def asked_step(
 
     `send` puts the step on its way and gives a future, `step` waits for the answer.
     """
-    return AskedStep(form(inputs), mask, layout, rows, session)
+    return AskedStep(form(_own(inputs)), mask, layout, rows, session)
+
+
+def _own(inputs: Any) -> Any:
+    """Inputs that stay as they are when the caller fills the same array or dict again before they are sent."""
+    if isinstance(inputs, np.ndarray):
+        return inputs.copy()
+    return dict(inputs) if isinstance(inputs, Mapping) else inputs
 
 
 class AsyncSender(Protocol):

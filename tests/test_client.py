@@ -654,6 +654,24 @@ def test_stream_takes_names(client: Client) -> None:
         assert stream.call("info")["step"] == 41
 
 
+def test_stream_sends_what_was_given_though_the_buffer_is_filled_anew(client: Client) -> None:
+    """A caller may use one array, or one dict, for all readings."""
+    x = sequence(client, 60)
+    want = client.predict(MODEL, x)
+    buffer, row = np.empty(3, np.float32), dict.fromkeys("uvw", 0.0)
+    with client.session(MODEL).stream() as stream:
+        futures = []
+        for values in x[:30]:
+            buffer[:] = values
+            futures.append(stream.send(buffer))
+        named = []
+        for values in x[30:]:
+            row.update(zip("uvw", values.tolist(), strict=True))
+            named.append(stream.send(row))
+        np.testing.assert_allclose([future.result().outputs for future in futures], want[:30], **TOLERANCE)
+        np.testing.assert_allclose([future.result().outputs["v"] for future in named], want[30:, 1], **TOLERANCE)
+
+
 def test_stream_with_names_of_an_unknown_model_fails(client: Client) -> None:
     """By the error of the look-up, for what was held behind it too; leaving the block does not hang."""
     with client.stream("nothing") as stream:
