@@ -136,12 +136,8 @@ class _Table(Form[Any]):
         self._values = values
 
     def array(self, names: FeatureNames | None, partial: bool = False) -> Floats:
-        columns = {name: np.asarray(self._values[name]) for name in self._values.columns}
-        wide = {
-            name: np.stack(list(c)) if c.dtype == object and len(c) and np.ndim(c[0]) else c
-            for name, c in columns.items()
-        }
-        return _known(names).array(wide, partial=partial)
+        columns = {name: _column(self._values[name]) for name in self._values.columns}
+        return _known(names).array(columns, partial=partial)
 
     def outputs(self, y: Floats, names: FeatureNames | None) -> Any:
         y = np.atleast_2d(y)
@@ -170,9 +166,17 @@ def is_frame(inputs: object) -> bool:
 
 def rows(frame: Frame) -> Iterator[dict[str, Any]]:
     """A DataFrame's rows as records."""
-    columns = {name: np.asarray(frame[name]) for name in frame.columns}
-    for i in range(len(frame.index)):
-        yield {name: column[i] for name, column in columns.items()}
+    names = list(frame.columns)
+    for row in zip(*(_column(frame[name]).tolist() for name in names), strict=True):
+        yield dict(zip(names, row, strict=True))
+
+
+def _column(column: Any) -> npt.NDArray[Any]:
+    """A DataFrame's column: of a nullable type with NaN for NA, of sequences (a wide feature) with an axis more."""
+    if not isinstance(column.dtype, np.dtype) and column.dtype.kind in "fiub":
+        return np.asarray(column.to_numpy(np.float64, na_value=np.nan))
+    values = np.asarray(column)
+    return np.stack(list(values)) if values.dtype == object and len(values) and np.ndim(values[0]) else values
 
 
 def _known(names: FeatureNames | None) -> FeatureNames:

@@ -131,4 +131,8 @@ def test_outputs_come_in_the_form_of_the_inputs() -> None:
     classified = form(frame).outputs(y, names(classes=("calm", "storm")))
     assert list(classified.columns) == ["class", "calm", "storm"]
     assert classified["class"].tolist() == ["storm", "storm"]
-    assert [row["a"] for row in rows(frame)] == [3, 4]
+    assert list(rows(frame[["a", "frame"]])) == [{"a": 3, "frame": [5, 6]}, {"a": 4, "frame": [7, 8]}]
+    nullable = pd.DataFrame({"a": pd.array([1, None], "Int64"), "b": [None, 2.5]})
+    np.testing.assert_array_equal(form(nullable).array(names())[:, :2], np.float32([[1, NAN], [NAN, 2.5]]))
+    with pytest.raises(InvalidRequest, match=r"inputs\.a: want numbers"):
+        form(pd.DataFrame({"a": ["1", "2"]})).array(names())
