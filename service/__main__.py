@@ -1,4 +1,4 @@
-"""python -m service serve | check | import-onnx: the commands of the server."""
+"""python -m service serve | check | import: the commands of the server; `stepcast` has them too."""
 
 import argparse
 import logging
@@ -12,7 +12,9 @@ from pathlib import Path
 import uvicorn
 from uvicorn.supervisors import Multiprocess
 
+from stepcast.arguments import Parser
 from stepcast.errors import ConfigError, ManifestError, StepcastError
+from stepcast.rooms import example_models
 
 from .app import create_app
 from .doors.http.connection import HttpConnection
@@ -27,20 +29,26 @@ from .telemetry import WORKERS
 class Uvicorn(uvicorn.Server):
     """uvicorn that says where it serves."""
 
+    example = False
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start, then print the address."""
         await super().startup(sockets)
         if self.started and self.servers:
-            _announce(self.servers[0].sockets[0])
+            _announce(self.servers[0].sockets[0], self.example)
 
 
-def _announce(listener: socket.socket) -> None:
+def _announce(listener: socket.socket, example: bool) -> None:
     host, port = listener.getsockname()[:2]
     print(f"stepcast serves on http://{host}:{port}", flush=True)
+    if example:
+        print(f"a first step: stepcast step control_charts demo value=30.5 --url http://{host}:{port}", flush=True)
 
 
 def serve(arguments: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT."""
+    if arguments.example:
+        arguments.models, arguments.store = str(example_models()), arguments.store or "memory://"
     overrides = {name: getattr(arguments, name) for name in ("models", "store", "device", "host", "port", "workers")}
     settings = Settings.read(os.environ, **overrides)
     if settings.workers > 1 and settings.store.startswith("memory:"):
@@ -50,7 +58,7 @@ def serve(arguments: argparse.Namespace) -> int:
             os.environ[PREFIX + name.upper()] = str(value)
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
     config = uvicorn.Config(
-        create_app(settings, freezes=True) if settings.workers == 1 else "service.app:from_environ",
+        create_app(settings, freezes=True) if settings.workers == 1 else f"{__package__}.app:from_environ",
         factory=settings.workers > 1,
         host=settings.host,
         port=settings.port,
@@ -71,10 +79,11 @@ def serve(arguments: argparse.Namespace) -> int:
         listener = config.bind_socket()
         with tempfile.TemporaryDirectory(prefix="stepcast-") as folder:
             os.environ[WORKERS] = folder
-            _announce(listener)
+            _announce(listener, arguments.example)
             Multiprocess(config, sockets=[listener]).run()
         return 0
     server = Uvicorn(config)
+    server.example = arguments.example
     server.run()
     return 0 if server.started else 3
 
@@ -113,13 +122,14 @@ def take_in(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m service", description=__doc__)
+def _parser(prog: str) -> argparse.ArgumentParser:
+    parser = Parser(prog=prog, description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     fields = Settings.model_fields
     run = commands.add_parser("serve", help="serve models until SIGTERM")
     for name in ("models", "store", "device", "host", "port", "workers"):
         run.add_argument(f"--{name}", help=f"{fields[name].description} Default: {fields[name].default}")
+    run.add_argument("--example", action="store_true", help="serve the model that comes with Stepcast, in memory")
     run.add_argument("--ssl-certfile", help="serve TLS with this certificate")
     run.add_argument("--ssl-keyfile", help="and this key")
     run.set_defaults(run=serve)
@@ -127,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     prove.add_argument("directory", metavar="MODEL_DIR")
     prove.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     prove.set_defaults(run=check)
-    take = commands.add_parser("import-onnx", help="take in a recurrent ONNX graph made by others")
+    take = commands.add_parser("import", aliases=["import-onnx"], help="take in a recurrent ONNX graph made by others")
     take.add_argument("file", metavar="FILE")
     take.add_argument("--name", required=True, help="the model's name")
     take.add_argument("--version", type=int, help="default: the next free one")
@@ -137,14 +147,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; its exit status."""
-    arguments = _parser().parse_args(argv)
+def main(argv: Sequence[str] | None = None, prog: str = "python -m service") -> int:
+    """Run a command; its exit status: 2 for a wrong setting, 1 for a failure."""
+    arguments = _parser(prog).parse_args(argv)
     try:
         return int(arguments.run(arguments))
     except (ConfigError, ManifestError, StepcastError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, ConfigError) else 1
 
 
 if __name__ == "__main__":
