@@ -17,7 +17,7 @@ from ..rooms import load, module_of, room
 from .look import Column, Look, look
 from .rooms import PANELS
 
-_FEWEST_STEPS: Final = 20
+_FEWEST_STEPS: Final = 40
 _WORDS: Final = {"y", "n", "yes", "no", "on", "off", "true", "false", "null", "none"}  # what YAML takes for no text
 
 
@@ -139,16 +139,16 @@ def _data(seen: Look, numbers: Sequence[Column], targets: Sequence[str], folder:
         yield f"  series: {_text(seen.series)}  # {len(seen.keys)}: {_comment(shown)}"
     yield f"  time: {_text(seen.time)}"
     total = seen.steps * max(1, len(seen.keys))
-    yield f"  every: {seen.every}  # {seen.steps} steps; {_share(seen.absent, total)} have no row and are skipped"
+    yield f"  every: {seen.every}  # {seen.steps} steps; {_share(seen.absent, total)} have no row: they are masked"
     yield "  columns:  # target: to be forecast; missing: refuse, mean, zero or hold (the last reading)"
     for column in seen.columns:
         yield _column(column, column.name in targets, seen.rows, column in numbers)
     yield "  # calendar: [hour, week]  # tells the network the time; a client then sends these features, too"
     yield "  horizon: 1  # steps ahead"
     yield "  target_scale: change  # learn the change, not the value: belongs to residual below"
-    validation, test = (seen.moment(seen.steps * part // 100) for part in (70, 85))
-    yield f"  validation: {validation:%Y-%m-%d %H:%M:%S.%f}  # training is all before: 70 % of the time"
-    yield f"  test: {test:%Y-%m-%d %H:%M:%S.%f}  # the last 15 %"
+    validation, test = (seen.moment(seen.steps * part // 100).replace(tzinfo=None) for part in (70, 85))
+    yield f"  validation: {validation.isoformat(' ')}  # training is all before: 70 % of the time"
+    yield f"  test: {test.isoformat(' ')}  # the last 15 %"
     yield f"  warm_up: {min(168, seen.steps // 4)}  # unscored steps before validation and test"
 
 
@@ -159,7 +159,12 @@ def _column(column: Column, target: bool, rows: int, numeric: bool) -> str:
         labels = column.labels
         what = f"looks like a label ({', '.join(labels)})" if labels else what
         return f"    # {_text(column.name)}: left out, {_comment(what)}{gaps}"
-    fields = ["unit: ''"] + ["target: true"] * target + ["indicator: true"] * bool(column.empty)
+    unit = re.search(r"[(\[]([^()\[\]]+)[)\]]\s*$", column.name)  # temperature (°C)
+    fields = (
+        [f"unit: {json.dumps(unit[1] if unit else '', ensure_ascii=False)}"]
+        + ["target: true"] * target
+        + ["indicator: true"] * bool(column.empty)
+    )
     note = "; whole numbers, few values: a label?" if column.labels else ""
     return f"    {_text(column.name)}: {{{', '.join(fields)}}}  # {column.low:g} to {column.high:g}{gaps}{note}"
 

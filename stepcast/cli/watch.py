@@ -99,7 +99,13 @@ def picture(title: str, lines: Mapping[str, deque[float]], width: int) -> "Table
 
     names = list(lines)[:_LINES]
     left_out = len(lines) - len(names)
-    table = Table(title=title, caption=f"and {left_out} more" if left_out else None, box=None, show_header=False)
+    table = Table(
+        title=title,
+        caption=f"and {left_out} more" if left_out else None,
+        box=None,
+        show_header=False,
+        min_width=len(title),
+    )
     room = max(8, width - max((len(name) for name in names), default=0) - 16)
     for name in names:
         values = list(lines[name])
