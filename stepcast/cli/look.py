@@ -202,8 +202,10 @@ def _series_column(
     found = []
     for at in range(len(header)):
         keys = [row[at] for row in rows]
-        if at != time_at and len(set(zip(keys, moments, strict=True))) == len(rows):
-            found.append((all(_NUMBER.fullmatch(key) for key in keys), len(set(keys)), at))
+        kinds = set(keys)
+        named = 2 * len(kinds) <= len(rows) and not any(re.search(r"\d[.eE]", kind) for kind in kinds)  # no readings
+        if at != time_at and named and len(set(zip(keys, moments, strict=True))) == len(rows):
+            found.append((all(_NUMBER.fullmatch(kind) for kind in kinds), len(kinds), at))
     return min(found)[2] if found else None
 
 
