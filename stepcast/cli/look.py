@@ -203,7 +203,8 @@ def _series_column(
     for at in range(len(header)):
         keys = [row[at] for row in rows]
         kinds = set(keys)
-        named = 2 * len(kinds) <= len(rows) and not any(re.search(r"\d[.eE]", kind) for kind in kinds)  # no readings
+        fractions = any(_NUMBER.fullmatch(kind) and not re.fullmatch(r"\s*\d+\s*", kind) for kind in kinds)
+        named = 2 * len(kinds) <= len(rows) and not fractions  # else they are readings
         if at != time_at and named and len(set(zip(keys, moments, strict=True))) == len(rows):
             found.append((all(_NUMBER.fullmatch(kind) for kind in kinds), len(kinds), at))
     return min(found)[2] if found else None
