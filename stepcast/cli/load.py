@@ -1,10 +1,11 @@
 """load: steps many sessions for a while, and compares every answer with the offline result."""
 
 import asyncio
+import math
 import secrets
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import partial
 from itertools import islice
@@ -73,13 +74,13 @@ class Tally:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is stepped: a few sequences [T,F], what they must give [T,O], through which door, until when."""
+    """What is stepped: a few sequences [T,F], what they must give [T,O], through which door."""
 
     model: str
     sequences: "list[tuple[Floats, Floats]]"
     door: Door
-    deadline: float
     run: str
+    deadline: float = math.inf
 
 
 def load(
@@ -101,10 +102,9 @@ def load(
         inputs = _drawn(manifest, steps, seed) if csv is None else _read(csv, manifest, steps)
         sequences = [(x, offline(client, model, x, manifest)) for x in inputs]
     tally = Tally(manifest.tolerance)
-    plan = Plan(model, sequences, door, time.monotonic() + seconds, secrets.token_hex(4))
-    began = time.monotonic()
-    asyncio.run(_run(plan, sessions, connected_async(url, key), tally, seconds))
-    print(tally.report(time.monotonic() - began))
+    plan = Plan(model, sequences, door, secrets.token_hex(4))
+    taken_s = asyncio.run(_run(plan, sessions, connected_async(url, key), tally, seconds))
+    print(tally.report(taken_s))
     return 1 if tally.wrong or tally.failed or not tally.taken_s else 0
 
 
@@ -138,13 +138,16 @@ def _read(csv: Path, manifest: Manifest, steps: int) -> "list[np.ndarray[Any, An
     return [values[at : at + steps] for at in range(0, len(values), steps)]
 
 
-async def _run(plan: Plan, sessions: int, entered: "AsyncClient", tally: Tally, seconds: float) -> None:
+async def _run(plan: Plan, sessions: int, entered: "AsyncClient", tally: Tally, seconds: float) -> float:
+    """Step for so many seconds; how many it were."""
     from rich.console import Console
     from rich.progress import Progress
 
     async with entered as client:
         with Progress(console=Console(stderr=True), transient=True) as progress:
             task = progress.add_task(plan.model, total=seconds)
+            began = time.monotonic()
+            plan = replace(plan, deadline=began + seconds)
             shown = asyncio.create_task(_show(progress, task, plan.deadline, tally))
             try:
                 if plan.door is Door.HTTP:
@@ -153,6 +156,7 @@ async def _run(plan: Plan, sessions: int, entered: "AsyncClient", tally: Tally, 
                     await _over_sockets(plan, client, sessions, tally)
             finally:
                 shown.cancel()
+            return time.monotonic() - began
 
 
 async def _over_sockets(plan: Plan, client: "AsyncClient", sessions: int, tally: Tally) -> None:
