@@ -1,8 +1,10 @@
 """The command `stepcast`: what it prints, its exit status, and the one line it says where something is wrong."""
 
+import argparse
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -13,14 +15,17 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import typer
 from rich.console import Console
-from serving import MODELS, ROOT, Running, golden
+from serving import MODELS, ROOT, Running, golden, running
 
 import stepcast
+from service.settings import Settings
 from stepcast.__main__ import main
 from stepcast.cli.load import Tally
 from stepcast.cli.watch import blocks, picture
 from stepcast.client import Client
+from stepcast.errors import ConfigError
 from stepcast.manifest import Tolerance, read_manifest
 
 pytestmark = pytest.mark.service
@@ -299,6 +304,21 @@ def test_schema_of_the_manifest_knows_its_fields(capsys: pytest.CaptureFixture[s
     assert {"features", "outputs", "states", "sha256"} <= described["properties"].keys()
 
 
+def test_a_server_starts_beside_the_variables_of_the_command() -> None:
+    """STEPCAST_URL and STEPCAST_KEY are the command's; a variable that is nobody's still stops the start."""
+    assert Settings.read({"STEPCAST_URL": "http://x", "STEPCAST_KEY": "k"}) == Settings.read({})
+    with pytest.raises(ConfigError, match="STEPCAST_KEYS"):
+        Settings.read({"STEPCAST_KEYS": "k"})
+
+
+def test_a_key_comes_from_the_variable(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server with keys refuses without one, and takes the one of STEPCAST_KEY."""
+    with running(store="memory://", api_keys="step:mine:secret-key") as server:
+        assert "Unauthorized" in wrong(capsys, "sessions", "gru", "--url", server.url)
+        monkeypatch.setenv("STEPCAST_KEY", "secret-key")
+        assert said(capsys, "sessions", "gru", "--url", server.url) == []
+
+
 def test_completion_offers_the_commands() -> None:
     """What the shell's completion asks for is answered."""
     asked = {"_STEPCAST_COMPLETE": "complete_bash", "COMP_WORDS": "stepcast s", "COMP_CWORD": "1"}
@@ -311,3 +331,27 @@ def test_completion_offers_the_commands() -> None:
 
 def test_an_unreachable_server_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert "does not begin with http://" in wrong(capsys, "sessions", "lstm", "--url", "localhost:8000")
+
+
+def test_command_page_names_every_command_and_option() -> None:
+    """docs/command.md is complete: commands of the application, and the service's own options."""
+    from service.__main__ import _parser
+    from stepcast.cli.app import app
+
+    page = (ROOT / "docs" / "command.md").read_text()
+    names = set()
+    for command in app.registered_commands:
+        assert command.callback is not None
+        names.add(command.name or command.callback.__name__)
+    assert {name for name in names if not re.search(rf"`{name}\b", page)} == set()
+    group = typer.main.get_command(app)
+    options = {
+        option
+        for command in group.commands.values()  # type: ignore[attr-defined]
+        for parameter in command.params
+        for option in parameter.opts
+        if option.startswith("--")
+    }
+    (rooms,) = (action for action in _parser("x")._actions if isinstance(action, argparse._SubParsersAction))
+    options |= {o for room in rooms.choices.values() for o in room._option_string_actions if o.startswith("--")}
+    assert {option for option in options if option not in page} == set()

@@ -1,5 +1,6 @@
 """`stepcast new`: what is seen of a CSV, and that its recipe is one the trainer takes as it is."""
 
+import argparse
 import csv
 import math
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from stepcast.__main__ import main
 from stepcast.cli.look import look
 from stepcast.errors import ConfigError
 from stepcast.manifest import read_manifest
+from training.__main__ import _parser
 from training.config import load
 from training.data.table import TableSource
 
@@ -200,3 +202,12 @@ def test_look_takes_named_columns_or_the_nearest(tmp_path: Path) -> None:
         look(file, time="whn")
     with pytest.raises(ConfigError, match=r":2: column 'pump' has 'a', wanted a moment"):
         look(file, time="pump")
+
+
+def test_command_page_names_the_options_of_the_trainer() -> None:
+    """docs/command.md has each of them, beside its command."""
+    page = (Path(__file__).parents[1] / "docs" / "command.md").read_text()
+    (commands,) = (action for action in _parser("x")._actions if isinstance(action, argparse._SubParsersAction))
+    for name, command in commands.choices.items():
+        (row,) = (line for line in page.splitlines() if line.startswith(f"| `{name} "))
+        assert [o for o in command._option_string_actions if o.startswith("--") and o not in row + "--help"] == []
