@@ -1,6 +1,7 @@
 """python -m service serve | check | import: the commands of the server; `stepcast` has them too."""
 
 import argparse
+import contextlib
 import logging
 import os
 import socket
@@ -36,6 +37,17 @@ class Uvicorn(uvicorn.Server):
         await super().startup(sockets)
         if self.started and self.servers:
             _announce(self.servers[0].sockets[0], self.example)
+
+
+class OneLine(logging.Filter):
+    """A start that fails for a reason of ours is one line, not the traceback that is logged of it."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Keep the last line where it tells our error."""
+        _, ours, reason = record.getMessage().rstrip().rpartition("\nstepcast.errors.")
+        if ours:
+            record.msg, record.args = reason, ()
+        return True
 
 
 def _announce(listener: socket.socket, example: bool) -> None:
@@ -82,10 +94,12 @@ def serve(arguments: argparse.Namespace) -> int:
             _announce(listener, arguments.example)
             Multiprocess(config, sockets=[listener]).run()
         return 0
+    logging.getLogger("uvicorn.error").addFilter(OneLine())
     server = Uvicorn(config)
     server.example = arguments.example
-    server.run()
-    return 0 if server.started else 3
+    with contextlib.suppress(SystemExit):  # uvicorn's own way out of a start that failed
+        server.run()
+    return 0 if server.started else 1
 
 
 def check(arguments: argparse.Namespace) -> int:

@@ -299,6 +299,17 @@ def test_a_room_says_in_one_line_what_is_wrong(capsys: pytest.CaptureFixture[str
     assert "The nearest is 'cpu'." in capsys.readouterr().err
 
 
+def test_a_start_without_models_is_one_line(tmp_path: Path) -> None:
+    """What a newcomer's first `stepcast serve` says in an empty directory; status 1."""
+    command = [sys.executable, "-m", "stepcast", "serve", "--port", "0", "--store", "memory://"]
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("STEPCAST_")} | {"PYTHONPATH": str(ROOT)}
+    run = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 1
+    reasons = [line for line in run.stderr.splitlines() if "ERROR" in line]
+    assert reasons[0].endswith("ManifestError: model repository 'models' is not a directory")
+    assert "Traceback" not in run.stderr
+
+
 def test_schema_of_the_manifest_knows_its_fields(capsys: pytest.CaptureFixture[str]) -> None:
     described = json.loads("\n".join(said(capsys, "schema", "manifest")))
     assert {"features", "outputs", "states", "sha256"} <= described["properties"].keys()
