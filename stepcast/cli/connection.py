@@ -10,11 +10,11 @@ import typer
 
 from ..arguments import nearest
 from ..errors import ConfigError, ModelNotFound
-from ..manifest import Manifest
 from ..rooms import load
 
 if TYPE_CHECKING:
     from ..client import AsyncClient, Client
+    from ..manifest import Manifest
 
 Url = Annotated[str, typer.Option("--url", envvar="STEPCAST_URL", help="Where the server is.", show_envvar=True)]
 Key = Annotated[str, typer.Option("--key", envvar="STEPCAST_KEY", help="API key.", show_envvar=True)]
@@ -46,12 +46,14 @@ def _address(url: str) -> str:
     return url.rstrip("/")
 
 
-def manifest_of(client: "Client", model: str) -> Manifest:
+def manifest_of(client: "Client", model: str) -> "Manifest":
     """The live version's manifest.
 
     Raises:
         ModelNotFound: with the nearest name that is served.
     """
+    from ..manifest import Manifest
+
     try:
         described = client.manifest(model)
     except ModelNotFound as error:
@@ -59,7 +61,7 @@ def manifest_of(client: "Client", model: str) -> Manifest:
     return Manifest.model_validate({key: value for key, value in described.items() if key in Manifest.model_fields})
 
 
-def positions(named: Mapping[str, Any], manifest: Manifest) -> list[float]:
+def positions(named: Mapping[str, Any], manifest: "Manifest") -> list[float]:
     """Readings by feature name as the row that a step takes; a name that is left out is a missing reading.
 
     Raises:
@@ -82,7 +84,7 @@ def positions(named: Mapping[str, Any], manifest: Manifest) -> list[float]:
     return row
 
 
-def named_outputs(row: Sequence[float], manifest: Manifest) -> dict[str, Any]:
+def named_outputs(row: Sequence[float], manifest: "Manifest") -> dict[str, Any]:
     """One row of outputs by name; a classifier's likeliest class beside its probabilities."""
     values = {output.name: float(value) for output, value in zip(manifest.outputs, row, strict=True)}
     if manifest.classes is None:

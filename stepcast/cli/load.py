@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from ..errors import ConfigError, StepcastError
-from ..manifest import Manifest, Tolerance
 from . import readings
 from .connection import HERE, Key, Model, Url, connected, connected_async, manifest_of
 
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
 
     from ..client import AsyncClient, Client
     from ..codec import Answer, Floats
+    from ..manifest import Manifest, Tolerance
     from ..stream import AsyncStream
 
 _SEQUENCES: Final = 8
@@ -47,7 +47,7 @@ def install(app: typer.Typer) -> None:
 class Tally:
     """What came back."""
 
-    tolerance: Tolerance
+    tolerance: "Tolerance"
     taken_s: list[float] = field(default_factory=list)
     wrong: int = 0
     failed: int = 0
@@ -108,7 +108,7 @@ def load(
     return 1 if tally.wrong or tally.failed or not tally.taken_s else 0
 
 
-def offline(client: "Client", model: str, x: "Floats", manifest: Manifest) -> "Floats":
+def offline(client: "Client", model: str, x: "Floats", manifest: "Manifest") -> "Floats":
     """The outputs (T, O) of a sequence (T, F) by one stateless pass; of all its beginnings where only ends answer."""
     import numpy as np
 
@@ -118,7 +118,7 @@ def offline(client: "Client", model: str, x: "Floats", manifest: Manifest) -> "F
     return client.predict(model, np.repeat(x[None], len(x), axis=0), beginnings)
 
 
-def _drawn(manifest: Manifest, steps: int, seed: int) -> "list[np.ndarray[Any, Any]]":
+def _drawn(manifest: "Manifest", steps: int, seed: int) -> "list[np.ndarray[Any, Any]]":
     """Sequences as the manifest says that readings are spread."""
     import numpy as np
 
@@ -128,7 +128,7 @@ def _drawn(manifest: Manifest, steps: int, seed: int) -> "list[np.ndarray[Any, A
     return list((mean + scale * drawn).astype(np.float32))
 
 
-def _read(csv: Path, manifest: Manifest, steps: int) -> "list[np.ndarray[Any, Any]]":
+def _read(csv: Path, manifest: "Manifest", steps: int) -> "list[np.ndarray[Any, Any]]":
     import numpy as np
 
     found = list(islice(readings.rows(csv, manifest), _SEQUENCES * steps))

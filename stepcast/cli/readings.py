@@ -6,16 +6,18 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
-from ..manifest import Manifest
 from .connection import positions
+
+if TYPE_CHECKING:
+    from ..manifest import Manifest
 
 MISSING = {"", "na", "nan", "null"}
 
 
-def parse(words: Sequence[str], manifest: Manifest) -> Any:
+def parse(words: Sequence[str], manifest: "Manifest") -> Any:
     """What a step takes, from the words of a command line.
 
     Args:
@@ -37,7 +39,7 @@ def parse(words: Sequence[str], manifest: Manifest) -> Any:
     return row
 
 
-def _json(text: str, manifest: Manifest) -> Any:
+def _json(text: str, manifest: "Manifest") -> Any:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
@@ -59,7 +61,7 @@ def number(text: str, where: str) -> float:
         raise ConfigError(f"{where}: {text!r} is no number. Write name=value, a number, or JSON.") from error
 
 
-def rows(path: Path, manifest: Manifest) -> Iterator[list[float]]:
+def rows(path: Path, manifest: "Manifest") -> Iterator[list[float]]:
     """The rows of a CSV whose header names features; other columns are left out. `-` is standard input.
 
     Raises:

@@ -12,7 +12,6 @@ import typer
 
 from ..arguments import nearest
 from ..errors import ConfigError
-from ..manifest import Manifest
 from ..rooms import load, module_of, room
 from .look import Column, Look, look
 from .rooms import PANELS
@@ -36,6 +35,8 @@ def install(app: typer.Typer) -> None:
 
 def schema(of: Annotated[Schema, typer.Argument(help="What is described.")]) -> None:
     """Print a JSON schema: of a training recipe, or of manifest.json."""
+    from ..manifest import Manifest
+
     described: Any = Manifest
     if of is Schema.RECIPE:
         described = load(f"{module_of('training')}.config", "training").Config

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from ..errors import SessionNotFound
-from ..manifest import Manifest
 from .connection import HERE, Key, Model, SessionId, Url, connected, manifest_of
 from .readings import rows
 
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from ..client import Session
+    from ..manifest import Manifest
 
 _BLOCKS: Final = "▁▂▃▄▅▆▇█"
 _LINES: Final = 16
@@ -56,13 +56,13 @@ def watch(
                 live.update(picture(f"{model}/{session} step {step}", lines, live.console.width))
 
 
-def _stepped(session: "Session", csv: Path, manifest: Manifest) -> Iterator[tuple[int, Values] | None]:
+def _stepped(session: "Session", csv: Path, manifest: "Manifest") -> Iterator[tuple[int, Values] | None]:
     for row in rows(csv, manifest):
         answer = session.step(row)
         yield answer.step, {o.name: float(v) for o, v in zip(manifest.outputs, answer.outputs, strict=True)}
 
 
-def _looked(session: "Session", manifest: Manifest) -> Iterator[tuple[int, Values] | None]:
+def _looked(session: "Session", manifest: "Manifest") -> Iterator[tuple[int, Values] | None]:
     """The state after each step that is seen; None while there is nothing new."""
     seen = 0
     while True:
