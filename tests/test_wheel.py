@@ -147,14 +147,17 @@ def test_site_packages_hold_stepcast_alone(extra: str, request: pytest.FixtureRe
     assert env.stepcast("version") == f"stepcast {__version__}\n"
 
 
-def test_a_missing_extra_is_named_with_its_command(client: Environment, service: Environment) -> None:
+def test_a_missing_extra_is_named_with_its_command(
+    client: Environment, service: Environment, training: Environment
+) -> None:
     """One line each."""
     for env, words, extra in (
         (client, ["serve", "--example"], "service"),
         (client, ["train", "x.yaml"], "training"),
         (service, ["train", "x.yaml"], "training"),
         (service, ["schema", "recipe"], "training"),
-        (service, ["sessions", "m"], "client"),
+        (training, ["sessions", "m"], "client"),
+        (training, ["serve"], "service"),
     ):
         (line,) = env.stepcast(*words, status=1).splitlines()
         assert line.endswith(f'is not installed. pip install "stepcast[{extra}]"')

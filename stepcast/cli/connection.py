@@ -55,7 +55,7 @@ def manifest_of(client: "Client", model: str) -> "Manifest":
     from ..manifest import Manifest
 
     try:
-        described = client.manifest(model)
+        described = dict(client.manifest(model))
     except ModelNotFound as error:
         raise ModelNotFound(f"{error}.{nearest(model, [entry['name'] for entry in client.models()])}") from error
     return Manifest.model_validate({key: value for key, value in described.items() if key in Manifest.model_fields})

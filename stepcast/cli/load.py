@@ -20,12 +20,14 @@ from .connection import HERE, Key, Model, Url, connected, connected_async, manif
 
 if TYPE_CHECKING:
     import numpy as np
+    import numpy.typing as npt
     from rich.progress import Progress, TaskID
 
     from ..client import AsyncClient, Client
-    from ..codec import Answer, Floats
     from ..manifest import Manifest, Tolerance
     from ..stream import AsyncStream
+
+    Floats = npt.NDArray[np.float32]
 
 _SEQUENCES: Final = 8
 _SOCKETS: Final = 64
@@ -118,7 +120,7 @@ def offline(client: "Client", model: str, x: "Floats", manifest: "Manifest") -> 
     return client.predict(model, np.repeat(x[None], len(x), axis=0), beginnings)
 
 
-def _drawn(manifest: "Manifest", steps: int, seed: int) -> "list[np.ndarray[Any, Any]]":
+def _drawn(manifest: "Manifest", steps: int, seed: int) -> "list[Floats]":
     """Sequences as the manifest says that readings are spread."""
     import numpy as np
 
@@ -128,7 +130,7 @@ def _drawn(manifest: "Manifest", steps: int, seed: int) -> "list[np.ndarray[Any,
     return list((mean + scale * drawn).astype(np.float32))
 
 
-def _read(csv: Path, manifest: "Manifest", steps: int) -> "list[np.ndarray[Any, Any]]":
+def _read(csv: Path, manifest: "Manifest", steps: int) -> "list[Floats]":
     import numpy as np
 
     found = list(islice(readings.rows(csv, manifest), _SEQUENCES * steps))
@@ -189,7 +191,7 @@ async def _drive(plan: Plan, client: "AsyncClient", stream: "AsyncStream | None"
 
 
 async def _sequence(
-    plan: Plan, step: "Callable[[Any], Awaitable[Answer]]", x: "Floats", want: "Floats", tally: Tally
+    plan: Plan, step: Callable[[Any], Awaitable[Any]], x: "Floats", want: "Floats", tally: Tally
 ) -> None:
     for row, right in zip(x, want, strict=True):
         if time.monotonic() >= plan.deadline:
