@@ -9,6 +9,7 @@ import csv
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -113,6 +114,7 @@ def test_wheel_holds_one_package(wheel: Path) -> None:
     """All is below stepcast/: code of the service and the trainer, recipes, the marker of types, one small model."""
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
+        metadata = archive.read(f"stepcast-{__version__}.dist-info/METADATA").decode()
         model = [file for file in archive.infolist() if "example_models" in file.filename]
     assert {name.partition("/")[0] for name in names} == {"stepcast", f"stepcast-{__version__}.dist-info"}
     code = {str(path.relative_to(ROOT)) for room in ("service", "training") for path in (ROOT / room).rglob("*.py")}
@@ -120,6 +122,9 @@ def test_wheel_holds_one_package(wheel: Path) -> None:
     assert {"stepcast/py.typed", "stepcast/training/recipes/reviews.vec"} <= set(names)
     assert sorted(Path(file.filename).name for file in model) == ["golden.npz", "manifest.json", "model.onnx"]
     assert sum(file.file_size for file in model) < 50_000
+    assert {"client", "service", "service-gpu", "training"} <= set(
+        re.findall(r"^Provides-Extra: (.+)$", metadata, re.M)
+    )
 
 
 def test_sdist_holds_what_the_wheel_is_made_of(built: Path) -> None:
