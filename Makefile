@@ -4,6 +4,9 @@
 #   make check         lint, format, types, imports
 #   make test          the whole suite; ARGS="-k law -x" goes to pytest
 #   make test-service  the service's tests in an environment without torch
+#   make test-redis    the stores' tests and the laws on a server that runs: REDIS_URL=redis://localhost:6379/0
+#   make dist          sdist and wheel in dist/, checked
+#   make images        the images of the service and the trainer, by docker
 #   make demo          train, serve and replay real weather; TRAIN=0 takes the committed model
 #   make serve         the server on models/; ARGS="--port 9000"
 #   make bench         the numbers of README; ARGS="--quick" for a look
@@ -38,7 +41,7 @@ PYTEST_ARGS = -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 PYTEST = $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install check test test-service demo serve bench chaos lock clean distclean python
+.PHONY: help install check test test-service test-redis dist images demo serve bench chaos lock clean distclean python
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -82,6 +85,19 @@ test-service: $(SERVICE_STAMP)
 	@$(SERVICE_VENV)/bin/python -c "import importlib.util as u; assert u.find_spec('torch') is None, 'torch is installed'"
 	@files=$$(grep -lw 'mark\.service' tests/test_*.py) || { echo "No test is marked service." >&2; exit 1; }; \
 	$(SERVICE_VENV)/bin/python -m pytest $(PYTEST_ARGS) -m service $(ARGS) $$files
+
+test-redis: $(STAMP)
+	@test -n "$(REDIS_URL)" || { echo "Which server? make test-redis REDIS_URL=redis://localhost:6379/0" >&2; exit 1; }
+	REDIS_URL=$(REDIS_URL) $(PYTEST) -k given $(ARGS) tests/test_store.py tests/test_laws.py
+
+dist: $(STAMP)
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/check-wheel-contents dist/*.whl
+
+images:
+	docker build --target service --tag stepcast-service .
+	docker build --target training --tag stepcast-training .
 
 demo: $(STAMP)
 	$(BIN)/python demo/replay.py $(if $(filter 0,$(TRAIN)),--committed,) $(ARGS)

@@ -1,6 +1,7 @@
-"""python -m service serve | check | import-onnx: the commands of the server."""
+"""python -m service serve | check | import: the commands of the server; `stepcast` has them too."""
 
 import argparse
+import contextlib
 import logging
 import os
 import socket
@@ -12,7 +13,9 @@ from pathlib import Path
 import uvicorn
 from uvicorn.supervisors import Multiprocess
 
+from stepcast.arguments import Parser
 from stepcast.errors import ConfigError, ManifestError, StepcastError
+from stepcast.rooms import example_models
 
 from .app import create_app
 from .doors.http.connection import HttpConnection
@@ -29,19 +32,36 @@ OPTIONS = ("models", "store", "device", "host", "port", "workers")  # of `serve`
 class Uvicorn(uvicorn.Server):
     """uvicorn that prints where it serves."""
 
+    example = False
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started and self.servers:
-            _announce(self.servers[0].sockets[0])
+            _announce(self.servers[0].sockets[0], self.example)
 
 
-def _announce(listener: socket.socket) -> None:
+class OneLine(logging.Filter):
+    """A start that fails for a reason of ours is one line, not the traceback that is logged of it."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Keep the last line where it tells our error."""
+        _, ours, reason = record.getMessage().rstrip().rpartition("\nstepcast.errors.")
+        if ours:
+            record.msg, record.args = reason, ()
+        return True
+
+
+def _announce(listener: socket.socket, example: bool) -> None:
     host, port = listener.getsockname()[:2]
     print(f"stepcast serves on http://{host}:{port}", flush=True)
+    if example:
+        print(f"a first step: stepcast step control_charts demo value=30.5 --url http://{host}:{port}", flush=True)
 
 
 def serve(arguments: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT."""
+    if arguments.example:
+        arguments.models, arguments.store = str(example_models()), arguments.store or "memory://"
     given = {name: getattr(arguments, name) for name in OPTIONS}
     settings = Settings.read(os.environ, **given)
     alone = settings.workers == 1
@@ -50,7 +70,7 @@ def serve(arguments: argparse.Namespace) -> int:
     os.environ.update({PREFIX + name.upper(): text for name, text in given.items() if text is not None})  # for workers
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
     config = uvicorn.Config(
-        create_app(settings, freezes=True) if alone else "service.app:from_environ",
+        create_app(settings, freezes=True) if alone else f"{__package__}.app:from_environ",
         factory=not alone,
         host=settings.host,
         port=settings.port,
@@ -68,14 +88,17 @@ def serve(arguments: argparse.Namespace) -> int:
         date_header=False,
     )
     if alone:
+        logging.getLogger("uvicorn.error").addFilter(OneLine())
         server = Uvicorn(config)
-        server.run()
-        return 0 if server.started else 3
+        server.example = arguments.example
+        with contextlib.suppress(SystemExit):  # uvicorn's own way out of a start that failed
+            server.run()
+        return 0 if server.started else 1
     listener = config.bind_socket()
     with tempfile.TemporaryDirectory(prefix="stepcast-") as folder:
         os.environ[WORKERS] = folder
         supervisor = Multiprocess(config, sockets=[listener])  # from here on SIGTERM stops it in order
-        _announce(listener)
+        _announce(listener, arguments.example)
         supervisor.run()
     return 0
 
@@ -109,13 +132,14 @@ def take_in(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m service", description=__doc__)
+def _parser(prog: str) -> argparse.ArgumentParser:
+    parser = Parser(prog=prog, description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     fields = Settings.model_fields
     run = commands.add_parser("serve", help="serve models until SIGTERM")
     for name in OPTIONS:
         run.add_argument(f"--{name}", help=f"{fields[name].description} Default: {fields[name].default}")
+    run.add_argument("--example", action="store_true", help="serve the model that comes with Stepcast, in memory")
     run.add_argument("--ssl-certfile", help="serve TLS with this certificate")
     run.add_argument("--ssl-keyfile", help="and this key")
     run.set_defaults(run=serve)
@@ -123,7 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     prove.add_argument("directory", type=Path, metavar="MODEL_DIR")
     prove.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     prove.set_defaults(run=check)
-    take = commands.add_parser("import-onnx", help="take in a recurrent ONNX graph made by others")
+    take = commands.add_parser("import", aliases=["import-onnx"], help="take in a recurrent ONNX graph made by others")
     take.add_argument("file", type=Path, metavar="FILE")
     take.add_argument("--name", required=True, help="the model's name")
     take.add_argument("--version", type=int, help="default: the next free one")
@@ -133,14 +157,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; its exit status."""
-    arguments = _parser().parse_args(argv)
+def main(argv: Sequence[str] | None = None, prog: str = "python -m service") -> int:
+    """Run a command; its exit status: 2 for a wrong setting, 1 for a failure."""
+    arguments = _parser(prog).parse_args(argv)
     try:
         return int(arguments.run(arguments))
     except (ConfigError, ManifestError, StepcastError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, ConfigError) else 1
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Any, Literal, Self, TypeVar, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
+from stepcast.arguments import CLIENT_VARIABLES
 from stepcast.errors import ConfigError
 
 PREFIX = "STEPCAST_"
@@ -98,7 +99,7 @@ class Settings(BaseModel):
         names = {PREFIX + name.upper(): name for name in cls.model_fields}
         values: dict[str, Any] = {}
         for variable, value in environ.items():
-            if not variable.startswith(PREFIX):
+            if not variable.startswith(PREFIX) or variable in CLIENT_VARIABLES:
                 continue
             if variable not in names:
                 near = difflib.get_close_matches(variable, names, n=1, cutoff=0)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from stepcast.arguments import Parser
 from stepcast.errors import ConfigError, ManifestError
 from stepcast.manifest import Manifest, read_manifest
 
@@ -46,9 +47,9 @@ class Job:
         return Path(self.arguments.runs) / self.config.name
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, prog: str = "python -m training") -> int:
     """Run a command; 2 for a wrong configuration, 1 for a model that could not be proved."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parser(prog).parse_args(argv)
     console = Console(quiet=not leading())
     try:
         return COMMANDS[arguments.command](_job(arguments, console))
@@ -59,8 +60,8 @@ def main(argv: list[str] | None = None) -> int:
         leave()
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m training", description="Train, measure and export models.")
+def _parser(prog: str) -> argparse.ArgumentParser:
+    parser = Parser(prog=prog, description="Train, measure and export models.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (
         ("train", "train a network, measure it on the test split, and write models/<name>/<version>/"),

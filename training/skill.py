@@ -41,8 +41,8 @@ class Skill:
 
     @property
     def ratio(self) -> NDArray[np.float64]:
-        """Model over persistence, (O,)."""
-        return self.model / self.persistence
+        """Model over persistence, (O,); NaN where persistence makes no error."""
+        return np.divide(self.model, self.persistence, out=np.full_like(self.model, np.nan), where=self.persistence > 0)
 
     def as_dict(self, names: Sequence[str]) -> dict[str, Any]:
         """Plain numbers by target, for the manifest."""
@@ -51,7 +51,7 @@ class Skill:
                 "rmse": round(float(self.model[k]), 4),
                 "persistence": round(float(self.persistence[k]), 4),
                 "day_before": round(float(self.day_before[k]), 4),
-                "ratio": round(float(self.ratio[k]), 4),
+                "ratio": round(float(self.ratio[k]), 4) if self.persistence[k] else None,
                 "rows": int(self.rows[k]),
             }
             for k, name in enumerate(names)
@@ -111,9 +111,11 @@ class Measurement:
         return Replay(first, x, present, np.stack(outputs, axis=1), stacked, start - first)
 
     def skills(self, distances: Sequence[int]) -> list[Skill]:
-        """Skill at each distance in steps."""
-        forecasts = self._rollout(max(distances))
-        return [self._skill(ahead, forecasts[ahead - 1]) for ahead in distances]
+        """Skill at each distance in steps that the test rows are long enough for."""
+        start, stop = self.source.bounds["test"]
+        reached = [ahead for ahead in distances if ahead < stop - start]
+        forecasts = self._rollout(max(reached, default=0))
+        return [self._skill(ahead, forecasts[ahead - 1]) for ahead in reached]
 
     def _rollout(self, steps: int) -> list[Floats]:
         """Forecasts 1..steps ahead of every step, each (S, T, O); every (step, series) pair is one row."""
@@ -151,8 +153,9 @@ class Measurement:
         return Skill(ahead, there.sum(axis=(0, 1)), **errors)
 
     def plot_week(self, path: Path, steps: int = 7 * DAY) -> None:
-        """Draw a week in the middle of the test steps: truth, forecast, persistence, one panel per target."""
+        """Draw the middle of the test steps, a week at most: truth, forecast, persistence, one panel per target."""
         replay, source = self.replay, self.source
+        steps = min(steps, replay.x.shape[1] - replay.scored - 1)
         middle = (replay.scored + replay.x.shape[1] - steps) // 2
         origin = replay.start + middle + np.arange(steps)
         figure = Figure(figsize=(10, 1.9 * len(source.targets)), layout="constrained")
@@ -192,6 +195,8 @@ def skill_table(source: TableSource, skills: Sequence[Skill]) -> Table:
             unit = source.config.columns[name].unit
             numbers = [f"{v:.3f}" for v in (model, persistence, day_before, ratio)]
             table.add_row(f"{name} [{unit}]".replace("[", r"\["), f"{skill.ahead} x {every}", *numbers)
-        table.add_row("mean of ratios", f"{skill.ahead} x {every}", "", "", "", f"{skill.ratio.mean():.3f}")
+        known = skill.ratio[~np.isnan(skill.ratio)]
+        mean = f"{known.mean():.3f}" if known.size else "-"
+        table.add_row("mean of ratios", f"{skill.ahead} x {every}", "", "", "", mean)
         table.add_section()
     return table

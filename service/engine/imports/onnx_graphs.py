@@ -1,4 +1,4 @@
-"""python -m service import-onnx: takes a recurrent ONNX graph made by others into the model repository.
+"""stepcast import: takes a recurrent ONNX graph made by others into the model repository.
 
 What the graph does not say (which output is the next value of which input, which axis is the batch, what a constant is)
 is guessed from names and shapes where only one reading is possible; otherwise the import is refused and says what to
