@@ -481,7 +481,7 @@ def embed(source: Source) -> History:
     return Trainer(net, source, training(epochs=1)).fit()
 
 
-@pytest.mark.parametrize("wrong", [5.0, -1.0, 1e9, math.nan, math.inf])
+@pytest.mark.parametrize("wrong", [5.0, 4.6, -1.0, -0.6, 1e9, math.nan, math.inf])
 def test_token_outside_the_vocabulary_is_an_error_in_training(wrong: float) -> None:
     """The network would take the nearest one and learn from another text than the one that was given."""
     with pytest.raises(ConfigError, match=r"feature 'word' is .* at step 1 of row 0 of a batch, .* are 0 to 4\. Enl"):

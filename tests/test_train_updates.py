@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
-from networks import OUT, network, plain, training
+from networks import OUT, layer_specs, network, plain, training
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -57,13 +57,18 @@ def flags(*values: Sequence[int]) -> Tensor:
     return torch.tensor(values, dtype=torch.bool)
 
 
-def with_weights(layers: Sequence[dict[str, Any]], values: Sequence[float]) -> Network:
-    """A network of one number per weight, each set to a value."""
-    made = network(layers, plain(1), outputs=1, spread=0.0)
-    leaves = [p for p in made.parameters() if p.requires_grad]
+def set_weights(net: Network, values: Sequence[float]) -> None:
+    """Fill each tensor that learns with a number."""
+    leaves = [p for p in net.parameters() if p.requires_grad]
     with torch.no_grad():
         for leaf, value in zip(leaves, values, strict=True):
             leaf.fill_(value)
+
+
+def with_weights(layers: Sequence[dict[str, Any]], values: Sequence[float]) -> Network:
+    """A network of one feature and one output, each tensor that learns filled with a number."""
+    made = network(layers, plain(1), outputs=1, spread=0.0)
+    set_weights(made, values)
     return made
 
 
@@ -95,9 +100,9 @@ def near(*values: float) -> Any:
     return pytest.approx(list(values), rel=1e-5)
 
 
-def line_gradient(w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the mean squared error over LINE."""
-    x, y = LINE.x.flatten(), LINE.y.flatten()
+def line_gradient(w: Tensor, b: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Of the mean squared error."""
+    x, y = batch.x.flatten(), batch.y.flatten()
     error = w * x + b - y
     return 2 * (error * x).mean(), 2 * error.mean()
 
@@ -122,6 +127,7 @@ def line_gradient(w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         ({"gradient": "clip_global_norm", "gradient_threshold": 5.0, "l2": 0.5}, (2 - 0.1 * (4 + 1), 0.7)),
         ({"gradient": "clip_elementwise", "gradient_threshold": 7.0, "l1": 0.5}, (2 - 0.1 * (7 + 0.5), 0.4)),
         ({"gradient": "renormalize_l2_per_layer", "l2": 1.0}, (2 - 0.1 * (0.8 + 2), 0.94)),
+        ({"gradient": "renormalize_l2_per_layer", "gradient_threshold": 5.0}, (1.92, 0.94)),  # a limit is not a length
     ],
 )
 def test_one_update_is_the_formula(config: dict[str, Any], expected: tuple[float, float]) -> None:
@@ -129,9 +135,11 @@ def test_one_update_is_the_formula(config: dict[str, Any], expected: tuple[float
     assert line(**{**SGD, **config}) == near(*expected)
 
 
-def test_negative_weights_are_pulled_up_by_l1() -> None:
-    """l1 adds the sign: from w -1 the errors of the mirrored labels give (-8, -6)."""
+def test_negative_numbers_are_treated_as_positive_ones() -> None:
+    """Mirrored labels and weights give (-8, -6): l1 adds the sign, clipping cuts on both sides."""
     mirrored = Batch(LINE.x, -LINE.y)
+    clip = {"gradient": "clip_elementwise", "gradient_threshold": 7.0}
+    assert line(start=(-2.0, -1.0), batches=(mirrored,), **SGD, **clip) == near(-1.3, -0.4)
     assert line(start=(-2.0, -1.0), batches=(mirrored,), **SGD, l1=0.5) == near(-2 + 0.1 * (8 + 0.5), -0.4)
 
 
@@ -152,21 +160,26 @@ OPTIMISERS: dict[str, Callable[[list[Tensor], float], torch.optim.Optimizer]] = 
 }
 
 
+@pytest.mark.parametrize("size", [1.0, 1e-7], ids=["large", "tiny"])
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
 @pytest.mark.parametrize("optimiser", OPTIMISERS)
-def test_optimiser_is_torchs_on_gradients_by_hand(optimiser: str, schedule: str) -> None:
-    """Four updates with the constants of docs/models.md; a schedule multiplies the rate of each epoch."""
-    leaves = [torch.tensor(value) for value in START]
-    reference = OPTIMISERS[optimiser](leaves, 0.1)
+def test_optimiser_is_torchs_on_gradients_by_hand(optimiser: str, schedule: str, size: float) -> None:
+    """Four updates with the constants of docs/models.md; a schedule multiplies the rate of each epoch.
+
+    Gradients of 1e-7 are of the size of the epsilons, which the others do not feel.
+    """
+    rate, start = 0.1 * size, [size * value for value in START]
+    batch = Batch(LINE.x, size * LINE.y)
+    leaves = [torch.tensor(value) for value in start]
+    reference = OPTIMISERS[optimiser](leaves, rate)
     for epoch in range(4):
         factor = 0.01 + 0.99 * (1 + math.cos(math.pi * epoch / 4)) / 2 if schedule == "cosine" else 1.0
-        reference.param_groups[0]["lr"] = 0.1 * factor
-        for leaf, gradient in zip(leaves, line_gradient(*leaves), strict=True):
+        reference.param_groups[0]["lr"] = rate * factor
+        for leaf, gradient in zip(leaves, line_gradient(*leaves, batch), strict=True):
             leaf.grad = gradient
         reference.step()
-    expected = [float(leaf) for leaf in leaves]
-    config = {"optimiser": optimiser, "learning_rate": 0.1, "momentum": 0.8, "schedule": schedule}
-    assert line(4, **config) == near(*expected)
+    config = {"optimiser": optimiser, "learning_rate": rate, "momentum": 0.8, "schedule": schedule}
+    assert line(4, start, (batch,), **config) == near(*(float(leaf) for leaf in leaves))
 
 
 @pytest.mark.parametrize(
@@ -208,6 +221,38 @@ def test_layers_are_clipped_apart_and_the_network_together() -> None:
         config = training(**SGD, gradient=kind, gradient_threshold=30.0)
         Trainer(net, Fixed((Batch(rows([2]), rows([0])),)), config).epoch(0, Progress.silent())
         assert weights(net) == pytest.approx(expected.tolist(), rel=1e-5), kind
+
+
+def test_labels_are_learned_in_the_networks_scale_and_relative_to_the_last_reading() -> None:
+    """Feature (x - 1) / 2, target (y - x - 3) / 4: from w 2, b 1 the gradient is written out by hand."""
+    feature, output = Feature(name="v", mean=1.0, scale=2.0), Output(name="v", mean=3.0, scale=4.0)
+    x, y = np.array([1.0, 3.0, 5.0]), np.array([-4.0, 6.0, 28.0])
+    z, target = (x - 1) / 2, (y - x - 3) / 4  # 0, 1, 2 and -2, 0, 5
+    error = 2 * z + 1 - target  # 3, 3, 0
+    for residual in (True, False):
+        error = 2 * z + 1 - (target if residual else (y - 3) / 4)
+        net = Network(layer_specs([{**OUT, "residual": residual}]), [feature], [output], False)
+        set_weights(net, START)
+        source = Fixed((Batch(rows(x.tolist()), rows(y.tolist())),), features=(feature,), outputs=(output,))
+        loss = Trainer(net, source, training(**SGD)).epoch(0, Progress.silent())
+        assert loss == pytest.approx(float(np.square(error).mean()))
+        assert weights(net) == near(2 - 0.2 * (error * z).mean(), 1 - 0.2 * error.mean())
+
+
+@pytest.mark.parametrize(("missing", "seen"), [("mean", 0.0), ("refuse", -1.0)])
+def test_label_of_an_absent_step_is_learned_from_what_stands_in_for_its_reading(missing: Any, seen: float) -> None:
+    """The mean, or 0 in the caller's unit; one output of two is labelled, so the mask is per output."""
+    feature = Feature(name="x", mean=1.0, scale=1.0, missing=missing)
+    outputs = (Output(name="a"), Output(name="b"))
+    batch = Batch(rows([3, 9]), torch.zeros(1, 2, 2), flags([1, 0]), torch.tensor([[[True, True], [False, True]]]))
+    net = Network(layer_specs([OUT]), [feature], outputs, False)
+    set_weights(net, (2.0, 1.0))
+    Trainer(net, Fixed((batch,), features=(feature,), outputs=outputs), training(**SGD)).epoch(0, Progress.silent())
+    first, second = 2 * 2 + 1, 2 * seen + 1  # the first step's normalised reading is 2
+    linear = net.head.linear
+    assert linear is not None
+    assert linear.weight.flatten().tolist() == near(2 - 0.2 * first * 2 / 3, 2 - 0.2 * (first * 2 + second * seen) / 3)
+    assert linear.bias.tolist() == near(1 - 0.2 * first / 3, 1 - 0.2 * (first + second) / 3)
 
 
 # --- A tanh unit: h' = tanh(w x + r h + b), y = v h + d ----------------------------------------------------------
@@ -408,6 +453,21 @@ def test_patience_ends_a_run_and_the_best_weights_stay(patience: int) -> None:
     expected = [1.2**2, 0.24**2, 1.392**2, 2.3136**2, 3.05088**2]
     assert [validation for _, validation in history.losses] == pytest.approx(expected[: 2 + patience], rel=1e-4)
     assert [train for train, _ in history.losses[:2]] == pytest.approx([81.0, 7.2**2], rel=1e-4)
+
+
+def test_equal_losses_cost_patience() -> None:
+    """Nothing moves at this rate: the first epoch stays the best one."""
+    history = drifting(patience=2, learning_rate=1e-12).fit()
+    assert (history.epoch, history.best_epoch) == (3, 0)
+
+
+def test_training_loss_decides_where_there_is_no_validation_split() -> None:
+    """It falls from epoch to epoch, so the last weights are the best."""
+    trainer = Trainer(with_weights([OUT], START), Fixed((LINE,)), training(**{**SGD, "learning_rate": 0.01}, epochs=3))
+    history = trainer.fit()
+    assert history.best_epoch == 2
+    assert all(train == validation for train, validation in history.losses)
+    assert history.best == history.losses[-1][0]
 
 
 def test_resumed_run_remembers_the_best_epoch_before_the_break(tmp_path: Path) -> None:
