@@ -40,7 +40,8 @@ PROCESSES = ("test_train_processes.py",)
 NETWORK = ("test_network.py",)
 LOSSES = ("test_network.py", "test_train_layers.py", "test_train.py")
 MASKS = ("test_network.py", "test_train_updates.py", "test_layers.py")
-METRICS = ("test_metrics.py",)
+METRICS = ("test_metrics.py", "test_train_checks.py")
+CHECKS = ("test_train_checks.py",)
 LAYERS = ("test_train_layers.py", "test_network.py", "test_layers.py")
 HEAD = ("test_train_updates.py", "test_network.py")
 
@@ -156,6 +157,10 @@ CATALOGUE: dict[tuple[str, tuple[str, ...]], list[tuple[str, ...]]] = {
         ("losses.add(self.world.sum(total), self.world.sum(count))", "losses.add(total, count)"),
         ("rows * self.network.head.loss.parts(", "segment.x.shape[0] * self.network.head.loss.parts("),
     ],
+    ("train.py", CHECKS): [
+        ("        check_labels(self.network, self.source)\n", ""),
+        ("check_lanes(rows_of_state(state, rows), batch)", "pass"),
+    ],
     ("segments.py", SEGMENTS): [
         ("range(0, batch.x.shape[1], length)", "range(0, batch.x.shape[1] - length + 1, length)"),
         ("m[:, start : start + length] for m", "m[:, :length] for m"),
@@ -230,6 +235,8 @@ CATALOGUE: dict[tuple[str, tuple[str, ...]], list[tuple[str, ...]]] = {
     ("metrics.py", METRICS): [
         ("pairs = actual * count + p.argmax(axis=1)", "pairs = p.argmax(axis=1) * count + actual"),
         ("(above < n).sum()", "(above <= n).sum()"),
+        ("(p == own[:, None]) & earlier", "(p == own[:, None]) & ~earlier"),
+        ("((p > own[:, None]) | ((p == own[:, None]) & earlier))", "(p > own[:, None])"),
         ("precision=_ratio(hits, predicted)", "precision=_ratio(hits, actual)"),
         ("recall=_ratio(hits, actual)", "recall=_ratio(hits, predicted)"),
         ("f1=_ratio(2 * hits, predicted + actual)", "f1=_ratio(hits, predicted + actual)"),
@@ -254,6 +261,9 @@ CATALOGUE: dict[tuple[str, tuple[str, ...]], list[tuple[str, ...]]] = {
     ],
     ("optimise.py", UPDATES): [
         ("[p for p in network.parameters() if p.requires_grad]", "list(network.parameters())"),
+        ('"params": others, "weight_decay": 0.0}', '"params": others}'),
+        ("weight_decay=config.weight_decay)", "weight_decay=0.01)"),
+        ("return torch.optim.AdamW(", "return torch.optim.Adam("),
         ("torch.optim.Adam(weights, rate)", "torch.optim.Adam(weights, rate, eps=1e-7)"),
         ("torch.optim.Adam(weights, rate)", "torch.optim.Adam(weights, rate, betas=(0.9, 0.99))"),
         ("torch.optim.RMSprop(weights, rate, alpha=0.95)", "torch.optim.RMSprop(weights, rate)"),
@@ -345,7 +355,7 @@ CATALOGUE: dict[tuple[str, tuple[str, ...]], list[tuple[str, ...]]] = {
     ("layers/output.py", HEAD): [
         ("y = y * self.scale + self.mean", "y = (y + self.mean) * self.scale"),
         ("target = y if base is None else y - base", "target = y if base is None else y + base"),
-        ("target = (target - self.mean) / self.scale", "target = target / self.scale - self.mean"),
+        ("(target - self.mean) / self.scale", "target / self.scale - self.mean"),
         ("return y if base is None else y + base", "return y"),
         ("* self.base_scale + self.base_mean if", "* self.base_scale if"),
         ("nn.init.zeros_(self.linear.bias)", "nn.init.ones_(self.linear.bias)"),

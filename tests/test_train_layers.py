@@ -148,6 +148,17 @@ def test_cross_entropy_survives_probabilities_of_zero_and_one() -> None:
     assert torch.isfinite(gradient).all()
 
 
+def test_other_names_of_a_loss_are_that_loss() -> None:
+    """DL4J has three for the cross entropy of classes and two for the squared error."""
+    z, target = torch.tensor([[[0.3, -1.0, 2.0]]]), torch.tensor([[[0.0, 1.0, 0.0]]])
+    for name, others in {"mcxent": ("negativeloglikelihood", "sparse_mcxent"), "mse": ("squared_loss",)}.items():
+        for activation in ("softmax", "sigmoid"):
+            wanted, count = Loss(name, activation)(z, target, None)
+            for other in others:
+                got = Loss(other, activation)(z, target, None)
+                assert (float(got[0]), int(got[1])) == (float(wanted), int(count))
+
+
 def test_metrics_follow_the_task() -> None:
     """Ranks for classes, errors for numbers."""
     outputs = (Output(name="a"), Output(name="b"))

@@ -112,3 +112,16 @@ def test_tokens_of_the_vocabulary_padding_and_missing_ones_train() -> None:
     check_tokens(batch, vocabulary=5, feature=Feature(name="word"))
     with pytest.raises(ConfigError, match="is 99 at step 1"):
         check_tokens(replace(batch, x_mask=None), vocabulary=5, feature=Feature(name="word"))
+
+
+def test_many_to_one_row_without_a_label_at_its_last_step_counts_nothing() -> None:
+    """Labels of earlier steps do not stand in for it."""
+    batch = Batch(torch.zeros(2, 3, 1), torch.zeros(2, 3, 1), None, torch.tensor([[True, True, False], [True] * 3]))
+    settled = settle(batch, fillable=torch.tensor([False]), summary=True)
+    assert settled.y_mask is not None
+    assert settled.y_mask.tolist() == [[False] * 3, [False, False, True]]
+    per_output = replace(batch, y=torch.zeros(2, 3, 2), y_mask=torch.tensor([[[True, False]] * 3] * 2))
+    settled = settle(per_output, fillable=torch.tensor([False]), summary=True)
+    assert settled.y_mask is not None
+    assert settled.y_mask[:, :2].sum() == 0
+    assert settled.y_mask[:, 2].tolist() == [[True, False]] * 2

@@ -182,6 +182,16 @@ def test_optimiser_is_torchs_on_gradients_by_hand(optimiser: str, schedule: str,
     assert line(4, start, (batch,), **config) == near(*(float(leaf) for leaf in leaves))
 
 
+@pytest.mark.parametrize("decay", [None, 0.0, 0.5])
+def test_adamw_decays_weights_by_a_setting_and_leaves_biases_alone(decay: float | None) -> None:
+    """w (1 - rate * decay), then Adam's first step, the rate itself; b takes that step alone. The default is 0.01."""
+    given = {} if decay is None else {"weight_decay": decay}
+    net = with_weights([OUT], START)
+    config = training(**{**SGD, "optimiser": "adamw"}, **given)
+    Trainer(net, Fixed((LINE,)), config).epoch(0, Progress.silent())
+    assert weights(net) == pytest.approx([2 * (1 - 0.1 * (0.01 if decay is None else decay)) - 0.1, 0.9], rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("x_mask", "y_mask", "x_seen"),
     [
