@@ -3,7 +3,7 @@
 Each mutant is a small patch that somebody could have written by mistake, and the test files that have to fail with it.
 A mutant that no test notices has survived. One that means the same as the original can never be noticed; it says why.
 
-    python tests/mutants.py [--only train.py] [--workers 2] [--least 0.95]
+    python tests/mutants.py [--only train.py layers/] [--workers 2] [--least 0.95]
 
 The patches are applied to copies of the tree. The exit status is 1 if the tests fail without any mutant, or if fewer
 mutants are killed than `--least` says.
@@ -501,11 +501,11 @@ def judge_all(chosen: Sequence[Mutant], workers: int) -> list[Verdict]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Judge the catalogue; 1 if too many survive."""
     parser = argparse.ArgumentParser(description="Break training on purpose and see that tests notice.")
-    parser.add_argument("--only", default="", help="files of training/ whose path contains this")
+    parser.add_argument("--only", nargs="*", default=[""], help="files of training/ whose path contains one of these")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--least", type=float, default=0.95, help="share that has to be killed")
     arguments = parser.parse_args(argv)
-    chosen = [mutant for mutant in mutants() if arguments.only in mutant.file]
+    chosen = [mutant for mutant in mutants() if any(part in mutant.file for part in arguments.only)]
     started = time.monotonic()
     verdicts = judge_all(chosen, arguments.workers)
     for verdict in verdicts:
