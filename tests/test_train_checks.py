@@ -204,6 +204,23 @@ def test_row_with_two_classes_is_an_error_in_training_and_in_metrics() -> None:
         Trainer(net, source, training()).fit()
 
 
+def test_row_without_a_class_is_learned_nothing_from_but_can_not_be_measured() -> None:
+    """In the test split it would end the run after its last epoch; with one output a 0 is the other class."""
+    empty = classes_of([[1, 0], [0, 0]])
+    for split, refused in (("test", True), ("train", False)):
+        full = classes_of([[1, 0], [0, 1]])
+        source = replace(full, splits={**full.splits, split: empty.splits["test"]})
+        trainer = Trainer(network([OUT], plain(1), outputs=2, classification=True), source, training(epochs=1))
+        if refused:
+            with pytest.raises(ConfigError, match=r"0 classes at step 1 of row 0 of batch 0 of test, wanted one"):
+                trainer.fit()
+        else:
+            assert trainer.fit().epoch == 1
+    sigmoid = {**OUT, "activation": "sigmoid", "loss": "xent"}
+    one = classes_of([[1], [0]])
+    assert Trainer(network([sigmoid], plain(1), outputs=1), one, training(epochs=1)).fit().epoch == 1
+
+
 def test_top_n_counts_ties_in_the_order_of_the_classes() -> None:
     """As accuracy does: a model that says the same of every class is right as often as chance, not always."""
     metrics = ClassificationMetrics(("a", "b", "c", "d"))

@@ -7,8 +7,7 @@ from torch import Tensor
 from stepcast.errors import ConfigError
 
 from .config import Config
-from .data.batch import Batch
-from .data.source import Source, Split
+from .data.source import SPLITS, Source
 from .export import describe
 from .losses import TAKES
 from .network import Network
@@ -32,58 +31,54 @@ def check_names(network: Network, source: Source, config: Config) -> None:
 
 
 def check_labels(network: Network, source: Source) -> None:
-    """See that every label which counts in training or validation is one the loss is defined for.
+    """See that every label which counts can be learned from, or measured with in the test split.
 
     Only losses that do not take every number, and classes, need the pass over the data.
 
     Raises:
-        ConfigError: one is not; with output, split, batch, row and step.
+        ConfigError: one can not; with output, split, batch, row and step.
     """
     if network.head.loss.name not in TAKES and source.classes is None:
         return
-    fillable = torch.zeros(source_width(source), dtype=torch.bool)
-    splits: tuple[Split, ...] = ("train", "validation")
-    for split in splits:
+    fillable = torch.zeros(sum(feature.width for feature in source.features), dtype=torch.bool)
+    for split in SPLITS:
         for number, batch in enumerate(source.batches(split)):
             settled = settle(batch, fillable=fillable, summary=network.summary)
-            _check_batch(network, source, settled, f"batch {number} of {split}")
+            mask = torch.ones(batch.y.shape[:2], dtype=torch.bool) if settled.y_mask is None else settled.y_mask
+            counts = (mask if mask.ndim == 3 else mask[..., None]).expand(batch.y.shape)
+            where = f"batch {number} of {split}"
+            if source.classes is not None:
+                _check_classes(settled.y, counts, where, measured=split == "test")
+            if network.head.loss.name in TAKES and split != "test":
+                _check_numbers(network, source, settled.y, counts, where)
 
 
-def source_width(source: Source) -> int:
-    """F: values per step."""
-    return sum(feature.width for feature in source.features)
+def _check_classes(y: Tensor, counts: Tensor, where: str, *, measured: bool) -> None:
+    """One class per row; in a split that is only measured, not less than one either."""
+    highest = y.amax(dim=2, keepdim=True)
+    found = ((y == highest) & (highest > 0) & counts).sum(dim=2)
+    wrong = found > 1
+    if measured and y.shape[2] > 1:  # a single output of 0 is the other class
+        wrong |= counts.all(dim=2) & (found == 0)
+    if (place := _first(wrong)) is not None:
+        row, step = place
+        raise ConfigError(f"data: {int(found[row, step])} classes at step {step} of row {row} of {where}, wanted one")
 
 
-def _check_batch(network: Network, source: Source, batch: Batch, where: str) -> None:
-    mask = torch.ones(batch.y.shape[:2], dtype=torch.bool) if batch.y_mask is None else batch.y_mask
-    counts = (mask if mask.ndim == 3 else mask[..., None]).expand(batch.y.shape)
-    if source.classes is not None:
-        highest = batch.y.amax(dim=2, keepdim=True)
-        rivals = ((batch.y == highest) & (highest > 0) & counts).sum(dim=2)
-        if (place := _first(rivals > 1)) is not None:
-            row, step = place
-            raise ConfigError(
-                f"data: {int(rivals[row, step])} classes at step {step} of row {row} of {where}, wanted one"
-            )
-    if network.head.loss.name not in TAKES:
-        return
+def _check_numbers(network: Network, source: Source, y: Tensor, counts: Tensor, where: str) -> None:
+    """Labels for which the loss is defined."""
     takes, wanted = TAKES[network.head.loss.name]
-    target = _on_cpu(network, batch.y)
+    target = network.head.target(None, y.to(network.head.mean.device)).cpu()
     if (place := _first(counts & ~takes(target))) is None:
         return
     row, step, column = place
-    got, given = float(target[row, step, column]), float(batch.y[row, step, column])
+    got, given = float(target[row, step, column]), float(y[row, step, column])
     scaled = "" if network.head.identity_scale else f" ({given:g} in the data)"
     advice = "" if network.head.identity_scale else " Take labels as they are (data.normalise_labels: none)."
     raise ConfigError(
         f"data: loss {network.head.loss.name} takes labels {wanted}, output {source.outputs[column].name!r} is "
         f"{got:g}{scaled} at step {step} of row {row} of {where}.{advice}"
     )
-
-
-def _on_cpu(network: Network, y: Tensor) -> Tensor:
-    """Labels in the network's scale, wherever the network is."""
-    return network.head.target(None, y.to(network.head.mean.device)).cpu()
 
 
 def _first(flags: Tensor) -> tuple[int, ...] | None:
