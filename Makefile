@@ -11,6 +11,7 @@
 #   make serve         the server on models/; ARGS="--port 9000"
 #   make bench         the numbers of README; ARGS="--quick" for a look
 #   make chaos         kill -9 at random moments, then count; ARGS="--seconds 30 --sessions 200 --seed 1"
+#   make mutants       break training on purpose, see that tests notice; ARGS="--only losses.py"
 #   make lock          write constraints.txt anew from the newest versions
 #   make clean         remove caches and build output
 #   make distclean     remove .venv and .cache too
@@ -41,7 +42,7 @@ PYTEST_ARGS = -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 PYTEST = $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install check test test-service test-redis dist images demo serve bench chaos lock clean distclean python
+.PHONY: help install check test test-service test-redis dist images demo serve bench chaos mutants lock clean distclean python
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -116,6 +117,9 @@ bench: $(BENCH_STAMP)
 
 chaos: $(STAMP)
 	PYTHONPATH=. $(BIN)/python tests/chaos.py $(ARGS)
+
+mutants: $(STAMP)
+	$(BIN)/python tests/mutants.py $(ARGS)
 
 # Versions without a local part (torch's +cpu) and without CUDA's packages, which torch and onnxruntime-gpu pin
 # themselves: the file fits machines with and without a GPU.
