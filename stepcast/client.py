@@ -113,7 +113,7 @@ class Client:
             ttl_s: Seconds without a step after which the session is forgotten.
 
         Raises:
-            SessionExists.
+            SessionExists: the id is taken.
         """
         made = self.session(model, session)
         fields = {"examples": examples, "version": version, "ttl_s": ttl_s}
@@ -239,7 +239,7 @@ class AsyncClient:
         """Create a session, as `Client.create`.
 
         Raises:
-            SessionExists.
+            SessionExists: the id is taken.
         """
         made = self.session(model, session)
         fields = {"examples": examples, "version": version, "ttl_s": ttl_s}

@@ -61,7 +61,7 @@ class SessionCalls:
         """Step, examples, version, size and times.
 
         Raises:
-            SessionNotFound.
+            SessionNotFound: never created, ended or expired.
         """
         return (yield from self.calls.exchange(Call("GET", self._path)))  # type: ignore[return-value]  # its word
 
@@ -223,7 +223,7 @@ class SessionCalls:
         """One layer's state by key, each (N, *shape).
 
         Raises:
-            LayerNotFound.
+            LayerNotFound: the state has no such layer.
         """
         message = yield from self.calls.exchange(Call("GET", f"{self._path}/state/{quote(layer, safe='')}"))
         manifest = yield from self.calls.manifest(self.model, message["version"])
@@ -233,7 +233,7 @@ class SessionCalls:
         """Set one layer's state by key; the others stay as they are.
 
         Raises:
-            LayerNotFound.
+            LayerNotFound: the state has no such layer.
         """
         manifest = (yield from self.names()).manifest
         fields = {"state": codec.layer_fields(layer, state, manifest)}
@@ -277,7 +277,7 @@ class SessionCalls:
         """End and forget the session.
 
         Raises:
-            SessionNotFound.
+            SessionNotFound: never created, ended or expired.
         """
         self._step = self._version = None
         yield from self.calls.exchange(Call("DELETE", self._path, applied="session_not_found"))
@@ -297,7 +297,7 @@ def same_features(arranged: FeatureNames, answered: FeatureNames) -> FeatureName
     """The names of the version that answered, if inputs arranged for another one were right for it.
 
     Raises:
-        StateVersionMismatch.
+        StateVersionMismatch: the answer is of a version with other features or outputs.
     """
     ours, theirs = arranged.manifest, answered.manifest
     if [(f.name, f.width) for f in ours.features] != [(f.name, f.width) for f in theirs.features]:
