@@ -5,6 +5,7 @@
 #   make test          the whole suite; ARGS="-k law -x" goes to pytest
 #   make test-service  the service's tests in an environment without torch
 #   make test-redis    the stores' tests and the laws on a server that runs: REDIS_URL=redis://localhost:6379/0
+#   make docs          the documentation as a site, in build/site
 #   make dist          sdist and wheel in dist/, checked
 #   make images        the images of the service and the trainer, by docker
 #   make demo          train, serve and replay real weather; TRAIN=0 takes the committed model
@@ -42,7 +43,7 @@ PYTEST_ARGS = -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 PYTEST = $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install check test test-service test-redis dist images demo serve bench chaos mutants lock clean distclean python
+.PHONY: help install check test test-service test-redis docs dist images demo serve bench chaos mutants lock clean distclean python
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -90,6 +91,9 @@ test-service: $(SERVICE_STAMP)
 test-redis: $(STAMP)
 	@test -n "$(REDIS_URL)" || { echo "Which server? make test-redis REDIS_URL=redis://localhost:6379/0" >&2; exit 1; }
 	REDIS_URL=$(REDIS_URL) $(PYTEST) -k given $(ARGS) tests/test_store.py tests/test_laws.py
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir build/site
 
 dist: $(STAMP)
 	rm -rf dist
