@@ -28,11 +28,14 @@ class Served:
     fingerprint: bytes = field(init=False)
     n_features: int = field(init=False)
     input_bytes: int = field(init=False)  # of one row's inputs by one step
+    names: tuple[object, ...] = field(init=False)  # of features and outputs, in order: what a position means
 
     def __post_init__(self) -> None:
         manifest = self.manifest = self.runtime.manifest
         self.name, self.version, self.n_features = manifest.name, manifest.version, manifest.n_features
         self.fingerprint, self.input_bytes = bytes.fromhex(manifest.fingerprint), 4 * manifest.n_features
+        outputs = manifest.classes or tuple(output.name for output in manifest.outputs)
+        self.names = tuple((feature.name, feature.width) for feature in manifest.features), outputs
 
 
 class Repository:
@@ -48,6 +51,7 @@ class Repository:
         self._served: dict[str, dict[int, Served]] = {}
         self._live: dict[str, Served] = {}
         self._mixed: set[str] = set()
+        self._renamed: set[str] = set()
         self.changes = 0  # of what is live
         self._retired: set[tuple[str, int]] = set()
         self._failed: dict[Path, Stamp] = {}  # not served, as they were then: loading them again would change nothing
@@ -74,10 +78,12 @@ class Repository:
         return fresh
 
     def _look(self, name: str) -> None:
-        """Find out which version of a model is live, and whether they differ in features."""
+        """Find out which version of a model is live, and whether they differ in features or names."""
         versions = self._served.get(name, {})
         mixed = len({served.n_features for served in versions.values()}) > 1
         (self._mixed.add if mixed else self._mixed.discard)(name)
+        renamed = len({served.names for served in versions.values()}) > 1
+        (self._renamed.add if renamed else self._renamed.discard)(name)
         if versions:
             self._live[name] = versions[max(versions)]
         else:
@@ -129,6 +135,10 @@ class Repository:
     def mixed(self, name: str) -> bool:
         """Whether served versions of a model take different numbers of features."""
         return name in self._mixed
+
+    def renamed(self, name: str) -> bool:
+        """Whether served versions of a model differ in the names of features or outputs, or in their order."""
+        return name in self._renamed
 
     def live(self, name: str) -> Served:
         """The highest served version.

@@ -7,6 +7,7 @@ import numpy as np
 
 from stepcast.errors import Internal, ShapeMismatch, StepcastError
 
+from ..engine.repository import Served
 from .core import Answers, Floats, Group, Lane
 from .roster import Forming
 
@@ -15,12 +16,14 @@ from .roster import Forming
 class Columns:
     """What a batch step asks of K sessions, by column.
 
-    `x` (K, F) float32, finite or NaN; `seqs` by row, None: the next; `refused`: why a row must not be stepped.
+    `x` (K, F) float32, finite or NaN; `seqs` by row, None: the next; `refused`: why a row must not be stepped; `named`:
+    the version by whose names `x` was read.
     """
 
     x: Floats
     seqs: list[int | None] | None = None
     refused: dict[int, StepcastError] = field(default_factory=dict)
+    named: Served | None = None
 
 
 class Many:

@@ -14,14 +14,13 @@ import msgspec
 from stepcast.errors import Draining, InvalidRequest, StepcastError
 from stepcast.protocol import MARKER, STEP, ServerConversation, Ticket
 
-from ...engine.arrays import Form
 from ...sessions.core import Answers
 from ...telemetry import Metrics, as_ours
 from .. import bodies
 from ..answers import document, encode
 from ..bodies import JSON, MSGPACK, FrameId
 from ..keys import ROLES, Principal
-from ..steps import FRAMES, Steps, Way, packed, text
+from ..steps import Axes, Steps, Way, packed, text
 from ..verbs import VERBS, Call
 from .connection import WebSocketConnection
 from .rfc6455 import BINARY, TEXT
@@ -76,7 +75,7 @@ class Frame(Ticket[None, Answer]):
         session: str,
         step: bool,
         data: bytes | None = None,
-        form: Form = "F",
+        form: Axes = "F",
     ) -> None:
         self.request = self.answer = None
         self.answered, self._done, self.step = False, False, step
@@ -90,14 +89,18 @@ class Frame(Ticket[None, Answer]):
     def stepped(self, answers: Answers, row: int, step: int) -> None:
         self._done = True
         name = self.asked.id
-        if self.kind == JSON:
-            said = b"%d" % name if name.__class__ is int else msgspec.json.encode(name)
-            rest = text(answers, row, step, self.form)
-            payload = b'{"id":%s,"session":"%s",%s' % (said, self.session.encode(), rest)
-            self._conversation.answered(self, TEXT, payload)
+        try:
+            if self.kind == JSON:
+                said = b"%d" % name if name.__class__ is int else msgspec.json.encode(name)
+                rest = text(answers, row, step, self.form)
+                answer = TEXT, b'{"id":%s,"session":"%s",%s' % (said, self.session.encode(), rest)
+            else:
+                fields = {"id": name, "session": self.session}
+                answer = BINARY, packed(answers, row, step, self.form, fields)
+        except StepcastError as error:  # it has no names for the outputs
+            self.refused(error)
         else:
-            fields = {"id": name, "session": self.session}
-            self._conversation.answered(self, BINARY, packed(answers, row, step, self.form, fields))
+            self._conversation.answered(self, *answer)
 
     def refused(self, error: BaseException) -> None:
         self._done = True
@@ -162,7 +165,7 @@ class Conversation:
         way, own = self._way, self._session
         if way.seen != self._steps.repository.changes and not self._look():
             return False
-        plain = way.reader.read(payload, kind, FRAMES)
+        plain = way.reader.read(payload, kind, way.reader.frames)
         if plain is None or not self._may_step or self._mixed or self._talk.draining:
             return False
         asked, data, form = plain
@@ -208,8 +211,8 @@ class Conversation:
             raise Draining(f"{_SHUTTING_DOWN}. Connect again.", retry_after_s=1.0)
         self._principal.require("step" if asked.op == STEP else VERBS[asked.op].role)
         session = self._way.address(self._named(asked.session)).session
-        # Where versions take different features, a step has to look at its session first: it waits for earlier frames.
-        alone = asked.op != STEP or self._steps.repository.mixed(self._way.model)
+        # Where versions differ in features, a step may have to look at its session first: it waits for earlier frames.
+        alone = asked.op != STEP or self._steps.looks_first(self._way.model, asked, kind)
         frame = Frame(self, asked, kind, session, not alone)
         if self._talk.begin(session, frame):
             self._start(frame)
