@@ -123,19 +123,17 @@ class Naming:
         names = manifest.classes or tuple(output.name for output in manifest.outputs)
         self.width = len(names)
         self._classes = None if manifest.classes is None else np.array([*manifest.classes, None], object)
-        self._labels = [*map(dumps, manifest.classes or ()), b"null"]
+        self._labels = None if manifest.classes is None else [*map(dumps, manifest.classes)]
         values = b"{%s}" % b",".join(b"%s:%%s" % dumps(name).replace(b"%", b"%%") for name in names)
         outputs = values if self._classes is None else b'{"class":%%s,"probabilities":%s}' % values
         self._step = b'"outputs":%s,"step":%%d,"version":%%d}' % outputs
 
-    def text(self, answers: Answers, row: int, step: int, numbers: bytes) -> bytes:
-        """A step's answer for one example as JSON, from `"outputs"` on; `numbers` are its outputs without brackets."""
-        values = numbers.split(b",")
-        if self._classes is None:
+    def text(self, answers: Answers, row: int, step: int, values: list[bytes]) -> bytes:
+        """A step's answer for one example as JSON, from `"outputs"` on; `values` are its outputs as JSON."""
+        if self._labels is None:
             return self._step % (*values, step, answers.version)
-        y = answers.outputs[row, 0, 0]
-        likeliest = y.argmax()  # the first NaN where there is one
-        label = self._labels[likeliest if y[likeliest] == y[likeliest] else -1]
+        y = answers.outputs[row, 0, 0].tolist()
+        label = self._labels[y.index(max(y))] if y[0] == y[0] else b"null"  # all are NaN where the step was masked
         return self._step % (label, *values, step, answers.version)
 
     def outputs(self, y: Floats, style: Style) -> Any:
@@ -169,21 +167,21 @@ class Names:
             self.of(self._repository.require(self._model, version))
         return self
 
-    def behind(self, answers: Answers, step: int) -> Naming:
-        """The names of the version that made these answers.
+    def behind(self, version: int, width: int, step: int) -> Naming:
+        """The names of the version that made a step with so many outputs.
 
         Raises:
             StateVersionMismatch: it has none for them.
         """
-        naming, width = self._known.get(answers.version), answers.outputs.shape[3]
+        naming = self._known.get(version)
         if naming is not None and naming.width == width:
             return naming
         was = "is not known" if naming is None else f"has {naming.width} outputs, the answer {width}"
         raise StateVersionMismatch(
-            f"step {step} was made, but its outputs have no names here: version {answers.version} of model "
-            f"{self._model!r} {was}. Send seq {step} again with inputs by position.",
+            f"step {step} was made, but its outputs have no names here: version {version} of model {self._model!r} "
+            f"{was}. Send seq {step} again with inputs by position.",
             step=step,
-            version=answers.version,
+            version=version,
         )
 
 
@@ -200,18 +198,17 @@ class Named:
     def __init__(self, names: Names, axes: Form, style: Style, read_by: Served) -> None:
         self._names, self.axes, self.style, self.read_by = names, axes, style, read_by
 
-    def text(self, answers: Answers, row: int, step: int, numbers: bytes) -> bytes:
-        """A step's answer as JSON, from `"outputs"` on; `numbers` are its first row's outputs without brackets."""
-        naming = self._names.behind(answers, step)
+    def text(self, answers: Answers, row: int, step: int, texts: list[bytes]) -> bytes:
+        """A step's answer as JSON, from `"outputs"` on; `texts` are all rows of the answers without brackets."""
         if self.axes == "F":
-            return naming.text(answers, row, step, numbers)
-        said = dumps(naming.outputs(arrays.by_form(answers.outputs[row], self.axes), self.style))
-        return b'"outputs":%s,"step":%d,"version":%d}' % (said, step, answers.version)
+            values = texts[row].split(b",")
+            return self._names.behind(answers.version, len(values), step).text(answers, row, step, values)
+        return b'"outputs":%s,"step":%d,"version":%d}' % (dumps(self.outputs(answers, row, step)), step, answers.version)
 
     def outputs(self, answers: Answers, row: int, step: int) -> Any:
         """A step's outputs by name."""
         y = arrays.by_form(answers.outputs[row], self.axes)
-        return self._names.behind(answers, step).outputs(y, self.style)
+        return self._names.behind(answers.version, y.shape[-1], step).outputs(y, self.style)
 
     def many(self, outputs: Floats) -> Any:
         """The outputs (K, O) of a batch step by name."""

@@ -14,6 +14,7 @@ from typing import Any, Final, Literal, Protocol
 
 import msgspec
 import numpy as np
+from msgspec.structs import astuple
 
 from stepcast.errors import InvalidRequest, NonFinite, SessionNotFound, ShapeMismatch, StateVersionMismatch
 
@@ -94,11 +95,13 @@ class Reader:
                 return self._read_raw(decoders[1](body))
             asked = decoders[0](body)
             inputs = asked.inputs
-            if inputs.__class__ is not list:
-                return self._read_record(asked)
             try:
-                return asked, self._pack(*inputs), "F"
+                if inputs.__class__ is list:
+                    return asked, self._pack(*inputs), "F"
+                return asked, self._pack(*astuple(inputs)), self._named
             except struct.error:  # a null, some rows, or another number of readings
+                if inputs.__class__ is not list:
+                    return asked, self._pack_row(astuple(inputs)), self._named
                 if not (inputs and isinstance(inputs[0], list)):
                     return asked, self._pack_row(inputs), "F"
                 if len(inputs) > self._most:
@@ -106,9 +109,6 @@ class Reader:
                 return asked, b"".join(map(self._pack_row, inputs)), "NF"
         except _NOT_PLAIN:
             return None
-
-    def _read_record(self, asked: Any) -> Plain:
-        return asked, self._pack_row(msgspec.structs.astuple(asked.inputs)), self._named
 
     def _pack_row(self, row: Sequence[Any]) -> bytes:
         """Readings as float32, NaN where they are missing; struct.error where they do not fit."""
@@ -122,7 +122,7 @@ class Reader:
     def _read_raw(self, asked: Any) -> Plain | None:
         data, shape, features = asked.inputs, asked.shape, self._features
         if data.__class__ is not bytes:
-            return self._read_record(asked)
+            return asked, self._pack_row(astuple(data)), self._named
         form: Form = "F"
         rows = 1
         if shape is not None and shape != [features]:
@@ -173,9 +173,9 @@ def text(answers: Answers, row: int, step: int, form: Axes) -> bytes:
         texts = answers.made[JSON] = dumps(outputs.reshape(-1, outputs.shape[3]))[2:-2].split(b"],[")
     if form == "F":
         return b'"outputs":[%s],"step":%d,"version":%d}' % (texts[row], step, answers.version)
-    _, n, t, _ = answers.outputs.shape
     if isinstance(form, Named):
-        return form.text(answers, row, step, texts[row * n * t])
+        return form.text(answers, row, step, texts)
+    _, n, t, _ = answers.outputs.shape
     if t > 1 or form == "NFT":
         said = dumps(arrays.by_form(answers.outputs[row], form))
     else:
