@@ -127,13 +127,19 @@ class FeatureNames:
         unknown = [name for name in named if name not in self._slices]
         if not unknown:
             return
-        near = {name: close[0] for name in unknown[:_TOLD] if (close := get_close_matches(str(name), self._slices, 1))}
+        near = {name: close for name in unknown[:_TOLD] if (close := self._nearest(str(name)))}
         told = _listed(f"{n!r} (nearest: {near[n]!r})" if n in near else repr(n) for n in unknown)
         raise InvalidRequest(
             f"{path} names {told}; model {self.manifest.name!r} has {_listed(map(repr, self._slices))}",
             unknown=[str(name) for name in unknown],
             nearest=near,
         )
+
+    def _nearest(self, name: str) -> str | None:
+        """The feature whose name is most like this one, whatever the case of its letters."""
+        names = {known.casefold(): known for known in self._slices}
+        close = get_close_matches(name.casefold(), names, 1)
+        return names[close[0]] if close else None
 
     # --- outputs --------------------------------------------------------------------------------------------------
 

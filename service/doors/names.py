@@ -203,7 +203,11 @@ class Named:
         if self.axes == "F":
             values = texts[row].split(b",")
             return self._names.behind(answers.version, len(values), step).text(answers, row, step, values)
-        return b'"outputs":%s,"step":%d,"version":%d}' % (dumps(self.outputs(answers, row, step)), step, answers.version)
+        return b'"outputs":%s,"step":%d,"version":%d}' % (
+            dumps(self.outputs(answers, row, step)),
+            step,
+            answers.version,
+        )
 
     def outputs(self, answers: Answers, row: int, step: int) -> Any:
         """A step's outputs by name."""
