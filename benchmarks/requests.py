@@ -29,6 +29,11 @@ def json_rows() -> list[bytes]:
     return [b"[" + b",".join(b"%.4f" % v for v in each) + b"]" for each in pool().tolist()]
 
 
+def json_named() -> list[bytes]:
+    """The pool as JSON text, each reading under its feature's name."""
+    return [b"{%s}" % b",".join(b'"f%d":%.4f' % (i, v) for i, v in enumerate(each)) for each in pool().tolist()]
+
+
 def gap_of(number: int) -> int:
     """Which reading of a row of the pool is missing where one is."""
     return number % pool().shape[1]

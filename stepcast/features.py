@@ -138,7 +138,7 @@ class FeatureNames:
     def _nearest(self, name: str) -> str | None:
         """The feature whose name is most like this one, whatever the case of its letters."""
         names = {known.casefold(): known for known in self._slices}
-        close = get_close_matches(name.casefold(), names, 1)
+        close = get_close_matches(name.casefold(), names, 1, cutoff=0.5)
         return names[close[0]] if close else None
 
     # --- outputs --------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from random import Random
@@ -16,7 +16,7 @@ import pytest
 from doors import BATCH_DOORS, DOORS, NAMED_DOORS, Array, Call, HttpDoor, NamedWire, Script, WebSocketDoor, step
 from hypothesis import given
 from hypothesis import strategies as st
-from serving import MODELS, Running, golden, running
+from serving import MODELS, ROOT, Running, golden, running
 
 from service.doors import bodies, names
 from service.doors.steps import Reader
@@ -137,7 +137,7 @@ def test_a_rollout_by_names_is_that_by_position(memory_server: Running, name: st
         again = plain.post(at, {"steps": 2, "inputs": future, "commit": True, "seq": 3})
         assert not isinstance(kept, Exception), kept
         np.testing.assert_array_equal(kept["outputs"], by_position(again, packed))
-        with pytest.raises(InvalidRequest, match="names 'W' .nearest: 'w'"):
+        with pytest.raises(InvalidRequest, match=r"names 'W' \(nearest: 'w'\)"):
             raise plain.post(at, {"steps": 1, "inputs": {"W": [1.0]}})  # type: ignore[misc]
 
 
@@ -395,6 +395,34 @@ def test_an_unknown_name_is_answered_with_the_facts(http: httpx.Client, name: st
         packed = {"inputs": {"u": b"\0" * 4, "v": 1, "w": 1}, "shape": shape}
         response = http.post(at, content=msgspec.msgpack.encode(packed), headers=PACKED)
         refused(response, 422, "shape_mismatch")
+
+
+@pytest.mark.parametrize(
+    ("path", "more", "body"),
+    [
+        ("/sessions/{}/step", {}, bodies.StepBody),
+        ("/step", {"sessions": ["a", "b"]}, bodies.BatchBody),
+        ("/predict", {}, bodies.PredictBody),
+        ("/sessions/one/rollout", {"steps": 1}, bodies.RolloutBody),
+    ],
+)
+def test_the_documents_examples_succeed(weather: str, path: str, more: dict[str, Any], body: type) -> None:
+    """Those of `inputs`, by position and by name, on the committed weather model."""
+    (schema,) = msgspec.json.schema_components([body], ref_template="{name}")[1].values()
+    examples = schema["properties"]["inputs"]["examples"]
+    assert any(isinstance(example, dict) for example in examples)
+    with httpx.Client(base_url=f"{weather}/v1/models/weather", timeout=20) as http:
+        answered(http.post("/sessions/one/step", json={"inputs": bodies.READINGS}))
+        for number, inputs in enumerate(examples):
+            outputs = answered(http.post(path.format(f"new-{number}"), json={"inputs": inputs, **more}))["outputs"]
+            assert type(outputs) is type(inputs)
+
+
+@pytest.fixture(scope="module")
+def weather() -> Iterator[str]:
+    """A server of the committed models."""
+    with running(store="memory://", models=ROOT / "models") as server:
+        yield server.url
 
 
 # --- versions -------------------------------------------------------------------------------------------------------
