@@ -236,6 +236,10 @@ class _PackedAnswer(msgspec.Struct):
     outputs: bytes
 
 
+class _NamedAnswer(msgspec.Struct):
+    outputs: dict[str, float]
+
+
 class _RowsAnswer(msgspec.Struct):
     outputs: list[list[float]]
 
@@ -253,6 +257,7 @@ class _BatchAnswer(msgspec.Struct):
 
 
 _JSON = msgspec.json.Decoder(_JsonAnswer)
+_NAMED = msgspec.json.Decoder(_NamedAnswer)
 _ROWS = msgspec.json.Decoder(_RowsAnswer)
 _BATCH_JSON = msgspec.json.Decoder(_BatchRows)
 _PACKED = msgspec.msgpack.Decoder(_PackedAnswer)
@@ -262,6 +267,11 @@ _BATCH = msgspec.msgpack.Decoder(_BatchAnswer)
 def outputs_json(body: bytes) -> Any:
     """The outputs of a JSON answer."""
     return _JSON.decode(body).outputs
+
+
+def outputs_named(body: bytes) -> Any:
+    """The outputs of a JSON answer by name, in the order of the model's outputs."""
+    return list(_NAMED.decode(body).outputs.values())
 
 
 def outputs_rows(body: bytes) -> Any:
