@@ -15,12 +15,13 @@ from onnx import TensorProto as T
 from onnx import helper
 from serving import MODELS, golden, running
 
+from service.engine.arrays import state_arrays
 from service.engine.buffers import ROWS, step_ports
 from service.engine.golden import placements
 from service.engine.imports.onnx_graphs import import_onnx
 from service.engine.model import Runtime
 from service.engine.single_step_graph import single_step_graph
-from stepcast.errors import ManifestError, NonFinite
+from stepcast.errors import ManifestError, NonFinite, ShapeMismatch
 from stepcast.manifest import GOLDEN_FILE, MANIFEST_FILE, Manifest, read_manifest, sha256_of, write_manifest
 
 Array = np.ndarray[Any, Any]
@@ -348,6 +349,33 @@ def test_states_of_every_type_are_exact(tmp_path: Path) -> None:
         "total": [1e15 + 3.5, 11],
         "count": [[2**60 + 1], [7]],
     }
+
+
+@pytest.mark.service
+def test_given_states_are_held_exactly_or_refused(tmp_path: Path) -> None:
+    """Lists, arrays and bytes of one's own dtype or another, by value; what a dtype does not hold is refused."""
+    manifest = taken_in(tmp_path, "odd").manifest
+    good = {"flag": [True], "half": [[1, 2]], "total": np.array([3], np.int32), "count": np.array([[5.0]])}
+    made, rows = state_arrays({"state": good}, manifest)
+    tensors = made["state"]
+    assert rows == 1
+    assert {key: value.tolist() for key, value in tensors.items()} == {
+        "flag": [True],
+        "half": [[1, 2]],
+        "total": [3],
+        "count": [[5]],
+    }
+    assert {key: value.dtype.name for key, value in tensors.items()} == {
+        "flag": "bool",
+        "half": "float16",
+        "total": "float64",
+        "count": "int64",
+    }
+    packed = np.array([[5]], "<i8").tobytes()
+    assert state_arrays({"state": {**good, "count": packed}}, manifest)[0]["state"]["count"].tolist() == [[5]]
+    for wrong in (np.array([[5.5]]), [[5.5]], np.array([[2**63]], np.uint64), packed[:-1], [["5"]], [[5], [5, 6]]):
+        with pytest.raises(ShapeMismatch, match=r"state\.state\.count"):
+            state_arrays({"state": {**good, "count": wrong}}, manifest)
 
 
 @pytest.mark.service

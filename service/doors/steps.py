@@ -335,8 +335,8 @@ class Steps:
     def queue(self, way: Way, session: str, data: bytes, seq: int | None, asker: Asker) -> None:
         """Queue a step (N, F) of a session that is not hot and idle; raises what it is refused with at once."""
         named = asker.form.read_by if isinstance(asker.form, Named) else None
-        rows = len(data) // way.reader.served.input_bytes
-        self.turns.step(way.address(session), data, rows, seq, asker, None, named)
+        x = np.frombuffer(data, np.float32).reshape(-1, 1, way.reader.served.n_features)
+        self.turns.step(way.address(session), x, None, seq, asker, None, named)
 
     def start(
         self, way: Way, session: str, asked: StepBody, kind: str, asker: Asker, served: Served | None = None
@@ -352,11 +352,8 @@ class Steps:
         x, mask, rank = arrays.step_inputs(values, asked.format, asked.mask, served.manifest, self._limits)
         form = arrays.form_of(rank, asked.format)
         asker.form = form if style is None else Named(self.names(way.model), form, style, served)
-        named, policy = None if style is None else served, asked.version_policy
-        if mask is None and x.shape[1] == 1:
-            self.turns.step(address, x.tobytes(), len(x), asked.seq, asker, policy, named)
-        else:
-            self.turns.call(address, x, mask, asked.seq, asker, policy, named)
+        named = None if style is None else served
+        self.turns.step(address, x, mask, asked.seq, asker, asked.version_policy, named)
 
     async def start_own(self, way: Way, session: str, asked: StepBody, kind: str, asker: Asker) -> None:
         """Queue a step whose inputs may be another version's than the live one's: the session's own."""

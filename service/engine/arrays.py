@@ -1,6 +1,7 @@
 """Numbers against the manifest: shapes, masks, missing readings, state tensors. Knows no encoding and no caller."""
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ Ints = npt.NDArray[np.int64]
 Lengths = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.bool_]
 State = dict[str, dict[str, Array]]
+RunGraph = Callable[[Floats, Lengths | None, Bytes], tuple[Floats, Bytes]]  # as `Runtime.run`
 Format = Literal["NWC", "NCW"]
 Form = Literal["F", "NF", "NTF", "NFT"]
 """What the axes of a caller's array are; the answer's are the same, with O for F."""
@@ -37,40 +39,32 @@ class Inputs(NamedTuple):
 
 
 def step_inputs(values: Floats, layout: Format, mask: Any, manifest: Manifest, limits: Limits) -> Inputs:
-    """The inputs of a step, checked against the model.
+    """The inputs of a step, [F], [N,F], [N,T,F], or [N,F,T] where the layout is NCW, checked against the model.
 
-    Args:
-        values: [F], [N,F], [N,T,F], or [N,F,T] where the layout is NCW.
-        mask: A flag, or nested lists of flags; None: everything is present.
-
-    Raises:
-        ShapeMismatch, NonFinite, InvalidRequest, TooLarge.
+    The mask is a flag, or nested lists of flags; None: everything is present. Raises ShapeMismatch, NonFinite,
+    InvalidRequest or TooLarge.
     """
-    rank = values.ndim
-    x = _by_time(values, layout) if rank == 3 else values.reshape(1 if rank == 1 else len(values), 1, values.shape[-1])
-    x = _checked(x, manifest, rank, limits)
-    return Inputs(x, None if mask is None else _mask(mask, x.shape[:2], rank), rank)
+    given = _by_time(values, layout)
+    return _checked(given, given if given.ndim == 3 else np.atleast_2d(given)[:, None], mask, manifest, limits)
 
 
 def sequences(values: Floats, layout: Format, mask: Any, manifest: Manifest, limits: Limits) -> Inputs:
     """The inputs of a predict: [T,F] is one sequence, [B,T,F] are many; the rest as for `step_inputs`."""
     if values.ndim not in (2, 3):
         raise ShapeMismatch(f"$.inputs has rank {values.ndim}, want [T,F] or [B,T,F]", got=list(values.shape))
-    alone = values.ndim == 2
-    x = _checked(_by_time(values[None] if alone else values, layout), manifest, values.ndim, limits)
-    return Inputs(x, None if mask is None else _mask([mask] if alone else mask, x.shape[:2], 3), values.ndim)
+    given = _by_time(values, layout)
+    return _checked(given, given if given.ndim == 3 else given[None], mask, manifest, limits)
 
 
 def _by_time(values: Floats, layout: Format) -> Floats:
-    return values.transpose(0, 2, 1) if layout == "NCW" else values
+    return values.transpose(0, 2, 1) if layout == "NCW" and values.ndim == 3 else values
 
 
-def _checked(x: Floats, manifest: Manifest, rank: int, limits: Limits) -> Floats:
-    """Inputs (N, T, F) that fit the model, contiguous."""
-    want = manifest.n_features
+def _checked(given: Floats, x: Floats, mask: Any, manifest: Manifest, limits: Limits) -> Inputs:
+    """Inputs that fit the model: `given` is the caller's array, `x` the same as (N, T, F)."""
+    want, got = manifest.n_features, list(np.atleast_2d(given).shape)
     if x.shape[2] != want or not x.shape[0] or not x.shape[1]:
         names = ", ".join(f.name for f in manifest.features[:8]) + (", ..." if len(manifest.features) > 8 else "")
-        got = list(x.shape) if rank == 3 else list(x.shape[1:] if rank == 1 else x.shape[::2])
         takes = f"model {manifest.name!r} takes {want} features ({names}), at least one example and one step"
         raise ShapeMismatch(f"inputs have shape {got} (NWC), {takes}", got=got, features=want)
     if x.shape[1] > limits.steps:
@@ -78,13 +72,25 @@ def _checked(x: Floats, manifest: Manifest, rank: int, limits: Limits) -> Floats
     if len(x) > limits.examples:
         raise TooLarge(f"{len(x)} examples in one call (limit {limits.examples})", limit=limits.examples)
     x = np.ascontiguousarray(x)
-    if are_finite(x.reshape(-1)):
-        return x
-    check_readings(x, manifest)
-    return canonical(x)
+    if not are_finite(x.reshape(-1)):
+        check_readings(x, manifest)
+        x = canonical(x)
+    return Inputs(x, None if mask is None else _mask(mask, given.shape[:-1], x.shape[:2]), given.ndim)
 
 
-# --- readings -------------------------------------------------------------------------------------------------------
+def _mask(value: Any, want: tuple[int, ...], shape: tuple[int, ...]) -> Mask | None:
+    """The mask as bool (N, T); None where every step is present. The flag of one step may be in a list."""
+    try:
+        given = np.array(value)
+    except ValueError as error:
+        raise ShapeMismatch("$.mask is ragged") from error
+    got, want_list = list(given.shape), list(want) or [1]
+    if given.shape != want and got != want_list:
+        raise ShapeMismatch(f"$.mask has shape {got}, want {want_list}", got=got)
+    if given.dtype.kind not in "biuf" or not np.isin(given, (0, 1)).all():
+        raise InvalidRequest("$.mask has values other than 0, 1, true, false")
+    mask = given.astype(bool).reshape(shape)
+    return None if mask.all() else mask
 
 
 def are_finite(flat: Floats) -> bool:
@@ -109,12 +115,10 @@ def check_infinite(x: Floats) -> None:
 def check_readings(x: Floats, manifest: Manifest) -> None:
     """Raises NonFinite where inputs (N, T, F) are infinite, or missing although the model was not trained so."""
     check_infinite(x)
-    cuts = manifest.feature_slices()
-    for feature in manifest.features:
-        name = feature.name
-        if feature.missing == "refuse" and np.isnan(x[:, :, cuts[name]]).any():
-            text = f"feature {name!r} has a missing reading; this model was not trained with any"
-            raise NonFinite(text, feature=name)
+    lacking = np.flatnonzero(np.isnan(x).any(axis=(0, 1)) & needed(manifest))
+    if len(lacking):
+        name = next(name for name, cut in manifest.feature_slices().items() if lacking[0] < cut.stop)
+        raise NonFinite(f"feature {name!r} has a missing reading; this model was not trained with any", feature=name)
 
 
 def needed(manifest: Manifest) -> Mask:
@@ -124,33 +128,13 @@ def needed(manifest: Manifest) -> Mask:
 
 def refused_rows(x: Floats, manifest: Manifest) -> dict[int, StepcastError]:
     """Why rows of inputs (K, F) cannot be stepped, by their place; most calls have none."""
-    suspects = np.isinf(x).any(axis=1) | (np.isnan(x) & needed(manifest)).any(axis=1)
     refused: dict[int, StepcastError] = {}
-    for row in np.flatnonzero(suspects).tolist():
+    for row in np.flatnonzero((np.isinf(x) | (np.isnan(x) & needed(manifest))).any(axis=1)).tolist():
         try:
             check_readings(x[row][None, None], manifest)
         except NonFinite as error:
             refused[row] = error
     return refused
-
-
-def _mask(value: Any, shape: tuple[int, ...], rank: int) -> Mask | None:
-    """The mask as bool (N, T); None where every step is present."""
-    try:
-        given = np.array(value)
-    except ValueError as error:
-        raise ShapeMismatch("$.mask is ragged") from error
-    want = shape if rank == 3 else shape[:1]
-    given = given.reshape(1) if rank == 1 and given.ndim == 0 else given
-    if given.shape != want:
-        raise ShapeMismatch(f"$.mask has shape {list(given.shape)}, want {list(want)}", got=list(given.shape))
-    if given.dtype.kind not in "biuf" or not np.isin(given, (0, 1)).all():
-        raise InvalidRequest("$.mask has values other than 0, 1, true, false")
-    mask = given.astype(bool).reshape(shape)
-    return None if mask.all() else mask
-
-
-# --- outputs --------------------------------------------------------------------------------------------------------
 
 
 def form_of(rank: int, layout: Format) -> Form:
@@ -173,27 +157,15 @@ def last_present(y: Floats, mask: Mask | None) -> Floats:
     return y[np.arange(len(y)), at, :]
 
 
-# --- states ---------------------------------------------------------------------------------------------------------
-
-
 def state_arrays(given: dict[str, Any], manifest: Manifest) -> tuple[State, int]:
-    """A whole state, checked against the model.
+    """A whole state {layer: {key: [N, *shape] nested lists, bytes or an array}}, checked; and its N.
 
-    Args:
-        given: {layer: {key: [N, *shape] nested lists, bytes or an array}}.
-
-    Returns:
-        The arrays, and N.
-
-    Raises:
-        StateMismatch: layers or keys are missing or unknown, or have different N. ShapeMismatch, NonFinite.
+    Raises StateMismatch, ShapeMismatch or NonFinite.
     """
-    _same_names("state", given, manifest.layers)
+    _check_names("state", given, manifest.layers)
     made = {layer: layer_arrays(given[layer], manifest, layer) for layer in manifest.layers}
-    counts = {count for _, count in made.values()}
-    if len(counts) > 1:
-        raise StateMismatch(f"the tensors of the state have different numbers of examples: {sorted(counts)}")
-    return {layer: arrays for layer, (arrays, _) in made.items()}, counts.pop() if counts else 0
+    count = _one_of({count for _, count in made.values()} or {0}, "tensors of the state")
+    return {layer: arrays for layer, (arrays, _) in made.items()}, count
 
 
 def layer_arrays(given: Any, manifest: Manifest, layer: str) -> tuple[dict[str, Array], int]:
@@ -201,50 +173,43 @@ def layer_arrays(given: Any, manifest: Manifest, layer: str) -> tuple[dict[str, 
     tensors = manifest.layers[layer]
     if not isinstance(given, dict):
         raise StateMismatch(f"$.state.{layer} is not an object of keys {sorted(tensors)}")
-    _same_names(f"state.{layer}", given, tensors)
+    _check_names(f"state.{layer}", given, tensors)
     arrays = {key: _tensor(given[key], t.dtype, t.shape, f"$.state.{layer}.{key}") for key, t in tensors.items()}
-    counts = {len(value) for value in arrays.values()}
-    if len(counts) > 1:
-        raise StateMismatch(f"the keys of layer {layer!r} have different numbers of examples: {sorted(counts)}")
-    return arrays, counts.pop()
+    return arrays, _one_of({len(value) for value in arrays.values()}, f"keys of layer {layer!r}")
 
 
-def _same_names(what: str, given: dict[str, Any], want: dict[str, Any]) -> None:
+def _check_names(what: str, given: dict[str, Any], want: dict[str, Any]) -> None:
     missing, unknown = sorted(set(want) - set(given)), sorted(map(str, set(given) - set(want)))
     if missing or unknown:
         raise StateMismatch(f"$.{what}: missing {missing}, unknown {unknown}", missing=missing, unknown=unknown)
 
 
+def _one_of(counts: set[int], what: str) -> int:
+    """The number of examples, which is to be the same in all."""
+    if len(counts) > 1:
+        raise StateMismatch(f"the {what} have different numbers of examples: {sorted(counts)}")
+    return counts.pop()
+
+
 def _tensor(value: Any, dtype: str, shape: tuple[int, ...], path: str) -> Array:
-    """One tensor (N, *shape)."""
+    """One tensor (N, *shape) of a dtype that holds the values."""
     want = f"[N, {', '.join(map(str, shape))}]"
     try:
-        if isinstance(value, np.ndarray):
-            with np.errstate(over="ignore"):
-                tensor = value.astype(dtype, casting="same_kind")
-        elif isinstance(value, bytes):
-            flat: Array = np.frombuffer(value, np.dtype(dtype).newbyteorder("<")).astype(dtype)
-            tensor = flat.reshape(-1, *shape)
-        else:
-            tensor = _plain_numbers(value, dtype, path)
+        if isinstance(value, bytes):
+            value = np.frombuffer(value, np.dtype(dtype).newbyteorder("<")).reshape(-1, *shape)
+        given = np.array(value)
     except (ValueError, TypeError) as error:
         raise ShapeMismatch(f"{path} is not an array {want} of {dtype}") from error
-    if tensor.shape == (0,):  # of no examples: what a session without a state answers
-        tensor = tensor.reshape(0, *shape)
-    if tensor.ndim != len(shape) + 1 or tensor.shape[1:] != shape:
-        raise ShapeMismatch(f"{path} has shape {list(tensor.shape)}, want {want}")
-    if dtype.startswith("float") and not np.isfinite(tensor).all():
-        raise NonFinite(f"{path} has values that are not finite")
-    return tensor
-
-
-def _plain_numbers(value: Any, dtype: str, path: str) -> Array:
-    """Nested lists as an array of a dtype that holds their values."""
-    given = np.array(value)
     if given.dtype.kind not in "biuf":
         raise ShapeMismatch(f"{path} is ragged, or has values that are not numbers of {dtype}")
     with np.errstate(over="ignore", invalid="ignore"):
         tensor = given.astype(dtype)
     if not dtype.startswith("float") and not np.array_equal(tensor, given):
         raise ShapeMismatch(f"{path} has values that {dtype} does not hold")
+    if tensor.shape == (0,):  # of no examples: what a session without a state answers
+        tensor = tensor.reshape(0, *shape)
+    if tensor.ndim != len(shape) + 1 or tensor.shape[1:] != shape:
+        raise ShapeMismatch(f"{path} has shape {list(tensor.shape)}, want {want}")
+    if dtype.startswith("float") and not np.isfinite(tensor).all():
+        raise NonFinite(f"{path} has values that are not finite")
     return tensor

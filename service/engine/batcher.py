@@ -1,7 +1,6 @@
 """Gathers concurrent work into few runs; bounded; knows no model and no session.
 
-The rule: whatever arrived while the last run was busy goes together into the next one. No timers, so a lone caller
-waits for nobody. Batches of single steps go before long sequences; these run in chunks, with batches in between.
+Whatever arrived while the last run was busy goes together into the next one; a lone caller waits for nobody.
 """
 
 import asyncio
@@ -9,16 +8,17 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Final, Generic, Protocol, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, Final, Generic, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 
 from stepcast.errors import DeadlineExceeded, StepcastError
 
 from ..telemetry import as_ours
-from .arrays import Bytes, Floats, Lengths
+from .arrays import Floats, Lengths, RunGraph
 
-RunGraph = Callable[[Floats, Lengths | None, Bytes], tuple[Floats, Bytes]]
+Commit: TypeAlias = Awaitable[object] | None  # what comes after a run, and is awaited
 
 UNFINISHED_RUNS: Final = 2  # that wait for their commit while the next one runs; more would only make batches small
 MOST_NOTES: Final = 1 << 16  # runs remembered for the metrics until these are read
@@ -40,10 +40,8 @@ FULL_ROWS: Final = 16  # batches of so many rows and more tell what a row costs;
 class Batch(Protocol):
     """Single steps that run together."""
 
-    rows: int
-    """How many, so far: others may join until it begins."""
-    error: StepcastError | None
-    """Why its run failed."""
+    rows: int  # so far: others may join until it begins
+    error: StepcastError | None  # why its run failed
 
     def begin(self, now: float) -> bool:
         """Let nobody join any more, and drop what is too late; False: nothing is left to run."""
@@ -53,55 +51,40 @@ class Batch(Protocol):
 
 
 B = TypeVar("B", bound=Batch)
-Then = Callable[[Any], Awaitable[object] | None]
+Then = Callable[[Any], Commit]
 
 
+@dataclass(eq=False)
 class Run:
-    """N rows that advance together by T steps, in chunks if there are many.
+    """N rows that advance together by T steps, in chunks if there are many."""
 
-    Args:
-        x: (N, T, F) float32.
-        lengths: (N,) int32 valid steps per row, None: all T.
-        state: Packed state of the N rows.
-        deadline: Monotonic time (s) after which the run is not begun any more.
-        then: Takes it at the end, with `outputs` (N, T, O) float32 and `state`, or `error`; what it returns is awaited
-            as the run's commit.
-        gone: Whether nobody waits for the outputs any more.
-    """
+    x: Floats  # (N, T, F)
+    lengths: Lengths | None  # (N,) valid steps per row, None: all T
+    state: bytes  # packed, of the N rows
+    deadline: float  # monotonic time (s) after which it is not begun any more
+    then: Then  # takes it at the end, with `outputs` and `state`, or `error`
+    gone: Callable[[], bool]  # whether nobody waits for the outputs any more
+    at: int = 0  # steps made
+    outputs: Floats = field(init=False)  # (N, T, O)
+    error: StepcastError | None = None
 
-    def __init__(
-        self, x: Floats, lengths: Lengths | None, state: bytes, deadline: float, then: Then, gone: Callable[[], bool]
-    ) -> None:
-        self.x, self.lengths, self.state, self.deadline = x, lengths, state, deadline
-        self.then, self.gone = then, gone
-        self.rows, self.steps = x.shape[:2]
-        self.at = 0  # steps made
-        self.parts: list[Floats] = []
-        self.outputs: Floats = np.empty((0, 0, 0), np.float32)
-        self.error: StepcastError | None = None
+    def __post_init__(self) -> None:
+        self.rows, self.steps = self.x.shape[:2]
 
 
 class Batcher(Generic[B]):
     """Runs the work of one model.
 
     Args:
-        run: (x (B,T,F), lengths (B,) or None, states (B,S) uint8) -> (y (B,T,O), new states). Called from the event
-            loop or from one thread, never twice at once, nor while a batch runs.
-        finish: Takes a batch that has run; what it returns is awaited as its commit.
+        run: Called from the event loop or from one thread, never twice at once, nor while a batch runs.
+        finish: Takes a batch that has run.
         batch_rows: Most rows in one chunk (a larger run goes alone).
-        chunk_s: About how long a chunk of a long sequence may take, an eighth of it while batches come in between;
-            None: sequences cannot be cut.
+        chunk_s: About how long a chunk of a long sequence may take; None: sequences cannot be cut.
         inline_s: What is expected to take longer is run in a thread, so that the event loop stays free.
     """
 
     def __init__(
-        self,
-        run: RunGraph,
-        finish: Callable[[B], Awaitable[object] | None],
-        *,
-        batch_rows: int,
-        chunk_s: float | None,
-        inline_s: float,
+        self, run: RunGraph, finish: Callable[[B], Commit], *, batch_rows: int, chunk_s: float | None, inline_s: float
     ) -> None:
         self._run, self._finish = run, finish
         self._batch_rows, self._chunk_s, self._inline_s = batch_rows, chunk_s, inline_s
@@ -110,14 +93,13 @@ class Batcher(Generic[B]):
         self._task: asyncio.Task[None] | None = None
         self._called = False  # `_look` is about to be
         self._crossed = False  # batches ran since the last chunk
-        self._rest: asyncio.TimerHandle | None = None  # no chunk until then
-        self._closing = False
-        self._unfinished: set[asyncio.Future[object]] = set()
+        self._resting = False  # no chunk for a while
+        self._closing = False  # then chunks rest no more
+        self._unfinished: set[asyncio.Future[Any]] = set()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="stepcast-run")  # has no thread until it is needed
-        self._made: list[tuple[int, float]] = []
-        self._run_s = 50e-6  # moving averages: a run's fixed cost is not told apart from its cells'
-        self._row_s = 10e-6
-        self._cell_s = 20e-6
+        self._made: deque[tuple[int, float]] = deque(maxlen=MOST_NOTES)
+        # Moving averages: a run's fixed cost is not told apart from its cells'.
+        self._run_s, self._row_s, self._cell_s = 50e-6, 10e-6, 20e-6
 
     def submit(self, batch: B) -> None:
         """Queue a batch; it begins once, and is finished once if it has anything to run."""
@@ -132,21 +114,19 @@ class Batcher(Generic[B]):
     async def close(self) -> None:
         """Wait until everything that is queued has been finished."""
         self._closing = True
-        if self._rest is not None:
-            self._rest.cancel()
-            self._rested()
-        while self._called or self._task is not None or self._unfinished:
-            waiting = {t for t in (self._task, *self._unfinished) if t is not None}
-            if waiting:
-                await asyncio.wait(waiting)
-            else:
-                await asyncio.sleep(0)
+        self._rested()
+        while self._called or self._task or self._unfinished:
+            await asyncio.wait([self._task or asyncio.ensure_future(asyncio.sleep(0)), *self._unfinished])
         self._pool.shutdown(wait=False)
 
-    # --- when ---------------------------------------------------------------------------------------------------
+    def take_runs(self) -> list[tuple[int, float]]:
+        """Rows and seconds of the runs since the last time, the newest of them."""
+        made = list(self._made)
+        self._made.clear()
+        return made
 
     def _chunk_due(self) -> bool:
-        return bool(self._runs) and self._rest is None
+        return bool(self._runs) and not self._resting
 
     def _look_soon(self) -> None:
         if self._task is None and not self._called and (self._batches or self._chunk_due()):
@@ -172,7 +152,9 @@ class Batcher(Generic[B]):
                 while len(self._unfinished) >= UNFINISHED_RUNS:
                     await asyncio.wait(self._unfinished, return_when=asyncio.FIRST_COMPLETED)
                 if self._batches:
-                    await self._next_batch()
+                    batch = self._batches.popleft()
+                    if batch.begin(time.monotonic()):
+                        self._ran(batch, await self._anywhere(self._expected_s(batch), self._timed, batch))
                 if self._chunk_due():
                     await self._next_chunk()
                 await asyncio.sleep(0)  # sockets are read and answers written between runs
@@ -182,15 +164,8 @@ class Batcher(Generic[B]):
 
     def _rested(self) -> None:
         """Chunks may go on."""
-        self._rest = None
+        self._resting = False
         self._look_soon()
-
-    # --- batches ------------------------------------------------------------------------------------------------
-
-    async def _next_batch(self) -> None:
-        batch = self._batches.popleft()
-        if batch.begin(time.monotonic()):
-            self._ran(batch, await self._anywhere(self._expected_s(batch), self._timed, batch))
 
     def _expected_s(self, batch: B) -> float:
         return max(self._run_s, batch.rows * self._row_s)
@@ -202,12 +177,11 @@ class Batcher(Generic[B]):
         return await asyncio.get_running_loop().run_in_executor(self._pool, timed, *args)
 
     def _timed(self, batch: B) -> float:
-        """Run; the seconds it took."""
         started = time.perf_counter()
         try:
             batch.go()
         except Exception as error:
-            batch.error = as_ours(error, f"the model could not be run: {type(error).__name__}")
+            batch.error = _failure(error)
         return time.perf_counter() - started
 
     def _ran(self, batch: B, took: float) -> None:
@@ -216,26 +190,14 @@ class Batcher(Generic[B]):
         self._run_s = _nearer(self._run_s, took)
         if batch.rows >= FULL_ROWS:
             self._row_s = _nearer(self._row_s, took / batch.rows)
-        self._note(batch.rows, took)
+        self._made.append((batch.rows, took))
         self._await(self._finish(batch))
 
-    def _note(self, rows: int, took: float) -> None:
-        self._made.append((rows, took))
-        if len(self._made) > MOST_NOTES:
-            del self._made[: -MOST_NOTES // 2]
-
-    def take_runs(self) -> list[tuple[int, float]]:
-        """Rows and seconds of the runs since the last time, the newest of them."""
-        made, self._made = self._made, []
-        return made
-
-    def _await(self, commit: Awaitable[object] | None) -> None:
+    def _await(self, commit: Commit) -> None:
         if commit is not None:
             task = asyncio.ensure_future(commit)
             self._unfinished.add(task)
             task.add_done_callback(self._unfinished.discard)
-
-    # --- long sequences -----------------------------------------------------------------------------------------
 
     async def _next_chunk(self) -> None:
         """Advance the oldest runs by one chunk; those that are not at their end go to the queue's."""
@@ -249,14 +211,15 @@ class Batcher(Generic[B]):
         crossed, self._crossed = self._crossed, False
         took = await self._anywhere(rows * chunk * self._cell_s, self._timed_chunk, runs, chunk)
         self._cell_s = _nearer(self._cell_s, took / (rows * chunk))
-        self._note(rows, took)
+        self._made.append((rows, took))
         for run in runs:
             if run.error is None and run.at < run.steps:
                 self._runs.append(run)
             else:
                 self._await(run.then(run))
         if crossed and self._runs and not self._closing:
-            self._rest = asyncio.get_running_loop().call_later(REST_S, self._rested)
+            self._resting = True
+            asyncio.get_running_loop().call_later(REST_S, self._rested)
 
     def _take_runs(self) -> list[Run]:
         """The oldest runs that fit into one chunk; expired and abandoned ones are finished at once."""
@@ -279,7 +242,7 @@ class Batcher(Generic[B]):
             advance(self._run, runs, chunk)
         except Exception as error:
             if len(runs) == 1:
-                runs[0].error = as_ours(error, f"the model could not be run: {type(error).__name__}")
+                runs[0].error = _failure(error)
             else:
                 for run in runs:
                     self._timed_chunk([run], chunk)
@@ -291,6 +254,10 @@ def too_late() -> DeadlineExceeded:
     return DeadlineExceeded("the step waited longer than its deadline for its run; it was not applied")
 
 
+def _failure(error: Exception) -> StepcastError:
+    return as_ours(error, f"the model could not be run: {type(error).__name__}")
+
+
 def _nearer(average: float, seen: float) -> float:
     """A moving average. (A thread's processor time would be the measure, but asking for it takes as long as a run.)"""
     return average + (FASTER if seen < average else SLOWER) * (seen - average)
@@ -298,32 +265,27 @@ def _nearer(average: float, seen: float) -> float:
 
 def advance(graph: RunGraph, runs: Sequence[Run], chunk: int) -> None:
     """Advance several runs by up to `chunk` steps: gather, run, scatter. Nothing changes if the graph raises."""
-    first = runs[0]
-    if len(runs) == 1 and first.steps <= chunk:
-        x, lengths, takes = first.x, first.lengths, [first.steps]
-    else:
-        x, lengths, takes = _gather(runs, chunk)
-    states = np.frombuffer(b"".join([run.state for run in runs]), np.uint8).reshape(len(x), -1)
-    y, new = graph(x, lengths, states)
-    at = 0
-    for run, take in zip(runs, takes, strict=True):
-        run.parts.append(y[at : at + run.rows, :take])
-        run.state = new[at : at + run.rows].tobytes()
-        at += run.rows
-        run.at += take
-        if run.at >= run.steps:
-            run.outputs = run.parts[0] if len(run.parts) == 1 else np.concatenate(run.parts, axis=1)
-
-
-def _gather(runs: Sequence[Run], chunk: int) -> tuple[Floats, Lengths, list[int]]:
-    """Stack the next up to `chunk` steps of all runs, padded on the right."""
     takes = [min(chunk, run.steps - run.at) for run in runs]
-    rows = sum(run.rows for run in runs)
-    x = np.zeros((rows, max(takes), runs[0].x.shape[2]), np.float32)
-    lengths = np.empty(rows, np.int32)
-    at = 0
+    alone = runs[0] if takes == [runs[0].steps] else None  # as it is, at once
+    x, lengths = (alone.x, alone.lengths) if alone else _gather(runs, takes)
+    y, new = graph(x, lengths, np.frombuffer(b"".join([run.state for run in runs]), np.uint8).reshape(len(x), -1))
+    end = 0
     for run, take in zip(runs, takes, strict=True):
-        x[at : at + run.rows, :take] = run.x[:, run.at : run.at + take]
-        lengths[at : at + run.rows] = take if run.lengths is None else np.clip(run.lengths - run.at, 0, take)
-        at += run.rows
-    return x, lengths, takes
+        rows = slice(end, end := end + run.rows)
+        if run.at == 0:
+            run.outputs = np.empty((run.rows, run.steps, y.shape[2]), np.float32)
+        run.outputs[:, run.at : run.at + take] = y[rows, :take]
+        run.state = new[rows].tobytes()
+        run.at += take
+
+
+def _gather(runs: Sequence[Run], takes: Sequence[int]) -> tuple[Floats, Lengths]:
+    """Stack so many next steps of each run, padded on the right."""
+    x = np.zeros((sum(run.rows for run in runs), max(takes), runs[0].x.shape[2]), np.float32)
+    lengths = np.empty(len(x), np.int32)
+    end = 0
+    for run, take in zip(runs, takes, strict=True):
+        rows = slice(end, end := end + run.rows)
+        x[rows, :take] = run.x[:, run.at : run.at + take]
+        lengths[rows] = take if run.lengths is None else np.clip(run.lengths - run.at, 0, take)
+    return x, lengths

@@ -1,8 +1,6 @@
 """Single steps on the CPU: buffers that are bound to the graph once, so that a run is copies in, the model, copies out.
 
-onnxruntime's `run` makes its outputs each time and copies them; with IO binding it reads and writes these buffers. A
-packed row is every state tensor of the manifest, in order, without padding; numpy reads it as a structured type, so
-that tensors of any dtype and batch axis are copied by the same two lines.
+A packed row is every state tensor of the manifest, in order, without padding; numpy reads it as a structured type.
 """
 
 import math
@@ -35,10 +33,8 @@ def row_type(manifest: Manifest) -> np.dtype[Any]:
 
 def rows_of(states: Bytes, row: np.dtype[Any]) -> dict[str, Array]:
     """The state tensors (B, *shape) of packed rows (B, row_bytes), by input; views."""
-    if not row.names:
-        return {}
-    rows: Array = states.view(row)[:, 0]
-    return {name: rows[name] for name in row.names}
+    rows: Array = states.view(row)[:, 0] if row.names else states
+    return {name: rows[name] for name in row.names or ()}
 
 
 def blank_rows(rows: int, row: np.dtype[Any]) -> tuple[Bytes, dict[str, Array]]:
@@ -48,27 +44,24 @@ def blank_rows(rows: int, row: np.dtype[Any]) -> tuple[Bytes, dict[str, Array]]:
 
 
 def step_ports(session: Any, manifest: Manifest, constants: Mapping[str, Array]) -> Ports:
-    """The ports of model.onnx for one step. The output's is learned from a run: exporters forget sizes of outputs.
+    """The ports of model.onnx for one step, or ManifestError where it does not run with these shapes.
 
-    Raises:
-        ManifestError: the graph does not run with these shapes.
+    The output's is learned from a run: exporters forget sizes of outputs.
     """
-    spec, y = manifest.input, manifest.output
-    types = {s.input: s.dtype for s in manifest.states}
+    spec, y, states = manifest.input, manifest.output, manifest.states
+    fixed = {spec.batch_axis: ROWS, **({} if spec.time_axis is None else {spec.time_axis: 1})}
+    x = tuple(fixed.get(axis, manifest.n_features) for axis in range(len(fixed) + 1))
+    inputs = {spec.name: x, **{s.input: _with_rows(s.shape, s.batch_axis) for s in states}}
+    dtypes = {spec.name: "float32", **{s.input: s.dtype for s in states}}
     with reading(MODEL_FILE):
-        x = [manifest.n_features] * (2 if spec.time_axis is None else 3)
-        if spec.time_axis is not None:
-            x[spec.time_axis] = 1
-        x[spec.batch_axis] = ROWS
-        inputs = {spec.name: tuple(x), **{s.input: _with_rows(s.shape, s.batch_axis) for s in manifest.states}}
-        feeds = {name: np.zeros([abs(n) for n in shape], types.get(name, "f4")) for name, shape in inputs.items()}
+        feeds = {name: np.zeros([abs(size) for size in shape], dtypes[name]) for name, shape in inputs.items()}
         if manifest.lengths is not None:
             feeds[manifest.lengths] = np.ones(1, np.int32)
         (found,) = session.run([y.name], {**feeds, **constants})
         left = np.delete(found.shape, y.batch_axis)
     if found.size != manifest.n_outputs:
         raise ManifestError(f"output {y.name!r} is {found.shape} for one step, not {manifest.n_outputs} numbers")
-    outputs = {s.output: inputs[s.input] for s in manifest.states} | {y.name: _with_rows(left.tolist(), y.batch_axis)}
+    outputs = {s.output: inputs[s.input] for s in states} | {y.name: _with_rows(left.tolist(), y.batch_axis)}
     return {name: [(name, shape)] for name, shape in {**inputs, **outputs}.items()}
 
 
@@ -84,20 +77,15 @@ class Buffers(NamedTuple):
     before: list[Array]  # (B, *shape) of each state tensor
     after: list[Array]
     y: Floats  # (B, ...)
-    floats: list[Array]  # all numbers that the graph writes and that may be infinite; flat
+    floats: list[Array]  # all numbers that the graph writes and that may be infinite
 
 
 class BoundSteps:
-    """Runs of B rows by one step, B of any size.
-
-    Args:
-        session: The graph. It may do without `lengths`.
-        ports: Of the graph.
-        constants: Further inputs, by name.
-    """
+    """Runs of B rows by one step, B of any size, of a graph with these ports; it may do without `lengths`."""
 
     def __init__(self, session: Any, manifest: Manifest, ports: Ports, constants: Mapping[str, Array]) -> None:
         self._session, self._manifest, self.ports, self._constants = session, manifest, ports, constants
+        self._shapes = {name: p[0][1] if len(p) == 1 else (len(p), *p[0][1]) for name, p in ports.items()}
         self._row = row_type(manifest)
         self._names = self._row.names or ()
         self._lengths_port = manifest.lengths if manifest.lengths in {p.name for p in session.get_inputs()} else None
@@ -106,18 +94,10 @@ class BoundSteps:
         self._lock = threading.Lock()  # the batcher's thread and the event loop may both want one step
         self._grow(_LEAST_ROWS)
 
-    def run(self, x: Floats, lengths: Lengths | None, states: Bytes) -> tuple[Floats, Bytes]:
-        """`Runtime.run` for x (B, 1, F); rows of length 0 keep their state."""
-        if lengths is None or lengths.all():
-            new = np.empty_like(states)
-            return self.step(x[:, 0], [states], [new])[:, None], new
-        y, new = np.zeros((len(x), 1, self._manifest.n_outputs), np.float32), np.array(states)
-        rows = np.flatnonzero(lengths)
-        if len(rows):
-            after = new[rows]
-            y[rows, 0] = self.step(x[rows, 0], [states[rows]], [after])
-            new[rows] = after
-        return y, new
+    def run(self, x: Floats, states: Bytes) -> tuple[Floats, Bytes]:
+        """`Runtime.run` for x (B, 1, F), all rows having that step."""
+        new = np.empty_like(states)
+        return self.step(x[:, 0], [states], [new])[:, None], new
 
     def step(self, x: Floats, before: Sequence[Bytes], after: Sequence[Bytes]) -> Floats:
         """`Runtime.step`; where it raises NonFinite, `after` has been written all the same."""
@@ -174,59 +154,44 @@ class BoundSteps:
         if rows > self._most:
             self._grow(rows)
         spec, binding = self._manifest, self._session.io_binding()
-        x = self._tensors(self._x, {spec.input.name: "float32"}, rows)
-        before = self._tensors(self._read, {s.input: s.dtype for s in spec.states}, rows)
+        (x,) = self._laid(binding.bind_input, self._x, {spec.input.name: "float32"}, rows).values()
+        before = self._laid(binding.bind_input, self._read, {s.input: s.dtype for s in spec.states}, rows)
         # The output may be a state's as well: then it is there once.
         dtypes = {s.output: s.dtype for s in spec.states} | {spec.output.name: "float32"}
-        made = self._tensors(self._written, dtypes, rows)
-        self._bind_tensors(binding.bind_input, {**x, **before})
-        self._bind_tensors(binding.bind_output, made)
+        made = self._laid(binding.bind_output, self._written, dtypes, rows)
+        floats = [tensor for tensor in made.values() if tensor.dtype.kind == "f"]
+        if all(tensor.dtype == np.float32 for tensor in made.values()):  # most models: then they are one piece
+            floats = [self._written[: sum(tensor.nbytes for tensor in floats)].view(np.float32)]
         if self._lengths_port is not None:
             binding.bind_cpu_input(self._lengths_port, self._lengths[:rows])
         for name, value in self._constants.items():
             binding.bind_cpu_input(name, value)
         bound = Buffers(
             binding,
-            self._by_row(spec.input.name, x[spec.input.name]).reshape(rows, -1),
-            [self._by_row(s.input, before[s.input]).reshape(rows, *s.shape) for s in spec.states],
-            [self._by_row(s.output, made[s.output]).reshape(rows, *s.shape) for s in spec.states],
-            self._by_row(spec.output.name, made[spec.output.name]),
-            self._floats(list(made.values())),
+            x.reshape(rows, -1),
+            [before[s.input].reshape(rows, *s.shape) for s in spec.states],
+            [made[s.output].reshape(rows, *s.shape) for s in spec.states],
+            made[spec.output.name],
+            floats,
         )
         if len(self._bound) >= _MOST_BOUND:
             self._bound.clear()
         self._bound[rows] = bound
         return bound
 
-    def _tensors(self, memory: Bytes, dtypes: Mapping[str, str], rows: int) -> dict[str, Array]:
-        """Tensors as the graph has them, one behind the other, each at a multiple of its item size."""
-        tensors, at = {}, 0
+    def _laid(self, bind: Callable[..., None], memory: Bytes, dtypes: Mapping[str, str], rows: int) -> dict[str, Array]:
+        """Bind tensors that lie one behind the other, each at a multiple of its item size; they are given by row."""
+        by_row, end = {}, 0
         for name, dtype in dtypes.items():
-            shape = [rows if size == ROWS else size for size in self._shape(name)]
-            item = np.dtype(dtype).itemsize
-            at = -(-at // item) * item
-            end = at + item * math.prod(shape)
-            tensors[name], at = memory[at:end].view(dtype).reshape(shape), end
-        return tensors
-
-    def _shape(self, name: str) -> Shape:
-        ports = self.ports[name]
-        return ports[0][1] if len(ports) == 1 else (len(ports), *ports[0][1])
-
-    def _by_row(self, name: str, tensor: Array) -> Array:
-        return np.moveaxis(tensor, self._shape(name).index(ROWS), 0)
-
-    def _bind_tensors(self, bind: Callable[..., None], tensors: Mapping[str, Array]) -> None:
-        for name, tensor in tensors.items():
-            ports = self.ports[name]
-            for (port, _), part in zip(ports, [tensor] if len(ports) == 1 else tensor, strict=True):
+            ports, whole, item = self.ports[name], self._shapes[name], np.dtype(dtype).itemsize
+            shape = [rows if size == ROWS else size for size in whole]
+            start = -(-end // item) * item
+            end = start + item * math.prod(shape)
+            tensor = memory[start:end].view(dtype).reshape(shape)
+            for (port, _), part in zip(ports, tensor if len(ports) > 1 else [tensor], strict=True):
                 bind(port, "cpu", 0, part.dtype, part.shape, part.ctypes.data)
-
-    def _floats(self, tensors: Sequence[Array]) -> list[Array]:
-        """What may be infinite, flat; one array where all is float32, which is most models."""
-        if all(tensor.dtype == np.float32 for tensor in tensors):
-            return [self._written[: sum(tensor.nbytes for tensor in tensors)].view(np.float32)]
-        return [tensor.reshape(-1) for tensor in tensors if tensor.dtype.kind == "f"]
+            by_row[name] = np.moveaxis(tensor, whole.index(ROWS), 0)
+        return by_row
 
 
 def _sound(bound: Buffers) -> Floats:
@@ -239,11 +204,11 @@ def check_run(y: Floats, lengths: Lengths | None, states: Iterable[Array]) -> No
     """Raises NonFinite where an output (B, T, O) within its row's length, or a state, is NaN or infinite."""
     if lengths is not None and not np.isfinite(y).all():
         y = y[np.arange(y.shape[1]) < lengths[:, None]]
-    _check_finite(array.reshape(-1) for array in (y, *states) if array.dtype.kind == "f")
+    _check_finite(array for array in (y, *states) if array.dtype.kind == "f")
 
 
-def _check_finite(flats: Iterable[Array]) -> None:
-    for flat in flats:
+def _check_finite(arrays: Iterable[Array]) -> None:
+    for array in arrays:
         # The product overflows first, cheaply; vdot, unlike dot, does not warn of it.
-        if not math.isfinite(np.vdot(flat, flat)) and not np.isfinite(flat).all():
+        if not math.isfinite(np.vdot(array, array)) and not np.isfinite(array).all():
             raise NonFinite("the model's outputs or its state would not be finite; nothing was committed")

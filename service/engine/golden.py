@@ -1,28 +1,23 @@
 """The proof of a version: golden.npz, recorded when the model was exported, must come out of the graph again."""
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 
 from stepcast.errors import ManifestError
 from stepcast.manifest import GOLDEN_FILE, Manifest
 
-from .arrays import Array, Bytes, Floats, Lengths
+from .arrays import Array, Bytes, Floats, RunGraph
 from .buffers import blank_rows, row_type, rows_of
 from .onnx_session import reading
-
-Run = Callable[[Floats, Lengths | None, Bytes], tuple[Floats, Bytes]]
-"""As `Runtime.run`."""
 
 RECURRENT: Final = ("LSTM", "GRU", "RNN")
 
 
-@dataclass(frozen=True, slots=True)
-class Proof:
+class Proof(NamedTuple):
     """What running golden.npz showed: the largest absolute errors."""
 
     rows: int
@@ -33,91 +28,79 @@ class Proof:
 
 
 class Golden:
-    """The arrays of a model's golden.npz.
-
-    Raises:
-        ManifestError: the file cannot be read, or has not all that is needed.
-    """
+    """The arrays of a model's golden.npz; raises ManifestError where it cannot be read or lacks what is needed."""
 
     def __init__(self, directory: Path, manifest: Manifest) -> None:
         self._directory, self._manifest, self._row = directory, manifest, row_type(manifest)
         path = directory / GOLDEN_FILE
         try:
             with np.load(path, allow_pickle=False) as file:
-                self._arrays = {name: file[name] for name in file.files}
+                arrays: dict[str, Array] = dict(file)
         except (OSError, ValueError) as error:
             raise ManifestError(f"{path}: cannot be read ({error})") from error
-        missing = {"x", "lengths", "y"} - set(self._arrays)
+        missing = {"x", "lengths", "y"} - set(arrays)
         if missing:
             raise ManifestError(f"{path}: arrays {sorted(missing)} are missing")
-        self._x = np.ascontiguousarray(self._arrays["x"], np.float32)  # (B, T, F)
-        self._lengths = np.ascontiguousarray(self._arrays["lengths"], np.int32)  # (B,)
-        shape, wide = self._x.shape[:2], (manifest.n_features, manifest.n_outputs)
-        want = (*shape, wide[0]), shape[:1], (*shape, wide[1])
-        got = self._x.shape, self._lengths.shape, self._arrays["y"].shape
+        self._x = np.ascontiguousarray(arrays["x"], np.float32)  # (B, T, F)
+        self._lengths = np.ascontiguousarray(arrays["lengths"], np.int32)  # (B,)
+        self._y = arrays["y"]  # (B, T, O)
+        shape = self._x.shape[:2]
+        want = (*shape, manifest.n_features), shape[:1], (*shape, manifest.n_outputs)
+        got = self._x.shape, self._lengths.shape, self._y.shape
         if got != want:
             raise ManifestError(f"{path}: x, lengths and y are {got}, want {want}")
-        self._before, self._after = self._states("state_in"), self._states("state_out")
+        self._before, self._after = self._states(arrays, "state_in"), self._states(arrays, "state_out")
 
-    def prove(self, run: Run) -> Proof:
-        """Reproduce it in one call and, where the model streams, one step at a time.
-
-        Raises:
-            ManifestError: an output or a state is off by more than the tolerance, or the graph does not run.
-        """
+    def prove(self, run: RunGraph) -> Proof:
+        """Reproduce it in one call and, where the model streams, one step at a time; raises ManifestError if not."""
         whole = self._compare("one call", lambda: run(self._x, self._lengths, self._before))
         stepped = self.prove_steps(run) if self._manifest.streaming else (0.0, 0.0)
-        output_error, state_error = np.maximum(whole, stepped).tolist()
+        output_error, state_error = map(max, whole, stepped)
         return Proof(len(self._x), self._x.shape[1], output_error, state_error, self._manifest.streaming)
 
-    def prove_steps(self, run: Run) -> tuple[float, float]:
+    def prove_steps(self, run: RunGraph) -> tuple[float, float]:
         """The same by single steps alone; the largest errors of outputs and states."""
         return self._compare("one step at a time", lambda: self._one_by_one(run))
 
-    def _states(self, side: str) -> Bytes:
+    def _states(self, arrays: Mapping[str, Array], side: str) -> Bytes:
         """Packed states (B, row_bytes)."""
         packed, tensors = blank_rows(len(self._x), self._row)
         for state in self._manifest.states:
             name, want = f"{side}.{state.layer}.{state.key}", (len(self._x), *state.shape)
-            value = self._arrays.get(name)
-            if value is None or value.shape != want:
-                raise ManifestError(f"golden.npz: {name} is {None if value is None else value.shape}, want {want}")
-            tensors[state.input][:] = value
+            got = arrays[name].shape if name in arrays else None
+            if got != want:
+                raise ManifestError(f"golden.npz: {name} is {got}, want {want}")
+            tensors[state.input][:] = arrays[name]
         return packed
 
-    def _one_by_one(self, run: Run) -> tuple[Floats, Bytes]:
-        states, y = self._before, np.zeros_like(self._arrays["y"])
+    def _one_by_one(self, run: RunGraph) -> tuple[Floats, Bytes]:
+        states, y = self._before, np.zeros_like(self._y)
         for step in range(self._x.shape[1]):
+            cut = slice(step, step + 1)
             alive = (self._lengths > step).astype(np.int32)
-            out, states = run(np.ascontiguousarray(self._x[:, step : step + 1]), alive, states)
-            y[:, step] = out[:, 0]
+            y[:, cut], states = run(np.ascontiguousarray(self._x[:, cut]), alive, states)
         return y, states
 
     def _compare(self, how: str, answer: Callable[[], tuple[Floats, Bytes]]) -> tuple[float, float]:
         with reading(f"{self._directory}: {how}"):
             y, states = answer()
         valid = np.arange(self._x.shape[1]) < self._lengths[:, None]
-        output_error = self._differ("outputs", y[valid], self._arrays["y"][valid], how)
+        output_error = self._error(f"outputs in {how}", y[valid], self._y[valid])
         got, want = rows_of(states, self._row), rows_of(self._after, self._row)
-        errors = [
-            self._differ(f"state {state.layer}.{state.key}", got[state.input], want[state.input], how)
-            for state in self._manifest.states
+        state_errors = [
+            self._error(f"state {s.layer}.{s.key} in {how}", got[s.input], want[s.input]) for s in self._manifest.states
         ]
-        return output_error, max(errors, default=0.0)
+        return output_error, max(state_errors, default=0.0)
 
-    def _differ(self, what: str, got: Array, want: Array, how: str) -> float:
+    def _error(self, what: str, got: Array, want: Array) -> float:
         """The largest absolute difference."""
-        if not want.size:
-            return 0.0
-        tolerance = self._manifest.tolerance
+        rtol, atol = self._manifest.tolerance.rtol, self._manifest.tolerance.atol
         a, b = got.astype(np.float64), want.astype(np.float64)
         error = np.abs(a - b)
-        if not np.all(error <= tolerance.atol + tolerance.rtol * np.abs(b)):
-            raise ManifestError(
-                f"{self._directory}: {what} in {how} differ from golden.npz by up to {np.nanmax(error):.3g} "
-                f"(rtol {tolerance.rtol:g}, atol {tolerance.atol:g})"
-            )
-        return float(error.max())
+        if not np.all(error <= atol + rtol * np.abs(b)):
+            far = f"by up to {np.nanmax(error):.3g} (rtol {rtol:g}, atol {atol:g})"
+            raise ManifestError(f"{self._directory}: {what} differ from golden.npz {far}")
+        return float(error.max(initial=0.0))
 
 
 def placements(profile: Path) -> dict[str, str]:

@@ -1,23 +1,22 @@
 """Opens graphs in onnxruntime and says what their inputs and outputs are."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import onnxruntime as ort
 
 from stepcast.errors import ManifestError, StepcastError
 from stepcast.manifest import ITEM_BYTES, Manifest
 
+Session: TypeAlias = ort.InferenceSession
 RUNTIME_VERSION: Final = str(ort.__version__)
-_ORT_TYPES: Final = {"float32": "float", "float64": "double", **{name: name for name in ("float16", "int64", "int32")}}
-_DTYPES: Final = {f"tensor({_ORT_TYPES.get(dtype, dtype)})": dtype for dtype in ITEM_BYTES}
+_ORT_NAMES: Final = {"float32": "float", "float64": "double"}  # the others are named as in numpy
+_DTYPES: Final = {f"tensor({_ORT_NAMES.get(dtype, dtype)})": dtype for dtype in ITEM_BYTES}
 
 
-@dataclass(frozen=True, slots=True)
-class Port:
+class Port(NamedTuple):
     """An input or output of a graph; axes of no fixed size have a name, or None."""
 
     name: str
@@ -29,24 +28,13 @@ class Port:
 
     @property
     def dynamic(self) -> list[int]:
-        """The axes of no fixed size."""
+        """The axes of no fixed size: one at most for a state, two for sequences."""
         return [at for at, size in enumerate(self.shape) if not isinstance(size, int)]
 
-    @property
-    def has_fixed_rows(self) -> bool:
-        """Whether one axis at most is of no fixed size: a state's, not a sequence's."""
-        return len(self.dynamic) <= 1
 
-
-def open_session(
-    model: Path | bytes, device: str, threads: int = 1, profile: Path | None = None
-) -> ort.InferenceSession:
-    """A graph on a device; the arguments are Runtime's.
-
-    Raises:
-        ManifestError: onnxruntime cannot load it, or the device is not there.
-    """
-    name, providers = "a graph made of it" if isinstance(model, bytes) else str(model), _providers(device)
+def open_session(model: Path | bytes, device: str, threads: int = 1, profile: Path | None = None) -> Session:
+    """An onnxruntime session of a graph; the arguments are Runtime's, and so are the errors."""
+    name, providers = "a graph made of it" if isinstance(model, bytes) else model, _providers(device)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -56,7 +44,7 @@ def open_session(
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
     try:
-        session = ort.InferenceSession(model if isinstance(model, bytes) else name, options, providers=providers)
+        session = ort.InferenceSession(model, options, providers=providers)
     except Exception as error:  # onnxruntime's exceptions have no common base but this
         raise ManifestError(f"{name}: onnxruntime cannot load it: {error}") from error
     if device == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
@@ -78,54 +66,40 @@ def _providers(device: str) -> list[Any]:
 
 
 def signature(path: Path) -> tuple[list[Port], list[Port]]:
-    """Inputs and outputs of a graph.
-
-    Raises:
-        ManifestError: onnxruntime cannot load it.
-    """
+    """Inputs and outputs of a graph; raises ManifestError where onnxruntime cannot load it."""
     session = open_session(path, "cpu")
-    return [_port(i) for i in session.get_inputs()], [_port(o) for o in session.get_outputs()]
+    return _ports(session.get_inputs()), _ports(session.get_outputs())
 
 
-def _port(given: Any) -> Port:
-    return Port(given.name, _DTYPES.get(given.type, given.type), tuple(given.shape))
+def _ports(given: Sequence[Any]) -> list[Port]:
+    return [Port(port.name, _DTYPES.get(port.type, port.type), tuple(port.shape)) for port in given]
 
 
-def check_signature(manifest: Manifest, session: ort.InferenceSession) -> None:
-    """See that a graph has what its manifest speaks of, and takes nothing else.
-
-    Raises:
-        ManifestError: it has not; the message says which tensor.
-    """
-    takes = {manifest.input.name: "float32", **{c.name: c.dtype for c in manifest.constants}}
+def check_signature(manifest: Manifest, session: Session) -> None:
+    """Raises ManifestError where a graph has not what its manifest speaks of, or takes anything else."""
+    takes = {manifest.input.name: "float32", **{t.name: t.dtype for t in manifest.constants}}
     takes |= {s.input: s.dtype for s in manifest.states}
     if manifest.lengths is not None:
         takes[manifest.lengths] = "int32"
     gives = {manifest.output.name: "float32", **{s.output: s.dtype for s in manifest.states}}
-    inputs, outputs = (
-        {p.name: _port(p).dtype for p in ports} for ports in (session.get_inputs(), session.get_outputs())
-    )
-    for side, found, wanted in (("input", inputs, takes), ("output", outputs, gives)):
+    inputs, outputs = session.get_inputs(), session.get_outputs()
+    for side, ports, wanted in (("input", inputs, takes), ("output", outputs, gives)):
+        found = {port.name: port.dtype for port in _ports(ports)}
         for name, dtype in wanted.items():
             if found.get(name) != dtype:
                 raise ManifestError(f"{side} {name!r} is {found.get(name)} in model.onnx, {dtype} in manifest.json")
-    extra = sorted(set(inputs) - set(takes))
+    extra = sorted({port.name for port in inputs} - set(takes))
     if extra:
         raise ManifestError(f"model.onnx has inputs that manifest.json does not speak of: {extra}")
 
 
 @contextmanager
 def reading(what: Path | str) -> Iterator[None]:
-    """Run a graph that may not be what its manifest says.
-
-    Raises:
-        ManifestError: whatever was raised inside, with `what` before it.
-    """
+    """Run a graph that may not be what its manifest says: whatever is raised inside is a ManifestError of `what`."""
     try:
         yield
     except ManifestError:
         raise
-    except StepcastError as error:
-        raise ManifestError(f"{what}: {error}") from error
     except Exception as error:  # onnxruntime's exceptions have no common base but this
-        raise ManifestError(f"{what}: the graph does not run as the manifest reads it: {error}") from error
+        why = "" if isinstance(error, StepcastError) else "the graph does not run as the manifest reads it: "
+        raise ManifestError(f"{what}: {why}{error}") from error

@@ -29,13 +29,7 @@ class BatchSteps:
     few = 32
 
     def __init__(
-        self,
-        repository: Repository,
-        cache: SessionCache,
-        rosters: Rosters,
-        lanes: Lanes,
-        settings: Settings,
-        ask: Ask,
+        self, repository: Repository, cache: SessionCache, rosters: Rosters, lanes: Lanes, settings: Settings, ask: Ask
     ) -> None:
         self._repository, self._cache, self._rosters = repository, cache, rosters
         self._lanes, self._settings, self._ask = lanes, settings, ask

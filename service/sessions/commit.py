@@ -25,17 +25,9 @@ class Commits:
         go_on: Lets the next call of a session begin.
     """
 
-    def __init__(
-        self,
-        store: Store,
-        cache: SessionCache,
-        metrics: Metrics,
-        go_on: Callable[[Session], None],
-    ) -> None:
+    def __init__(self, store: Store, cache: SessionCache, metrics: Metrics, go_on: Callable[[Session], None]) -> None:
         self._store, self._cache = store, cache
         self._metrics, self._go_on = metrics, go_on
-
-    # --- what ran -----------------------------------------------------------------------------------------------
 
     def batch(self, batch: Batch) -> "asyncio.Future[None] | None":
         """Commit a batch that ran; one that failed is run again row by row. None: all is known already."""
@@ -93,8 +85,6 @@ class Commits:
         for session, waiter in gone:
             self.refuse(batch.lane.load, session, waiter, too_late())
             self._go_on(session)
-
-    # --- what the store says ------------------------------------------------------------------------------------
 
     def _told(self, batch: Batch, group: Group, rows: Sequence[int], outcome: Outcome) -> None:
         """The store said what became of some rows of a group."""
@@ -182,8 +172,6 @@ class Commits:
         lane.spares.give(before)
         if many is not None:
             many.answer(group.rows.places, group.answers.outputs[:, 0, 0], roster.steps)
-
-    # --- answers ------------------------------------------------------------------------------------------------
 
     def refuse(self, load: Load, session: Session, waiter: Waiter, error: BaseException) -> None:
         """Refuse a call that has left its queue."""

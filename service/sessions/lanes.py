@@ -37,8 +37,6 @@ class Lanes:
         self._closing: set[asyncio.Task[None]] = set()
         self.draining = False
 
-    # --- admission ----------------------------------------------------------------------------------------------
-
     def admit(self, served: Served, count: int) -> Load:
         """The steps of a model that wait, where `count` more may.
 
@@ -64,8 +62,6 @@ class Lanes:
             load = self._loads[model] = Load(0 if self.draining else self.settings.queue_limit)
         return load
 
-    # --- lanes and batches --------------------------------------------------------------------------------------
-
     def of(self, served: Served) -> Lane:
         """The lane of a served version."""
         lane = self._lanes.get((served.name, served.version))
@@ -86,8 +82,6 @@ class Lanes:
         shapes = Shapes(*sizes, settings.log_steps, settings.ttl_s)
         load, version = self.load(served.name), served.version
         return Lane(served, batcher, shapes, load, self.digests, settings, self._clock, self._drop, version)
-
-    # --- life ---------------------------------------------------------------------------------------------------
 
     def count(self) -> int:
         """Bring the counters of steps up to date; how many steps wait."""
