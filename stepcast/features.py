@@ -124,14 +124,14 @@ class FeatureNames:
         raise InvalidRequest(f"{path} leaves out {told}; model {self.manifest.name!r} needs them", missing=missing)
 
     def _refuse_unknown(self, named: Mapping[str, Any], path: str) -> None:
-        unknown = [name for name in named if name not in self._slices]
+        unknown = [str(name)[:_LONGEST] for name in named if name not in self._slices][:_TOLD]
         if not unknown:
             return
-        near = {name: close for name in unknown[:_TOLD] if (close := self._nearest(str(name)))}
+        near = {name: close for name in unknown if (close := self._nearest(name))}
         told = _listed(f"{n!r} (nearest: {near[n]!r})" if n in near else repr(n) for n in unknown)
         raise InvalidRequest(
             f"{path} names {told}; model {self.manifest.name!r} has {_listed(map(repr, self._slices))}",
-            unknown=[str(name) for name in unknown],
+            unknown=unknown,
             nearest=near,
         )
 
@@ -172,7 +172,9 @@ def likeliest(outputs: Floats) -> Ints:
 
 
 _TOLD: Final = 12
-"""The most names that a message tells, and that nearest ones are looked for."""
+"""The most names that a message tells, and that nearest ones are looked for,"""
+_LONGEST: Final = 128
+"""and how much of each: manifests have no longer ones."""
 _NUMBERS: Final = frozenset({int, float, type(None)})
 """Types of a single reading in the common case: whatever else, a numpy scalar too, goes the longer way."""
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -388,6 +389,9 @@ def test_an_unknown_name_is_answered_with_the_facts(http: httpx.Client, name: st
     problem = refused(http.post(at, json={"inputs": {"U": 1, "vw": 1}}), 422, "invalid_request")
     assert problem["unknown"] == ["U", "vw"]
     assert problem["nearest"] == {"U": "u", "vw": "w"}
+    long = {"x" * 10_000 + str(i): 1 for i in range(40)}
+    problem = refused(http.post(at, json={"inputs": long}), 422, "invalid_request")
+    assert problem["unknown"] == ["x" * 128] * 12  # what is told is bounded
     assert refused(http.post(at, json={"inputs": {}}), 422, "invalid_request")["missing"] == ["u", "v", "w"]
     body = {"inputs": {"u": [[1]], "v": [[1]], "w": [[1]]}, "format": "NCW"}
     assert "$.format is 'NCW'" in refused(http.post(at, json=body), 422, "invalid_request")["detail"]
@@ -423,6 +427,27 @@ def weather() -> Iterator[str]:
     """A server of the committed models."""
     with running(store="memory://", models=ROOT / "models") as server:
         yield server.url
+
+
+@pytest.mark.parametrize("value", [NAN, float("inf"), -float("inf"), 1e39])
+def test_packed_numbers_that_are_none_are_refused(http: httpx.Client, name: str, value: float) -> None:
+    """msgpack has NaN, which is a missing reading, and infinity: as a number, in columns, in records."""
+    at = f"/v1/models/lstm/sessions/{name}"
+    for v in (value, [value], [[value]]):
+        record: Any = {"u": 1.0, "v": v, "w": 2.0}
+        for inputs in (record, [record]) if v is value else (record,):
+            body = msgspec.msgpack.encode({"inputs": inputs})
+            refused(http.post(f"{at}/step", content=body, headers=PACKED), 422, "non_finite")
+    assert http.get(at).status_code == 404
+
+
+def test_a_packed_gap_is_one_payload_whatever_its_bits(http: httpx.Client, name: str) -> None:
+    """A NaN of other bits is the same missing reading: its step is a retry."""
+    at = f"/v1/models/policies/sessions/{name}/step"
+    odd = msgspec.msgpack.encode({"inputs": {"u": 1.0, "v": NAN, "w": 2.0}, "seq": 1})
+    odd = odd.replace(struct.pack(">d", NAN), bytes.fromhex("fff8246800000001"))
+    first = answered(http.post(at, json={"inputs": {"u": 1, "w": 2}, "seq": 1}))
+    assert answered(http.post(at, content=odd, headers=PACKED)) == first
 
 
 # --- versions -------------------------------------------------------------------------------------------------------

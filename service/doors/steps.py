@@ -121,11 +121,11 @@ class Reader:
 
     def _read_raw(self, asked: Any) -> Plain | None:
         data, shape, features = asked.inputs, asked.shape, self._features
-        if data.__class__ is not bytes:
-            return asked, self._pack_row(astuple(data)), self._named
-        form: Form = "F"
+        form: Axes = "F"
         rows = 1
-        if shape is not None and shape != [features]:
+        if data.__class__ is not bytes:
+            data, form = self._pack(*[math.nan if value is None else value for value in astuple(data)]), self._named
+        elif shape is not None and shape != [features]:
             if shape[1:] not in ([features], [1, features]) or not 0 < shape[0] <= self._most:
                 return None
             rows, form = shape[0], "NF" if len(shape) == 2 else "NTF"
