@@ -268,7 +268,7 @@ def test_the_class_is_the_first_of_the_likeliest(outputs: list[float], masked: b
     naming = names.Naming(made_of([1], classes=3))
     y = np.array([[[NAN if masked else value for value in outputs]]], np.float32)[None]
     texts = [b"null" if masked else b"%r" % value for value in outputs]
-    body = json.loads(b"{" + naming.text(names.Answers(y, 7), 0, 2, texts))
+    body = json.loads(b"{" + naming.step % (naming.label(y[0, 0, 0]), *texts, 2, 7))
     wanted = None if masked else f"class {outputs.index(max(outputs))}"
     assert (body["outputs"]["class"], body["step"], body["version"]) == (wanted, 2, 7)
     assert naming.outputs(y[0, 0, 0], "columns")["class"] == wanted

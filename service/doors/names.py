@@ -116,25 +116,29 @@ def record_of(manifest: Manifest) -> type[msgspec.Struct] | None:
 
 
 class Naming:
-    """The names of one version."""
+    """The names of one version.
+
+    Attributes:
+        width: How many outputs it has.
+        step: A step's answer for one example as JSON, from `"outputs"` on, to be filled with a classifier's label, the
+            outputs, the step and the version.
+        labels: A classifier's classes as JSON.
+    """
 
     def __init__(self, manifest: Manifest) -> None:
         self.features = FeatureNames(manifest)
         names = manifest.classes or tuple(output.name for output in manifest.outputs)
         self.width = len(names)
         self._classes = None if manifest.classes is None else np.array([*manifest.classes, None], object)
-        self._labels = None if manifest.classes is None else [*map(dumps, manifest.classes)]
+        self.labels = None if manifest.classes is None else [*map(dumps, manifest.classes)]
         values = b"{%s}" % b",".join(b"%s:%%s" % dumps(name).replace(b"%", b"%%") for name in names)
         outputs = values if self._classes is None else b'{"class":%%s,"probabilities":%s}' % values
-        self._step = b'"outputs":%s,"step":%%d,"version":%%d}' % outputs
+        self.step = b'"outputs":%s,"step":%%d,"version":%%d}' % outputs
 
-    def text(self, answers: Answers, row: int, step: int, values: list[bytes]) -> bytes:
-        """A step's answer for one example as JSON, from `"outputs"` on; `values` are its outputs as JSON."""
-        if self._labels is None:
-            return self._step % (*values, step, answers.version)
-        y = answers.outputs[row, 0, 0].tolist()
-        label = self._labels[y.index(max(y))] if y[0] == y[0] else b"null"  # all are NaN where the step was masked
-        return self._step % (label, *values, step, answers.version)
+    def label(self, y: Floats) -> bytes:
+        """The class of a classifier's outputs (O,) as JSON."""
+        values, labels = y.tolist(), self.labels or []
+        return labels[values.index(max(values))] if values[0] == values[0] else b"null"  # NaN: the step was masked
 
     def outputs(self, y: Floats, style: Style) -> Any:
         """Outputs (..., O) by name: an object of arrays, or as records nested lists of objects of numbers."""
@@ -152,13 +156,13 @@ class Names:
 
     def __init__(self, repository: Repository, model: str) -> None:
         self._repository, self._model = repository, model
-        self._known: dict[int, Naming] = {}
+        self.known: dict[int, Naming] = {}  # by version
 
     def of(self, served: Served) -> Naming:
         """The names of a version."""
-        naming = self._known.get(served.version)
+        naming = self.known.get(served.version)
         if naming is None:
-            naming = self._known[served.version] = Naming(served.manifest)
+            naming = self.known[served.version] = Naming(served.manifest)
         return naming
 
     def learn(self) -> "Names":
@@ -173,7 +177,7 @@ class Names:
         Raises:
             StateVersionMismatch: it has none for them.
         """
-        naming = self._known.get(version)
+        naming = self.known.get(version)
         if naming is not None and naming.width == width:
             return naming
         was = "is not known" if naming is None else f"has {naming.width} outputs, the answer {width}"
@@ -193,16 +197,22 @@ class Named:
         read_by: The version by whose names the inputs were read.
     """
 
-    __slots__ = ("_names", "axes", "read_by", "style")
+    __slots__ = ("_known", "_names", "axes", "read_by", "style")
 
     def __init__(self, names: Names, axes: Form, style: Style, read_by: Served) -> None:
         self._names, self.axes, self.style, self.read_by = names, axes, style, read_by
+        self._known = names.known
 
     def text(self, answers: Answers, row: int, step: int, texts: list[bytes]) -> bytes:
         """A step's answer as JSON, from `"outputs"` on; `texts` are all rows of the answers without brackets."""
         if self.axes == "F":
             values = texts[row].split(b",")
-            return self._names.behind(answers.version, len(values), step).text(answers, row, step, values)
+            naming = self._known.get(answers.version)
+            if naming is None or naming.width != len(values):
+                naming = self._names.behind(answers.version, len(values), step)  # says why
+            if naming.labels is None:
+                return naming.step % (*values, step, answers.version)
+            return naming.step % (naming.label(answers.outputs[row, 0, 0]), *values, step, answers.version)
         return b'"outputs":%s,"step":%d,"version":%d}' % (
             dumps(self.outputs(answers, row, step)),
             step,
