@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from stepcast.errors import StepcastError
 
@@ -11,22 +12,15 @@ from .cache import SessionCache
 from .core import Address, Floats, Lane, Mask, Roster, Rows, Session, Waiter
 from .lanes import Lanes
 from .many import Columns, Many
-from .roster import Forming, Rosters, roster_name
+from .roster import Rosters, roster_name
 
 Ask = Callable[[Address, Floats, Mask | None, int | None, Waiter, str | None], None]
 
 
 class BatchSteps:
-    """The batch steps of a server.
+    """The batch steps of a server; `ask` queues a call behind those of its session."""
 
-    Args:
-        ask: Queues a call behind those of its session.
-
-    Attributes:
-        few: Batch steps of fewer sessions form no batch of their own, their steps join those of other calls.
-    """
-
-    few = 32
+    few = 32  # batch steps of fewer sessions form no batch of their own, their steps join those of other calls
 
     def __init__(
         self, repository: Repository, cache: SessionCache, rosters: Rosters, lanes: Lanes, settings: Settings, ask: Ask
@@ -52,8 +46,7 @@ class BatchSteps:
             address: The address of one of them; raises InvalidSessionId.
             then: Gets the answer, maybe before this returns.
 
-        Raises:
-            ModelNotFound, NotStreaming, QueueFull, Draining, and what `names` and `read` raise: nothing was queued.
+        Raises ModelNotFound, NotStreaming, QueueFull, Draining, and what `names` and `read` raise: nothing was queued.
         """
         served, name = self._repository.live(model), roster_name(namespace, model, sessions)
         rosters = self._rosters.find(name)
@@ -68,7 +61,7 @@ class BatchSteps:
             listed = names()
         others = self._step_ready(lane, f"{namespace}/{model}/", listed, columns, many)
         if not others and not columns.refused and served.runtime.resident is None and self._rosters.came_before(name):
-            many.rosters = Forming(self._rosters, name)
+            many.form = partial(self._rosters.form, name, {}, count)
         for place in others:
             try:
                 row, seq = columns.x[place : place + 1, None], None if columns.seqs is None else columns.seqs[place]

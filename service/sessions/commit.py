@@ -159,7 +159,8 @@ class Commits:
             whole = len(rows) == len(sessions)
             places = group.rows.places if whole else [group.rows.places[row] for row in rows]
             outputs = answers.outputs if whole else answers.outputs[list(rows)]
-            many.form(lane, group)
+            if many.form is not None:
+                many.form(lane, group)
             many.answer(places, outputs[:, 0, 0], steps)
 
     def _advance_roster(self, lane: Lane, group: Group, roster: Roster) -> None:

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,9 @@ from ..records.block import Block, LoneBlock, Spares, as_records, side_by_side
 from ..records.digest import Digests
 from ..records.layout import Advance, Facts, Shape, Shapes, facts
 from ..settings import Settings
+
+if TYPE_CHECKING:
+    from .many import Many
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
@@ -83,14 +86,6 @@ class Load:
         self.waiting -= count
         if not self.limit:
             self.left.set()
-
-
-class Places(Protocol):
-    """The answer to a batch step, as it fills (sessions/many.py)."""
-
-    def waiter(self, place: int) -> Waiter: ...
-    def answer(self, places: Sequence[int], outputs: Floats, steps: Sequence[int]) -> None: ...
-    def form(self, lane: "Lane", group: "Group") -> None: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -260,7 +255,7 @@ class Rows:
     waiters: list[Waiter] = field(default_factory=list)
     asks: dict[int, Ask] = field(default_factory=dict)  # by row, the calls that had to wait for their turn
     x: Floats | None = None  # (B, F): of a batch step, instead of inputs; and of its rows, instead of waiters:
-    many: Places | None = None  # whose answer they are part of,
+    many: "Many | None" = None  # whose answer they are part of,
     places: Sequence[int] = ()  # and where
     roster: Roster | None = None  # all the sessions, where their records lie side by side
 
