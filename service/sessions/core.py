@@ -181,7 +181,7 @@ class Ask:
     verified: bool = False  # the session's record was loaded after the call came, so the call may be refused on it
 
 
-@dataclass(slots=True, eq=False, init=False)
+@dataclass(slots=True, eq=False)
 class Roster:
     """Sessions of one served version that are stepped together: they have no record of their own while it is whole.
 
@@ -190,25 +190,23 @@ class Roster:
 
     lane: Lane
     sessions: list[Session]
-    keys: list[str]  # theirs
     records: Bytes  # (B, W), and how each changes by a step:
     advance: Advance
-    steps: list[int]  # of each session,
-    following: list[int]  # and after the next batch step;
-    level: bool  # they are all the same
+    keys: list[str] = field(init=False)  # of each session,
+    steps: list[int] = field(init=False)  # its step,
+    following: list[int] = field(init=False)  # and that after the next batch step;
+    level: bool = field(init=False)  # they are all the same
     place: object = None  # what the store has noted of them (Block)
     whole: bool = True  # no session has been touched alone
     busy: bool = False  # a batch step of all is under way
     used: bool = True  # since eviction looked
 
-    def __init__(self, lane: Lane, sessions: list[Session], records: Bytes, advance: Advance) -> None:
-        self.lane, self.sessions, self.records, self.advance = lane, sessions, records, advance
-        self.keys = [session.key for session in sessions]
-        self.steps = [session.step for session in sessions]
+    def __post_init__(self) -> None:
+        self.keys = [session.key for session in self.sessions]
+        self.steps = [session.step for session in self.sessions]
         self.following = [step + 1 for step in self.steps]
-        self.level = self.steps.count(self.steps[0]) == len(sessions)
-        self.place, self.whole, self.busy, self.used = None, True, False, True
-        for session in sessions:
+        self.level = self.steps.count(self.steps[0]) == len(self.steps)
+        for session in self.sessions:
             session.forget()
             session.roster = self
 
@@ -434,5 +432,4 @@ class Batch:
                 tags.append(np.array([session.tag for session in sessions], np.int64))
             else:
                 tags += [np.broadcast_to(np.asarray(session.tag, np.int64), examples) for session in sessions]
-        tags += [np.zeros(guest.rows, np.int64) for guest in self.guests]
-        return np.concatenate(tags)
+        return np.concatenate([*tags, *(np.zeros(guest.rows, np.int64) for guest in self.guests)])
