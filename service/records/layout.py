@@ -29,6 +29,7 @@ Layout 2 gave each answer 8 bytes seq, 5 digest, 3 zero, 4 T, 4 bytes of outputs
 
 import struct
 from functools import cache
+from itertools import accumulate
 from typing import Final, NamedTuple
 
 LAYOUT: Final = 3
@@ -73,11 +74,7 @@ class Facts(NamedTuple):
 
 
 def facts(record: bytes) -> Facts:
-    """Read a record's header.
-
-    Raises:
-        BadRecord: it is not of the present layout, or too short.
-    """
+    """Read a record's header; BadRecord where it is not of the present layout, or too short."""
     if len(record) < HEADER_BYTES or record[0] != LAYOUT:
         raise BadRecord(f"record of {len(record)} bytes, layout {record[0] if record else None}, want {LAYOUT}")
     return Facts(*_FACTS.unpack_from(record)[1:])
@@ -199,11 +196,7 @@ class Shapes:
         return known
 
     def of(self, record: bytes, found: Facts) -> Shape:
-        """The shape of a record of this version.
-
-        Raises:
-            BadRecord: its lengths do not add up.
-        """
+        """The shape of a record of this version; BadRecord where its lengths do not add up."""
         if found.state_bytes != found.examples * self.row_bytes:
             raise BadRecord(f"a state of {found.state_bytes} bytes for {found.examples} rows of {self.row_bytes}")
         at = state_offset(found.flags) + found.state_bytes + found.log_bytes
@@ -221,11 +214,7 @@ def answer_bytes(examples: int, steps: int, outputs: int) -> int:
 
 
 def answer_sizes(record: bytes, at: int, count: int, examples: int) -> Sizes:
-    """Bytes of each kept answer, which begin at offset `at` and end with the record.
-
-    Raises:
-        BadRecord: they do not.
-    """
+    """Bytes of each kept answer; BadRecord where they do not begin at offset `at` and end with the record."""
     sizes: list[int] = []
     start = at
     while len(sizes) < count and start + ANSWER_BYTES <= len(record):
@@ -239,10 +228,5 @@ def answer_sizes(record: bytes, at: int, count: int, examples: int) -> Sizes:
 
 def newest(sizes: Sizes) -> int:
     """How many of the newest kept answers of these sizes fit in the bounds; the latest always does."""
-    total = kept = 0
-    for size in reversed(sizes[-KEPT_ANSWERS:]):
-        total += size
-        if kept and total > KEPT_ANSWER_BYTES:
-            break
-        kept += 1
-    return kept
+    totals = accumulate(reversed(sizes[-KEPT_ANSWERS:]))
+    return sum(not before or total <= KEPT_ANSWER_BYTES for before, total in enumerate(totals))
