@@ -26,8 +26,7 @@ log = logging.getLogger("stepcast.runtime")
 class Runtime:
     """The model version in a directory, ready to run; `profile` is the prefix of a file that onnxruntime writes.
 
-    Raises:
-        ManifestError: the directory is not what its manifest says, or `device` (auto, cpu, cuda) is not there.
+    Raises ManifestError: the directory is not what its manifest says, or `device` (auto, cpu, cuda) is not there.
     """
 
     def __init__(self, directory: Path, *, device: str = "auto", threads: int = 1, profile: Path | None = None) -> None:
@@ -64,8 +63,7 @@ class Runtime:
             lengths: (B,) int32, valid steps per row; None: T in every row. A row of length 0 keeps its state.
             states: (B, row_bytes) uint8.
 
-        Returns:
-            y (B, T, O) float32, of which steps past a row's length mean nothing, and the new states.
+        Gives y (B, T, O) float32, of which steps past a row's length mean nothing, and the new states.
         """
         single = self._bound if x.shape[1] == 1 else None
         if single is not None and len(x) and (lengths is None or lengths.all()):
