@@ -109,17 +109,13 @@ class BatchSteps:
             others.append(place)
         for start in range(0, len(sessions), self._settings.batch_rows):
             cut = slice(start, start + self._settings.batch_rows)
-            _submit(lane, sessions[cut], columns, many, everyone[cut] if len(sessions) == len(names) else places[cut])
+            there = everyone if len(sessions) == len(names) else places
+            _submit(lane, sessions[cut], columns, many, there[cut], None)
         return others
 
 
 def _submit(
-    lane: Lane,
-    sessions: list[Session],
-    columns: Columns,
-    many: Many,
-    places: Sequence[int],
-    roster: Roster | None = None,
+    lane: Lane, sessions: list[Session], columns: Columns, many: Many, places: Sequence[int], roster: Roster | None
 ) -> None:
     """Queue a batch of sessions that are ready, at these places of a batch step."""
     at = slice(places.start, places.stop) if isinstance(places, range) else places  # a slice is no copy

@@ -143,14 +143,8 @@ class States:
         """What GET state answers: the arrays of all layers, or of one."""
         record, served = view.record, view.served
         tensors: dict[str, Any] = served.runtime.unpack(record.state, record.examples)
-        answer: dict[str, Any] = {
-            "session": address.session,
-            "model": address.model,
-            "version": record.version,
-            "fingerprint": record.fingerprint.hex(),
-            "step": record.step,
-            "examples": record.examples,
-        }
+        answer: dict[str, Any] = {"session": address.session, "model": address.model, "version": record.version}
+        answer |= {"fingerprint": record.fingerprint.hex(), "step": record.step, "examples": record.examples}
         if layer is not None:
             self._check_layer(served, layer)
             answer["layer"], tensors = layer, tensors.get(layer, {})
