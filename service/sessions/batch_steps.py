@@ -50,15 +50,14 @@ class BatchSteps:
         """
         served, name = self._repository.live(model), roster_name(namespace, model, sessions)
         rosters = self._rosters.find(name)
-        listed = None if rosters else names()
-        count = len(listed) if listed is not None else sum(len(roster.keys) for roster in rosters or ())
+        listed = [] if rosters else names()
+        count = len(listed) or sum(len(roster.keys) for roster in rosters)
         self._lanes.admit(served, count)
         columns, lane = read(count), self._lanes.of(served)
         many = Many(count, served.manifest.n_outputs, then)
         if rosters and not columns.refused and self._step_rosters(lane, rosters, columns, many):
             return
-        if listed is None:
-            listed = names()
+        listed = listed or names()
         others = self._step_ready(lane, f"{namespace}/{model}/", listed, columns, many)
         if not others and not columns.refused and served.runtime.resident is None and self._rosters.came_before(name):
             many.form = partial(self._rosters.form, name, {}, count)

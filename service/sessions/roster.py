@@ -23,18 +23,13 @@ class Rosters:
         self._rosters: dict[bytes, list[Roster]] = {}
         self._seen: dict[bytes, None] = {}
 
-    def find(self, name: bytes) -> list[Roster] | None:
-        """The rosters of these sessions, all whole and idle; None: there are none."""
-        rosters = self._rosters.get(name)
-        if rosters is None:
-            return None
-        for roster in rosters:
-            if not roster.whole:
-                self._drop(name)
-                return None
-            if roster.busy:
-                return None
-        return rosters
+    def find(self, name: bytes) -> list[Roster]:
+        """The rosters of these sessions, all whole and idle; empty: there are none."""
+        rosters = self._rosters.get(name, [])
+        if not all(roster.whole for roster in rosters):
+            self._drop(name)
+            return []
+        return [] if any(roster.busy for roster in rosters) else rosters
 
     def came_before(self, name: bytes) -> bool:
         """Whether these sessions have been asked for before: they may come again."""
