@@ -6,6 +6,7 @@ States travel packed: uint8 (B, row_bytes), a row being every state tensor of th
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -127,14 +128,9 @@ class Runtime:
         False where it is not possible or does not reproduce golden.npz: the log says why, and all runs are plain ones.
         """
         with self._trying("states do not stay on the device"):
-            self.resident = ResidentStates(
-                self.directory / MODEL_FILE,
-                self.manifest,
-                lambda graph: open_session(graph, self.device, self._threads),
-                device=self.device,
-                budget_bytes=budget_bytes,
-                grain=grain,
-            )
+            opener = partial(open_session, device=self.device, threads=self._threads)
+            model = self.directory / MODEL_FILE
+            self.resident = ResidentStates(model, self.manifest, opener, self.device, budget_bytes, grain)
             Golden(self.directory, self.manifest).prove(self._run_tagged())
             log.info("%s: states of %d rows stay on the device", self.directory, self.resident.capacity)
             return True

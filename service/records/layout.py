@@ -29,7 +29,6 @@ Layout 2 gave each answer 8 bytes seq, 5 digest, 3 zero, 4 T, 4 bytes of outputs
 
 import struct
 from functools import cache
-from itertools import accumulate
 from typing import Final, NamedTuple
 
 LAYOUT: Final = 3
@@ -228,5 +227,10 @@ def answer_sizes(record: bytes, at: int, count: int, examples: int) -> Sizes:
 
 def newest(sizes: Sizes) -> int:
     """How many of the newest kept answers of these sizes fit in the bounds; the latest always does."""
-    totals = accumulate(reversed(sizes[-KEPT_ANSWERS:]))
-    return sum(not before or total <= KEPT_ANSWER_BYTES for before, total in enumerate(totals))
+    total = kept = 0
+    for size in reversed(sizes[-KEPT_ANSWERS:]):
+        total += size
+        if kept and total > KEPT_ANSWER_BYTES:
+            break
+        kept += 1
+    return kept

@@ -64,13 +64,9 @@ class Lanes:
 
     def _lane(self, served: Served) -> Lane:
         manifest, settings = served.manifest, self.settings
-        batcher = Batcher(
-            served.runtime.run,
-            self._finish,
-            batch_rows=settings.batch_rows,
-            chunk_s=settings.chunk_s if manifest.streaming else None,
-            inline_s=settings.inline_s if served.runtime.device == "cpu" else -1.0,
-        )
+        run, rows, chunk_s = served.runtime.run, settings.batch_rows, settings.chunk_s if manifest.streaming else None
+        inline_s = settings.inline_s if served.runtime.device == "cpu" else -1.0
+        batcher = Batcher(run, self._finish, batch_rows=rows, chunk_s=chunk_s, inline_s=inline_s)
         sizes = manifest.state_row_bytes, served.input_bytes, manifest.n_outputs
         shapes = Shapes(*sizes, settings.log_steps, settings.ttl_s)
         load, version = self.load(served.name), served.version
