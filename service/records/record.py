@@ -167,9 +167,9 @@ def _answers(record: Record, data: bytes, at: int, count: int) -> tuple[bytes, .
 
 def _old_answers(record: Record, data: bytes, at: int, count: int) -> tuple[bytes, ...]:
     """The kept answers as layout 3 keeps them."""
+    read, expected = _run if data[1] & _RUN else _listed, record.step
     answers: list[bytes] = []
-    expected = record.step
-    for seq, digest, steps, outputs in reversed([*(_run if data[1] & _RUN else _listed)(data, at, count, record.step)]):
+    for seq, digest, steps, outputs in reversed([*read(data, at, count, record.step)]):
         cells = 4 * record.examples * steps
         if seq != expected or not cells or len(outputs) % cells or not 0 < steps <= MOST_STEPS:
             break  # kept answers are consecutive; what is not is none of ours

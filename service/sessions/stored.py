@@ -81,8 +81,7 @@ class Ledger:
             edit: Takes the record (None: no session), returns what is to be written (None: nothing). It is called
                 again where others change the session meanwhile.
 
-        Raises PreconditionFailed where the record is none that `if_match` names, SessionBusy where others kept
-        changing it.
+        Raises PreconditionFailed where `if_match` names another record, SessionBusy where others kept changing it.
         """
         for _ in range(_TRIES):
             found = await self.find(address)
