@@ -249,8 +249,7 @@ def slot_of(key: str) -> int:
 def servers_of(parts: SplitResult, scheme: str, db: str, query: Mapping[str, str], port: int) -> list[Server]:
     """The servers of host:port,host:port, who share user, password, database and options; `port` where none is given.
 
-    Raises:
-        ConfigError: not a URL of this form, or its certificates cannot be read.
+    Raises ConfigError: not a URL of this form, or its certificates cannot be read.
     """
     if db and not db.isdecimal():
         raise ConfigError(f"store URL asks for database {db!r}. Give its number.")
