@@ -118,11 +118,9 @@ class _Feed:
             if not absent.any():
                 continue
             if last is None or np.isnan(last[absent]).any():
-                raise NoFeedback(
-                    f"there is no last answer to feed {link.feature!r} at step {step}. Step the session first, or "
-                    "give the first step's inputs.",
-                    feature=link.feature,
-                )
+                text = f"there is no last answer to feed {link.feature!r} at step {step}"
+                advice = "Step the session first, or give the first step's inputs."
+                raise NoFeedback(f"{text}. {advice}", feature=link.feature)
             x[absent, cut] = self._fed(link.source, last, cut.stop - cut.start)[absent]
         if not self.manifest.feedback and np.isnan(x).all():
             raise NoFeedback(f"model {self.manifest.name!r} feeds no output back. Give inputs for every step.")
@@ -157,11 +155,7 @@ class _Feed:
 
 
 def _known(plan: Plan, manifest: Manifest, rows: int, limit_bytes: int) -> Floats:
-    """What is known of the future, (N, H, F), NaN where nothing is.
-
-    Raises:
-        TooLarge: it or the answer would not fit in a plan. ShapeMismatch, NonFinite.
-    """
+    """What is known of the future, (N, H, F), NaN where nothing is; TooLarge where it or the answer would not fit."""
     want = (rows, plan.steps, manifest.n_features)
     size = 4 * rows * plan.steps * max(manifest.n_features, manifest.n_outputs)
     if size > limit_bytes:
@@ -170,9 +164,8 @@ def _known(plan: Plan, manifest: Manifest, rows: int, limit_bytes: int) -> Float
     if given is None:
         return np.full(want, np.nan, np.float32)
     if given.shape not in (want, want[1:]):
-        raise ShapeMismatch(
-            f"$.inputs has shape {list(given.shape)}, want {list(want[1:])} or {list(want)}", got=list(given.shape)
-        )
+        got = list(given.shape)
+        raise ShapeMismatch(f"$.inputs has shape {got}, want {list(want[1:])} or {list(want)}", got=got)
     known = np.broadcast_to(given, want)
     arrays.check_infinite(known)
     return arrays.canonical(known)
