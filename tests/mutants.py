@@ -43,7 +43,7 @@ MASKS = ("test_network.py", "test_train_updates.py", "test_layers.py")
 METRICS = ("test_metrics.py", "test_train_checks.py")
 CHECKS = ("test_train_checks.py",)
 LAYERS = ("test_train_layers.py", "test_network.py", "test_layers.py")
-HEAD = ("test_train_updates.py", "test_network.py")
+HEAD = ("test_train_layers.py", "test_train_updates.py", "test_network.py")
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,7 @@ def test_step_leaves_names_out_where_the_model_allows(capsys: pytest.CaptureFixt
 def test_step_says_the_nearest_name(capsys: pytest.CaptureFixture[str]) -> None:
     """Of a feature, a model, an option, a command: one line each; nothing was stepped."""
     name = features("lstm")[0]
-    assert f"The nearest is {name!r}." in wrong(capsys, "step", "lstm", "near", f"{name}x=1")
+    assert f"(nearest: {name!r})" in wrong(capsys, "step", "lstm", "near", f"{name}x=1")
     assert "The nearest is 'lstm'." in wrong(capsys, "step", "lstn", "near", "1")
     assert "The nearest is '--prefix'." in wrong(capsys, "sessions", "lstm", "--prefx", "a", status=2)
     assert "'sessions'" in wrong(capsys, "sesions", "lstm", status=2)

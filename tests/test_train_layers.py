@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from networks import OUT, network, plain
+from networks import OUT, layer_specs, network, plain
 from numpy.typing import NDArray
 
 from stepcast.manifest import Feature, Output
@@ -13,6 +13,7 @@ from training.layers.recurrent import Recurrent
 from training.layers.weights import initialise
 from training.losses import Loss
 from training.metrics import metrics_for
+from training.network import Network
 
 Floats = NDArray[np.float64]
 IN, UNITS = 50, 200
@@ -146,6 +147,16 @@ def test_cross_entropy_survives_probabilities_of_zero_and_one() -> None:
     assert float(total.detach()) == pytest.approx(-2 * np.log(1e-5), rel=1e-2)
     (gradient,) = torch.autograd.grad(total, z)
     assert torch.isfinite(gradient).all()
+
+
+def test_biases_begin_where_they_are_set_and_answers_are_in_the_outputs_unit() -> None:
+    """Dense: 0.5; head: 0. With zero weights the answer is the mean; otherwise mean + scale * value."""
+    dense = {"kind": "dense", "units": 2, "bias": 0.5, "activation": "identity", "weight_init": "zero"}
+    head = {**OUT, "weight_init": "ones"}
+    for kind, answer in (({**head, "weight_init": "zero"}, 3.0), (head, 3.0 + 4.0 * (0.5 + 0.5))):
+        net = Network(layer_specs([dense, kind]), plain(1), [Output(name="y", mean=3.0, scale=4.0)], False)
+        with torch.no_grad():
+            assert net(torch.ones(1, 1, 1))[0].item() == answer
 
 
 def test_other_names_of_a_loss_are_that_loss() -> None:

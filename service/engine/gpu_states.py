@@ -98,10 +98,8 @@ class Slots:
 class ResidentStates:
     """The table of one model version, and the graph around the model that uses it.
 
-    Args:
-        device: cuda, or cpu where tests prove the graph.
-        budget_bytes: The table's size; what is not in it is uploaded when it is stepped.
-        grain: Floats per index of the scatter; None: what the device likes.
+    It has `budget_bytes`; what is not in it is uploaded when it is stepped. `device` is cuda, or cpu where tests prove
+    the graph; `grain` is the floats per index of the scatter, None: what the device likes.
 
     Raises CannotReside where the graph is not of a form that can be wrapped, or there is no room for one row.
     """
@@ -227,9 +225,8 @@ def _check_manifest(m: Manifest) -> None:
         "its states are not all float32": any(s.dtype != "float32" for s in m.states),
         "its axes are not batch, then time": axes != {(0, 1)} or any(s.batch_axis for s in m.states),
     }
-    for reason, applies in why.items():
-        if applies:
-            raise CannotReside(reason)
+    if reasons := [reason for reason, applies in why.items() if applies]:
+        raise CannotReside(reasons[0])
 
 
 def resident_model(path: Path, manifest: Manifest, pieces: int) -> bytes:

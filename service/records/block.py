@@ -52,9 +52,7 @@ class Spares:
 
 
 class Block:
-    """The next records of sessions that are stepped together.
-
-    Of B distinct keys; the array of the next records comes from `spares`, if there are any.
+    """The next records of sessions that are stepped together, of B distinct keys, in an array from `spares`, if any.
 
     Attributes:
         advance: How each record changes.
@@ -138,9 +136,7 @@ class Block:
 class LoneBlock(Block):
     """The next record of one session, made by hand: numpy's calls would cost more than the model's run.
 
-    Args:
-        parts: Of the call: the new state, the name of its payload, its outputs float32 [N,T,O].
-        log: The inputs that are appended to the log.
+    `parts` of the call: new state, name of its payload, outputs float32 [N,T,O]; `log`: inputs appended to the log.
     """
 
     __slots__ = ("_old_record",)

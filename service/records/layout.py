@@ -73,11 +73,7 @@ class Facts(NamedTuple):
 
 
 def facts(record: bytes) -> Facts:
-    """Read a record's header.
-
-    Raises:
-        BadRecord: it is not of the present layout, or too short.
-    """
+    """Read a record's header; BadRecord where it is not of the present layout, or too short."""
     if len(record) < HEADER_BYTES or record[0] != LAYOUT:
         raise BadRecord(f"record of {len(record)} bytes, layout {record[0] if record else None}, want {LAYOUT}")
     return Facts._make(_FACTS.unpack_from(record))
@@ -199,11 +195,7 @@ class Shapes:
         return known
 
     def of(self, record: bytes, found: Facts) -> Shape:
-        """The shape of a record of this version.
-
-        Raises:
-            BadRecord: its lengths do not add up.
-        """
+        """The shape of a record of this version; BadRecord where its lengths do not add up."""
         flags, count, examples, revision, _, _, ttl_s, _, state_bytes, log_bytes = found
         if state_bytes != examples * self.row_bytes:
             raise BadRecord(f"a state of {state_bytes} bytes for {examples} rows of {self.row_bytes}")
@@ -222,11 +214,7 @@ def answer_bytes(examples: int, steps: int, outputs: int) -> int:
 
 
 def answer_sizes(record: bytes, at: int, count: int, examples: int) -> Sizes:
-    """Bytes of each kept answer, which begin at offset `at` and end with the record.
-
-    Raises:
-        BadRecord: they do not.
-    """
+    """Bytes of each kept answer; BadRecord where they do not begin at offset `at` and end with the record."""
     sizes: list[int] = []
     start = at
     while len(sizes) < count and start + ANSWER_BYTES <= len(record):

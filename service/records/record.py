@@ -2,7 +2,7 @@
 
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from secrets import token_bytes
 from typing import Any, Final, NamedTuple
@@ -134,11 +134,7 @@ def opened(record: bytes, examples: int, state: bytes) -> bytes:
 
 
 def decode(data: bytes) -> Record:
-    """The inverse of Record.encode; layouts 1 and 2 are read as well.
-
-    Raises:
-        BadRecord: another layout version, or lengths that do not add up.
-    """
+    """The inverse of Record.encode, also for layouts 1 and 2; BadRecord for another, or lengths that do not add up."""
     number, flags = data[:2] if len(data) >= HEADER_BYTES else (0, 0)
     if number not in _FLAGS or flags & ~_FLAGS[number]:
         found = f"record of {len(data)} bytes, layout {data[0] if data else None}"
@@ -169,15 +165,11 @@ def _answers(record: Record, data: bytes, at: int, count: int) -> tuple[bytes, .
     return tuple(answers)
 
 
-_OldAnswer = tuple[int, bytes, int, bytes]  # seq, digest, T, outputs
-
-
 def _old_answers(record: Record, data: bytes, at: int, count: int) -> tuple[bytes, ...]:
     """The kept answers as layout 3 keeps them."""
-    found = (_run if data[1] & _RUN else _listed)(data, at, count, record.step)
+    read, expected = _run if data[1] & _RUN else _listed, record.step
     answers: list[bytes] = []
-    expected = record.step
-    for seq, digest, steps, outputs in reversed(found):
+    for seq, digest, steps, outputs in reversed([*read(data, at, count, record.step)]):
         cells = 4 * record.examples * steps
         if seq != expected or not cells or len(outputs) % cells or not 0 < steps <= MOST_STEPS:
             break  # kept answers are consecutive; what is not is none of ours
@@ -187,24 +179,21 @@ def _old_answers(record: Record, data: bytes, at: int, count: int) -> tuple[byte
     return tuple(answers)
 
 
-def _listed(data: bytes, at: int, count: int, _: int) -> list[_OldAnswer]:
-    """Kept answers with their heads, from offset `at` to the record's end."""
-    answers: list[_OldAnswer] = []
-    while len(answers) < count and at + _OLD_ANSWER.size <= len(data):
+def _listed(data: bytes, at: int, count: int, _: int) -> Iterator[tuple[int, bytes, int, bytes]]:
+    """seq, digest, T and outputs of kept answers with their heads, from offset `at` to the record's end."""
+    while count and at + _OLD_ANSWER.size <= len(data):
         seq, digest, steps, size = _OLD_ANSWER.unpack_from(data, at)
-        at += _OLD_ANSWER.size
-        answers.append((seq, digest, steps, data[at : at + size]))
-        at += size
-    if at != len(data) or len(answers) != count:
+        start, at, count = at + _OLD_ANSWER.size, at + _OLD_ANSWER.size + size, count - 1
+        yield seq, digest, steps, data[start:at]
+    if at != len(data) or count:
         raise BadRecord(f"record of {len(data)} bytes, its header speaks of {at}")
-    return answers
 
 
-def _run(data: bytes, at: int, count: int, step: int) -> list[_OldAnswer]:
-    """The kept answers of single steps up to `step`, whose heads were left out."""
+def _run(data: bytes, at: int, count: int, step: int) -> Iterator[tuple[int, bytes, int, bytes]]:
+    """The same of single steps up to `step`, whose heads were left out."""
     size, rest = divmod(len(data) - at, count) if count else (0, 1)
     if rest or size < _OLD_DIGEST_BYTES or step < count:
         raise BadRecord(f"record of {len(data)} bytes, {len(data) - at} of them for a run of {count} answers")
-    cuts = [data[start : start + size] for start in range(at, len(data), size)]
-    numbered = enumerate(cuts, step + 1 - count)
-    return [(seq, cut[:_OLD_DIGEST_BYTES], 1, cut[_OLD_DIGEST_BYTES:]) for seq, cut in numbered]
+    for seq, start in enumerate(range(at, len(data), size), step + 1 - count):
+        outputs_at = start + _OLD_DIGEST_BYTES
+        yield seq, data[start:outputs_at], 1, data[outputs_at : start + size]

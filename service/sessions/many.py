@@ -7,20 +7,22 @@ import numpy as np
 
 from stepcast.errors import Internal, ShapeMismatch, StepcastError
 
+from ..engine.repository import Served
 from .core import Answers, Floats, Group, Lane
-from .roster import Forming
 
 
 @dataclass(frozen=True, slots=True)
 class Columns:
     """What a batch step asks of K sessions, by column.
 
-    `x` (K, F) float32, finite or NaN; `seqs` by row, None: the next; `refused`: why a row must not be stepped.
+    `x` (K, F) float32, finite or NaN; `seqs` by row, None: the next; `refused`: why a row must not be stepped; `named`:
+    the version by whose names `x` was read.
     """
 
     x: Floats
     seqs: list[int | None] | None = None
     refused: dict[int, StepcastError] = field(default_factory=dict)
+    named: Served | None = None
 
 
 class Many:
@@ -33,8 +35,8 @@ class Many:
         self.steps: list[int | None] = [None] * count
         self.errors: dict[int, StepcastError] = {}
         """Why a session was not stepped, by its place."""
-        self.rosters: Forming | None = None
-        """What the sessions form as they are stepped."""
+        self.form: Callable[[Lane, Group], None] | None = None
+        """Lets sessions that were stepped together be a roster, if they may."""
 
     @property
     def outputs(self) -> Floats:
@@ -42,11 +44,6 @@ class Many:
         if self._outputs is None:
             self._outputs = np.full((self._count, self._n_outputs), np.nan, np.float32)
         return self._outputs
-
-    def form(self, lane: Lane, group: Group) -> None:
-        """Let sessions that were stepped together be a roster, if they may."""
-        if self.rosters is not None:
-            self.rosters.add(lane, group, self._count)
 
     def waiter(self, place: int) -> "Cell":
         """Who waits for one of its sessions."""

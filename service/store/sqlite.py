@@ -73,10 +73,8 @@ _Call = tuple[Sequence[Write], _Steps]  # one of them is empty
 class SqliteStore:
     """One SQLite file, made if it is not there; its directory is not.
 
-    Args:
-        full_sync: Wait for the disk at every transaction (synchronous=FULL).
-        busy_timeout_s: How long a commit waits for another process's transaction.
-        clock_ms: Wall clock in ms since the epoch; expiry outlives the process.
+    `full_sync` waits for the disk at every transaction (synchronous=FULL), `busy_timeout_s` is how long a commit waits
+    for another process's transaction, `clock_ms` a wall clock in ms since the epoch: expiry outlives the process.
     """
 
     volatile = False
@@ -127,15 +125,14 @@ class SqliteStore:
     def replace(self, block: Block, done: Done) -> None:
         now_ms, expected = self._clock_ms(), block.expected()
         if not expected[0]:  # new sessions
-            writes, steps = as_writes(block), []
+            call: _Call = as_writes(block), []
         else:
             expires_ms, rows = _expires_ms(block.ttl_s, now_ms), zip(block.keys, expected, block.records(), strict=True)
-            steps = [(record[TOKEN], expires_ms, record, key, token, now_ms) for key, token, record in rows]
-            writes = []
-        tell(done, range(len(block)), self._accept(writes, steps))
+            call = [], [(record[TOKEN], expires_ms, record, key, token, now_ms) for key, token, record in rows]
+        tell(done, range(len(block)), self._accept(call))
 
     async def change(self, writes: Sequence[Write]) -> list[bool]:
-        return await self._accept(writes, [])
+        return await self._accept((writes, []))
 
     async def list_keys(self, prefix: str, cursor: str, limit: int) -> tuple[list[str], str]:
         bounds = cursor, prefix, prefix + _LAST, self._clock_ms(), limit
@@ -161,10 +158,10 @@ class SqliteStore:
         with _translated(self._path):
             return await _run(lane, work, *args)
 
-    def _accept(self, writes: Sequence[Write], steps: _Steps) -> "asyncio.Future[list[bool]]":
+    def _accept(self, call: _Call) -> "asyncio.Future[list[bool]]":
         """Let writes wait for the next transaction."""
         done: asyncio.Future[list[bool]] = asyncio.get_running_loop().create_future()
-        self._waiting.append(((writes, steps), done))
+        self._waiting.append((call, done))
         if self._drainer is None:
             self._drainer = asyncio.create_task(self._drain())
         return done

@@ -22,8 +22,7 @@ _SENTINEL: Final = ("sentinel_username", "sentinel_password")
 def open_store(url: str, *, durability: str = "commit", options: StoreOptions | None = None) -> Store:
     """The store that `url` names, not connected yet: the caller awaits its open().
 
-    Raises:
-        ConfigError: an unknown scheme or option, or a durability that the store does not have.
+    Raises ConfigError: an unknown scheme or option, or a durability that the store does not have.
     """
     options = replace(options or StoreOptions(), durability=durability)
     if durability not in DURABILITIES:

@@ -40,16 +40,12 @@ class _Waiting:
 class BehindStore:
     """A store in front of `base`, where sessions rest.
 
-    Args:
-        interval_s: How long an acknowledged step may wait to be written: the loss window.
-        clock: Seconds, monotonic.
-
-    Attributes:
-        dropped: Sessions whose waiting record was dropped because another process had written them.
+    An acknowledged step waits `interval_s` at most to be written: the loss window. The clock is monotonic, in seconds.
     """
 
     def __init__(self, base: Store, interval_s: float, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self.volatile, self.dropped = base.volatile, 0
+        self.volatile = base.volatile
+        self.dropped = 0  # sessions whose waiting record was dropped because another process had written them
         self._base, self._interval_s, self._clock = base, interval_s, clock
         self._waiting: dict[str, _Waiting] = {}
         self._flushing: dict[str, _Waiting] = {}
@@ -158,11 +154,9 @@ class BehindStore:
         if expect is None or record is None or token != expect or expires <= now:
             self._known.pop(key, None)  # ask the base the next time
             return False
-        older, expires = self._waiting.get(key), inf if ttl_s is None else now + ttl_s
-        if older is None:
-            self._waiting[key] = _Waiting(record, expires, touch_sides, {expect})
-        else:
-            self._waiting[key] = _Waiting(record, expires, touch_sides or older.touch_sides, older.replaces)
+        kept = self._waiting.setdefault(key, _Waiting(record, inf, False, {expect}))
+        kept.record, kept.expires = record, inf if ttl_s is None else now + ttl_s
+        kept.touch_sides |= touch_sides
         self._since = min(self._since, now)
         return True
 

@@ -1,19 +1,19 @@
 """The server that commands talk to, through the SDK; what a model's columns are called."""
 
 import json
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..arguments import nearest
-from ..errors import ConfigError, ModelNotFound
+from ..errors import ConfigError, InvalidRequest, ModelNotFound, ShapeMismatch
 from ..rooms import load
 
 if TYPE_CHECKING:
     from ..client import AsyncClient, Client
+    from ..features import FeatureNames
     from ..manifest import Manifest
 
 Url = Annotated[str, typer.Option("--url", envvar="STEPCAST_URL", help="Where the server is.", show_envvar=True)]
@@ -58,36 +58,22 @@ def manifest_of(client: "Client", model: str) -> "Manifest":
         raise ModelNotFound(f"{error}.{nearest(model, [entry['name'] for entry in client.models()])}") from error
 
 
-def positions(named: Mapping[str, Any], manifest: "Manifest") -> list[float]:
-    """Readings by feature name as the row that a step takes; a name that is left out is a missing reading.
+def names_of(manifest: "Manifest") -> "FeatureNames":
+    """What the model's inputs and outputs are called."""
+    names: FeatureNames = load("stepcast.features", "client").FeatureNames(manifest)
+    return names
+
+
+def positions(named: Mapping[str, Any], names: "FeatureNames") -> Any:
+    """Readings by feature name as what a step takes; a name that is left out is a missing reading.
 
     Raises:
         ConfigError: a name is none of the model's, or a feature that may not be missing is left out.
     """
-    known = [feature.name for feature in manifest.features]
-    for name in named:
-        if name not in known:
-            raise ConfigError(f"{manifest.name!r} has no feature {name!r}.{nearest(name, known)}")
-    absent = [f.name for f in manifest.features if f.missing == "refuse" and f.name not in named]
-    if absent:
-        raise ConfigError(f"{manifest.name!r} takes no step without {', '.join(map(repr, absent))}")
-    row: list[float] = []
-    for feature in manifest.features:
-        value = named.get(feature.name)
-        values = [None] * feature.width if value is None else value if isinstance(value, list) else [value]
-        if len(values) != feature.width or not all(isinstance(one, int | float | None) for one in values):
-            raise ConfigError(f"feature {feature.name!r} is {value!r}, wanted {feature.width} numbers")
-        row += [math.nan if one is None else one for one in values]
-    return row
-
-
-def named_outputs(row: Sequence[float], manifest: "Manifest") -> dict[str, Any]:
-    """One row of outputs by name; a classifier's likeliest class beside its probabilities."""
-    values = {output.name: float(value) for output, value in zip(manifest.outputs, row, strict=True)}
-    if manifest.classes is None:
-        return values
-    named = dict(zip(manifest.classes, values.values(), strict=True))
-    return {"class": max(named, key=named.__getitem__), "probabilities": named}
+    try:
+        return names.array(named)
+    except (InvalidRequest, ShapeMismatch) as error:
+        raise ConfigError(str(error)) from error
 
 
 def line(fields: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
-from .connection import positions
+from .connection import names_of, positions
 
 if TYPE_CHECKING:
     from ..manifest import Manifest
@@ -31,7 +31,7 @@ def parse(words: Sequence[str], manifest: "Manifest") -> Any:
         return _json(words[0], manifest)
     if all("=" in word for word in words):
         pairs = [word.partition("=") for word in words]
-        return positions({name: number(value, name) for name, _, value in pairs}, manifest)
+        return positions({name: number(value, name) for name, _, value in pairs}, names_of(manifest))
     row = [number(word, f"input {at}") for at, word in enumerate(words)]
     if len(row) != manifest.n_features:
         names = " ".join(f"{feature.name}=..." for feature in manifest.features)
@@ -44,7 +44,7 @@ def _json(text: str, manifest: "Manifest") -> Any:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         raise ConfigError(f"no JSON: {error}") from error
-    return positions(value, manifest) if isinstance(value, dict) else value
+    return positions(value, names_of(manifest)) if isinstance(value, dict) else value
 
 
 def number(text: str, where: str) -> float:
@@ -61,7 +61,7 @@ def number(text: str, where: str) -> float:
         raise ConfigError(f"{where}: {text!r} is no number. Write name=value, a number, or JSON.") from error
 
 
-def rows(path: Path, manifest: "Manifest") -> Iterator[list[float]]:
+def rows(path: Path, manifest: "Manifest") -> Iterator[Any]:
     """The rows of a CSV whose header names features; other columns are left out. `-` is standard input.
 
     Raises:
@@ -78,6 +78,7 @@ def rows(path: Path, manifest: "Manifest") -> Iterator[list[float]]:
         if not known:
             wanted = ", ".join(feature.name for feature in manifest.features)
             raise ConfigError(f"{path}: no column of {manifest.name!r} (it has {wanted}) among {', '.join(header)}")
+        names = names_of(manifest)
         for record in reader:
             where = f"{path}:{reader.line_num}: column "
-            yield positions({name: number(record[name] or "", where + repr(name)) for name in known}, manifest)
+            yield positions({name: number(record[name] or "", where + repr(name)) for name in known}, names)

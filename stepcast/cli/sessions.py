@@ -10,7 +10,7 @@ import typer
 from ..arguments import nearest
 from ..errors import ConfigError
 from . import readings
-from .connection import HERE, Key, Model, SessionId, Url, connected, line, manifest_of, named_outputs
+from .connection import HERE, Key, Model, SessionId, Url, connected, line, manifest_of, names_of
 
 if TYPE_CHECKING:
     from ..client import Client
@@ -43,12 +43,12 @@ def step(
     """Advance a session, which begins with its first step; prints a line of JSON."""
     with connected(url, key) as client:
         manifest = manifest_of(client, model)
-        stepped = client.session(model, session)
+        stepped, names = client.session(model, session), names_of(manifest)
         asked = ([text] for text in sys.stdin if text.strip()) if values == ["-"] else [values]
         for words in asked:
             answer = stepped.step(readings.parse(words, manifest))
             outputs = answer.outputs
-            shown = named_outputs(outputs.tolist(), manifest) if outputs.ndim == 1 else outputs.tolist()
+            shown = names.named(outputs) if outputs.ndim == 1 else outputs.tolist()
             print(line({"outputs": shown, "step": answer.step, "version": answer.version}), flush=True)
 
 
@@ -153,6 +153,7 @@ def rollout(
         inputs = readings.parse([known], manifest) if known else None
         held = client.session(model, session)
         made = held.rollout(steps, inputs, commit=commit, temperature=temperature, seed=seed)
-        for example, rows in enumerate(made.outputs.tolist()):
+        names = names_of(manifest)
+        for example, rows in enumerate(made.outputs):
             for ahead, row in enumerate(rows, 1):
-                print(line({"example": example, "ahead": ahead, "outputs": named_outputs(row, manifest)}))
+                print(line({"example": example, "ahead": ahead, "outputs": names.named(row)}))

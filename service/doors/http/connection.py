@@ -9,9 +9,8 @@ from typing import Any, Final, cast
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from ...engine.arrays import Form
 from ..answers import Answer, problem
-from ..steps import HttpWaiter
+from ..steps import Axes, HttpWaiter
 from .heads import Caller, Heads
 
 LONGEST_HEAD: Final = 4096
@@ -30,7 +29,7 @@ class Reply(HttpWaiter):
     def __init__(self, connection: "HttpConnection", caller: Caller) -> None:
         self._connection, self._caller, self._done = connection, caller, False
         self.kind = caller.accepted
-        self.form: Form = "F"
+        self.form: Axes = "F"
 
     def done(self) -> bool:
         """Whether the step is settled; a client that is gone changes nothing, what was accepted is applied."""

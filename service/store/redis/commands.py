@@ -19,9 +19,7 @@ from ...records.layout import TOKEN
 from .. import Write
 
 PREFIX: Final = "stepcast:{"
-ROWS: Final = (
-    64  # of a block, that one command changes at most: more would make Redis pause for longer, and save nothing
-)
+ROWS: Final = 64  # of a block, that one command changes at most: with more, Redis pauses longer and nothing is saved
 WRITES: Final = 16  # edits of one command: their records may be of any size
 _FEW: Final = 12  # records that are written by hand sooner than numpy's calls fill a frame
 _MOST_FRAMES: Final = 8

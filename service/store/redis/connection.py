@@ -118,8 +118,7 @@ class Wire(asyncio.Protocol):
         """End the connection, so that a late reply is never taken for another call's; tell whoever waits why."""
         if self._watch is not None:
             self._watch.cancel()
-            self._watch = None
-        self.broken = self.broken or why
+        self.broken, self._watch = self.broken or why, None
         if self._transport is not None:
             self._transport.abort()
         while self._calls:

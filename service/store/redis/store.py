@@ -70,8 +70,7 @@ class RedisStore:
 
     async def list_keys(self, prefix: str, cursor: str, limit: int) -> tuple[list[str], str]:
         """A key may be listed twice, and missed if a failover happens between the pages."""
-        index, place = _place(cursor)
-        nodes = self._nodes.primaries()
+        (index, place), nodes = _place(cursor), self._nodes.primaries()
         found: dict[str, None] = {}
         for _ in range(_SCANS_PER_PAGE):
             if index >= len(nodes) or len(found) >= limit:

@@ -215,8 +215,7 @@ class Cluster(Nodes):
     async def close(self) -> None:
         self._look_after = inf  # calls that fail by this start no other look
         if self._looking is not None:
-            self._looking.cancel()
-            await asyncio.wait([self._looking])
+            await asyncio.wait([self._looking])  # cut off while it connects, it would leave a socket open
         for node in self._nodes.values():
             await node.close()
 
@@ -249,8 +248,7 @@ def slot_of(key: str) -> int:
 def servers_of(parts: SplitResult, scheme: str, db: str, query: Mapping[str, str], port: int) -> list[Server]:
     """The servers of host:port,host:port, who share user, password, database and options; `port` where none is given.
 
-    Raises:
-        ConfigError: not a URL of this form, or its certificates cannot be read.
+    Raises ConfigError: not a URL of this form, or its certificates cannot be read.
     """
     if db and not db.isdecimal():
         raise ConfigError(f"store URL asks for database {db!r}. Give its number.")
