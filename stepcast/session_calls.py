@@ -95,7 +95,7 @@ class SessionCalls:
             layout: NCW: [N,F,T] in and [N,O,T] out.
             rows: What the rows of a DataFrame, of records or of [N,F] are: examples at one step, or the steps of one
                 example.
-            version_policy: What happens if the session's version is gone: refuse, restart or replay.
+            version_policy: What happens if the session's version is gone: pin (refuse), reset or replay.
 
         Returns:
             Outputs in the form of the inputs, and the number of steps taken.

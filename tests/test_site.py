@@ -13,12 +13,14 @@ import pytest
 import typer
 import yaml
 from pages import PAGES, blocks, reading
+from pydantic import TypeAdapter
 from serving import ROOT
 
 from service.__main__ import _parser as service_parser
 from stepcast.cli.app import app
 from training.__main__ import _parser as training_parser
-from training.config import Config
+from training.config import Config, TrainingConfig
+from training.layers.specs import LayerSpec
 
 # What a recipe of the pages leaves out.
 REST: dict[str, Any] = {
@@ -47,6 +49,17 @@ def test_recipes_of_the_pages_are_accepted() -> None:
     assert len(recipes) >= 5
     for recipe in recipes:
         Config.model_validate({**REST, **recipe})
+
+
+def test_layers_and_settings_in_running_text_are_accepted() -> None:
+    """`{kind: ...}` is a layer, `training: {...}` a way to train."""
+    layer = TypeAdapter[Any](LayerSpec)
+    for page in PAGES:
+        text = page.read_text()
+        for found in re.findall(r"`(\{kind: .*?\})`", text):
+            layer.validate_python(yaml.safe_load(found))
+        for found in re.findall(r"`(training: \{.*?\})`", text):
+            TrainingConfig.model_validate(yaml.safe_load(found)["training"])
 
 
 def options() -> dict[str, set[str]]:
