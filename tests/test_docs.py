@@ -10,6 +10,7 @@ import threading
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 
 import pytest
 from pages import PAGES, README, UPDATE, blocks, reading
@@ -23,6 +24,7 @@ pytestmark = pytest.mark.service
 
 DOCS = ROOT / "docs"
 PROTOCOL = DOCS / "protocol.md"
+DOORS = ("http-json", "ws-json-4x16")
 LOST = 3
 """Answers that never reach the reader of README: as many as its client tries to get."""
 
@@ -177,6 +179,39 @@ def test_laws_of_readme_name_their_tests() -> None:
     for number, name, file in laws:
         assert name.startswith(f"test_law{number}_")
         assert f"def {name}(" in (ROOT / file).read_text()
+
+
+def number_rows() -> list[str]:
+    """README's rows of rates and latencies, from the last run of `make bench`: medians of its rounds."""
+    contenders = json.loads((ROOT / "benchmarks" / "results" / "latest.json").read_text())["contenders"]
+
+    def middle(door: str, store: str, field: str) -> float:
+        return median(one[field] for one in contenders[f"{door}-{store}"]["rounds"])
+
+    stores = ("memory", "sqlite", "redis")
+    rates = [[f"{round(middle(door, store, 'steps_per_s'), -2):,.0f}" for store in stores] for door in DOORS]
+    late = ["; ".join(f"{middle(door, store, 'p99_ms'):.1f} ms" for door in DOORS) for store in stores]
+    names = (
+        "steps per second, HTTP JSON, 64 connections",
+        "steps per second, WebSocket JSON, 4 sockets with 16 in flight",
+    )
+    rows = zip((*names, "p99 at those rates, HTTP; WebSocket"), (*rates, late), strict=True)
+    return [f"| {name} | {' | '.join(cells)} |\n" for name, cells in rows]
+
+
+def test_numbers_of_readme_are_those_of_the_last_benchmark() -> None:
+    """Rates, latencies, machine, command and commit are what benchmarks/results/latest.json says."""
+    text, rows = README.read_text(), "".join(number_rows())
+    facts = json.loads((ROOT / "benchmarks" / "results" / "latest.json").read_text())["facts"]
+    arguments = facts["command"].removeprefix("python -m benchmarks ")
+    if UPDATE:
+        text = re.sub(r"(?:\| (?:steps per second|p99 at).*\n)+", lambda _: rows, text, count=1)
+        text = re.sub(
+            r"`make bench ARGS=\".*?\"`, commit \w+", f'`make bench ARGS="{arguments}"`, commit {facts["commit"]}', text
+        )
+        README.write_text(text)
+    assert rows in text
+    assert f'`make bench ARGS="{arguments}"`, commit {facts["commit"]}.' in text
 
 
 def test_every_route_is_documented(url: str) -> None:
