@@ -166,3 +166,4 @@ class TestSite:
         ]
         missing = [name for name in names if not re.search(rf'id="stepcast\.[\w.]*\b{re.escape(name)}"', text)]
         assert missing == []
+        assert "TypeVar" not in text
