@@ -4,8 +4,7 @@ import asyncio
 import contextlib
 import gc
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
-from typing import Any
+from collections.abc import AsyncIterator
 
 from fastapi import FastAPI, Response
 from fastapi.middleware.cors import CORSMiddleware
@@ -15,6 +14,7 @@ from stepcast.errors import ManifestError, NotReady, StepcastError
 
 from . import telemetry
 from .doors.answers import problem
+from .doors.http.envelope import Envelope, Receive, Scope, Send
 from .doors.http.heads import Heads
 from .doors.http.routes import Routes, respond
 from .doors.keys import Keys, origins
@@ -27,10 +27,6 @@ from .settings import Settings
 from .store.urls import StoreOptions, open_store
 from .store.write_behind import BehindStore
 from .telemetry import WORKERS, Metrics, Scrape, log
-
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 
 class Server:
@@ -63,13 +59,14 @@ class Server:
         self.sessions = Sessions(self.repository, self.store, settings, self.metrics)
         steps = Steps(States(self.sessions))
         self.heads = Heads(steps, keys, settings, self.metrics)
-        self._sockets = Handshake(steps, keys, settings, self.metrics)
+        sockets = Handshake(steps, keys, settings, self.metrics)
         self.ready = False
         self.freezes = False
         self.api = self._api(Routes(steps, keys, self.metrics))
+        self._envelope = Envelope(self.api, sockets)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await (self._sockets if scope["type"] == "websocket" else self.api)(scope, receive, send)
+        await self._envelope(scope, receive, send)
 
     # --- life ---------------------------------------------------------------------------------------------------
 

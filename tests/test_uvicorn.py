@@ -18,6 +18,7 @@ INHERITED = {
         *("app", "cycle", "flow", "limit_concurrency", "loop", "root_path", "server_state"),
         *("timeout_keep_alive", "timeout_keep_alive_task", "transport"),
         *("data_received", "on_message_begin", "on_message_complete", "shutdown", "timeout_keep_alive_handler"),
+        "send_400_response",
     ],
     "WebSocketConnection": [
         *("close_sent", "conn", "handshake_complete", "handshake_initiated", "loop", "ping_interval", "transport"),

@@ -10,9 +10,8 @@ from typing import Any, Final, NamedTuple
 import msgspec
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 
-from stepcast.errors import BadRequest, Malformed, MethodNotAllowed, RouteNotFound, StepcastError, TooLarge
+from stepcast.errors import BadRequest, MethodNotAllowed, RouteNotFound, StepcastError
 
 from ...telemetry import Metrics, as_ours
 from .. import bodies, state_files
@@ -21,7 +20,8 @@ from ..bodies import JSON
 from ..keys import Keys
 from ..steps import Pending, Steps, Way
 from ..verbs import VERBS, Call
-from . import openapi
+from . import openapi, received
+from .envelope import REQUEST_ID
 
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -93,7 +93,7 @@ class Routes:
             headers: Headers = dict(request.scope["headers"])
             kind = request_type(headers, files and sent)
             principal = self._keys.authenticate(headers).require(verb.role)
-            body, path = await self._body(request) if sent else b"", request.path_params
+            body, path = await received.read(request, self._limit) if sent else b"", request.path_params
             if kind in FILES:
                 asked = bodies.convert(state_files.read(body, kind, self._limit), verb.body, "the file")
             else:
@@ -114,7 +114,7 @@ class Routes:
         headers: Headers = dict(request.scope["headers"])
         kind = request_type(headers)
         principal = self._keys.authenticate(headers).require("step")
-        body, path = await self._body(request), request.path_params
+        body, path = await received.read(request, self._limit), request.path_params
         way, pending = Way(principal.namespace, path["model"]), Pending(answer_type(headers, kind))
         if "session" in path:
             self._steps.take(way, path["session"], body, kind, pending)
@@ -122,20 +122,9 @@ class Routes:
             self._steps.take_many(way, body, kind, pending)
         return Response(await pending.future, 200, None, pending.kind)
 
-    async def _body(self, request: Request) -> bytes:
-        limit, size, parts = self._limit, 0, []
-        try:
-            async for part in request.stream():
-                size += len(part)
-                if size > limit:
-                    raise TooLarge(f"the body has more than {limit} bytes. Send less at once.", limit=limit)
-                parts.append(part)
-        except ClientDisconnect as error:
-            raise Malformed("the connection was lost in the body") from error
-        return b"".join(parts)
-
     async def _on_error(self, request: Request, error: Exception) -> Response:
-        ours = as_ours(error, f"the server has a defect at {request.method} {request.url.path}; its log tells more")
+        at = f"{request.method} {request.url.path} (request {request.scope.get(REQUEST_ID)})"
+        ours = as_ours(error, f"the server has a defect at {at}; its log tells more")
         return respond(problem(ours, self._metrics))
 
     async def _on_http(self, request: Request, error: Any) -> Response:
