@@ -1,4 +1,4 @@
-"""python -m service serve | check | import-onnx: the commands of the server."""
+"""python -m service serve | check | import-onnx | key: the commands of the server."""
 
 import argparse
 import logging
@@ -16,6 +16,7 @@ from stepcast.errors import ConfigError, ManifestError, StepcastError
 
 from .app import create_app
 from .doors.http.connection import HttpConnection
+from .doors.keys import ROLES, new_key
 from .doors.websocket.connection import WebSocketConnection
 from .engine.golden import placements
 from .engine.imports.onnx_graphs import import_onnx
@@ -113,6 +114,14 @@ def take_in(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def make_key(arguments: argparse.Namespace) -> int:
+    """Print a new key, which is kept nowhere, and the line for the key file that knows it by its hash."""
+    key, line = new_key(arguments.name, arguments.role, arguments.namespace)
+    print(f"key, shown this once: {key}")
+    print(f"line for the file that STEPCAST_API_KEYS_FILE names: {line}")
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m service", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -134,6 +143,11 @@ def _parser() -> argparse.ArgumentParser:
     take.add_argument("--models", default=str(fields["models"].default), help="model repository to write to")
     take.add_argument("--manifest", type=Path, help="JSON of manifest fields that cannot be guessed")
     take.set_defaults(run=take_in)
+    make = commands.add_parser("key", help="make an API key, and its line for STEPCAST_API_KEYS_FILE")
+    make.add_argument("name", metavar="NAME", help="whose key it is: logs show it")
+    make.add_argument("--role", default="step", choices=ROLES, help="default: step")
+    make.add_argument("--namespace", default="default", help="whose sessions it reaches; default: default")
+    make.set_defaults(run=make_key)
     return parser
 
 

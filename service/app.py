@@ -14,8 +14,11 @@ from stepcast.errors import ManifestError, NotReady, StepcastError
 
 from . import telemetry
 from .doors.answers import problem
+from .doors.bodies import JSON
+from .doors.http import pages
 from .doors.http.envelope import Envelope, Receive, Scope, Send
 from .doors.http.heads import Heads
+from .doors.http.openapi import describe_probe
 from .doors.http.routes import Routes, respond
 from .doors.keys import Keys, origins
 from .doors.steps import Steps
@@ -40,7 +43,7 @@ class Server:
         self.settings = settings
         self.metrics = Metrics()
         self._scrape = Scrape(self.metrics, self._gauge, os.environ.get(WORKERS))
-        keys = Keys(settings.api_keys)
+        keys = self._keys = Keys(settings.api_keys, settings.api_keys_file)
         self.repository = Repository(
             settings.models,
             device=settings.device,
@@ -84,7 +87,7 @@ class Server:
         if not self.repository.names():
             raise ManifestError(f"no model in {str(self.settings.models)!r} can be served: {self.repository.failures}")
         await self._scrape.open()
-        poll = asyncio.create_task(self._poll())
+        polls = [asyncio.create_task(poll) for poll in (self._poll(), self._keys.watch())]
         if self.freezes:
             gc.collect()
             gc.freeze()
@@ -93,7 +96,8 @@ class Server:
             yield
         finally:
             self.set_ready(False)
-            poll.cancel()
+            for poll in polls:
+                poll.cancel()
             self._scrape.close()
             await self.drain()
 
@@ -129,18 +133,23 @@ class Server:
             version=stepcast.__version__,
             summary="Recurrent networks, one step at a time. A session is data, not a process.",
             lifespan=self.lifespan,
-            docs_url="/docs" if docs else None,
+            docs_url=None,
             redoc_url=None,
             redirect_slashes=False,
-            openapi_url="/openapi.json" if docs else None,
+            openapi_url=None,
         )
         allowed = sorted(origins(self.settings.cors_origins))
         if allowed:
             api.add_middleware(CORSMiddleware, allow_origins=allowed, allow_methods=["*"], allow_headers=["*"])
         routes.install(api)
-        api.add_api_route("/healthz/live", self._live, methods=["GET"], include_in_schema=False)
-        api.add_api_route("/healthz/ready", self._ready, methods=["GET"], include_in_schema=False)
-        api.add_api_route("/metrics", self._metrics, methods=["GET"], include_in_schema=False)
+        for path, handler, kind, text in (
+            ("/healthz/live", self._live, JSON, "Whether the process answers."),
+            ("/healthz/ready", self._ready, JSON, "Whether models are proved and the store takes writes."),
+            ("/metrics", self._metrics, "text/plain", "Metrics in Prometheus' format."),
+        ):
+            api.add_api_route(path, handler, **describe_probe(path.strip("/").replace("/", "_"), kind, text))
+        if docs:
+            pages.install(api, self._keys.needed)
         return api
 
     async def _live(self) -> Response:

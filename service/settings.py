@@ -94,8 +94,13 @@ class Settings(BaseModel):
     api_keys: str = Field(
         "", description="Keys as ROLE:NAMESPACE:KEY separated by commas, roles read, step, admin; empty: no keys."
     )
+    api_keys_file: str = Field(
+        "",
+        description="File of keys, one per line: NAME ROLE NAMESPACE sha256:HEX, as `python -m service key` prints it; "
+        "read again whenever it changes. With a file every call needs a key.",
+    )
     cors_origins: str = Field("", description="Origins allowed to call from a browser, separated by commas.")
-    docs: bool = Field(True, description="Serve /docs and /openapi.json.")
+    docs: bool = Field(True, description="Serve /docs, /redoc, /openapi.json and /asyncapi.json.")
     drain_s: float = Field(20.0, ge=0, description="Longest time for accepted steps after SIGTERM.")
     repository_poll_s: float = Field(2.0, ge=0, description="How often new versions are looked for; 0: never.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe log line.")

@@ -9,8 +9,15 @@ from typing import Final
 HEADER: Final = b"x-request-id"
 _GOOD: Final = re.compile(rb"[\x21-\x7e]{1,128}")
 
-new_id: Final[Callable[[], bytes]] = map(f"{secrets.token_hex(6)}-%x".encode().__mod__, count(1)).__next__
-"""A new id: a random prefix of this process and a counter. No function of ours runs: it is made at every step."""
+PREFIX: Final = secrets.token_hex(6).encode()
+"""Of the ids that this process makes; a number follows."""
+next_number: Final[Callable[[], int]] = count(1).__next__
+"""The number of the next id: no function of ours, for it is called at every step."""
+
+
+def new_id() -> bytes:
+    """A new id."""
+    return b"%s-%x" % (PREFIX, next_number())
 
 
 class RequestId(bytes):

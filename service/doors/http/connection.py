@@ -13,7 +13,7 @@ from stepcast.errors import Malformed
 
 from ...engine.arrays import Form
 from ..answers import Answer, problem
-from ..request_ids import RequestId, new_id
+from ..request_ids import PREFIX, RequestId, next_number
 from ..steps import HttpWaiter
 from .heads import Caller, Heads
 
@@ -21,6 +21,9 @@ LONGEST_HEAD: Final = 4096
 AHEAD_BYTES: Final = 64 * 1024  # what a client may send before its step is answered, until it is not read any more
 _STEP: Final = re.compile(rb"POST /v1/models/(?:([A-Za-z0-9._-]+)/sessions/)?([A-Za-z0-9._:@~-]+)/step HTTP/1\.1\r\n")
 """The request line of a step: its model and session, or of a batch step: its model alone."""
+_NAMED: Final = b"%s%d\r\nx-request-id: %s\r\n\r\n%s"
+_NUMBERED: Final = b"%%s%%d\r\nx-request-id: %s-%%x\r\n\r\n%%s" % PREFIX
+"""An answer: its head up to the content length, that length, a request id or the number of one of ours, its body."""
 
 
 class Reply(HttpWaiter):
@@ -152,8 +155,10 @@ class HttpConnection(HttpToolsProtocol):
             return
         if self._last and not close:
             head, close = head.replace(b"\r\n", b"\r\nconnection: close\r\n", 1), True
-        name = self._name or new_id()
-        self.transport.write(b"%s%d\r\nx-request-id: %s\r\n\r\n%s" % (head, len(body), name, body))
+        if self._name is None:
+            self.transport.write(_NUMBERED % (head, len(body), next_number(), body))
+        else:
+            self.transport.write(_NAMED % (head, len(body), self._name, body))
         if close:
             self.transport.close()
             return

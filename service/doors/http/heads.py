@@ -51,6 +51,7 @@ class Heads:
         self._lines: dict[bytes, int | bytes] = {}
         self._callers: dict[tuple[bytes, ...], Caller] = {}
         self._ways: dict[str, dict[bytes, Way]] = {}
+        keys.on_change(self._callers.clear)
 
     def read(self, head: bytes) -> tuple[int, Caller, RequestId | None] | None:
         """Content length, caller and request id of a head without its request line; None where it is unusual."""

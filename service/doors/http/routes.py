@@ -6,6 +6,7 @@ codes, entity tags, files.
 
 from collections.abc import Awaitable, Callable
 from typing import Any, Final, NamedTuple
+from urllib.parse import quote
 
 import msgspec
 from fastapi import FastAPI, Request, Response
@@ -13,7 +14,7 @@ from starlette.exceptions import HTTPException
 
 from stepcast.errors import BadRequest, MethodNotAllowed, RouteNotFound, StepcastError
 
-from ...telemetry import Metrics, as_ours
+from ...telemetry import Metrics, as_ours, log
 from .. import bodies, state_files
 from ..answers import FILES, Answer, Headers, answer_type, encode, problem, request_type
 from ..bodies import JSON
@@ -43,6 +44,7 @@ ROUTES: Final = (
     Route("GET", _MODEL, "model"),
     Route("GET", _MODEL + "/versions/{version}", "version"),
     Route("DELETE", _MODEL + "/versions/{version}", "retire", queries=("force",)),
+    Route("POST", _MODEL + "/versions/{version}/load", "load"),
     Route("POST", _MODEL + "/predict", "predict", queries=("version",)),
     Route("POST", _MODEL + "/sessions", "create", 201),
     Route("GET", _MODEL + "/sessions", "list", queries=("prefix", "cursor", "limit")),
@@ -101,6 +103,8 @@ class Routes:
             _fill(asked, request, route.queries)
             match = request.headers.get("if-match")
             call = Call(principal.namespace, path.get("model", ""), path.get("session", ""), asked, kind, match)
+            if verb.role == "admin":
+                log.info("%s by key %r", _told(request), principal.name)
             fields, tag = await verb.run(self._states, call)
             if route.status == 204:
                 return Response(status_code=204)
@@ -123,8 +127,7 @@ class Routes:
         return Response(await pending.future, 200, None, pending.kind)
 
     async def _on_error(self, request: Request, error: Exception) -> Response:
-        at = f"{request.method} {request.url.path} (request {request.scope.get(REQUEST_ID)})"
-        ours = as_ours(error, f"the server has a defect at {at}; its log tells more")
+        ours = as_ours(error, f"the server has a defect at {_told(request)}; its log tells more")
         return respond(problem(ours, self._metrics))
 
     async def _on_http(self, request: Request, error: Any) -> Response:
@@ -142,6 +145,11 @@ class Routes:
 def respond(answer: Answer) -> Response:
     """An answer for FastAPI."""
     return Response(answer.body, answer.status, answer.fields, answer.kind)
+
+
+def _told(request: Request) -> str:
+    """What logs say of a request."""
+    return f"{request.method} {quote(request.url.path)} (request {request.scope.get(REQUEST_ID)})"
 
 
 def _fill(asked: Any, request: Request, queries: tuple[str, ...]) -> None:

@@ -33,7 +33,7 @@ DRAIN_SHARE: Final = 0.8
 """The share of drain_s that sockets have; the rest is for the close frames and the store."""
 
 _SHUTTING_DOWN: Final = "the server is shutting down"
-_BESIDE: Final = frozenset({"models", "model", "version", "retire", "predict", "list"})
+_BESIDE: Final = frozenset({"models", "model", "version", "retire", "load", "predict", "list"})
 """Verbs that are about no session: HTTP alone has them."""
 
 
@@ -45,7 +45,7 @@ class Head(msgspec.Struct):
     op: str = STEP
 
 
-_FRAMES: Final[dict[str, Any]] = {
+FRAME_TYPES: Final[dict[str, Any]] = {
     STEP: bodies.frame(bodies.StepBody),
     MARKER: bodies.frame(bodies.Nothing),
     **{op: bodies.frame(verb.body) for op, verb in VERBS.items() if op not in _BESIDE},
@@ -315,7 +315,7 @@ def _read(payload: bytes, kind: str) -> tuple[Any, StepcastError | None]:
     """A frame's struct, the most likely one tried first; or its head, and why it is none."""
     refusal: StepcastError = InvalidRequest("Object contains unknown field `inputs`")
     try:
-        asked: Any = bodies.decode(payload, _FRAMES[STEP], kind)
+        asked: Any = bodies.decode(payload, FRAME_TYPES[STEP], kind)
         if asked.op == STEP:
             return asked, None
     except StepcastError as error:
@@ -323,10 +323,10 @@ def _read(payload: bytes, kind: str) -> tuple[Any, StepcastError | None]:
     head = _head(payload, kind)
     if head.op == STEP:
         return head, refusal
-    if head.op not in _FRAMES:
-        return head, InvalidRequest(f"$.op is {head.op!r}, want one of {', '.join(_FRAMES)}")
+    if head.op not in FRAME_TYPES:
+        return head, InvalidRequest(f"$.op is {head.op!r}, want one of {', '.join(FRAME_TYPES)}")
     try:
-        return bodies.decode(payload, _FRAMES[head.op], kind), None
+        return bodies.decode(payload, FRAME_TYPES[head.op], kind), None
     except StepcastError as error:
         return head, error
 
