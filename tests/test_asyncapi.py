@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from contextlib import ExitStack
 from typing import Any
 
 import httpx
@@ -121,14 +122,14 @@ def closed_with(socket: ClientConnection) -> int | None:
 
 def test_close_codes_are_those_of_the_document() -> None:
     """A text that is none, and a server that stops."""
-    with running(store="memory://") as server:
-        sockets = [connect(f"ws{server.url.removeprefix('http')}/v1/models/lstm/stream") for _ in range(2)]
-        sockets[0].send(b"\xff", text=True)
-        assert closed_with(sockets[0]) == 1007
-    assert closed_with(sockets[1]) == 1012
+    with ExitStack() as sockets:
+        with running(store="memory://") as server:
+            at = f"ws{server.url.removeprefix('http')}/v1/models/lstm/stream"
+            wrong, waiting = (sockets.enter_context(connect(at)) for _ in range(2))
+            wrong.send(b"\xff", text=True)
+            assert closed_with(wrong) == 1007
+        assert closed_with(waiting) == 1012
     assert {1007, 1012} <= set(CLOSE_CODES)
-    for socket in sockets:
-        socket.close()
 
 
 def test_the_server_gives_this_document(http: httpx.Client) -> None:

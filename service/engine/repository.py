@@ -70,7 +70,7 @@ class Repository:
             served = self.get(name, version)
             if served is not None:
                 return served
-            if Path(name).name != name or not directory.is_dir():
+            if directory not in self.root.glob("*/*"):  # a name may be ".."
                 raise ModelNotFound(f"the repository has no version {version} of model {name!r}", model=name)
             self._retired.discard((name, version))
             self._failed.pop(directory, None)
