@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Annotated, Any, Final
 
 import msgspec
@@ -113,8 +114,16 @@ def component(name: str) -> Schema:
 
 
 def components(structs: Iterable[Struct]) -> Schema:
-    """The schemas of structs, and of what they are made of, by name."""
-    return msgspec.json.schema_components(structs, ref_template="#/components/schemas/{name}")[1]
+    """The schemas of structs, and of what they are made of, by name.
+
+    A default is told in words: makers of clients take a field that has one for a field that is always there.
+    """
+    schemas: Schema = msgspec.json.schema_components(structs, ref_template="#/components/schemas/{name}")[1]
+    for field in chain.from_iterable(schema.get("properties", {}).values() for schema in schemas.values()):
+        default = field.pop("default", None)
+        if default is not None and default != "" and default != []:
+            field["description"] = ", ".join(filter(None, [field.get("description"), f"by default {default}"]))
+    return schemas
 
 
 def _manifest() -> Schema:
@@ -157,7 +166,8 @@ def describe(
     good = {"description": "done", "headers": {"x-request-id": _REQUEST_ID}}
     if status != 204:
         schema = component("Manifest" if verb in ("model", "version") else ANSWERS[verb].__name__)
-        good = _answered({JSON: {"schema": schema}, MSGPACK: {"schema": {}}}, "done")
+        # In msgpack arrays are bytes, which no schema can say; another one would spoil the types of generated clients.
+        good = _answered({JSON: {"schema": schema}, MSGPACK: {"schema": schema}}, "done; in msgpack arrays are bytes")
     # the id is stable: post_models_sessions_step
     words = [word for word in re.split(r"[/{}]+", path) if word and word not in named]
     return {
