@@ -37,7 +37,7 @@ space := $(subst ,, )
 NOT_HERE := $(strip $(if $(call here,kubectl),,kubectl) $(if $(call here,npm),,node) \
 	$(if $(call here,chromium chromium-browser google-chrome),,browser))
 NOT_HERE := $(subst $(space), or ,$(NOT_HERE))
-SAY_NOT_HERE = $(if $(NOT_HERE),@echo "Left out, for what they need is not on the PATH: tests marked $(NOT_HERE).")
+SAY_NOT_HERE = $(if $(NOT_HERE),@echo "Tests marked $(NOT_HERE) are left out: what they need is not on the PATH.")
 WORKERS ?= 2
 # One class, or the functions of one file, on one worker: what they share is made once. The long ones come early.
 PYTEST_ARGS = -n $(WORKERS) --dist loadscope --no-loadscope-reorder
