@@ -4,10 +4,14 @@
 #   make check         lint, format, types, imports
 #   make test          the whole suite; ARGS="-k law -x" goes to pytest
 #   make test-service  the service's tests in an environment without torch
+#   make test-redis    the stores' tests and the laws on a server that runs: REDIS_URL=redis://localhost:6379/0
+#   make dist          sdist and wheel in dist/, checked
+#   make images        the images of the service and the trainer, by docker
 #   make demo          train, serve and replay real weather; TRAIN=0 takes the committed model
 #   make serve         the server on models/; ARGS="--port 9000"
 #   make bench         the numbers of README; ARGS="--quick" for a look
 #   make chaos         kill -9 at random moments, then count; ARGS="--seconds 30 --sessions 200 --seed 1"
+#   make mutants       break training on purpose, see that tests notice; ARGS="--only losses.py"
 #   make lock          write constraints.txt anew from the newest versions
 #   make clean         remove caches and build output
 #   make distclean     remove .venv and .cache too
@@ -44,7 +48,7 @@ PYTEST_ARGS = -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 PYTEST = $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install check test test-service demo serve bench chaos lock clean distclean python
+.PHONY: help install check test test-service test-redis dist images demo serve bench chaos mutants lock clean distclean python
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -87,6 +91,19 @@ test-service: $(SERVICE_STAMP)
 	$(SERVICE_VENV)/bin/python -m pytest $(PYTEST_ARGS) \
 	  -m 'service$(if $(NOT_HERE), and not ($(NOT_HERE)))' $(ARGS) $$files
 
+test-redis: $(STAMP)
+	@test -n "$(REDIS_URL)" || { echo "Which server? make test-redis REDIS_URL=redis://localhost:6379/0" >&2; exit 1; }
+	REDIS_URL=$(REDIS_URL) $(PYTEST) -k given $(ARGS) tests/test_store.py tests/test_laws.py
+
+dist: $(STAMP)
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/check-wheel-contents dist/*.whl
+
+images:
+	docker build --target service --tag stepcast-service .
+	docker build --target training --tag stepcast-training .
+
 demo: $(STAMP)
 	$(BIN)/python demo/replay.py $(if $(filter 0,$(TRAIN)),--committed,) $(ARGS)
 
@@ -104,6 +121,9 @@ bench: $(BENCH_STAMP)
 
 chaos: $(STAMP)
 	PYTHONPATH=. $(BIN)/python tests/chaos.py $(ARGS)
+
+mutants: $(STAMP)
+	$(BIN)/python tests/mutants.py $(ARGS)
 
 # Versions without a local part (torch's +cpu) and without CUDA's packages, which torch and onnxruntime-gpu pin
 # themselves: the file fits machines with and without a GPU.

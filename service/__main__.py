@@ -1,6 +1,7 @@
-"""python -m service serve | check | import-onnx | key: the commands of the server."""
+"""python -m service serve | check | import | key: the commands of the server; `stepcast` has them too."""
 
 import argparse
+import contextlib
 import logging
 import os
 import socket
@@ -12,7 +13,9 @@ from pathlib import Path
 import uvicorn
 from uvicorn.supervisors import Multiprocess
 
+from stepcast.arguments import Parser
 from stepcast.errors import ConfigError, ManifestError, StepcastError
+from stepcast.rooms import example_models
 
 from .app import create_app
 from .doors.http.connection import HttpConnection
@@ -24,35 +27,52 @@ from .engine.model import Runtime
 from .settings import PREFIX, Settings
 from .telemetry import WORKERS
 
+OPTIONS = ("models", "store", "device", "host", "port", "workers")  # of `serve`: settings too
+
 
 class Uvicorn(uvicorn.Server):
-    """uvicorn that says where it serves."""
+    """uvicorn that prints where it serves."""
+
+    example = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start, then print the address."""
         await super().startup(sockets)
         if self.started and self.servers:
-            _announce(self.servers[0].sockets[0])
+            _announce(self.servers[0].sockets[0], self.example)
 
 
-def _announce(listener: socket.socket) -> None:
+class OneLine(logging.Filter):
+    """A start that fails for a reason of ours is one line, not the traceback that is logged of it."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Keep the last line where it tells our error."""
+        _, ours, reason = record.getMessage().rstrip().rpartition("\nstepcast.errors.")
+        if ours:
+            record.msg, record.args = reason, ()
+        return True
+
+
+def _announce(listener: socket.socket, example: bool) -> None:
     host, port = listener.getsockname()[:2]
     print(f"stepcast serves on http://{host}:{port}", flush=True)
+    if example:
+        print(f"a first step: stepcast step control_charts demo value=30.5 --url http://{host}:{port}", flush=True)
 
 
 def serve(arguments: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT."""
-    overrides = {name: getattr(arguments, name) for name in ("models", "store", "device", "host", "port", "workers")}
-    settings = Settings.read(os.environ, **overrides)
-    if settings.workers > 1 and settings.store.startswith("memory:"):
+    if arguments.example:
+        arguments.models, arguments.store = str(example_models()), arguments.store or "memory://"
+    given = {name: getattr(arguments, name) for name in OPTIONS}
+    settings = Settings.read(os.environ, **given)
+    alone = settings.workers == 1
+    if not alone and settings.store.startswith("memory:"):
         raise ConfigError("store 'memory://' is one process's own memory: it cannot serve several workers")
-    for name, value in overrides.items():  # worker processes read the environment
-        if value is not None:
-            os.environ[PREFIX + name.upper()] = str(value)
+    os.environ.update({PREFIX + name.upper(): text for name, text in given.items() if text is not None})  # for workers
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
     config = uvicorn.Config(
-        create_app(settings, freezes=True) if settings.workers == 1 else "service.app:from_environ",
-        factory=settings.workers > 1,
+        create_app(settings, freezes=True) if alone else f"{__package__}.app:from_environ",
+        factory=not alone,
         host=settings.host,
         port=settings.port,
         workers=settings.workers,
@@ -68,23 +88,26 @@ def serve(arguments: argparse.Namespace) -> int:
         server_header=False,
         date_header=False,
     )
-    if settings.workers > 1:
-        listener = config.bind_socket()
-        with tempfile.TemporaryDirectory(prefix="stepcast-") as folder:
-            os.environ[WORKERS] = folder
-            _announce(listener)
-            Multiprocess(config, sockets=[listener]).run()
-        return 0
-    server = Uvicorn(config)
-    server.run()
-    return 0 if server.started else 3
+    if alone:
+        logging.getLogger("uvicorn.error").addFilter(OneLine())
+        server = Uvicorn(config)
+        server.example = arguments.example
+        with contextlib.suppress(SystemExit):  # uvicorn's own way out of a start that failed
+            server.run()
+        return 0 if server.started else 1
+    listener = config.bind_socket()
+    with tempfile.TemporaryDirectory(prefix="stepcast-") as folder:
+        os.environ[WORKERS] = folder
+        supervisor = Multiprocess(config, sockets=[listener])  # from here on SIGTERM stops it in order
+        _announce(listener, arguments.example)
+        supervisor.run()
+    return 0
 
 
 def check(arguments: argparse.Namespace) -> int:
     """Prove golden.npz and say where each recurrent node runs."""
-    directory = Path(arguments.directory)
     with tempfile.TemporaryDirectory() as folder:
-        runtime = Runtime(directory, device=arguments.device, profile=Path(folder) / "profile")
+        runtime = Runtime(arguments.directory, device=arguments.device, profile=Path(folder) / "profile")
         proof = runtime.prove()
         places = placements(runtime.end_profile())
     manifest = runtime.manifest
@@ -98,18 +121,14 @@ def check(arguments: argparse.Namespace) -> int:
 
 def take_in(arguments: argparse.Namespace) -> int:
     """Take a foreign graph into the repository, and say how it was read."""
-    made = import_onnx(
-        Path(arguments.file), Path(arguments.models), arguments.name, arguments.version, arguments.manifest
-    )
+    made = import_onnx(arguments.file, arguments.models, arguments.name, arguments.version, arguments.manifest)
     manifest = made.manifest
     print(f"{made.directory}: {manifest.n_features} features, {manifest.n_outputs} outputs")
     for what, tensor in (("input", manifest.input), ("output", manifest.output)):
         print(f"{what} {tensor.name!r}: batch axis {tensor.batch_axis}, time axis {tensor.time_axis}")
     for state in manifest.states:
-        shape = ", ".join(map(str, state.shape))
-        print(
-            f"state {state.layer}.{state.key}: {state.input!r} -> {state.output!r}, [{shape}], axis {state.batch_axis}"
-        )
+        where = f"{list(state.shape)}, axis {state.batch_axis}"
+        print(f"state {state.layer}.{state.key}: {state.input!r} -> {state.output!r}, {where}")
     print("golden.npz was recorded from this graph: compare it with your training framework before you trust it")
     return 0
 
@@ -122,25 +141,26 @@ def make_key(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m service", description=__doc__)
+def _parser(prog: str) -> argparse.ArgumentParser:
+    parser = Parser(prog=prog, description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     fields = Settings.model_fields
     run = commands.add_parser("serve", help="serve models until SIGTERM")
-    for name in ("models", "store", "device", "host", "port", "workers"):
+    for name in OPTIONS:
         run.add_argument(f"--{name}", help=f"{fields[name].description} Default: {fields[name].default}")
+    run.add_argument("--example", action="store_true", help="serve the model that comes with Stepcast, in memory")
     run.add_argument("--ssl-certfile", help="serve TLS with this certificate")
     run.add_argument("--ssl-keyfile", help="and this key")
     run.set_defaults(run=serve)
     prove = commands.add_parser("check", help="prove a model directory")
-    prove.add_argument("directory", metavar="MODEL_DIR")
+    prove.add_argument("directory", type=Path, metavar="MODEL_DIR")
     prove.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     prove.set_defaults(run=check)
-    take = commands.add_parser("import-onnx", help="take in a recurrent ONNX graph made by others")
-    take.add_argument("file", metavar="FILE")
+    take = commands.add_parser("import", aliases=["import-onnx"], help="take in a recurrent ONNX graph made by others")
+    take.add_argument("file", type=Path, metavar="FILE")
     take.add_argument("--name", required=True, help="the model's name")
     take.add_argument("--version", type=int, help="default: the next free one")
-    take.add_argument("--models", default=str(fields["models"].default), help="model repository to write to")
+    take.add_argument("--models", type=Path, default=fields["models"].default, help="model repository to write to")
     take.add_argument("--manifest", type=Path, help="JSON of manifest fields that cannot be guessed")
     take.set_defaults(run=take_in)
     make = commands.add_parser("key", help="make an API key, and its line for STEPCAST_API_KEYS_FILE")
@@ -151,14 +171,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; its exit status."""
-    arguments = _parser().parse_args(argv)
+def main(argv: Sequence[str] | None = None, prog: str = "python -m service") -> int:
+    """Run a command; its exit status: 2 for a wrong setting, 1 for a failure."""
+    arguments = _parser(prog).parse_args(argv)
     try:
         return int(arguments.run(arguments))
     except (ConfigError, ManifestError, StepcastError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, ConfigError) else 1
 
 
 if __name__ == "__main__":

@@ -12,43 +12,35 @@ from fastapi.middleware.cors import CORSMiddleware
 import stepcast
 from stepcast.errors import ManifestError, NotReady, StepcastError
 
-from . import telemetry
 from .doors.answers import problem
 from .doors.bodies import JSON
 from .doors.http import pages
-from .doors.http.envelope import Envelope, Receive, Scope, Send
+from .doors.http.envelope import Envelope
 from .doors.http.heads import Heads
 from .doors.http.openapi import describe_probe
 from .doors.http.routes import Routes, respond
 from .doors.keys import Keys, origins
 from .doors.steps import Steps
-from .doors.websocket.handshake import Handshake
+from .doors.websocket.handshake import Handshake, Receive, Scope, Send
 from .engine.repository import Repository
 from .sessions.edits import States
 from .sessions.turns import Sessions
 from .settings import Settings
 from .store.urls import StoreOptions, open_store
 from .store.write_behind import BehindStore
-from .telemetry import WORKERS, Metrics, Scrape, log
+from .telemetry import CONTENT_TYPE, WORKERS, Metrics, Scrape, log
 
 
 class Server:
-    """One server: its rooms, its FastAPI application, its life. Call it as an ASGI application.
+    """One server: its rooms, its FastAPI application, its life. By `heads`, connections below ASGI find the steps."""
 
-    Attributes:
-        heads: What connections below ASGI (service/doors/http/connection.py) find the steps by.
-    """
-
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
+    def __init__(self, settings: Settings, freezes: bool) -> None:
+        self.settings, self._freezes, self.ready = settings, freezes, False
         self.metrics = Metrics()
         self._scrape = Scrape(self.metrics, self._gauge, os.environ.get(WORKERS))
         keys = self._keys = Keys(settings.api_keys, settings.api_keys_file)
         self.repository = Repository(
-            settings.models,
-            device=settings.device,
-            threads=settings.threads,
-            resident_bytes=settings.resident_bytes,
+            settings.models, device=settings.device, threads=settings.threads, resident_bytes=settings.resident_bytes
         )
         timeout = settings.store_timeout_s
         options = StoreOptions(
@@ -63,22 +55,17 @@ class Server:
         steps = Steps(States(self.sessions))
         self.heads = Heads(steps, keys, settings, self.metrics)
         sockets = Handshake(steps, keys, settings, self.metrics)
-        self.ready = False
-        self.freezes = False
         self.api = self._api(Routes(steps, keys, self.metrics))
         self._envelope = Envelope(self.api, sockets)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._envelope(scope, receive, send)
 
-    # --- life ---------------------------------------------------------------------------------------------------
-
     @contextlib.asynccontextmanager
     async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
-        """Open the store, prove the models, serve; at the end drain.
+        """Open the store, prove the models, serve; at the end answer what was accepted, within drain_s.
 
-        Raises:
-            ManifestError: there is no model to serve. StoreUnavailable: the store cannot be opened.
+        Raises ManifestError where there is no model to serve, StoreUnavailable where the store cannot be opened.
         """
         await self.store.open()
         if self.store.volatile:
@@ -88,30 +75,25 @@ class Server:
             raise ManifestError(f"no model in {str(self.settings.models)!r} can be served: {self.repository.failures}")
         await self._scrape.open()
         polls = [asyncio.create_task(poll) for poll in (self._poll(), self._keys.watch())]
-        if self.freezes:
+        if self._freezes:
             gc.collect()
             gc.freeze()
-        self.set_ready(True)
+        self._set_ready(True)
         try:
             yield
         finally:
-            self.set_ready(False)
+            self._set_ready(False)
             for poll in polls:
                 poll.cancel()
             self._scrape.close()
-            await self.drain()
+            drain_s = self.settings.drain_s
+            try:
+                async with asyncio.timeout(drain_s):
+                    await self.sessions.drain()
+            except TimeoutError:
+                log.error("steps were still waiting after %s s of draining; they were not answered", drain_s)
 
-    async def drain(self) -> None:
-        """Unready; answer what was accepted, within drain_s; close the store. Idempotent."""
-        self.set_ready(False)
-        try:
-            async with asyncio.timeout(self.settings.drain_s):
-                await self.sessions.drain()
-        except TimeoutError:
-            log.error("steps were still waiting after %s s of draining; they were not answered", self.settings.drain_s)
-
-    def set_ready(self, ready: bool) -> None:
-        """What /healthz/ready answers from now on."""
+    def _set_ready(self, ready: bool) -> None:
         self.ready = ready
         self.metrics.ready.set(ready)
 
@@ -123,8 +105,6 @@ class Server:
                 await asyncio.to_thread(self.repository.scan)
             except ManifestError as error:
                 log.error("%s", error)
-
-    # --- the FastAPI application --------------------------------------------------------------------------------
 
     def _api(self, routes: Routes) -> FastAPI:
         docs = self.settings.docs
@@ -156,16 +136,16 @@ class Server:
         return Response(b'{"live":true}', media_type="application/json")
 
     async def _ready(self) -> Response:
-        if not self.ready:
-            return respond(problem(NotReady("the server is starting or draining", retry_after_s=1.0)))
         try:
+            if not self.ready:
+                raise NotReady("the server is starting or draining", retry_after_s=1.0)
             await self.store.ping()
         except StepcastError as error:
             return respond(problem(error))
         return Response(b'{"ready":true}', media_type="application/json")
 
     async def _metrics(self) -> Response:
-        return Response(await self._scrape.text(), media_type=telemetry.CONTENT_TYPE)
+        return Response(await self._scrape.text(), media_type=CONTENT_TYPE)
 
     def _gauge(self) -> None:
         """Bring the gauges up to date."""
@@ -175,18 +155,12 @@ class Server:
 
 
 def create_app(settings: Settings, *, freezes: bool = False) -> Server:
-    """A server as an ASGI application.
+    """A server as an ASGI application; ConfigError where a setting is wrong.
 
-    Args:
-        freezes: The process is its own: what was made until it is ready is never looked at by the cycle collector,
-            which would stop all steps for some 20 ms each time.
-
-    Raises:
-        ConfigError: a setting is wrong.
+    With `freezes` the process is its own: what was made until it is ready is never looked at by the cycle collector,
+    which would stop all steps for some 20 ms each time.
     """
-    server = Server(settings)
-    server.freezes = freezes
-    return server
+    return Server(settings, freezes)
 
 
 def from_environ() -> Server:

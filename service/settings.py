@@ -7,14 +7,22 @@ the nearest known one: refusing to start is better than starting wrong.
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self, get_args, get_origin
+from typing import Any, Literal, Self, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
+from stepcast.arguments import CLIENT_VARIABLES
 from stepcast.errors import ConfigError
 
 PREFIX = "STEPCAST_"
+T = TypeVar("T")
+
+
+def _of(default: T, meaning: str, **bounds: Any) -> T:
+    """A setting; `bounds` are pydantic's ge, gt, le."""
+    made: T = Field(default, description=meaning, **bounds)
+    return made
 
 
 class Settings(BaseModel):
@@ -22,100 +30,81 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    models: Path = Field(Path("models"), description="Model repository: <models>/<name>/<version>/.")
-    store: str = Field(
+    models: Path = _of(Path("models"), "Model repository: <models>/<name>/<version>/.")
+    store: str = _of(
         "sqlite:///stepcast.db",
-        description="Where sessions rest: sqlite:///FILE, redis://, rediss://, redis+sentinel://, redis+cluster:// "
+        "Where sessions rest: sqlite:///FILE, redis://, rediss://, redis+sentinel://, redis+cluster:// "
         "or memory:// (volatile).",
     )
-    durability: Literal["commit", "replicated", "interval"] = Field(
+    durability: Literal["commit", "replicated", "interval"] = _of(
         "commit",
-        description="When a step is acknowledged: after the store has it (commit), after replicas have it too "
+        "When a step is acknowledged: after the store has it (commit), after replicas have it too "
         "(replicated), or before it is written (interval: at most flush_interval_s of steps can be lost).",
     )
-    replicas: int = Field(1, ge=1, description="Replicas that must have a step at durability 'replicated'.")
-    flush_interval_s: float = Field(0.2, gt=0, description="Longest time unwritten at durability 'interval'.")
-    store_timeout_s: float = Field(2.0, gt=0, description="Longest wait for the store before 503.")
-    ttl_s: int = Field(0, ge=0, description="Seconds after its last use at which a session is forgotten; 0: never.")
+    replicas: int = _of(1, "Replicas that must have a step at durability 'replicated'.", ge=1)
+    flush_interval_s: float = _of(0.2, "Longest time unwritten at durability 'interval'.", gt=0)
+    store_timeout_s: float = _of(2.0, "Longest wait for the store before 503.", gt=0)
+    ttl_s: int = _of(0, "Seconds after its last use at which a session is forgotten; 0: never.", ge=0)
 
-    host: str = Field("127.0.0.1", description="Address to listen on.")
-    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
-    workers: int = Field(1, ge=1, description="Server processes; they share nothing but the store.")
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="Where models run; auto takes CUDA when it is there."
-    )
-    threads: int = Field(1, ge=1, description="onnxruntime's threads within one operator.")
-    resident_bytes: int = Field(
+    host: str = _of("127.0.0.1", "Address to listen on.")
+    port: int = _of(8000, "Port to listen on; 0 takes a free one.", ge=0, le=65535)
+    workers: int = _of(1, "Server processes; they share nothing but the store.", ge=1)
+    device: Literal["auto", "cpu", "cuda"] = _of("auto", "Where models run; auto takes CUDA when it is there.")
+    threads: int = _of(1, "onnxruntime's threads within one operator.", ge=1)
+    resident_bytes: int = _of(
         2**30,
-        ge=0,
-        description="GPU memory per model version and worker for states that stay there between steps, bytes; 0: none. "
+        "GPU memory per model version and worker for states that stay there between steps, bytes; 0: none. "
         "Without CUDA it means nothing.",
+        ge=0,
     )
 
-    batch_rows: int = Field(256, ge=1, description="Most rows (examples) in one run.")
-    chunk_s: float = Field(
-        0.002,
-        gt=0,
-        description="About how long one chunk of a long sequence may run; an eighth of it while single steps come.",
+    batch_rows: int = _of(256, "Most rows (examples) in one run.", ge=1)
+    chunk_s: float = _of(
+        0.002, "About how long one chunk of a long sequence may run; an eighth of it while single steps come.", gt=0
     )
-    inline_s: float = Field(
-        0.003, ge=0, description="Runs expected to be shorter than this are made on the event loop, others in a thread."
-    )
-    queue_limit: int = Field(8192, ge=1, description="Steps waiting per model before 429.")
-    session_queue_limit: int = Field(256, ge=1, description="Steps waiting per session before 429.")
-    deadline_s: float = Field(5.0, gt=0, description="Longest time a step may wait for its run before 504.")
-    hot_bytes: int = Field(
-        256 * 2**20, ge=0, description="Memory for sessions kept ready in the process, bytes; the rest is read again."
-    )
-
-    digest_key: str = Field(
+    inline_s: float = _of(0.003, "Runs expected to be shorter are made on the event loop, others in a thread.", ge=0)
+    queue_limit: int = _of(8192, "Steps waiting per model before 429.", ge=1)
+    session_queue_limit: int = _of(256, "Steps waiting per session before 429.", ge=1)
+    deadline_s: float = _of(5.0, "Longest time a step may wait for its run before 504.", gt=0)
+    hot_bytes: int = _of(2**28, "Memory for sessions kept ready in the process, bytes; the rest is read again.", ge=0)
+    digest_key: str = _of(
         "",
-        description="Secret by which payloads are named to know a retry; the same for all servers of a store, now and "
+        "Secret by which payloads are named to know a retry; the same for all servers of a store, now and "
         "later; empty: a fixed one.",
     )
 
-    body_limit_bytes: int = Field(8 * 2**20, ge=1024, description="Largest request body or WebSocket frame.")
-    steps_limit: int = Field(100_000, ge=1, description="Most time steps in one call.")
-    examples_limit: int = Field(65_536, ge=1, description="Most examples in one session.")
-    checkpoints_limit: int = Field(64, ge=0, description="Most checkpoints per session.")
-    frames_limit: int = Field(256, ge=1, description="WebSocket frames in flight per socket before it is not read.")
-    stall_s: float = Field(
-        30.0, gt=0, description="Longest time a WebSocket client may leave its answers unread before it is cut off."
-    )
-    log_steps: int = Field(
-        0, ge=0, description="Inputs kept per session for version policy 'replay'; 0: none are kept."
-    )
-    version_policy: Literal["pin", "reset", "replay"] = Field(
+    body_limit_bytes: int = _of(8 * 2**20, "Largest request body or WebSocket frame.", ge=1024)
+    steps_limit: int = _of(100_000, "Most time steps in one call.", ge=1)
+    examples_limit: int = _of(65_536, "Most examples in one session.", ge=1)
+    checkpoints_limit: int = _of(64, "Most checkpoints per session.", ge=0)
+    frames_limit: int = _of(256, "WebSocket frames in flight per socket before it is not read.", ge=1)
+    stall_s: float = _of(30.0, "Longest time a WebSocket client may leave answers unread before it is cut off.", gt=0)
+    log_steps: int = _of(0, "Inputs kept per session for version policy 'replay'; 0: none are kept.", ge=0)
+    version_policy: Literal["pin", "reset", "replay"] = _of(
         "pin",
-        description="A session whose model version is no longer served: refused (pin), starts from the initial state "
+        "A session whose model version is no longer served: refused (pin), starts from the initial state "
         "(reset), or is rebuilt from its kept inputs (replay).",
     )
 
-    api_keys: str = Field(
-        "", description="Keys as ROLE:NAMESPACE:KEY separated by commas, roles read, step, admin; empty: no keys."
-    )
-    api_keys_file: str = Field(
+    api_keys: str = _of("", "Keys as ROLE:NAMESPACE:KEY separated by commas, roles read, step, admin; empty: no keys.")
+    api_keys_file: str = _of(
         "",
-        description="File of keys, one per line: NAME ROLE NAMESPACE sha256:HEX, as `python -m service key` prints it; "
-        "read again whenever it changes. With a file every call needs a key.",
+        "File of keys, a line each, as `stepcast key` prints it: NAME ROLE NAMESPACE sha256:HEX; read again when it "
+        "changes. With a file every call needs a key.",
     )
-    cors_origins: str = Field("", description="Origins allowed to call from a browser, separated by commas.")
-    docs: bool = Field(True, description="Serve /docs, /redoc, /openapi.json and /asyncapi.json.")
-    drain_s: float = Field(20.0, ge=0, description="Longest time for accepted steps after SIGTERM.")
-    repository_poll_s: float = Field(2.0, ge=0, description="How often new versions are looked for; 0: never.")
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe log line.")
+    cors_origins: str = _of("", "Origins allowed to call from a browser, separated by commas.")
+    docs: bool = _of(True, "Serve /docs, /redoc, /openapi.json and /asyncapi.json.")
+    drain_s: float = _of(20.0, "Longest time for accepted steps after SIGTERM.", ge=0)
+    repository_poll_s: float = _of(2.0, "How often new versions are looked for; 0: never.", ge=0)
+    log_level: Literal["debug", "info", "warning", "error"] = _of("info", "Least severe log line.")
 
     @classmethod
     def read(cls, environ: Mapping[str, str], **overrides: Any) -> Self:
-        """Settings from STEPCAST_ variables; `overrides` (the command line) win where they are not None.
-
-        Raises:
-            ConfigError: an unknown variable, or a value that is none of what the setting takes.
-        """
+        """Settings from STEPCAST_ variables, or ConfigError; `overrides` (the command line) win unless None."""
         names = {PREFIX + name.upper(): name for name in cls.model_fields}
         values: dict[str, Any] = {}
         for variable, value in environ.items():
-            if not variable.startswith(PREFIX):
+            if not variable.startswith(PREFIX) or variable in CLIENT_VARIABLES:
                 continue
             if variable not in names:
                 near = difflib.get_close_matches(variable, names, n=1, cutoff=0)
@@ -144,7 +133,5 @@ def _takes(field: FieldInfo) -> str:
         return ", ".join(f"`{value}`" for value in get_args(field.annotation))
     words: dict[Any, str] = {int: "integer", float: "number", str: "text", Path: "path", bool: "`true`, `false`"}
     signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
-    bounds = [
-        f"{sign} {getattr(part, key)}" for part in field.metadata for key, sign in signs.items() if hasattr(part, key)
-    ]
+    bounds = [f"{sign} {getattr(at, key)}" for at in field.metadata for key, sign in signs.items() if hasattr(at, key)]
     return ", ".join([words[field.annotation or str], *bounds])

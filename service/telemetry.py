@@ -1,15 +1,19 @@
 """Every metric and log field, declared once, units in the name."""
 
 import asyncio
+import contextlib
 import logging
 import math
 import os
-from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import accumulate, chain
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Final
 
+import numpy as np
+import numpy.typing as npt
 from prometheus_client import CollectorRegistry, Counter, Gauge, Metric, generate_latest
 from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.parser import text_string_to_metric_families
@@ -35,53 +39,33 @@ def as_ours(error: BaseException, otherwise: str = "the server has a defect; its
     return Internal(otherwise)
 
 
-class Observed:
-    """What a histogram saw under one label. A tenth of a library's cost: there are several at every run."""
-
-    __slots__ = ("_bounds", "counts", "total")
-
-    def __init__(self, bounds: Sequence[float]) -> None:
-        self._bounds = bounds
-        self.counts = [0] * (len(bounds) + 1)
-        self.total = 0.0
-
-    def observe(self, value: float) -> None:
-        """Count a value."""
-        self.counts[bisect_left(self._bounds, value)] += 1
-        self.total += value
-
-
 class Histogram(Collector):
-    """A histogram with at most one label; written from one thread.
+    """A histogram under labels; written from one thread. `bounds` are upper bounds of the buckets, ascending.
 
-    Args:
-        bounds: Upper bounds of the buckets, ascending.
-        label: Its name; empty: none.
+    It counts many values at once, at a tenth of a library's cost: there are several at every run.
     """
 
     def __init__(
-        self, name: str, help_text: str, bounds: Sequence[float], registry: CollectorRegistry, label: str = ""
+        self, name: str, about: str, bounds: Sequence[float], *labels: str, registry: CollectorRegistry
     ) -> None:
-        self._name, self._help, self._bounds, self._label = name, help_text, bounds, label
-        self._seen: dict[str, Observed] = {}
-        if not label:
-            self.of("")
+        self._name, self._about, self._bounds, self._labels = f"stepcast_{name}", about, bounds, labels
+        self._seen: dict[tuple[str, ...], tuple[npt.NDArray[np.int64], float]] = {}
+        if not labels:
+            self.observe([])
         registry.register(self)
 
-    def of(self, value: str = "") -> Observed:
-        """What is seen under a label's value."""
-        seen = self._seen.get(value)
-        if seen is None:
-            seen = self._seen[value] = Observed(self._bounds)
-        return seen
+    def observe(self, values: Sequence[float], *labels: str) -> None:
+        """Count values under these labels."""
+        found = np.bincount(np.searchsorted(self._bounds, values), minlength=len(self._bounds) + 1)
+        counts, total = self._seen.get(labels, (0, 0.0))
+        self._seen[labels] = counts + found, total + sum(values)
 
     def collect(self) -> Iterator[HistogramMetricFamily]:
-        """For the registry."""
-        family = HistogramMetricFamily(self._name, self._help, labels=[self._label] if self._label else [])
+        family = HistogramMetricFamily(self._name, self._about, labels=self._labels)
         bounds = [*(str(float(bound)) for bound in self._bounds), "+Inf"]
-        for value, seen in sorted(self._seen.items()):
-            buckets = list(zip(bounds, accumulate(seen.counts), strict=True))
-            family.add_metric([value] if self._label else [], buckets, seen.total)
+        for labels in sorted(self._seen):
+            counts, total = self._seen[labels]
+            family.add_metric(labels, list(zip(bounds, counts.cumsum(), strict=True)), total)
         yield family
 
 
@@ -89,29 +73,22 @@ class Metrics:
     """The server's metrics in a registry of their own, so that one process can hold several servers."""
 
     def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        registry = self.registry
-
-        def counter(name: str, text: str, label: str = "model") -> Counter:
-            return Counter(f"stepcast_{name}", text, [label], registry=registry)
-
-        def gauge(name: str, text: str) -> Gauge:
-            return Gauge(f"stepcast_{name}", text, registry=registry)
-
-        def histogram(name: str, text: str, bounds: Sequence[float], label: str = "") -> Histogram:
-            return Histogram(f"stepcast_{name}", text, bounds, registry, label)
+        self.registry = registry = CollectorRegistry()
+        counter = partial(Counter, namespace="stepcast", labelnames=["model"], registry=registry)
+        gauge = partial(Gauge, namespace="stepcast", registry=registry)
+        histogram = partial(Histogram, registry=registry)
 
         self.steps = counter("steps", "Time steps committed, times examples.")
         self.calls = counter("step_calls", "Step calls committed.")
         self.retries = counter("step_retries", "Step calls answered from a kept answer.")
         self.conflicts = counter("store_conflicts", "Steps computed again: another writer came first.")
-        self.errors = counter("errors", "Errors answered, by code.", "code")
+        self.errors = counter("errors", "Errors answered, by code.", labelnames=["code"])
         self.batch_rows = histogram("batch_rows", "Rows in one run.", [2**i for i in range(11)], "model")
         self.run_seconds = histogram(
             "run_seconds", "Time of one run, gather and scatter included, waiting excluded.", _SECONDS, "model"
         )
-        commits = histogram("commit_seconds", "Time of one store commit (a batch of sessions).", [*_SECONDS, 2])
-        self.commit_seconds = commits.of()
+        bounds = *_SECONDS, 2
+        self.commit_seconds = histogram("commit_seconds", "Time of one store commit (a batch of sessions).", bounds)
         self.waiting = gauge("waiting_steps", "Step calls accepted and not answered.")
         self.hot = gauge("hot_sessions", "Sessions kept ready in this process.")
         self.hot_bytes = gauge("hot_bytes", "Memory of those sessions, about.")
@@ -120,8 +97,7 @@ class Metrics:
         )
         self.sockets = gauge("open_websockets", "WebSocket connections.")
         self.ready = gauge("ready", "Worker processes that take requests.")
-        self.workers = gauge("workers", "Worker processes whose metrics these are.")
-        self.workers.set(1)
+        gauge("workers", "Worker processes whose metrics these are.").set(1)
 
     def text(self) -> bytes:
         """The metrics in Prometheus' text format."""
@@ -131,12 +107,8 @@ class Metrics:
 class Scrape:
     """What /metrics answers: the sums over all worker processes of a server, whichever is asked.
 
-    A worker tells its metrics to whoever connects to its socket in their folder. One that is gone or does not answer
-    in time is left out; `stepcast_workers` says how many are in the sums.
-
-    Args:
-        fresh: Brings the gauges up to date.
-        folder: Of the sockets; None: this process is alone.
+    A worker tells its metrics to whoever connects to its socket in `folder` (None: it is alone). One that is gone or
+    does not answer in time is left out; `stepcast_workers` says how many are in the sums. `fresh` updates the gauges.
     """
 
     def __init__(self, metrics: Metrics, fresh: Callable[[], None], folder: str | None) -> None:
@@ -165,8 +137,8 @@ class Scrape:
         mine = self._metrics.text()
         if self._path is None:
             return mine
-        answers = await asyncio.gather(*map(_ask, _others(self._path)))
-        return generate_latest(_Summed([_parsed(mine), *answers]))
+        others = [path for path in self._path.parent.glob("*.sock") if path != self._path]
+        return generate_latest(_Summed([_parsed(mine), *await asyncio.gather(*map(_ask, others))]))
 
     async def _tell(self, _: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._fresh()
@@ -174,19 +146,13 @@ class Scrape:
         writer.close()
 
 
-def _others(mine: Path) -> list[Path]:
-    return [path for path in mine.parent.glob("*.sock") if path != mine]
-
-
 async def _ask(path: Path) -> list[Metric]:
     """What another worker tells; nothing where it does not."""
     try:
         async with asyncio.timeout(ANSWER_S):
             reader, writer = await asyncio.open_unix_connection(path)
-            try:
+            with contextlib.closing(writer):
                 return _parsed(await reader.read())
-            finally:
-                writer.close()
     except (OSError, TimeoutError, ValueError) as error:
         log.warning("worker %s did not tell its metrics: %r", path.stem, error)
         return []
@@ -196,16 +162,16 @@ def _parsed(text: bytes) -> list[Metric]:
     return list(text_string_to_metric_families(text.decode()))
 
 
+@dataclass
 class _Summed(Collector):
     """The families of several workers as one; of the times at which counters were made the first."""
 
-    def __init__(self, workers: Sequence[list[Metric]]) -> None:
-        self._workers = workers
+    workers: Sequence[list[Metric]]
 
     def collect(self) -> Iterable[Metric]:
         found: dict[str, Metric] = {}
         sums: dict[tuple[str, str, tuple[tuple[str, str], ...]], float] = {}
-        for family in chain.from_iterable(self._workers):
+        for family in chain.from_iterable(self.workers):
             found.setdefault(family.name, Metric(family.name, family.documentation, family.type))
             for sample in family.samples:
                 key = family.name, sample.name, tuple(sample.labels.items())

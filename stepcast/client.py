@@ -1,79 +1,98 @@
 """The SDK: open a session, step it, get and set its state, stream it; sync (`Client`) and async (`AsyncClient`).
 
-    with Client("http://127.0.0.1:8000") as client:
-        session = client.session("weather", "kjfk")
-        answer = session.step(readings)
+    with Client("http://127.0.0.1:8000") as client, client.session("weather", "kjfk") as session:
+        answer = session.step({"temp": 39.0, "humid": 61.0, "pressure": 1012.0})
+        print(answer.outputs["temp"])
 
 Steps are numbered, so that a call is sent again after a broken connection or a full queue without being applied twice.
-Errors are those of stepcast.errors. What is asked is written once, in stepcast/calls.py; the two clients only differ in
-how they carry it.
+Errors are those of stepcast.errors. What can be asked is described once, in stepcast/calls.py and session_calls.py:
+`waiting` and `awaiting` make a method of such a description, with its types and its documentation.
 """
 
 import asyncio
-import secrets
-import time
-from collections.abc import Sequence
-from typing import Any, Self, TypeVar
+import ssl
+import threading
+from collections.abc import Callable, Coroutine
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
-import httpx
-import numpy.typing as npt
+from .calls import Calls, Steps
+from .retry import Retry
+from .session_calls import SessionCalls, new_id
+from .signatures import described
+from .stream import AsyncStream, Stream
+from .transport import AsyncTransport, Transport
+from .wire import Target
 
-from . import codec
-from .calls import BatchAnswer, Broken, Call, Calls, Pause, Reply, SessionCalls, Steps
-from .codec import MSGPACK, Answer, Floats, Forecast, SessionState, State
-from .stream import AsyncStream, Stream, Target
-
+C = TypeVar("C")
+P = ParamSpec("P")
 T = TypeVar("T")
+
+
+def waiting(ask: Callable[Concatenate[C, P], Steps[T]]) -> Callable[Concatenate[Any, P], T]:
+    """A method that asks this and waits for the result."""
+
+    def method(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return self.run(ask(self.calls, *args, **kwargs))  # type: ignore[no-any-return]
+
+    return described(method, ask, _result(ask))
+
+
+def awaiting(ask: Callable[Concatenate[C, P], Steps[T]]) -> Callable[Concatenate[Any, P], Coroutine[Any, Any, T]]:
+    """A coroutine method that asks this."""
+
+    async def method(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return await self.run(ask(self.calls, *args, **kwargs))  # type: ignore[no-any-return]
+
+    return described(method, ask, _result(ask))
+
+
+def _result(ask: Callable[..., Any]) -> Any:
+    """T, where a description returns Steps[T]."""
+    return ask.__annotations__["return"].__args__[2]
 
 
 # --- sync -----------------------------------------------------------------------------------------------------------
 
 
 class Client:
-    """A server, for synchronous code. Not to be shared by threads.
+    """A server, for synchronous code. Threads may share it.
 
     Args:
         url: Base URL, http:// or https://.
         key: API key.
         timeout_s: Longest wait for one response.
+        retry: How often, and after which pauses, something is asked again.
+        tls: For https://; None: the system's certificates.
     """
 
-    def __init__(self, url: str, key: str | None = None, timeout_s: float = 30.0) -> None:
-        self._target = Target(url, key)
-        self._http = httpx.Client(base_url=url, headers=_headers(key), timeout=timeout_s)
-        self._calls = Calls()
-
-    def models(self) -> list[dict[str, Any]]:
-        """The served models."""
-        return self._run(self._calls.models())
-
-    def manifest(self, model: str, version: int | None = None) -> dict[str, Any]:
-        """A version's manifest, the live one's where none is named."""
-        return self._run(self._calls.manifest(model, version))
-
-    def predict(
-        self, model: str, inputs: npt.ArrayLike, mask: npt.ArrayLike | None = None, layout: str = "NWC"
-    ) -> Floats:
-        """The stateless full forward pass over [T,F] or [B,T,F]."""
-        return self._run(self._calls.predict(model, inputs, mask, layout))
-
-    def step_many(
+    def __init__(
         self,
-        model: str,
-        sessions: Sequence[str],
-        inputs: npt.ArrayLike,
-        seqs: Sequence[int | None] | None = None,
-    ) -> BatchAnswer:
-        """One step for each of K sessions, inputs [K,F]. Without `seqs` a lost answer is not asked for again."""
-        return self._run(self._calls.step_many(model, sessions, inputs, seqs))
+        url: str,
+        key: str | None = None,
+        timeout_s: float = 30.0,
+        retry: Retry | None = None,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        self.calls = Calls(retry or Retry())
+        self._transport = Transport(Target(url, key, tls), timeout_s)
 
-    def sessions(self, model: str, prefix: str = "") -> list[str]:
-        """Ids of all sessions that start with `prefix`."""
-        return self._run(self._calls.sessions(model, prefix))
+    wait_ready = waiting(Calls.wait_ready)
+    models = waiting(Calls.models)
+    manifest = waiting(Calls.manifest)
+    predict = waiting(Calls.predict)
+    step_many = waiting(Calls.step_many)
+    sessions = waiting(Calls.sessions)
 
-    def session(self, model: str, session: str) -> "Session":
-        """A session by its id; it begins with its first step or `create`."""
-        return Session(self, model, session)
+    def session(self, model: str, session: str | None = None, *, keep: bool | None = None) -> "Session":
+        """A session by its id; it begins with its first step.
+
+        Args:
+            model: The model.
+            session: Its id; None: a new one.
+            keep: Whether the session outlives a `with` block. By default one whose id you gave does, and one without
+                is ended, as nobody could find it again.
+        """
+        return Session(self._transport, SessionCalls(self.calls, model, session or new_id()), _kept(session, keep))
 
     def create(
         self,
@@ -84,22 +103,34 @@ class Client:
         version: int | None = None,
         ttl_s: float | None = None,
     ) -> "Session":
-        """Create a session; without an id it gets one.
+        """Create a session.
+
+        Args:
+            model: The model.
+            session: Its id; None: a new one.
+            examples: N; by default the first step decides.
+            version: The model version; by default the live one.
+            ttl_s: Seconds without a step after which the session is forgotten.
 
         Raises:
             SessionExists.
         """
-        made = Session(self, model, session or secrets.token_urlsafe(16))
-        self._run(made._calls.create(_given(examples=examples, version=version, ttl_s=ttl_s), session is None))
+        made = self.session(model, session)
+        fields = {"examples": examples, "version": version, "ttl_s": ttl_s}
+        made.run(made.calls.create(fields, own_id=session is None))
         return made
 
     def stream(self, model: str) -> Stream:
         """A WebSocket for any number of the model's sessions."""
-        return Stream(self._target, model, None)
+        return Stream(self._transport, self.calls, model)
+
+    def run(self, steps: Steps[T]) -> T:
+        """Carry out a call of stepcast.calls."""
+        return self._transport.run(steps)
 
     def close(self) -> None:
         """Give connections back."""
-        self._http.close()
+        self._transport.close()
 
     def __enter__(self) -> Self:
         return self
@@ -107,144 +138,94 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _run(self, steps: Steps[T]) -> T:
-        try:
-            asked = next(steps)
-            while True:
-                asked = steps.send(self._carry(asked))
-        except StopIteration as stop:
-            return stop.value  # type: ignore[no-any-return]
-
-    def _carry(self, asked: Call | Pause) -> Reply | Broken | None:
-        if isinstance(asked, Pause):
-            time.sleep(asked.seconds)
-            return None
-        try:
-            response = self._http.request(asked.method, asked.path, content=_body(asked))
-        except httpx.TransportError as error:
-            return Broken(f"{type(error).__name__}: {error}")
-        return Reply(response.status_code, response.content, response.headers)
-
 
 class Session:
-    """One session of a model, for synchronous code; made by Client.session."""
+    """One session of a model, for synchronous code; made by Client.session.
 
-    def __init__(self, client: Client, model: str, session: str) -> None:
-        self._client = client
-        self._calls = SessionCalls(client._calls, model, session)
-        self.model, self.id = model, session
+    Threads may share it, their calls take turns. In a `with` block: see `Client.session` on what remains.
 
-    def info(self) -> dict[str, Any]:
-        """Step, examples, version, size and times."""
-        return self._client._run(self._calls.info())
+    Attributes:
+        model: The model's name.
+        id: The session's id.
+    """
 
-    def step(
-        self,
-        inputs: npt.ArrayLike,
-        mask: npt.ArrayLike | None = None,
-        layout: str = "NWC",
-        version_policy: str | None = None,
-    ) -> Answer:
-        """Advance by [F], [N,F] or [N,T,F] (rnnTimeStep); applied exactly once, however often it must be sent."""
-        return self._client._run(self._calls.step(inputs, mask, layout, version_policy))
+    def __init__(self, transport: Transport, calls: SessionCalls, keep: bool) -> None:
+        self.calls = calls
+        self.model, self.id = calls.model, calls.session
+        self._transport, self._keep = transport, keep
+        self._turn = threading.Lock()
 
-    def rollout(
-        self,
-        steps: int,
-        inputs: npt.ArrayLike | None = None,
-        *,
-        commit: bool = False,
-        temperature: float = 0.0,
-        seed: int | None = None,
-    ) -> Forecast:
-        """Run free, feeding predictions back; `inputs` [H,F] or [N,H,F] are what is known of the future."""
-        return self._client._run(self._calls.rollout(steps, inputs, commit, temperature, seed))
+    info = waiting(SessionCalls.info)
+    step = waiting(SessionCalls.step)
+    rollout = waiting(SessionCalls.rollout)
+    get_state = waiting(SessionCalls.get_state)
+    set_state = waiting(SessionCalls.set_state)
+    get_layer = waiting(SessionCalls.get_layer)
+    set_layer = waiting(SessionCalls.set_layer)
+    clear = waiting(SessionCalls.clear)
+    checkpoint = waiting(SessionCalls.checkpoint)
+    checkpoints = waiting(SessionCalls.checkpoints)
+    rewind = waiting(SessionCalls.rewind)
+    end = waiting(SessionCalls.end)
 
-    def get_state(self) -> SessionState:
-        """All layers' state (rnnGetPreviousState)."""
-        return self._client._run(self._calls.get_state())
-
-    def set_state(self, state: State | SessionState) -> None:
-        """Set all layers' state (rnnSetPreviousState)."""
-        self._client._run(self._calls.set_state(state))
-
-    def clear(self) -> None:
-        """Forget the state (rnnClearPreviousState)."""
-        self._client._run(self._calls.clear())
-
-    def fork(self, to: str | None = None) -> "Session":
-        """A new session with the same state."""
-        return Session(self._client, self.model, self._client._run(self._calls.fork(to)))
-
-    def checkpoint(self, name: str | None = None) -> str:
-        """Name the session as it is now; the name."""
-        return self._client._run(self._calls.checkpoint(name))
-
-    def checkpoints(self) -> dict[str, int]:
-        """Step by checkpoint."""
-        return self._client._run(self._calls.checkpoints())
-
-    def rewind(self, to: str) -> None:
-        """Go back to a checkpoint."""
-        self._client._run(self._calls.rewind(to))
-
-    def end(self) -> None:
-        """End and forget the session."""
-        self._client._run(self._calls.end())
+    def fork(self, to: str | None = None, *, keep: bool | None = None) -> "Session":
+        """A new session with the same state; `to` and `keep` as `Client.session` takes them."""
+        child = SessionCalls(self.calls.calls, self.model, self.run(self.calls.fork(to)))
+        return Session(self._transport, child, _kept(to, keep))
 
     def stream(self) -> Stream:
         """A WebSocket for this session. Step the session through it alone while it is open."""
-        return Stream(self._client._target, self.model, self.id)
+        self.calls.forget_step()
+        return Stream(self._transport, self.calls.calls, self.model, self.id)
+
+    def run(self, steps: Steps[T]) -> T:
+        """Carry out a call of stepcast.calls, when it is its turn."""
+        with self._turn:
+            return self._transport.run(steps)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self._keep:
+            self.run(self.calls.end_if_there())
 
 
 # --- async ----------------------------------------------------------------------------------------------------------
 
 
 class AsyncClient:
-    """A server, for asyncio. Tasks may share it; the steps of one session go one at a time.
+    """A server, for asyncio. Tasks may share it.
 
     Args:
         url: Base URL, http:// or https://.
         key: API key.
         timeout_s: Longest wait for one response.
+        retry: How often, and after which pauses, something is asked again.
+        tls: For https://; None: the system's certificates.
     """
 
-    def __init__(self, url: str, key: str | None = None, timeout_s: float = 30.0) -> None:
-        self._target = Target(url, key)
-        self._http = httpx.AsyncClient(base_url=url, headers=_headers(key), timeout=timeout_s)
-        self._calls = Calls()
-
-    async def models(self) -> list[dict[str, Any]]:
-        """The served models."""
-        return await self._run(self._calls.models())
-
-    async def manifest(self, model: str, version: int | None = None) -> dict[str, Any]:
-        """A version's manifest, the live one's where none is named."""
-        return await self._run(self._calls.manifest(model, version))
-
-    async def predict(
-        self, model: str, inputs: npt.ArrayLike, mask: npt.ArrayLike | None = None, layout: str = "NWC"
-    ) -> Floats:
-        """The stateless full forward pass over [T,F] or [B,T,F]."""
-        return await self._run(self._calls.predict(model, inputs, mask, layout))
-
-    async def step_many(
+    def __init__(
         self,
-        model: str,
-        sessions: Sequence[str],
-        inputs: npt.ArrayLike,
-        seqs: Sequence[int | None] | None = None,
-    ) -> BatchAnswer:
-        """One step for each of K sessions, inputs [K,F]. Without `seqs` a lost answer is not asked for again."""
-        return await self._run(self._calls.step_many(model, sessions, inputs, seqs))
+        url: str,
+        key: str | None = None,
+        timeout_s: float = 30.0,
+        retry: Retry | None = None,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        self.calls = Calls(retry or Retry())
+        self._transport = AsyncTransport(Target(url, key, tls), timeout_s)
 
-    async def sessions(self, model: str, prefix: str = "") -> list[str]:
-        """Ids of all sessions that start with `prefix`."""
-        return await self._run(self._calls.sessions(model, prefix))
+    wait_ready = awaiting(Calls.wait_ready)
+    models = awaiting(Calls.models)
+    manifest = awaiting(Calls.manifest)
+    predict = awaiting(Calls.predict)
+    step_many = awaiting(Calls.step_many)
+    sessions = awaiting(Calls.sessions)
 
-    def session(self, model: str, session: str) -> "AsyncSession":
-        """A session by its id; it begins with its first step or `create`."""
-        return AsyncSession(self, model, session)
+    def session(self, model: str, session: str | None = None, *, keep: bool | None = None) -> "AsyncSession":
+        """A session by its id, as `Client.session`."""
+        return AsyncSession(self._transport, SessionCalls(self.calls, model, session or new_id()), _kept(session, keep))
 
     async def create(
         self,
@@ -255,22 +236,27 @@ class AsyncClient:
         version: int | None = None,
         ttl_s: float | None = None,
     ) -> "AsyncSession":
-        """Create a session; without an id it gets one.
+        """Create a session, as `Client.create`.
 
         Raises:
             SessionExists.
         """
-        made = AsyncSession(self, model, session or secrets.token_urlsafe(16))
-        await self._run(made._calls.create(_given(examples=examples, version=version, ttl_s=ttl_s), session is None))
+        made = self.session(model, session)
+        fields = {"examples": examples, "version": version, "ttl_s": ttl_s}
+        await made.run(made.calls.create(fields, own_id=session is None))
         return made
 
     def stream(self, model: str) -> AsyncStream:
         """A WebSocket for any number of the model's sessions."""
-        return AsyncStream(self._target, model, None)
+        return AsyncStream(self._transport.target, self.calls, self.run, model)
+
+    async def run(self, steps: Steps[T]) -> T:
+        """Carry out a call of stepcast.calls."""
+        return await self._transport.run(steps)
 
     async def close(self) -> None:
         """Give connections back."""
-        await self._http.aclose()
+        await self._transport.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -278,104 +264,58 @@ class AsyncClient:
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
-    async def _run(self, steps: Steps[T]) -> T:
-        try:
-            asked = next(steps)
-            while True:
-                asked = steps.send(await self._carry(asked))
-        except StopIteration as stop:
-            return stop.value  # type: ignore[no-any-return]
-
-    async def _carry(self, asked: Call | Pause) -> Reply | Broken | None:
-        if isinstance(asked, Pause):
-            await asyncio.sleep(asked.seconds)
-            return None
-        try:
-            response = await self._http.request(asked.method, asked.path, content=_body(asked))
-        except httpx.TransportError as error:
-            return Broken(f"{type(error).__name__}: {error}")
-        return Reply(response.status_code, response.content, response.headers)
-
 
 class AsyncSession:
-    """One session of a model, for asyncio; made by AsyncClient.session."""
+    """One session of a model, for asyncio; made by AsyncClient.session.
 
-    def __init__(self, client: AsyncClient, model: str, session: str) -> None:
-        self._client = client
-        self._calls = SessionCalls(client._calls, model, session)
-        self.model, self.id = model, session
+    Tasks may share it, their calls take turns. In an `async with` block: see `Client.session` on what remains.
 
-    async def info(self) -> dict[str, Any]:
-        """Step, examples, version, size and times."""
-        return await self._client._run(self._calls.info())
+    Attributes:
+        model: The model's name.
+        id: The session's id.
+    """
 
-    async def step(
-        self,
-        inputs: npt.ArrayLike,
-        mask: npt.ArrayLike | None = None,
-        layout: str = "NWC",
-        version_policy: str | None = None,
-    ) -> Answer:
-        """Advance by [F], [N,F] or [N,T,F] (rnnTimeStep); applied exactly once, however often it must be sent."""
-        return await self._client._run(self._calls.step(inputs, mask, layout, version_policy))
+    def __init__(self, transport: AsyncTransport, calls: SessionCalls, keep: bool) -> None:
+        self.calls = calls
+        self.model, self.id = calls.model, calls.session
+        self._transport, self._keep = transport, keep
+        self._turn = asyncio.Lock()
 
-    async def rollout(
-        self,
-        steps: int,
-        inputs: npt.ArrayLike | None = None,
-        *,
-        commit: bool = False,
-        temperature: float = 0.0,
-        seed: int | None = None,
-    ) -> Forecast:
-        """Run free, feeding predictions back; `inputs` [H,F] or [N,H,F] are what is known of the future."""
-        return await self._client._run(self._calls.rollout(steps, inputs, commit, temperature, seed))
+    info = awaiting(SessionCalls.info)
+    step = awaiting(SessionCalls.step)
+    rollout = awaiting(SessionCalls.rollout)
+    get_state = awaiting(SessionCalls.get_state)
+    set_state = awaiting(SessionCalls.set_state)
+    get_layer = awaiting(SessionCalls.get_layer)
+    set_layer = awaiting(SessionCalls.set_layer)
+    clear = awaiting(SessionCalls.clear)
+    checkpoint = awaiting(SessionCalls.checkpoint)
+    checkpoints = awaiting(SessionCalls.checkpoints)
+    rewind = awaiting(SessionCalls.rewind)
+    end = awaiting(SessionCalls.end)
 
-    async def get_state(self) -> SessionState:
-        """All layers' state (rnnGetPreviousState)."""
-        return await self._client._run(self._calls.get_state())
-
-    async def set_state(self, state: State | SessionState) -> None:
-        """Set all layers' state (rnnSetPreviousState)."""
-        await self._client._run(self._calls.set_state(state))
-
-    async def clear(self) -> None:
-        """Forget the state (rnnClearPreviousState)."""
-        await self._client._run(self._calls.clear())
-
-    async def fork(self, to: str | None = None) -> "AsyncSession":
-        """A new session with the same state."""
-        return AsyncSession(self._client, self.model, await self._client._run(self._calls.fork(to)))
-
-    async def checkpoint(self, name: str | None = None) -> str:
-        """Name the session as it is now; the name."""
-        return await self._client._run(self._calls.checkpoint(name))
-
-    async def checkpoints(self) -> dict[str, int]:
-        """Step by checkpoint."""
-        return await self._client._run(self._calls.checkpoints())
-
-    async def rewind(self, to: str) -> None:
-        """Go back to a checkpoint."""
-        await self._client._run(self._calls.rewind(to))
-
-    async def end(self) -> None:
-        """End and forget the session."""
-        await self._client._run(self._calls.end())
+    async def fork(self, to: str | None = None, *, keep: bool | None = None) -> "AsyncSession":
+        """A new session with the same state; `to` and `keep` as `Client.session` takes them."""
+        child = SessionCalls(self.calls.calls, self.model, await self.run(self.calls.fork(to)))
+        return AsyncSession(self._transport, child, _kept(to, keep))
 
     def stream(self) -> AsyncStream:
         """A WebSocket for this session. Step the session through it alone while it is open."""
-        return AsyncStream(self._client._target, self.model, self.id)
+        self.calls.forget_step()
+        return AsyncStream(self._transport.target, self.calls.calls, self._transport.run, self.model, self.id)
+
+    async def run(self, steps: Steps[T]) -> T:
+        """Carry out a call of stepcast.calls, when it is its turn."""
+        async with self._turn:
+            return await self._transport.run(steps)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if not self._keep:
+            await self.run(self.calls.end_if_there())
 
 
-def _headers(key: str | None) -> dict[str, str]:
-    headers = {"content-type": MSGPACK, "accept": MSGPACK}
-    return headers if key is None else {**headers, "x-api-key": key}
-
-
-def _body(call: Call) -> bytes | None:
-    return None if call.fields is None else codec.pack(call.fields)
-
-
-def _given(**fields: Any) -> dict[str, Any]:
-    return {name: value for name, value in fields.items() if value is not None}
+def _kept(session: str | None, keep: bool | None) -> bool:
+    return session is not None if keep is None else keep

@@ -1,14 +1,23 @@
-"""Between numpy arrays and messages, for both of the SDK's transports: what is asked, and what was answered."""
+"""Between numpy arrays and messages, over HTTP and on sockets: what is asked, and what was answered."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Generic, Literal, NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
-Floats = npt.NDArray[np.float32]
-State = dict[str, dict[str, npt.NDArray[Any]]]
+from .features import FeatureNames, Floats
+from .inputs import Form
+from .manifest import Manifest, StateTensor
+
+O_co = TypeVar("O_co", covariant=True)
+
+LayerState = dict[str, npt.NDArray[Any]]
+State = dict[str, LayerState]
+Layout = Literal["NWC", "NCW"]
+Rows = Literal["examples", "steps"]
 
 MSGPACK: Final = "application/msgpack"
 _ANSWER_HEAD_BYTES: Final = 24
@@ -16,19 +25,33 @@ _ANSWER_HEAD_BYTES: Final = 24
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """The answer to a step: outputs of the inputs' rank (NaN where masked), and the number of its last step."""
+class Answer(Generic[O_co]):
+    """The answer to a step.
 
-    outputs: Floats
+    Attributes:
+        outputs: In the form of the inputs: an array of the same rank, a dict, a list of dicts, or a DataFrame. NaN
+            where masked.
+        step: The number of steps that the session has taken.
+        version: The model version that answered.
+    """
+
+    outputs: O_co
     step: int
     version: int
 
 
 @dataclass(frozen=True, slots=True)
-class Forecast:
-    """The answer to a rollout: outputs (N, H, O), for a classifier also the chosen classes per example."""
+class Forecast(Generic[O_co]):
+    """The answer to a rollout.
 
-    outputs: Floats
+    Attributes:
+        outputs: An array (N, H, O), or columns [N,H] by name where what is known of the future was named.
+        step: The number of steps that the session has taken; H more if the rollout was committed.
+        version: The model version that answered.
+        classes: Of a classifier, the chosen classes of each example.
+    """
+
+    outputs: O_co
     step: int
     version: int
     classes: list[list[str]] | None
@@ -36,7 +59,15 @@ class Forecast:
 
 @dataclass(frozen=True, slots=True)
 class SessionState:
-    """A session's state, layer by key, each (N, *shape), and what it belongs to."""
+    """A session's state and what it belongs to.
+
+    Attributes:
+        state: Arrays (N, *shape) by layer, then by key.
+        step: The number of steps that the session had taken.
+        examples: N.
+        version: The model version.
+        fingerprint: Of the model's graph and state tensors; a state fits where it is the same.
+    """
 
     state: State
     step: int
@@ -45,13 +76,18 @@ class SessionState:
     fingerprint: str
 
 
-@dataclass(frozen=True, slots=True)
-class StepInputs:
-    """A step's fields, and its size: N examples, T steps."""
+class StepInputs(NamedTuple):
+    """A step's fields, its size (N examples, T steps), and the form of its inputs.
+
+    Attributes:
+        alone: The inputs had no axis of examples, though the message has one.
+    """
 
     fields: dict[str, Any]
     examples: int
     steps: int
+    form: Form[Any]
+    alone: bool
 
     def answer_bytes(self, n_outputs: int) -> int:
         """Size of the answer as the server keeps it."""
@@ -74,34 +110,40 @@ def unpack(data: bytes) -> dict[str, Any]:
     return message
 
 
-def step_inputs(inputs: npt.ArrayLike, mask: npt.ArrayLike | None, layout: str) -> StepInputs:
-    """The fields of a step of [F], [N,F] or [N,T,F] (`layout` NWC) or [N,F,T] (NCW); None and NaN are missing.
+def step_inputs(
+    form: Form[Any], names: FeatureNames | None, mask: npt.ArrayLike | None, layout: Layout, rows: Rows
+) -> StepInputs:
+    """The fields of a step.
 
     Raises:
-        ValueError: the inputs are not an array of numbers of rank 1 to 3.
+        ValueError: the inputs do not have rank 1 to 3, or `layout` or `rows` do not fit them.
     """
-    x = as_floats(inputs)
+    x = form.array(names)
     if x.ndim not in (1, 2, 3):
         raise ValueError(f"inputs have rank {x.ndim}, want [F], [N,F] or [N,T,F]")
+    if rows not in ("examples", "steps"):
+        raise ValueError(f"rows is {rows!r}, want 'examples' or 'steps'")
+    alone = rows == "steps"
+    if alone and x.ndim != 2:
+        raise ValueError(f"rows='steps' is for inputs of rank 2, [T,F]; these have rank {x.ndim}")
+    x = x[None] if alone else x
     fields: dict[str, Any] = {"inputs": x}
     if mask is not None:
-        fields["mask"] = np.asarray(mask).astype(int).tolist()
-    if layout != "NWC":
+        flags = np.asarray(mask).astype(int)
+        fields["mask"] = (flags[None] if alone and flags.ndim == 1 else flags).tolist()
+    if layout_of(form, layout) != "NWC":
         fields["format"] = layout
     steps = x.shape[2 if layout == "NCW" else 1] if x.ndim == 3 else 1
-    return StepInputs(fields, 1 if x.ndim == 1 else x.shape[0], steps)
+    return StepInputs(fields, 1 if x.ndim == 1 else x.shape[0], steps, form, alone)
 
 
-def as_floats(values: npt.ArrayLike) -> Floats:
-    """An array of float32; None becomes NaN.
-
-    Raises:
-        ValueError: it is ragged, or has values that are not numbers.
-    """
-    try:
-        return np.asarray(values, np.float32, order="C")
-    except TypeError:  # there is a None
-        return np.asarray(values, object).astype(np.float32, order="C")
+def layout_of(form: Form[Any], layout: Layout) -> Layout:
+    """The layout, refused with ValueError where it is unknown or the inputs have none."""
+    if layout not in ("NWC", "NCW"):
+        raise ValueError(f"layout is {layout!r}, want 'NWC' or 'NCW'")
+    if form.named and layout != "NWC":
+        raise ValueError("layout is for arrays: named inputs have no axis of features")
+    return layout
 
 
 def outputs(message: dict[str, Any]) -> Floats:
@@ -109,42 +151,55 @@ def outputs(message: dict[str, Any]) -> Floats:
     return np.frombuffer(message["outputs"], "<f4").reshape(message["shape"])
 
 
-def answer(message: dict[str, Any]) -> Answer:
-    """A step's answer."""
-    return Answer(outputs(message), message["step"], message["version"])
+def answer(message: dict[str, Any], asked: StepInputs, names: FeatureNames | None) -> Answer[Any]:
+    """A step's answer, its outputs in the form of the inputs."""
+    y = outputs(message)
+    return Answer(asked.form.outputs(y[0] if asked.alone else y, names), message["step"], message["version"])
 
 
-def forecast(message: dict[str, Any]) -> Forecast:
+def forecast(message: dict[str, Any], form: Form[Any] | None, names: FeatureNames | None) -> Forecast[Any]:
     """A rollout's answer."""
-    return Forecast(outputs(message), message["step"], message["version"], message.get("classes"))
+    y = outputs(message)
+    made = y if form is None else form.outputs(y, names)
+    return Forecast(made, message["step"], message["version"], message.get("classes"))
 
 
-def session_state(message: dict[str, Any], manifest: dict[str, Any]) -> SessionState:
+# --- state ----------------------------------------------------------------------------------------------------------
+
+
+def session_state(message: dict[str, Any], manifest: Manifest) -> SessionState:
     """A state.get's answer; dtypes and shapes are the manifest's."""
-    state: State = {}
-    for tensor in manifest["states"]:
-        raw = message["state"].get(tensor["layer"], {}).get(tensor["key"])
-        if raw is not None:
-            array = np.frombuffer(raw, np.dtype(tensor["dtype"]).newbyteorder("<"))
-            shaped = array.reshape(message["examples"], *tensor["shape"])
-            state.setdefault(tensor["layer"], {})[tensor["key"]] = shaped
+    state = {
+        layer: _arrays(message["state"][layer], manifest.layers[layer], message["examples"])
+        for layer in manifest.layers
+        if layer in message["state"]
+    }
     return SessionState(state, message["step"], message["examples"], message["version"], message["fingerprint"])
 
 
-def state_fields(state: State | SessionState, manifest: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a state.set: of arrays alone, or of what a get gave (with its step number and fingerprint)."""
-    whole = state if isinstance(state, SessionState) else None
-    arrays = whole.state if whole else state
-    assert isinstance(arrays, dict)
-    dtypes = {(tensor["layer"], tensor["key"]): np.dtype(tensor["dtype"]) for tensor in manifest["states"]}
-    packed = {
-        layer: {
-            key: np.ascontiguousarray(value, dtypes.get((layer, key), np.dtype("f4")).newbyteorder("<")).tobytes()
-            for key, value in keys.items()
-        }
-        for layer, keys in arrays.items()
+def layer_state(message: dict[str, Any], manifest: Manifest, layer: str) -> LayerState:
+    """The same of one layer."""
+    return _arrays(message["state"], manifest.layers[layer], message["examples"])
+
+
+def _arrays(raw: Mapping[str, bytes], tensors: Mapping[str, StateTensor], examples: int) -> LayerState:
+    return {
+        key: np.frombuffer(raw[key], np.dtype(tensor.dtype).newbyteorder("<")).reshape(examples, *tensor.shape)
+        for key, tensor in tensors.items()
+        if key in raw
     }
-    if whole is None:
-        return {"state": packed}
-    more = {"step": whole.step, "examples": whole.examples, "version": whole.version, "fingerprint": whole.fingerprint}
-    return {"state": packed, **more}
+
+
+def state_fields(state: Mapping[str, Mapping[str, npt.ArrayLike]] | SessionState, manifest: Manifest) -> dict[str, Any]:
+    """The fields of a state.set: of arrays alone, or of what a get gave (with its step number and fingerprint)."""
+    if not isinstance(state, SessionState):
+        return {"state": {layer: layer_fields(layer, keys, manifest) for layer, keys in state.items()}}
+    more = {"step": state.step, "examples": state.examples, "version": state.version, "fingerprint": state.fingerprint}
+    return {**state_fields(state.state, manifest), **more}
+
+
+def layer_fields(layer: str, state: Mapping[str, npt.ArrayLike], manifest: Manifest) -> dict[str, bytes]:
+    """One layer's arrays as raw bytes; what the manifest does not have is the server's to refuse."""
+    tensors = manifest.layers.get(layer, {})
+    dtypes = {key: np.dtype(tensor.dtype).newbyteorder("<") for key, tensor in tensors.items()}
+    return {k: np.ascontiguousarray(value, dtypes.get(k, np.dtype("<f4"))).tobytes() for k, value in state.items()}

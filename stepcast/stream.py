@@ -7,40 +7,44 @@ the same for synchronous code, on an event loop in a thread of its own.
 import asyncio
 import threading
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, Iterable, Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Final, Self, TypeVar
-from urllib.parse import quote
+from typing import Any, Final, ParamSpec, Self, TypeVar, overload
 
 import msgspec
-import numpy.typing as npt
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
 
 from . import codec
-from .codec import Answer
+from .calls import Calls, Steps
+from .codec import Answer, StepInputs
 from .errors import StepcastError, Unavailable, from_problem
+from .features import FeatureNames, Floats
+from .inputs import Array, Frame, NamedRow, Row, is_frame, rows
+from .progress import Progress, shown
 from .protocol import WINDOW_STEPS, ClientConversation, Request
+from .session_calls import SessionCalls, same_features
+from .stream_steps import AskedStep, asked_step, awaited_send, awaited_step, waiting_send, waiting_step
+from .transport import Transport
+from .wire import Target
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
-FIRST_PAUSE_S: Final = 0.05
-LONGEST_PAUSE_S: Final = 2.0
+GIVE_UP_S: Final = 60.0
+"""How long there may be no connection where the retry policy has no deadline."""
+
+
+# --- on asyncio -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
-    """Where to connect: the server's base URL, and a key."""
+class _Held:
+    """Something that waits until a session's features are known; `answer` is what its caller waits for."""
 
-    url: str
-    key: str | None
-
-    def socket(self, model: str, session: str | None) -> str:
-        """The WebSocket's URL."""
-        base = "ws" + self.url.removeprefix("http").rstrip("/")
-        path = f"/v1/models/{quote(model, safe='')}"
-        return f"{base}{path}/stream" if session is None else f"{base}{path}/sessions/{quote(session, safe='')}/stream"
+    act: Callable[[], None]
+    answer: "asyncio.Future[Any]"
 
 
 class AsyncStream:
@@ -49,15 +53,29 @@ class AsyncStream:
     Leaving the block waits for all answers. While it is open nobody else should step its sessions.
 
     Args:
+        target: The server.
+        calls: What can be asked of it over HTTP; its retry policy is the stream's.
+        run: Carries such a call.
+        model: The model.
         session: The session of all steps; None: each step names its own.
-        give_up_s: How long there may be no connection before what is unanswered fails with Unavailable.
     """
 
-    def __init__(self, target: Target, model: str, session: str | None, give_up_s: float = 60.0) -> None:
+    def __init__(
+        self,
+        target: Target,
+        calls: Calls,
+        run: Callable[[Steps[FeatureNames]], Awaitable[FeatureNames]],
+        model: str,
+        session: str | None = None,
+    ) -> None:
         self._target, self._url, self._session = target, target.socket(model, session), session
-        self._give_up_s = give_up_s
-        self._talk = ClientConversation()
+        self._calls, self._run, self._model = calls, run, model
+        self._give_up_s = calls.retry.deadline_s or GIVE_UP_S
+        self._talk = ClientConversation(calls.retry.attempts)
         self._waiting: dict[Request, asyncio.Future[dict[str, Any]]] = {}
+        self._names: dict[str, FeatureNames] = {}
+        self._held: dict[str, list[_Held]] = {}
+        self._lookups: set[asyncio.Task[None]] = set()
         self._n_outputs: int | None = None
         self._news = asyncio.Event()
         self._idle = asyncio.Event()
@@ -66,47 +84,53 @@ class AsyncStream:
 
     # --- for the caller -----------------------------------------------------------------------------------------
 
-    def send(
-        self,
-        inputs: npt.ArrayLike,
-        mask: npt.ArrayLike | None = None,
-        *,
-        layout: str = "NWC",
-        session: str | None = None,
-    ) -> "asyncio.Future[Answer]":
-        """Put a step on its way; its future has the answer. Steps of a session are applied in the order of calls."""
-        asked = codec.step_inputs(inputs, mask, layout)
-        size = None if self._n_outputs is None else asked.answer_bytes(self._n_outputs)
-        request = Request(self._name(session), "step", asked.fields, asked.steps, size)
-        answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self._ask(request).add_done_callback(lambda made: self._stepped(made, answer))
+    send = awaited_send(asked_step)
+    step = awaited_step(asked_step)
+
+    def put(self, asked: AskedStep[T]) -> "asyncio.Future[Answer[T]]":
+        """Put a step on its way; its future has the answer."""
+        session = self._name(asked.session)
+        answer: asyncio.Future[Answer[T]] = asyncio.get_running_loop().create_future()
+        self._in_turn(session, answer, lambda: self._put(session, asked, answer), asked.form.named)
         return answer
 
-    async def step(
-        self,
-        inputs: npt.ArrayLike,
-        mask: npt.ArrayLike | None = None,
-        *,
-        layout: str = "NWC",
-        session: str | None = None,
-    ) -> Answer:
-        """Advance a session and wait for the answer."""
-        return await self.send(inputs, mask, layout=layout, session=session)
+    @overload
+    def map(self, inputs: Frame, *, progress: Progress = False) -> AsyncIterator[Answer[NamedRow]]: ...
+    @overload
+    def map(
+        self, inputs: Floats | AsyncIterable[Array] | Iterable[Array], *, progress: Progress = False
+    ) -> AsyncIterator[Answer[Floats]]: ...
+    @overload
+    def map(
+        self, inputs: AsyncIterable[Row] | Iterable[Row], *, progress: Progress = False
+    ) -> AsyncIterator[Answer[NamedRow]]: ...
+    async def map(self, inputs: Any, *, progress: Progress = False) -> AsyncIterator[Answer[Any]]:
+        """Step through all inputs, many in flight; the answers in order.
 
-    async def map(self, inputs: AsyncIterable[npt.ArrayLike] | Iterable[npt.ArrayLike]) -> AsyncIterator[Answer]:
-        """Step through all inputs, many in flight; the answers in order."""
-        waiting: deque[asyncio.Future[Answer]] = deque()
-        async for item in _each(inputs):
-            waiting.append(self.send(item))
-            while waiting and (len(waiting) >= 2 * WINDOW_STEPS or waiting[0].done()):
+        Args:
+            inputs: One step's inputs each; of a DataFrame the rows.
+            progress: True: a bar on stderr (needs rich). Or a function that takes how many are answered, and of how
+                many (None: not known).
+        """
+        waiting: deque[asyncio.Future[Answer[Any]]] = deque()
+        with shown(progress, inputs) as answered:
+            async for item in _each(_items(inputs)):
+                waiting.append(self.send(item))
+                while waiting and (len(waiting) >= 2 * WINDOW_STEPS or waiting[0].done()):
+                    yield await waiting.popleft()
+                    answered()
+            while waiting:
                 yield await waiting.popleft()
-        while waiting:
-            yield await waiting.popleft()
+                answered()
 
     async def call(self, op: str, *, session: str | None = None, **fields: Any) -> dict[str, Any]:
         """Another operation (docs/protocol.md); its answer as it is, arrays as raw bytes."""
         steps = int(fields["steps"]) if op == "rollout" and fields.get("commit") else 0
-        return await self._ask(Request(self._name(session), op, fields, steps))
+        name = self._name(session)
+        answer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        request = Request(name, op, fields, steps)
+        self._in_turn(name, answer, lambda: self._ask(request, lambda made: _hand_on(made, answer)))
+        return await answer
 
     # --- life ---------------------------------------------------------------------------------------------------
 
@@ -116,7 +140,7 @@ class AsyncStream:
 
     async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
-            while self._waiting:
+            while self._waiting or self._held or self._lookups:
                 self._idle.clear()
                 await self._idle.wait()
         await self.close()
@@ -127,15 +151,20 @@ class AsyncStream:
             self._task.cancel()
             await asyncio.wait([self._task])
         self._fail(Unavailable("the stream was closed"))
+        if self._lookups:
+            await asyncio.wait(self._lookups)
 
     async def _live(self) -> None:
         """Connect, talk, connect again."""
-        pause_s, silent_since = FIRST_PAUSE_S, asyncio.get_running_loop().time()
+        attempt, silent_since = 0, asyncio.get_running_loop().time()
         while True:
+            attempt += 1
             try:
                 headers = {"x-api-key": self._target.key} if self._target.key else None
-                async with connect(self._url, compression=None, max_size=None, additional_headers=headers) as socket:
-                    pause_s = FIRST_PAUSE_S
+                async with connect(
+                    self._url, compression=None, max_size=None, additional_headers=headers, ssl=self._target.context
+                ) as socket:
+                    attempt = 1
                     await self._converse(socket)
             except InvalidStatus as refused:
                 error = _refusal(refused)
@@ -154,8 +183,7 @@ class AsyncStream:
             if asyncio.get_running_loop().time() - silent_since > self._give_up_s:
                 self._fail(Unavailable(f"{self._url} could not be reached for {self._give_up_s} s"))
                 return
-            await asyncio.sleep(pause_s)
-            pause_s = min(LONGEST_PAUSE_S, 2 * pause_s)
+            await asyncio.sleep(self._calls.retry.pause_s(attempt))
 
     async def _converse(self, socket: ClientConnection) -> None:
         self._talk.connect()
@@ -189,14 +217,21 @@ class AsyncStream:
             raise ValueError("name the session: this stream is for any of them")
         return name
 
-    def _ask(self, request: Request) -> "asyncio.Future[dict[str, Any]]":
+    def _put(self, session: str, asked: AskedStep[T], answer: "asyncio.Future[Answer[T]]") -> None:
+        names = self._names.get(session) if asked.form.named else None
+        made = asked.prepare(names)
+        size = None if self._n_outputs is None else made.answer_bytes(self._n_outputs)
+        request = Request(session, "step", made.fields, made.steps, size)
+        self._ask(request, lambda done: self._stepped(done, made, names, answer))
+
+    def _ask(self, request: Request, then: "Callable[[asyncio.Future[dict[str, Any]]], None]") -> None:
         if self._failure is not None:
             raise self._failure
         future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        future.add_done_callback(then)
         self._waiting[request] = future
         self._talk.ask(request)
         self._go_on()
-        return future
 
     def _go_on(self) -> None:
         """Hand out what is done, begin the pauses, wake the writer."""
@@ -211,33 +246,118 @@ class AsyncStream:
                 future.set_result(request.answer or {})
         self._talk.done.clear()
         for session, seconds in self._talk.pauses:
-            loop.call_later(seconds, self._retry, session)
+            loop.call_later(self._calls.retry.jittered(seconds), self._retry, session)
         self._talk.pauses.clear()
         if self._talk.outgoing:
             self._news.set()
-        if not self._waiting:
+        if not (self._waiting or self._held or self._lookups):
             self._idle.set()
 
     def _retry(self, session: str) -> None:
         self._talk.retry(session)
         self._go_on()
 
-    def _stepped(self, made: "asyncio.Future[dict[str, Any]]", answer: "asyncio.Future[Answer]") -> None:
-        error = made.exception()
-        if error is None:
-            decoded = codec.answer(made.result())
-            self._n_outputs = decoded.outputs.shape[-1]
-        if answer.done():
-            return
+    def _stepped(
+        self,
+        done: "asyncio.Future[dict[str, Any]]",
+        made: StepInputs,
+        names: FeatureNames | None,
+        answer: "asyncio.Future[Any]",
+    ) -> None:
+        error = done.exception()
         if error is not None:
-            answer.set_exception(error)
-        else:
-            answer.set_result(decoded)
+            _fail(answer, error)
+            return
+        message = done.result()
+        self._n_outputs = message["shape"][1 if made.fields.get("format") == "NCW" else -1]
+        if names is not None and names.manifest.version != message["version"]:
+            self._look_up(self._answer_by_version(message, made, names, answer))
+        elif not answer.done():
+            answer.set_result(codec.answer(message, made, names))
 
     def _fail(self, error: StepcastError) -> None:
         self._failure = error
+        for task in self._lookups:
+            task.cancel()
+        for held in self._held.values():
+            for one in held:
+                _fail(one.answer, error)
+        self._held.clear()
         self._talk.fail(error.problem())
         self._go_on()
+
+    # --- names --------------------------------------------------------------------------------------------------
+
+    def _in_turn(
+        self, session: str, answer: "asyncio.Future[Any]", act: Callable[[], None], named: bool = False
+    ) -> None:
+        """Act now or, if features must be known first, when they are: in the order of the caller's calls."""
+        held = self._held.get(session)
+        if held is None and not (named and session not in self._names):
+            act()
+            return
+        if held is None:
+            if self._failure is not None:
+                raise self._failure
+            held = self._held[session] = []
+            self._look_up(self._learn(session))
+        held.append(_Held(act, answer))
+
+    def _look_up(self, what: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(what)
+        self._lookups.add(task)
+        task.add_done_callback(self._looked_up)
+
+    def _looked_up(self, task: "asyncio.Task[None]") -> None:
+        self._lookups.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:  # a defect: no reason to hang
+            self._fail(StepcastError(f"the stream ended: {error!r}"))
+        self._go_on()
+
+    async def _learn(self, session: str) -> None:
+        """Ask for the features of a session's version, then do what is held for it."""
+        failure: StepcastError | None = None
+        try:
+            self._names[session] = await self._run(SessionCalls(self._calls, self._model, session).names())
+        except StepcastError as error:
+            failure = error
+        for held in self._held.pop(session, []):
+            try:
+                if failure is not None:
+                    raise failure
+                held.act()
+            except (StepcastError, ValueError) as error:
+                _fail(held.answer, error)
+
+    async def _answer_by_version(
+        self, message: dict[str, Any], made: StepInputs, names: FeatureNames, answer: "asyncio.Future[Any]"
+    ) -> None:
+        """Answer a step that another version took than its inputs were arranged for."""
+        try:
+            theirs = await self._run(self._calls.names(self._model, message["version"]))
+            answered = codec.answer(message, made, same_features(names, theirs))
+        except StepcastError as error:
+            _fail(answer, error)
+            return
+        if not answer.done():
+            answer.set_result(answered)
+
+
+def _fail(answer: "asyncio.Future[Any]", error: BaseException) -> None:
+    if not answer.done():
+        answer.set_exception(error)
+
+
+def _hand_on(made: "asyncio.Future[T]", answer: "asyncio.Future[T]") -> None:
+    error = made.exception()
+    if error is not None:
+        _fail(answer, error)
+    elif not answer.done():
+        answer.set_result(made.result())
+
+
+def _items(inputs: Any) -> Any:
+    return rows(inputs) if is_frame(inputs) else inputs
 
 
 async def _each(items: AsyncIterable[T] | Iterable[T]) -> AsyncIterator[T]:
@@ -258,45 +378,51 @@ def _refusal(refused: InvalidStatus) -> StepcastError:
         return StepcastError(f"HTTP {response.status_code} instead of a WebSocket")
 
 
-class Stream:
-    """AsyncStream for synchronous code: `with session.stream() as stream`."""
+# --- for synchronous code -------------------------------------------------------------------------------------------
 
-    def __init__(self, target: Target, model: str, session: str | None, give_up_s: float = 60.0) -> None:
-        self._make: Callable[[], AsyncStream] = lambda: AsyncStream(target, model, session, give_up_s)
+
+class Stream:
+    """AsyncStream for synchronous code: `with session.stream() as stream`. Threads may share it."""
+
+    def __init__(self, transport: Transport, calls: Calls, model: str, session: str | None = None) -> None:
+        async def run(steps: Steps[FeatureNames]) -> FeatureNames:
+            return await asyncio.to_thread(transport.run, steps)
+
+        self._make: Callable[[], AsyncStream] = lambda: AsyncStream(transport.target, calls, run, model, session)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="stepcast-stream", daemon=True)
 
-    def send(
-        self,
-        inputs: npt.ArrayLike,
-        mask: npt.ArrayLike | None = None,
-        *,
-        layout: str = "NWC",
-        session: str | None = None,
-    ) -> "Future[Answer]":
-        """Put a step on its way; its future has the answer. Steps of a session are applied in the order of calls."""
-        return self._submit(self._stream.step(inputs, mask, layout=layout, session=session))
+    send = waiting_send(asked_step)
+    step = waiting_step(asked_step)
 
-    def step(
-        self,
-        inputs: npt.ArrayLike,
-        mask: npt.ArrayLike | None = None,
-        *,
-        layout: str = "NWC",
-        session: str | None = None,
-    ) -> Answer:
-        """Advance a session and wait for the answer."""
-        return self.send(inputs, mask, layout=layout, session=session).result()
+    def put(self, asked: AskedStep[T]) -> "Future[Answer[T]]":
+        """Put a step on its way; its future has the answer."""
+        return self._submit(self._answer(asked))
 
-    def map(self, inputs: Iterable[npt.ArrayLike]) -> Iterator[Answer]:
-        """Step through all inputs, many in flight; the answers in order."""
-        waiting: deque[Future[Answer]] = deque()
-        for item in inputs:
-            waiting.append(self.send(item))
-            while waiting and (len(waiting) >= 2 * WINDOW_STEPS or waiting[0].done()):
+    @overload
+    def map(self, inputs: Frame, *, progress: Progress = False) -> Iterator[Answer[NamedRow]]: ...
+    @overload
+    def map(self, inputs: Floats | Iterable[Array], *, progress: Progress = False) -> Iterator[Answer[Floats]]: ...
+    @overload
+    def map(self, inputs: Iterable[Row], *, progress: Progress = False) -> Iterator[Answer[NamedRow]]: ...
+    def map(self, inputs: Any, *, progress: Progress = False) -> Iterator[Answer[Any]]:
+        """Step through all inputs, many in flight; the answers in order.
+
+        Args:
+            inputs: One step's inputs each; of a DataFrame the rows.
+            progress: True: a bar on stderr (needs rich). Or a function that takes how many are answered, and of how
+                many (None: not known).
+        """
+        waiting: deque[Future[Answer[Any]]] = deque()
+        with shown(progress, inputs) as answered:
+            for item in _items(inputs):
+                waiting.append(self.send(item))
+                while waiting and (len(waiting) >= 2 * WINDOW_STEPS or waiting[0].done()):
+                    yield waiting.popleft().result()
+                    answered()
+            while waiting:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+                answered()
 
     def call(self, op: str, *, session: str | None = None, **fields: Any) -> dict[str, Any]:
         """Another operation (docs/protocol.md); its answer as it is, arrays as raw bytes."""
@@ -317,6 +443,9 @@ class Stream:
 
     async def _open(self) -> AsyncStream:
         return await self._make().__aenter__()
+
+    async def _answer(self, asked: AskedStep[T]) -> Answer[T]:
+        return await self._stream.put(asked)
 
     def _submit(self, asked: Coroutine[Any, Any, T]) -> "Future[T]":
         return asyncio.run_coroutine_threadsafe(asked, self._loop)

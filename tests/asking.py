@@ -46,8 +46,7 @@ def ask(
 ) -> "asyncio.Future[Answer]":
     """Ask for a call of x (N, T, F), as doors do: join first, if it is a single step and its caller stays."""
     waiter, x = Waiter(), np.ascontiguousarray(x, np.float32)
-    if x.shape[1] > 1 or mask is not None:
-        sessions.call(address, x, mask, seq, waiter, policy)
-    elif not (stays and sessions.join(address.key, x.tobytes(), seq, waiter)):
-        sessions.step(address, x.tobytes(), len(x), seq, waiter, policy)
+    single = x.shape[1] == 1 and mask is None
+    if not (single and stays and sessions.join(address.key, x.tobytes(), seq, waiter)):
+        sessions.step(address, x, mask, seq, waiter, policy)
     return waiter.future

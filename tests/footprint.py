@@ -29,6 +29,7 @@ from service.records.layout import ANSWER_BYTES, DIGEST_BYTES, HEADER_BYTES, KEP
 from service.records.record import encode_answer, new_record
 from service.store import Write
 from service.store.urls import open_store
+from stepcast.manifest import MODEL_FILE, sha256_of
 from training.config import Config
 from training.export import describe, publish, stage
 from training.network import Network
@@ -73,7 +74,9 @@ def make_model(folder: Path) -> None:
     network = Network.of(config.network, source)
     folder.mkdir()
     staged = stage(network, source, folder)
-    publish(staged, describe(network, source, config, staged, version=1, metrics={}), folder)
+    publish(
+        staged, describe(network, source, config, sha256=sha256_of(staged / MODEL_FILE), version=1, metrics={}), folder
+    )
 
 
 async def fill(url: str, runtime: Runtime, sessions: int) -> tuple[int, int, int]:

@@ -18,7 +18,7 @@ import foreign
 import torch
 
 from service.engine.imports.onnx_graphs import import_onnx
-from stepcast.manifest import Feature, Feedback, Output
+from stepcast.manifest import MODEL_FILE, Feature, Feedback, Output, sha256_of
 from training.config import Config
 from training.data.batch import Batch
 from training.data.source import Split
@@ -291,7 +291,7 @@ def make(kind: str) -> None:
         for weight in network.parameters():
             weight.data += made.spread * torch.randn_like(weight)
     staged = stage(network, source, MODELS)
-    manifest = describe(network, source, config, staged, version=1, metrics={})
+    manifest = describe(network, source, config, sha256=sha256_of(staged / MODEL_FILE), version=1, metrics={})
     publish(staged, manifest, MODELS)
 
 

@@ -41,6 +41,11 @@ def rich(count: int = 4) -> list[Feature]:
     ]
 
 
+def layer_specs(layers: Sequence[dict[str, Any]]) -> list[LayerSpec]:
+    """The `network:` list of a configuration, checked."""
+    return _SPECS.validate_python(list(layers))
+
+
 def network(
     layers: Sequence[dict[str, Any]],
     features: Sequence[Feature] | None = None,
@@ -53,7 +58,7 @@ def network(
     """A network whose every weight, biases included, is not what it was initialised to."""
     torch.manual_seed(seed)
     made = Network(
-        _SPECS.validate_python(list(layers)),
+        layer_specs(layers),
         plain() if features is None else features,
         [Output(name=f"y{i}") for i in range(outputs)],
         classification,

@@ -1,5 +1,6 @@
 """Real Redis servers on free ports of the loopback interface, each ended by its process id; fixtures for them."""
 
+import os
 import re
 import shutil
 import signal
@@ -43,6 +44,8 @@ def _programs() -> dict[str, str]:
 
 PROGRAMS = _programs()
 VERSIONS = tuple(PROGRAMS)
+GIVEN = {"given": os.environ["REDIS_URL"]} if "REDIS_URL" in os.environ else {}
+"""A server that runs already and is to be tested too, as `make test-redis` does; keep to keys of your own."""
 
 
 def program(name: str) -> str:

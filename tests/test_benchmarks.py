@@ -1,6 +1,7 @@
 """The benchmark measures what it says: answers are checked, and a stall is not hidden."""
 
 import argparse
+import asyncio
 import json
 import os
 import socket
@@ -12,13 +13,15 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+from serving import Running
 
 from benchmarks import __main__ as program
-from benchmarks import bare, costs, device, load, machine, model, report, requests, scenarios
+from benchmarks import bare, costs, device, load, machine, model, report, requests, scenarios, sdk
 from benchmarks.contenders import Bench, Contender, Measure
 from benchmarks.rounds import Results
 from benchmarks.servers import Park, StartFailed
 from benchmarks.targets import COSTS, PLAIN_AOF, RATIOS, Cost, Target
+from stepcast import Client
 from stepcast.manifest import read_manifest
 
 Truth = bare.Truth
@@ -292,3 +295,27 @@ def test_a_run_against_another_checkout_measures_both(
     assert 0.1 < gap["new_over_base"]["median"] < 10
     assert "| a gap in every step, HTTP JSON |" in (tmp_path / "both.md").read_text()
     assert "| µs | twin, µs | cost | base: cost | µs, now / base | aim |" in capsys.readouterr().out
+
+
+def test_the_cost_of_the_sdk_is_measured_beside_bare_clients(memory_server: Running) -> None:
+    """Every way steps, in the same rounds; how large the ratios are is the benchmark's affair."""
+    times = sdk.synchronous(memory_server.url, rounds=2, steps=3)
+    times |= asyncio.run(sdk.on_asyncio(memory_server.url, rounds=2, steps=3))
+    assert {len(taken) for taken in times.values()} == {2}
+    with Client(memory_server.url) as client:
+        for session in (
+            "bare",
+            "standard",
+            "httpx",
+            "sdk",
+            "named",
+            "bare-async",
+            "httpx-async",
+            "async",
+            "async-named",
+        ):
+            assert client.session("lstm", session).info()["step"] == 6
+    lines = sdk.table(times, ["http.client", "bare socket"]).splitlines()
+    assert len(lines) == 1 + len(times)
+    assert lines[2].split()[:1] == ["http.client"]
+    assert lines[2].split()[2] == "1.00"

@@ -2,21 +2,29 @@
 
 import asyncio
 import contextlib
+import json
+import shutil
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
-from serving import Process, Running, free_port, running
+from serving import MODELS, Process, Running, free_port, running
 
-from stepcast.client import AsyncClient, Client
+from stepcast import AsyncClient, Client, Retry
+from stepcast.calls import Calls, Pause
 from stepcast.errors import (
     CheckpointNotFound,
     ExamplesMismatch,
     Forbidden,
+    InvalidRequest,
+    LayerNotFound,
     ModelNotFound,
     SessionExists,
     SessionNotFound,
@@ -25,6 +33,7 @@ from stepcast.errors import (
     Unauthorized,
     Unavailable,
 )
+from stepcast.wire import Broken
 
 pytestmark = pytest.mark.service
 
@@ -41,7 +50,7 @@ def client(memory_server: Running) -> Iterator[Client]:
 
 def sequence(client: Client, steps: int, seed: int = 0) -> np.ndarray[Any, Any]:
     """Random inputs (T, F) for the model."""
-    features = len(client.manifest(MODEL)["features"])
+    features = client.manifest(MODEL).n_features
     return np.random.default_rng(seed).standard_normal((steps, features)).astype(np.float32)
 
 
@@ -269,7 +278,10 @@ def test_client_whose_answer_was_lost_steps_once(memory_server: Running, client:
 
 def test_client_without_a_server_says_so() -> None:
     """After its tries; nothing hangs."""
-    with Client(f"http://127.0.0.1:{free_port()}") as client, pytest.raises(Unavailable, match="ConnectError"):
+    with (
+        Client(f"http://127.0.0.1:{free_port()}") as client,
+        pytest.raises(Unavailable, match="ConnectionRefusedError"),
+    ):
         client.models()
 
 
@@ -289,6 +301,260 @@ def test_client_uses_its_key() -> None:
                 assert stream.call("info")["step"] == 1
                 with pytest.raises(Forbidden):
                     stream.step(sequence(client, 1)[0])
+
+
+# --- names ----------------------------------------------------------------------------------------------------------
+
+
+def test_client_steps_by_name_as_by_position(client: Client) -> None:
+    """Numbers, columns, columns of steps, records and a DataFrame: the outputs are those of the arrays, under names."""
+    x = sequence(client, 6)
+    want = client.session(MODEL, "named-0").step(x[None]).outputs[0]
+    one = client.session(MODEL, "named-1")
+    row = dict(zip("uvw", x[0].tolist(), strict=True))
+    answer = one.step(row)
+    assert (answer.step, answer.version) == (1, 1)
+    assert answer.outputs == {"u": pytest.approx(want[0, 0], abs=1e-5), "v": pytest.approx(want[0, 1], abs=1e-5)}
+    columns = {name: x[None, 1:3, i] for i, name in enumerate("wvu"[::-1])}
+    np.testing.assert_allclose(one.step(columns).outputs["v"], want[None, 1:3, 1], **TOLERANCE)
+    frame = pd.DataFrame(x[3:], columns=list("uvw"), index=[10, 20, 30])[["w", "u", "v"]]
+    made = one.step(frame, rows="steps")
+    assert made.step == 6
+    pd.testing.assert_frame_equal(
+        made.outputs, pd.DataFrame(want[3:], columns=["u", "v"], index=[10, 20, 30]), rtol=1e-4
+    )
+    many = client.session(MODEL, "named-2").step([row, row])
+    assert [outputs["u"] for outputs in many.outputs] == pytest.approx([want[0, 0]] * 2, abs=1e-5)
+    wide = pd.DataFrame(x, columns=list("uvw"))
+    np.testing.assert_allclose(client.session(MODEL, "named-3").step(wide).outputs["u"][0], want[0, 0], **TOLERANCE)
+    np.testing.assert_allclose(client.predict(MODEL, wide).to_numpy(), want, **TOLERANCE)
+    batch = client.step_many(MODEL, ["named-4", "not an id"], {name: x[:2, i] for i, name in enumerate("uvw")})
+    np.testing.assert_allclose(batch.outputs["v"], [want[0, 1], np.nan], **TOLERANCE)
+
+
+def test_client_names_the_classes_of_a_classifier(client: Client) -> None:
+    """The likeliest, and the probability of each."""
+    x = np.random.default_rng(1).standard_normal((4, 3)).astype(np.float32)
+    y = client.predict("rnn_loss_classes", x)
+    with client.session("rnn_loss_classes") as session:
+        outputs = session.step(dict(zip("uvw", x[0].tolist(), strict=True))).outputs
+    assert outputs["class"] == ["calm", "gust", "storm"][y[0].argmax()]
+    assert outputs["probabilities"]["gust"] == pytest.approx(y[0, 1], abs=1e-5)
+    frame = client.predict("rnn_loss_classes", pd.DataFrame(x, columns=list("uvw")))
+    assert list(frame["class"]) == [["calm", "gust", "storm"][i] for i in y.argmax(-1)]
+    last = client.predict("last_step", pd.DataFrame(x, columns=list("uvw")))
+    assert list(last.index) == [3]
+
+
+def test_client_lets_names_be_missing_where_the_model_does(client: Client) -> None:
+    """What is left out is NaN; where the model needs it, or does not know it, the error says which."""
+    answer = client.session("policies", "missing-1").step({"v": 1.0})
+    same = client.session("policies", "missing-2").step([None, 1.0, None])
+    np.testing.assert_array_equal([answer.outputs["u"], answer.outputs["v"]], same.outputs)
+    session = client.session(MODEL, "missing-3")
+    with pytest.raises(InvalidRequest, match="leaves out 'u', 'w'"):
+        session.step({"v": 1.0})
+    with pytest.raises(InvalidRequest, match="names 'uu' \\(nearest: 'u'\\)"):
+        session.step({"uu": 1.0, "v": 1.0, "w": 1.0})
+    with pytest.raises(ValueError, match="layout"):
+        session.step({"u": [1.0], "v": [1.0], "w": [1.0]}, layout="NCW")
+    with pytest.raises(SessionNotFound):
+        session.info()
+
+
+def test_client_rolls_out_what_is_named(client: Client) -> None:
+    """What is known of the future by name; the columns are those of the array."""
+    session = client.session(MODEL, "named-rollout")
+    session.step(sequence(client, 1)[0])
+    known = np.full((4, 3), np.nan, np.float32)
+    known[:, 2] = [0.1, 0.2, 0.3, 0.4]
+    want = session.rollout(4, known).outputs
+    np.testing.assert_array_equal(session.rollout(4, {"w": known[:, 2]}).outputs["v"], want[..., 1])
+    assert session.info()["step"] == 1
+
+
+def test_client_names_inputs_as_the_sessions_version_does(tmp_path: Path) -> None:
+    """A session stays on its version when another goes live; the names are its own."""
+    root = tmp_path / "models"
+    shutil.copytree(MODELS / MODEL, root / MODEL)
+    with running(store="memory://", models=root, repository_poll_s=0.05) as server, Client(server.url) as client:
+        old = client.session(MODEL, "old")
+        x = sequence(client, 2)
+        row = dict(zip("uvw", x[0].tolist(), strict=True))
+        old.step(row)
+        with next_version(root, {"u": "first", "v": "second", "w": "third"}):
+            deadline = time.monotonic() + 20
+            while client.manifest(MODEL).version == 1 and time.monotonic() < deadline:
+                time.sleep(0.05)
+        assert old.step(row).version == 1
+        new = client.session(MODEL, "new")
+        answer = new.step({"first": row["u"], "second": row["v"], "third": row["w"]})
+        assert answer.version == 2
+        assert set(answer.outputs) == {"u", "v"}
+        with client.stream(MODEL) as stream:
+            assert stream.step(row, session="old").step == 3
+            assert stream.step({"first": 1.0, "second": 1.0, "third": 1.0}, session="new").version == 2
+            with pytest.raises(InvalidRequest, match="names 'u'"):
+                stream.step(row, session="other")
+
+
+@contextlib.contextmanager
+def next_version(root: Path, names: dict[str, str]) -> Iterator[None]:
+    """Put a version 2 beside version 1 whose features have other names."""
+    made = root / ".next"
+    shutil.copytree(root / MODEL / "1", made)
+    manifest = json.loads((made / "manifest.json").read_text())
+    manifest["version"], manifest["feedback"] = 2, []
+    for feature in manifest["features"]:
+        feature["name"] = names[feature["name"]]
+    (made / "manifest.json").write_text(json.dumps(manifest))
+    made.rename(root / MODEL / "2")
+    yield
+
+
+# --- the rest of a session ------------------------------------------------------------------------------------------
+
+
+def test_client_gets_and_sets_one_layer(client: Client) -> None:
+    """The other layers stay; an unknown layer is the server's error."""
+    session = client.session("stacked", "layers")
+    session.step(np.ones(3))
+    before = session.get_state()
+    layer = session.get_layer("gru_0")
+    np.testing.assert_array_equal(layer["h"], before.state["gru_0"]["h"])
+    assert session.set_layer("gru_0", {"h": np.full_like(layer["h"], 0.5)})["step"] == 1
+    after = session.get_state()
+    np.testing.assert_array_equal(after.state["gru_0"]["h"], np.full_like(layer["h"], 0.5))
+    np.testing.assert_array_equal(after.state["lstm_0"]["c"], before.state["lstm_0"]["c"])
+    with pytest.raises(LayerNotFound):
+        session.get_layer("none")
+    with pytest.raises(LayerNotFound):
+        session.set_layer("none", {"h": [[1.0]]})
+
+
+def test_a_block_ends_the_session_that_has_no_name(client: Client) -> None:
+    """A session whose id the caller gave stays, another is ended; `keep` decides otherwise; ending twice is well."""
+    x = sequence(client, 1)[0]
+    with client.session(MODEL) as nameless, client.session(MODEL, "block-kept") as kept:
+        nameless.step(x)
+        kept.step(x)
+        child, named = nameless.fork(), nameless.fork("block-child")
+    with pytest.raises(SessionNotFound):
+        nameless.info()
+    assert kept.info()["step"] == named.info()["step"] == child.info()["step"] == 1
+    with kept.fork() as child:
+        pass
+    with pytest.raises(SessionNotFound):
+        child.info()
+    with client.session(MODEL, "block-gone", keep=False) as gone, client.session(MODEL, keep=True) as stays:
+        stays.step(x)
+        gone.step(x)
+        gone.end()
+    assert stays.info()["step"] == 1
+    with client.session(MODEL):
+        pass
+
+
+def test_a_session_goes_on_after_its_stream(client: Client) -> None:
+    """It asks how far the stream has brought it."""
+    x = sequence(client, 3)
+    session = client.session(MODEL, "after-stream")
+    session.step(x[0])
+    with session.stream() as stream:
+        stream.step(x[1])
+    assert session.step(x[2]).step == 3
+
+
+def test_threads_share_a_client_and_a_session(memory_server: Running, client: Client) -> None:
+    """Eight threads, a session each and one for all: every step once, every answer its own."""
+    x = sequence(client, 30)
+    want = client.predict(MODEL, x)
+    shared = client.session(MODEL, "threads-shared")
+    taken: list[int] = []
+
+    def play(number: int) -> None:
+        session = client.session(MODEL, f"threads-{number}")
+        for t, row in enumerate(x):
+            np.testing.assert_allclose(session.step(row).outputs, want[t], **TOLERANCE)
+            taken.append(shared.step(row).step)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(play, range(8)))
+    assert sorted(taken) == list(range(1, 8 * 30 + 1))
+    assert shared.info()["step"] == 8 * 30
+
+
+def test_tasks_share_a_session(memory_server: Running, client: Client) -> None:
+    """Their steps take turns."""
+    x = sequence(client, 1)[0]
+
+    async def play() -> list[int]:
+        async with AsyncClient(memory_server.url) as there, there.session(MODEL) as session:
+            return [answer.step for answer in await asyncio.gather(*[session.step(x) for _ in range(20)])]
+
+    assert sorted(asyncio.run(play())) == list(range(1, 21))
+
+
+# --- patience -------------------------------------------------------------------------------------------------------
+
+
+def test_wait_ready_waits_for_the_server(spawn: Callable[..., Process]) -> None:
+    """A client may be there first."""
+    port = free_port()
+    with Client(f"http://127.0.0.1:{port}") as client, ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(client.wait_ready, 30)
+        with pytest.raises(TimeoutError):
+            waiting.result(0.3)
+        spawn("memory://", port=port)
+        waiting.result(30)
+        assert client.models()
+    with (
+        Client(f"http://127.0.0.1:{free_port()}") as client,
+        pytest.raises(Unavailable, match=r"not ready within 0\.3 s"),
+    ):
+        client.wait_ready(0.3)
+
+
+def test_retry_doubles_its_pauses_up_to_the_longest() -> None:
+    """What the server asks for comes in place of the first; a random part is added."""
+    exact = Retry(first_pause_s=0.1, longest_pause_s=0.5, jitter=0)
+    assert [exact.pause_s(attempt) for attempt in (1, 2, 3, 4)] == pytest.approx([0.1, 0.2, 0.4, 0.5])
+    assert exact.pause_s(2, asked_s=0.2) == pytest.approx(0.4)
+    pauses = [Retry(first_pause_s=0.1, jitter=0.5).pause_s(1) for _ in range(1000)]
+    assert 0.1 <= min(pauses) < 0.105 < 0.145 < max(pauses) <= 0.15
+    for wrong in ({"attempts": 0}, {"jitter": -1.0}, {"deadline_s": 0.0}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} is"):
+            Retry(**wrong)
+
+
+def test_retry_ends_with_its_attempts_or_its_deadline() -> None:
+    """On a clock of the test's: no call goes on beyond the deadline, and none is sent with a longer timeout."""
+    now = 0.0
+
+    def play(policy: Retry, timeouts: list[float | None]) -> None:
+        nonlocal now
+        steps = Calls(policy, lambda: now).models()
+        asked = next(steps)
+        while True:
+            if isinstance(asked, Pause):
+                now += asked.seconds
+                asked = steps.send(None)
+            else:
+                timeouts.append(asked.timeout_s)
+                asked = steps.send(Broken("gone"))
+
+    def ask(policy: Retry) -> tuple[int, list[float | None]]:
+        timeouts: list[float | None] = []
+        with pytest.raises(Unavailable, match="gone"):
+            play(policy, timeouts)
+        return len(timeouts), timeouts
+
+    assert ask(Retry(attempts=3)) == (3, [None] * 3)
+    started = now
+    sent, timeouts = ask(Retry(attempts=100, first_pause_s=1, longest_pause_s=1, jitter=0, deadline_s=4.5))
+    assert sent == 5
+    assert timeouts == pytest.approx([4.5, 3.5, 2.5, 1.5, 0.5])
+    assert now - started == pytest.approx(4)
 
 
 # --- streams --------------------------------------------------------------------------------------------------------
@@ -353,17 +619,79 @@ def test_stream_survives_a_drain(spawn: Callable[..., Process], tmp_path: Path) 
         np.testing.assert_allclose([answer.outputs for answer in answers], client.predict(MODEL, x), **TOLERANCE)
 
 
-def test_stream_refuses_steps_behind_a_refused_one(client: Client) -> None:
+def test_stream_refuses_steps_behind_a_refused_one(memory_server: Running, client: Client) -> None:
     """They were meant for another state; the next call goes on where the session is."""
     x = sequence(client, 3)
-    with client.session(MODEL, "stream-refused").stream() as stream:
-        stream.step(x[0])
-        bad, behind = stream.send([1.0]), stream.send(x[1])
-        with pytest.raises(ShapeMismatch):
-            bad.result()
-        with pytest.raises(StepConflict):
-            behind.result()
-        assert stream.step(x[1]).step == 2
+
+    async def play() -> None:
+        async with AsyncClient(memory_server.url) as there, there.session(MODEL, "refused").stream() as stream:
+            await stream.step(x[0])
+            bad, behind = stream.send([1.0]), stream.send(x[1])
+            with pytest.raises(ShapeMismatch):
+                await bad
+            with pytest.raises(StepConflict):
+                await behind
+            assert (await stream.step(x[1])).step == 2
+
+    asyncio.run(play())
+
+
+def test_stream_takes_names(client: Client) -> None:
+    """Records, columns and the rows of a DataFrame, between arrays and in their order; a wrong name is that step's."""
+    x = sequence(client, 40)
+    want = client.predict(MODEL, x)
+    records = [dict(zip("uvw", row.tolist(), strict=True)) for row in x]
+    with client.session(MODEL, "stream-named").stream() as stream:
+        futures = [stream.send(records[0]), stream.send(x[1]), stream.send(records[2])]
+        assert [future.result().step for future in futures] == [1, 2, 3]
+        assert futures[2].result().outputs["u"] == pytest.approx(want[2, 0], abs=1e-5)
+        got = [answer.outputs["v"] for answer in stream.map(records[3:20])]
+        got += [answer.outputs["v"] for answer in stream.map(pd.DataFrame(x[20:], columns=list("uvw")))]
+        np.testing.assert_allclose(got, want[3:, 1], **TOLERANCE)
+        with pytest.raises(InvalidRequest, match="nearest: 'u'"):
+            stream.step({"uu": 1.0})
+        assert stream.step(records[0]).step == 41
+        assert stream.call("info")["step"] == 41
+
+
+def test_stream_sends_what_was_given_though_the_buffer_is_filled_anew(client: Client) -> None:
+    """A caller may use one array, or one dict, for all readings."""
+    x = sequence(client, 60)
+    want = client.predict(MODEL, x)
+    buffer, row = np.empty(3, np.float32), dict.fromkeys("uvw", 0.0)
+    with client.session(MODEL).stream() as stream:
+        futures = []
+        for values in x[:30]:
+            buffer[:] = values
+            futures.append(stream.send(buffer))
+        named = []
+        for values in x[30:]:
+            row.update(zip("uvw", values.tolist(), strict=True))
+            named.append(stream.send(row))
+        np.testing.assert_allclose([future.result().outputs for future in futures], want[:30], **TOLERANCE)
+        np.testing.assert_allclose([future.result().outputs["v"] for future in named], want[30:, 1], **TOLERANCE)
+
+
+def test_stream_with_names_of_an_unknown_model_fails(client: Client) -> None:
+    """By the error of the look-up, for what was held behind it too; leaving the block does not hang."""
+    with client.stream("nothing") as stream:
+        waiting = [stream.send({"u": 1.0}, session="s") for _ in range(3)]
+        for future in waiting:
+            with pytest.raises(ModelNotFound):
+                future.result(20)
+
+
+def test_stream_shows_progress_on_request(client: Client, capsys: pytest.CaptureFixture[str]) -> None:
+    """A function hears of each answer; True draws a bar on stderr; by default nothing is said."""
+    x = sequence(client, 5)
+    told: list[tuple[int, int | None]] = []
+    with client.session(MODEL).stream() as stream:
+        assert len(list(stream.map(x, progress=lambda answered, total: told.append((answered, total))))) == 5
+        assert told == [(answered, 5) for answered in range(1, 6)]
+        assert [answer.step for answer in stream.map(iter(list(x)))] == [6, 7, 8, 9, 10]
+        assert capsys.readouterr() == ("", "")
+        assert len(list(stream.map((row for row in x), progress=True))) == 5
+    assert "5/" in capsys.readouterr().err
 
 
 def test_stream_of_an_unknown_model_fails_at_once(client: Client) -> None:

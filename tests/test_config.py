@@ -107,7 +107,7 @@ def test_every_recipe_is_a_legal_configuration(recipe: Path) -> None:
         ),
         ({"training": {"tbptt_forward": 5}}, "training: tbptt lengths are set, but backprop is 'standard'"),
         ({"training": {"epochs": 0}}, "training.epochs: Input should be greater than or equal to 1"),
-        ({"training": {"lerning_rate": 0.1}}, "training.lerning_rate: Extra inputs are not permitted"),
+        ({"training": {"lerning_rate": 0.1}}, "training.lerning_rate: unknown. Did you mean learning_rate?"),
         ({"data": {"kind": "tabel"}}, "data: Input tag 'tabel'"),
     ],
 )

@@ -23,6 +23,7 @@ pytestmark = pytest.mark.service
 
 README = ROOT / "README.md"
 PROTOCOL = ROOT / "docs" / "protocol.md"
+SDK = ROOT / "docs" / "sdk.md"
 _BLOCK = re.compile(r"```console\n(.*?)```", re.DOTALL)
 _CHANGING = {"created_at", "used_at", "expires_at"}
 
@@ -112,6 +113,23 @@ def test_protocol_frames_are_answered_as_the_page_shows(url: str) -> None:
             answers = [json.loads(socket.recv(timeout=20)) for _ in sent]
         by_id = {answer["id"]: answer for answer in answers}
         assert [alike(by_id[json.loads(line)["id"]], json.loads(line)) for line in shown] == [True] * len(sent), answers
+
+
+def test_sdk_snippets_print_what_the_page_shows(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """All Python blocks of docs/sdk.md, in order, as one program; a text block is what was printed since the last."""
+    text = SDK.read_text()
+    names: dict[str, Any] = {"url": url}
+    try:
+        for kind, block in re.findall(r"```(python|text)\n(.*?)```", text, re.DOTALL):
+            if kind == "python":
+                exec(compile(block, str(SDK), "exec"), names)
+            elif os.environ.get("STEPCAST_UPDATE_DOCS"):
+                text = text.replace(f"```text\n{block}```", f"```text\n{capsys.readouterr().out}```")
+                SDK.write_text(text)
+            else:
+                assert capsys.readouterr().out == block
+    finally:
+        names["client"].close()
 
 
 def test_error_table_is_that_of_the_classes() -> None:

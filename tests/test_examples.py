@@ -243,8 +243,8 @@ def test_tokens_become_vectors_and_one_label_at_the_end(texts: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("pos\tgood\nneutral\tbad\n", r"text 2 has the label 'neutral', training has neg, pos"),
-        ("pos\tgood\nneg\tunheard of\n", r"text 2 has no word with a vector: 'unheard of'"),
+        ("pos\tgood\nneutral\tbad\n", r"line 2: text has the label 'neutral', training has neg, pos"),
+        ("pos\tgood\nneg\tunheard of\n", r"line 2: text has no word with a vector: 'unheard of'"),
         ("pos\tgood\nbad without a tab\n", r"test\.tsv, line 2: no label, wanted label<TAB>text"),
         ("", r"test\.tsv: no lines"),
     ],

@@ -12,7 +12,7 @@ from networks import CELLS, OUT, Spoiled, echo_source, network, rich
 from serving import MODELS
 
 from stepcast.errors import ManifestError
-from stepcast.manifest import MANIFEST_FILE, Manifest, read_manifest
+from stepcast.manifest import MANIFEST_FILE, MODEL_FILE, Manifest, read_manifest, sha256_of
 from training.activations import ActivationName
 from training.config import Config
 from training.data.in_memory import Examples, InMemory
@@ -53,7 +53,9 @@ def config() -> Config:
 
 def exported(net: Network, models: Path, version: int = 1) -> Path:
     staged = stage(net, source(), models)
-    manifest = describe(net, source(), config(), staged, version=version, metrics={"rmse": 1.5})
+    manifest = describe(
+        net, source(), config(), sha256=sha256_of(staged / MODEL_FILE), version=version, metrics={"rmse": 1.5}
+    )
     return publish(staged, manifest, models)
 
 

@@ -1,4 +1,4 @@
-"""import-onnx: foreign graphs become models that step, or the import says what it must be told."""
+"""import: foreign graphs become models that step, or the import says what it must be told."""
 
 import json
 from pathlib import Path
@@ -55,8 +55,8 @@ def test_a_torch_lstm_needs_no_help_and_steps_as_numpy_does(tmp_path: Path) -> N
 def test_a_silero_like_graph_needs_its_sample_rate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The command names the constant that it must be told; then a combined state [2,B,H] and no time axis are read."""
     file, models = foreign.silero(tmp_path / "vad.onnx"), tmp_path / "models"
-    command = ["import-onnx", str(file), "--name", "vad", "--models", str(models)]
-    assert main(command) == 2
+    command = ["import", str(file), "--name", "vad", "--models", str(models)]
+    assert main(command) == 1
     said = capsys.readouterr().err
     assert "'sr' int64 []" in said
     assert "$.constants" in said
@@ -143,7 +143,7 @@ def test_a_file_that_is_no_graph_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.onnx").write_bytes(b"no graph")
     with pytest.raises(ManifestError, match="cannot load"):
         import_onnx(tmp_path / "x.onnx", tmp_path / "models", "m")
-    assert main(["import-onnx", str(tmp_path / "none.onnx"), "--name", "m", "--models", str(tmp_path)]) == 2
+    assert main(["import-onnx", str(tmp_path / "none.onnx"), "--name", "m", "--models", str(tmp_path)]) == 1
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ import onnx
 import pytest
 from doors import BATCH_DOORS, DOORS, STEP_DOORS, Answer, Array, Call, HttpDoor, Script, State, outputs_of, put, step
 from onnx import numpy_helper
-from redis_servers import cluster_url
+from redis_servers import GIVEN, cluster_url
 from serving import MODELS, Process, Running, golden, running
 
 from service.engine.model import Runtime
@@ -42,8 +42,8 @@ from stepcast.manifest import GOLDEN_FILE, MANIFEST_FILE, MODEL_FILE, Manifest, 
 
 pytestmark = pytest.mark.service
 
-STORES = ("memory", "sqlite", "redis", "cluster")
-DURABLE = ("sqlite", "redis", "cluster")
+STORES = ("memory", "sqlite", "redis", "cluster", *GIVEN)
+DURABLE = ("sqlite", "redis", "cluster", *GIVEN)
 Opened = Callable[[str], Script]
 
 
@@ -72,7 +72,7 @@ def url_of(kind: str, request: pytest.FixtureRequest, folder: Path) -> str:
             return cluster_url(request.getfixturevalue("redis_cluster"))
         case "sqlite":
             return f"sqlite:///{folder / 'sessions.db'}"
-    return "memory://"
+    return GIVEN.get(kind, "memory://")
 
 
 @pytest.fixture(scope="module", params=STORES)

@@ -185,7 +185,7 @@ def test_a_selection_that_repeats_stays(tmp_path: Path) -> None:
     )
     graph.output.append(helper.make_tensor_value_info("many", TensorProto.FLOAT, ["B", H]))
     onnx.save(model, str(path))
-    made = single_step_graph(path, PORTS, "lengths")
+    made = single_step_graph(path, {**PORTS, "many": [("many", (ROWS, H))]}, "lengths")
     assert made is not None
     assert outputs_of(made, 4)["many"].tolist() == np.ones((4, H)).tolist()
 

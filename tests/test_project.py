@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import sys
 import tomllib
 from importlib.metadata import distributions
 from pathlib import Path
@@ -38,6 +39,31 @@ def test_make_says_what_to_install_without_python(tmp_path: Path) -> None:
     assert "python-of-no-machine" in run.stderr
     assert "make PYTHON=/path/to/python3" in run.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_workflows_are_valid_and_call_the_verbs_of_make() -> None:
+    """GitHub's schema takes every workflow; each verb they call exists, and every verb of .ci/run is called."""
+    workflows = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+    assert [path.stem for path in workflows] == ["check", "docs", "images", "release", "test"]
+    command = [Path(sys.executable).with_name("check-jsonschema"), "--builtin-schema", "vendor.github-workflows"]
+    run = subprocess.run([*command, *workflows], capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stdout
+    called = set(re.findall(r"run: make ([a-z-]+)", "".join(path.read_text() for path in workflows)))
+    verbs = set(re.findall(r"^make ([a-z-]+) ", make("help").stdout, flags=re.MULTILINE))
+    assert called <= verbs
+    local = set(re.findall(r"^make ([a-z-]+)", (ROOT / ".ci" / "run").read_text(), flags=re.MULTILINE))
+    assert local <= called
+
+
+def test_workflows_test_every_python_that_is_declared() -> None:
+    """The matrix is that of the classifiers, the first of them the least that is required."""
+    text = (ROOT / ".github" / "workflows" / "test.yml").read_text()
+    (matrix,) = re.findall(r"python: \[(.*)\]", text)
+    declared = [
+        c.rpartition(" ")[2] for c in PROJECT["classifiers"] if c.startswith("Programming Language :: Python :: ")
+    ]
+    assert re.findall(r"[\d.]+", matrix) == declared
+    assert PROJECT["requires-python"] == f">={declared[0]}"
 
 
 def pins() -> dict[str, Version]:

@@ -204,7 +204,7 @@ async def test_a_caller_that_can_not_be_answered_harms_nobody_else() -> None:
     """The others of its batch are answered, its session goes on, and what it asked for was done once."""
     states = rooms(MemoryStore())
     await asyncio.gather(send(states, "a"), send(states, "b"))
-    states.sessions.step(at("a"), X.tobytes(), 1, 2, Broken())
+    states.sessions.step(at("a"), X, None, 2, Broken())
     answers = await asyncio.gather(send(states, "b", seq=2), send(states, "a", seq=3))
     assert [answer.step for answer in answers] == [2, 3]
     assert hot(states) == (2, 0)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from blocks import Block, replaced
-from redis_servers import VERSIONS
+from redis_servers import GIVEN, VERSIONS
 
 from service.records.record import new_record
 from service.store import Store, Write
@@ -23,7 +23,10 @@ from stepcast.errors import ConfigError, StoreUnavailable
 pytestmark = [pytest.mark.anyio, pytest.mark.service]
 
 _names = (f"t{n}-{Random().getrandbits(32):08x}" for n in count())
-_URLS = ("memory", "sqlite", "behind", *(f"{kind}-{v}" for v in VERSIONS for kind in ("redis", "sentinel", "cluster")))
+_URLS = (
+    *("memory", "sqlite", "behind", *GIVEN),
+    *(f"{kind}-{v}" for v in VERSIONS for kind in ("redis", "sentinel", "cluster")),
+)
 
 
 def record(step: int = 0, state: bytes = b"state") -> bytes:
@@ -53,6 +56,8 @@ async def listed(store: Store, prefix: str) -> list[str]:
 
 
 def _url(kind: str, request: pytest.FixtureRequest, folder: Path) -> str:
+    if kind in GIVEN:
+        return GIVEN[kind]
     kind, _, version = kind.partition("-")
     if not version:
         return "memory://" if kind == "memory" else f"sqlite:///{folder / 'own.db'}"

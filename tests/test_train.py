@@ -1,11 +1,7 @@
 """The training loop: updates, truncation, lanes, resuming, early stopping, penalties, several processes."""
 
-import json
 import math
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +25,7 @@ from training.network import Network
 from training.optimise import make_optimiser, normalise_gradients, penalise, rate_factor
 from training.parallel import World, join
 from training.progress import Progress
-from training.segments import check_tokens, cut, settle
+from training.segments import cut
 from training.train import History, Trainer
 
 LSTM: list[dict[str, Any]] = [{"kind": "lstm", "units": 8}, OUT]
@@ -246,44 +242,6 @@ def test_a_loss_that_is_never_finite_is_said_after_the_first_epoch(tmp_path: Pat
 # --- Masks and labels --------------------------------------------------------------------------------------------
 
 
-def test_one_to_many_runs_on_missing_readings() -> None:
-    """A step with a label is a step even if its input is absent: missing where that is allowed, else zero."""
-    mask = torch.tensor([[True, False, False]])
-    batch = Batch(torch.full((1, 3, 2), 9.0), torch.zeros(1, 3, 1), mask, torch.tensor([[True, True, False]]))
-    settled = settle(batch, fillable=torch.tensor([True, False]), summary=False)
-    assert settled.x_mask is not None
-    assert settled.x_mask.tolist() == [[True, True, False]]
-    torch.testing.assert_close(settled.x[0, :2], torch.tensor([[9.0, 9.0], [torch.nan, 0.0]]), equal_nan=True)
-
-
-def test_many_to_one_counts_the_last_present_step_alone() -> None:
-    """However the label's row is masked; without any mask it is the last step."""
-    mask = torch.tensor([[True, True, False], [True, False, True]])
-    batch = Batch(torch.zeros(2, 3, 1), torch.zeros(2, 3, 1), mask, torch.ones(2, 3, dtype=torch.bool))
-    settled = settle(batch, fillable=torch.tensor([False]), summary=True)
-    assert settled.y_mask is not None
-    assert settled.y_mask.tolist() == [[False, True, False], [False, False, True]]
-    bare = settle(Batch(batch.x, batch.y), fillable=torch.tensor([False]), summary=True)
-    assert bare.y_mask is not None
-    assert bare.y_mask.tolist() == [[False, False, True]] * 2
-
-
-def test_features_and_labels_of_different_length_are_an_error() -> None:
-    """DL4J warns and trains nothing."""
-    batch = Batch(torch.zeros(2, 3, 1), torch.zeros(2, 1, 1))
-    with pytest.raises(ConfigError, match=r"features of \(2, 3\) rows and steps, labels of \(2, 1\)"):
-        settle(batch, fillable=torch.tensor([False]), summary=False)
-
-
-def test_labels_without_a_mask_count_where_the_input_is() -> None:
-    """Padding is never learned from."""
-    mask = torch.tensor([[True, False]])
-    settled = settle(
-        Batch(torch.zeros(1, 2, 1), torch.zeros(1, 2, 1), mask), fillable=torch.tensor([False]), summary=False
-    )
-    assert settled.y_mask is mask
-
-
 @pytest.mark.parametrize("value", [1e3, math.nan])
 def test_values_under_masks_change_no_weight_and_no_score(value: float) -> None:
     """Whole runs, truncated, over sequences that end early and miss labels: bit for bit the same."""
@@ -456,62 +414,6 @@ def test_tensorboard_gets_both_curves(tmp_path: Path) -> None:
     assert [e.step for e in events.Scalars("loss/validation")] == [1, 2]
 
 
-# --- Tokens ------------------------------------------------------------------------------------------------------
-
-
-def tokens(*rows: list[float], **feature: Any) -> InMemory:
-    """Rows of token numbers, each labelled 1 at every step."""
-    x = [np.array(row, np.float32)[:, None] for row in rows]
-    examples = Examples(x, [np.ones_like(row) for row in x])
-    return InMemory(
-        splits={"train": examples, "validation": examples},
-        features=(Feature(name="word", **feature),),
-        outputs=(Output(name="y"),),
-        task="regression",
-        batch=len(rows),
-        seed=0,
-        alignment="start",
-    )
-
-
-def embed(source: Source) -> History:
-    """One epoch of an embedding of five tokens."""
-    layers = [{"kind": "embedding", "vocabulary": 5, "units": 2}, *LSTM]
-    net = network(layers, source.features, outputs=1, spread=0.0)
-    return Trainer(net, source, training(epochs=1)).fit()
-
-
-@pytest.mark.parametrize("wrong", [5.0, -1.0, 1e9, math.nan, math.inf])
-def test_token_outside_the_vocabulary_is_an_error_in_training(wrong: float) -> None:
-    """The network would take the nearest one and learn from another text than the one that was given."""
-    with pytest.raises(ConfigError, match=r"feature 'word' is .* at step 1 of row 0 of a batch, .* are 0 to 4\. Enl"):
-        embed(tokens([4, wrong, 0]))
-
-
-def test_token_outside_the_vocabulary_is_an_error_in_validation() -> None:
-    """The loss that decides which weights are kept is not measured on other tokens either."""
-    source, bad = tokens([4, 1, 0]), tokens([4, 1, 7])
-    with pytest.raises(ConfigError, match="is 7 at step 2"):
-        embed(replace(source, splits={**source.splits, "validation": bad.splits["validation"]}))
-
-
-def test_normalised_tokens_are_an_error() -> None:
-    """A reader's default for numbers makes other numbers of them."""
-    with pytest.raises(ConfigError, match=r"is 0, to the network -2 at step 0 .* Do not normalise tokens\."):
-        embed(tokens([0, 2, 4], mean=2.0))
-
-
-def test_tokens_of_the_vocabulary_padding_and_missing_ones_train() -> None:
-    """Nothing is looked at under the mask; a missing token is what the feature's policy says."""
-    assert embed(tokens([0, 4, 3], [1])).updates == 1
-    assert embed(tokens([0, math.nan, 3], missing="zero")).updates == 1
-    x, mask = torch.tensor([[[2.0], [99.0]]]), torch.tensor([[True, False]])
-    batch = Batch(x, torch.zeros(1, 2, 1), mask)
-    check_tokens(batch, vocabulary=5, feature=Feature(name="word"))
-    with pytest.raises(ConfigError, match="is 99 at step 1"):
-        check_tokens(replace(batch, x_mask=None), vocabulary=5, feature=Feature(name="word"))
-
-
 # --- Several processes -------------------------------------------------------------------------------------------
 
 
@@ -565,30 +467,6 @@ def test_one_process_prints_what_the_data_is(
     assert "Train first" in error
 
 
-PROCESS = """
-import json, sys
-import torch
-sys.path[:0] = [{root!r}, {tests!r}]
-from networks import echo_source, training
-from test_train import echo_network, ragged_source
-from training.parallel import join, leave
-from training.train import Trainer
-world = join("cpu")
-history = Trainer(echo_network(), ragged_source(), training(**SETTINGS), world=world, seed=3).fit()
-if world.leads:
-    print("LOSSES" + json.dumps([world.size, history.losses, history.updates]))
-leave()
-"""
-TOGETHER: dict[str, Any] = {
-    "epochs": 3,
-    "backprop": "truncated",
-    "tbptt_forward": 4,
-    "tbptt_backward": 3,
-    "gradient": "clip_global_norm",
-    "l2": 0.001,
-}
-
-
 def ragged_source() -> InMemory:
     """Nine sequences, so that the last batch has a single one; some end early and some labels are missing."""
     source = echo_source(sequences=9)
@@ -598,25 +476,3 @@ def ragged_source() -> InMemory:
     y = [one[:end].copy() for one, end in zip(examples.y, ends, strict=True)]
     y[0][4:] = y[3][:5] = np.nan
     return replace(source, splits={**source.splits, "train": Examples(x, y)})
-
-
-@pytest.mark.parametrize("average", ["unmasked", "examples"])
-def test_torchrun_of_two_processes_equals_one_with_the_double_batch(tmp_path: Path, average: str) -> None:
-    """gloo on one machine: each process takes half the rows of every batch, and the losses are those of one."""
-    root = Path(__file__).parents[1]
-    together = {**TOGETHER, "average": average}
-    script = PROCESS.format(root=str(root), tests=str(root / "tests")).replace("SETTINGS", repr(together))
-    (tmp_path / "run.py").write_text(script)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    ran = subprocess.run(
-        [*torchrun, str(tmp_path / "run.py")], env=environment, capture_output=True, text=True, timeout=100, check=False
-    )
-    assert ran.returncode == 0, ran.stderr
-    (line,) = [one for one in ran.stdout.splitlines() if one.startswith("LOSSES")]
-    size, losses, updates = json.loads(line.removeprefix("LOSSES"))
-    alone = fit(ragged_source(), **together)[1]
-    assert (size, updates) == (2, alone.updates)
-    for (a, b), (c, d) in zip(losses, alone.losses, strict=True):
-        assert a == pytest.approx(c, abs=1e-5)
-        assert b == pytest.approx(d, abs=1e-5)

@@ -22,8 +22,8 @@ INHERITED = {
     ],
     "WebSocketConnection": [
         *("close_sent", "conn", "handshake_complete", "handshake_initiated", "loop", "ping_interval", "transport"),
-        *("writable", "connection_lost", "data_received", "handle_connect", "pause_writing", "resume_writing"),
-        *("send", "shutdown", "stop_keepalive"),
+        *("disconnected", "writable", "connection_lost", "data_received", "handle_connect", "pause_writing"),
+        *("resume_writing", "send", "shutdown", "stop_keepalive"),
     ],
 }
 """By our class: what it uses of the class that it extends, methods that it overrides and calls among them."""

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from stepcast.arguments import Parser
 from stepcast.errors import ConfigError, ManifestError
-from stepcast.manifest import Manifest, read_manifest
+from stepcast.manifest import MODEL_FILE, Feature, Manifest, Output, read_manifest, sha256_of
 
+from .check import check_names
 from .checkpoint import BEST_FILE, load_weights
 from .config import Config, load
 from .data.source import Source
@@ -23,6 +25,7 @@ from .network import Network
 from .parallel import join, leading, leave
 from .progress import Progress
 from .report import Forecast, forecast_of, print_report, write_report
+from .segments import labelled
 from .skill import Measurement, skill_table
 from .stepper import Stepper
 from .train import Trainer
@@ -46,9 +49,9 @@ class Job:
         return Path(self.arguments.runs) / self.config.name
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, prog: str = "python -m training") -> int:
     """Run a command; 2 for a wrong configuration, 1 for a model that could not be proved."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parser(prog).parse_args(argv)
     console = Console(quiet=not leading())
     try:
         return COMMANDS[arguments.command](_job(arguments, console))
@@ -59,8 +62,8 @@ def main(argv: list[str] | None = None) -> int:
         leave()
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m training", description="Train, measure and export models.")
+def _parser(prog: str) -> argparse.ArgumentParser:
+    parser = Parser(prog=prog, description="Train, measure and export models.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (
         ("train", "train a network, measure it on the test split, and write models/<name>/<version>/"),
@@ -86,7 +89,7 @@ def _job(arguments: argparse.Namespace, console: Console) -> Job:
     config = load(arguments.config, arguments.set)
     if config.training.threads is not None:
         torch.set_num_threads(config.training.threads)
-    source = config.data.open(batch=config.training.batch, seed=config.seed, root=arguments.config.parent)
+    source = config.data.open(batch=config.training.batch, seed=config.seed, root=arguments.config.absolute().parent)
     console.print(f"{config.name}: {source.description}", highlight=False)
     return Job(arguments, config, source, console)
 
@@ -96,6 +99,7 @@ def train(job: Job) -> int:
     config, world = job.config, join(job.config.training.device)
     torch.manual_seed(config.seed)
     network = Network.of(config.network, job.source)
+    check_names(network, job.source, config)
     trainer = Trainer(network, job.source, config.training, world=world, seed=config.seed, directory=job.run_directory)
     weights = sum(p.numel() for p in network.parameters() if p.requires_grad)
     if not world.leads:
@@ -112,6 +116,7 @@ def train(job: Job) -> int:
 def export(job: Job) -> int:
     """Export the best weights of an earlier run."""
     network = Network.of(job.config.network, job.source)
+    check_names(network, job.source, job.config)
     path = job.run_directory / BEST_FILE
     if not path.exists():
         raise ConfigError(f"{path}: no such file. Train first.")
@@ -127,7 +132,9 @@ def _export(job: Job, network: Network) -> int:
         stepper = Stepper(staged, state_tensors(network))
         metrics = _measure(job, stepper, network.streaming, network.summary, plot=staged / PLOT_FILE)
         version = job.arguments.version or next_version(out, job.config.name)
-        manifest = describe(network, job.source, job.config, staged, version=version, metrics=metrics)
+        manifest = describe(
+            network, job.source, job.config, sha256=sha256_of(staged / MODEL_FILE), version=version, metrics=metrics
+        )
         final = publish(staged, manifest, out)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
@@ -141,6 +148,10 @@ def evaluate_model(job: Job) -> int:
     version = job.arguments.version or next_version(out, job.config.name) - 1
     directory = out / job.config.name / str(version)
     manifest = read_manifest(directory)
+    _check_fits(job.source, manifest)
+    split = job.arguments.split
+    if not any(labelled(batch) for batch in job.source.batches(split)):
+        raise ConfigError(f"data: no label in the {split} split, nothing could be measured")
     stepper, summary = Stepper.of(directory, manifest), manifest.readout == "last"
     if job.arguments.split == "test":
         _measure(job, stepper, manifest.streaming, summary)
@@ -150,6 +161,25 @@ def evaluate_model(job: Job) -> int:
         if job.arguments.report:
             write_report(job.arguments.report, result, _forecast(job, stepper, manifest))
     return 0
+
+
+def _check_fits(source: Source, manifest: Manifest) -> None:
+    """See that the data has what the model takes and says.
+
+    Raises:
+        ConfigError: other features or outputs.
+    """
+    for verb, wanted, given in (
+        ("takes", manifest.features, source.features),
+        ("gives", manifest.outputs, source.outputs),
+    ):
+        took, got = (", ".join(_named(one) for one in some) for some in (wanted, given))
+        if took != got:
+            raise ConfigError(f"data: {manifest.name}/{manifest.version} {verb} {took}, the data gives {got}")
+
+
+def _named(one: Feature | Output) -> str:
+    return f"{one.name!r} ({one.width} wide)" if isinstance(one, Feature) and one.width > 1 else repr(one.name)
 
 
 def _forecast(job: Job, stepper: Stepper, manifest: Manifest) -> Forecast | None:
@@ -166,7 +196,7 @@ def _measure(job: Job, stepper: Stepper, streaming: bool, summary: bool, plot: P
     result = evaluate(stepper, job.source, "test", streaming=streaming, summary=summary)
     print_report(result, job.console)
     metrics: dict[str, Any] = {"test": result.summary()}
-    if isinstance(job.source, TableSource) and streaming and job.source.feedback:
+    if isinstance(job.source, TableSource) and streaming:
         measurement = Measurement(stepper, job.source)
         skills = measurement.skills(DISTANCES)
         job.console.print(skill_table(job.source, skills))

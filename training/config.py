@@ -1,6 +1,7 @@
 """What a training run is: one YAML file, checked once, frozen, saved beside the weights."""
 
 from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -13,7 +14,7 @@ from stepcast.manifest import ModelName
 from .data.csv_sequences import CsvSequencesConfig
 from .data.python_class import PythonConfig
 from .data.table import TableConfig
-from .layers.specs import LayerSpec, Shape
+from .layers.specs import LayerSpec, RnnLossSpec, RnnOutputSpec, Shape
 from .layers.stack import IllegalLayer, Placed, place
 
 DataConfig = Annotated[TableConfig | CsvSequencesConfig | PythonConfig, Field(discriminator="kind")]
@@ -32,6 +33,7 @@ class TrainingConfig(_Strict):
     optimiser: Literal["adam", "adamw", "sgd", "nesterov", "rmsprop", "adagrad"] = "adam"
     learning_rate: float = Field(default=1e-3, gt=0)
     momentum: float = Field(default=0.9, ge=0, lt=1, description="of sgd and nesterov")
+    weight_decay: float = Field(default=0.01, ge=0, description="of adamw; biases and gains are left out")
     schedule: Literal["constant", "cosine"] = "constant"
     l1: float = Field(default=0.0, ge=0, description="l1 * |w| is added to the loss, biases left out")
     l2: float = Field(default=0.0, ge=0, description="l2/2 * w^2 is added to the loss, biases left out")
@@ -89,6 +91,11 @@ class Config(_Strict):
             raise ValueError(f"network[{error.index}]: {error}") from error
         for problem in _conflicts(placed, self.training):
             raise ValueError(problem)
+        head = self.network[-1]
+        residual = isinstance(head, RnnOutputSpec | RnnLossSpec) and head.residual
+        if isinstance(self.data, TableConfig) and self.data.target_scale == "change" and not residual:
+            where = f"network[{len(self.network) - 1}]"
+            raise ValueError(f"data.target_scale is 'change', {where} says whole values. Set residual: true there.")
         return self
 
 
@@ -113,6 +120,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: with the path of every value that is wrong.
     """
+    path = path.absolute()
     try:
         text = path.read_text()
     except OSError as error:
@@ -148,9 +156,29 @@ def _problems(error: ValidationError, tree: Any) -> list[str]:
     problems = []
     for problem in error.errors():
         message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            nearest = get_close_matches(str(problem["loc"][-1]), _keys(problem["loc"][:-1]), 1)
+            message = f"unknown. Did you mean {nearest[0]}?" if nearest else "unknown"
         path = _path(problem["loc"], tree)
         problems.append(f"{path}: {message}" if path else message)
     return problems
+
+
+def _keys(location: tuple[int | str, ...]) -> list[str]:
+    """The keys that could stand at a place, found by walking through the schema of a configuration."""
+    schema = Config.model_json_schema(by_alias=True)
+    node: dict[str, Any] = schema
+    for part in location:
+        mapping = node.get("discriminator", {}).get("mapping", {})
+        if part in mapping:
+            node = {"$ref": mapping[part]}
+        elif isinstance(part, int):
+            node = node.get("items", {})
+        else:
+            node = node.get("properties", {}).get(part) or node.get("additionalProperties") or {}
+        if "$ref" in node:
+            node = schema["$defs"][node["$ref"].rpartition("/")[2]]
+    return list(node.get("properties", ()))
 
 
 def _path(location: tuple[int | str, ...], tree: Any) -> str:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .data.batch import Batch
+from .data.batch import Batch, check_lanes
 from .data.source import Source, Split
 from .metrics import ClassificationResult, RegressionResult, metrics_for
 from .segments import settle
@@ -85,5 +85,6 @@ def _opening_states(stepper: Stepper, batch: Batch, states: States | None) -> St
     fresh = stepper.initial_states(batch.x.shape[0])
     if states is None or batch.starts is None:
         return fresh
+    check_lanes(next((len(old) for old in states.values()), len(batch.starts)), batch)
     starts = batch.starts.numpy()
     return {name: np.where(starts.reshape(-1, *[1] * (old.ndim - 1)), fresh[name], old) for name, old in states.items()}

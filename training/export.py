@@ -23,7 +23,6 @@ from stepcast.manifest import (
     Provenance,
     StateTensor,
     Tolerance,
-    sha256_of,
     write_manifest,
 )
 
@@ -47,6 +46,7 @@ def stage(network: Network, source: Source, models: Path, tolerance: Tolerance |
         ManifestError: onnxruntime and torch disagree.
     """
     network = network.to("cpu").eval()
+    network.masked_steps = "hold"  # an absent step holds the state in the graph and the service, whatever training did
     models.mkdir(parents=True, exist_ok=True)
     directory = Path(tempfile.mkdtemp(prefix=".staged-", dir=models))
     try:
@@ -82,9 +82,9 @@ def publish(staged: Path, manifest: Manifest, models: Path) -> Path:
 
 
 def describe(
-    network: Network, source: Source, config: Config, staged: Path, *, version: int, metrics: dict[str, Any]
+    network: Network, source: Source, config: Config, *, sha256: str, version: int, metrics: dict[str, Any]
 ) -> Manifest:
-    """The manifest of a staged model."""
+    """The manifest of a model whose graph has a digest."""
     return Manifest(
         name=config.name,
         version=version,
@@ -105,7 +105,7 @@ def describe(
             libraries={name: importlib.metadata.version(name) for name in LIBRARIES},
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         ),
-        sha256=sha256_of(staged / MODEL_FILE),
+        sha256=sha256,
     )
 
 

@@ -22,6 +22,15 @@ WHOLE_STEP_LOSSES = (*CLASS_LOSSES, "cosine_proximity", "kl_divergence")
 
 TINY = 1e-10
 
+# Labels that a loss is defined for, in the network's scale; every number is one to the losses that are not here.
+TAKES: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "msle": (lambda t: t > -1, "more than -1"),
+    "mape": (lambda t: t != 0, "other than 0"),
+    "poisson": (lambda t: t >= 0, "at least 0"),
+    "kl_divergence": (lambda t: t >= 0, "at least 0"),
+    "xent": (lambda t: (t >= 0) & (t <= 1), "between 0 and 1"),
+}
+
 
 def _log(p: Tensor) -> Tensor:
     return p.clamp(min=TINY).log()

@@ -154,6 +154,10 @@ class ClassificationMetrics:
         empty = np.flatnonzero(y.max(axis=1, initial=0) <= 0)
         if empty.size:
             raise ValueError(f"present row {empty[0]} has no class, its label is all zero. Mask it.")
+        rivals = (y == y.max(axis=1, keepdims=True, initial=0)).sum(axis=1)
+        several = np.flatnonzero(rivals > 1)
+        if several.size:
+            raise ValueError(f"present row {several[0]} has {rivals[several[0]]} classes. Give one, or mask it.")
         self._count(p, y.argmax(axis=1))
 
     def _count(self, p: Floats, actual: NDArray[np.int64]) -> None:
@@ -162,7 +166,9 @@ class ClassificationMetrics:
         pairs = actual * count + p.argmax(axis=1)
         self._confusion += np.bincount(pairs, minlength=count * count).reshape(count, count)
         own = p[np.arange(len(p)), actual]
-        above = (p > own[:, None]).sum(axis=1)
+        # Equal scores stand in the order of the classes, as argmax has them.
+        earlier = np.arange(p.shape[1]) < actual[:, None]
+        above = ((p > own[:, None]) | ((p == own[:, None]) & earlier)).sum(axis=1)
         for n in self._top:
             self._top[n] += int((above < n).sum())
         self._probabilities &= bool(((p >= 0) & (p <= 1 + 1e-6)).all())

@@ -205,3 +205,8 @@ def restarted(state: State, starts: Tensor | None) -> State:
         }
         for name, layer in state.items()
     }
+
+
+def rows_of_state(state: State, default: int) -> int:
+    """B of a state; `default` if it has no tensor."""
+    return next((tensor.shape[0] for layer in state.values() for tensor in layer.values()), default)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,10 @@ def make_optimiser(network: Network, config: TrainingConfig) -> torch.optim.Opti
         case "adam":
             return torch.optim.Adam(weights, rate)
         case "adamw":
-            return torch.optim.AdamW(weights, rate)
+            pulled = {id(p) for p in decayed(network)}
+            others = [p for p in weights if id(p) not in pulled]
+            groups: list[dict[str, Any]] = [{"params": decayed(network)}, {"params": others, "weight_decay": 0.0}]
+            return torch.optim.AdamW(groups, rate, weight_decay=config.weight_decay)
         case "rmsprop":
             return torch.optim.RMSprop(weights, rate, alpha=0.95)
         case "adagrad":
@@ -42,7 +46,7 @@ def layers_of(network: Network) -> list[nn.Module]:
 
 
 def decayed(network: Network) -> list[nn.Parameter]:
-    """The weights l1 and l2 pull on: matrices and peepholes, not biases and gains."""
+    """The weights l1, l2 and weight decay pull on: matrices and peepholes, not biases and gains."""
     named = [item for layer in layers_of(network) for item in layer.named_parameters()]
     return [p for name, p in named if p.requires_grad and p.ndim > 1 and "bias" not in name and "gains" not in name]
 

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from stepcast.errors import ConfigError
 
+from .check import check_labels
 from .checkpoint import LAST_FILE, fitting, load_checkpoint, save_checkpoint
 from .config import TrainingConfig
-from .data.batch import Batch
+from .data.batch import Batch, check_lanes
 from .data.source import Source, Split
 from .layers.base import State
-from .network import Network, detached, restarted
+from .network import Network, detached, restarted, rows_of_state
 from .optimise import make_optimiser, normalise_gradients, penalise, rate_factor
 from .parallel import World
 from .progress import Progress
@@ -90,8 +91,10 @@ class Trainer:
         """Train until the last epoch or until patience runs out, then take the best weights.
 
         Raises:
-            ConfigError: the data has no label to train on, or the loss is not finite from the first epoch on.
+            ConfigError: the data has no label to train on or one that the loss can not take, or the loss is not finite
+                from the first epoch on.
         """
+        check_labels(self.network, self.source)
         progress = progress or Progress.silent()
         if resume and self.directory is not None:
             self._resume(self.directory)
@@ -184,6 +187,7 @@ class Trainer:
         rows = batch.x.shape[0]
         if state is None or batch.starts is None or bool(batch.starts.all()):
             return self.network.initial_state(rows)
+        check_lanes(rows_of_state(state, rows), batch)
         return restarted(state, batch.starts)
 
     def _autocast(self) -> AbstractContextManager[Any]:

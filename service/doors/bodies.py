@@ -29,8 +29,6 @@ SessionId = Annotated[str, Meta(extra_json_schema={"pattern": ID_PATTERN})]
 FrameId = str | Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | float | None
 UNREADABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)  # what msgspec raises at bad bytes
 
-# --- what types do not say: arrays, whose rank decides what they are -------------------------------------------------
-
 _NUMBER: Final = {"anyOf": [{"type": "number"}, {"type": "null"}]}
 _FLAG: Final = {"anyOf": [{"type": "integer", "enum": [0, 1]}, {"type": "boolean"}]}
 
@@ -48,8 +46,6 @@ _LAYER: Final = {"anyOf": [{"type": "array"}, {"type": "object", "additionalProp
 _STATE: Final = "layer, then key: [N, H]; of one layer, key: [N, H]"
 _Mask = Annotated[Any, nested("1 present, 0: the state stays as it is", 0, 1, 2, item=_FLAG)]
 StateFields = Annotated[dict[str, Any], Meta(description=_STATE, extra_json_schema={"additionalProperties": _LAYER})]
-
-# --- bodies ---------------------------------------------------------------------------------------------------------
 
 
 class Nothing(msgspec.Struct, forbid_unknown_fields=True):
@@ -175,9 +171,6 @@ def frame(body: type[msgspec.Struct], op: Any = str, gc: bool = True) -> type[ms
     return msgspec.defstruct(name, fields, bases=(body,), forbid_unknown_fields=True, gc=gc)
 
 
-# --- decoding -------------------------------------------------------------------------------------------------------
-
-
 @functools.cache
 def decoder(kind: Any, content_type: str) -> Any:
     """The decoder of a type, by content type."""
@@ -239,8 +232,6 @@ def part(kind: Any, raw: Any, content_type: str, path: str) -> Any:
     except UNREADABLE as error:
         raise Malformed(f"{path}: {error}") from error
 
-
-# --- arrays ---------------------------------------------------------------------------------------------------------
 
 _LISTS: Final[dict[int, Any]] = {1: list[Number], 2: list[list[Number]], 3: list[list[list[Number]]]}
 _OPENING: Final = re.compile(rb"[\[ \t\r\n]*")

@@ -143,7 +143,7 @@ def _from_file(path: Path) -> list[Entry]:
         if hashed is None or not good:
             raise ConfigError(
                 f"{path}:{number} is not NAME ROLE NAMESPACE sha256:HEX with a role of {ROLES}. "
-                "Make a line with: python -m service key NAME --role ROLE"
+                "Make a line with: stepcast key NAME --role ROLE"
             )
         if name in (principal.name for _, principal in entries):
             raise ConfigError(f"{path}:{number}: the name of this key stands in a line before")

@@ -279,7 +279,8 @@ class Steps:
 
     def queue(self, way: Way, session: str, data: bytes, seq: int | None, asker: Asker) -> None:
         """Queue a step (N, F) of a session that is not hot and idle; raises what it is refused with at once."""
-        self.turns.step(way.address(session), data, len(data) // way.reader.served.input_bytes, seq, asker)
+        x = np.frombuffer(data, np.float32).reshape(-1, 1, way.reader.served.n_features)
+        self.turns.step(way.address(session), x, None, seq, asker)
 
     def start(
         self, way: Way, session: str, asked: StepBody, kind: str, asker: Asker, served: Served | None = None
@@ -289,10 +290,7 @@ class Steps:
         values = numbers(asked.inputs, asked.shape, kind)
         x, mask, rank = arrays.step_inputs(values, asked.format, asked.mask, manifest, self._limits)
         asker.form = arrays.form_of(rank, asked.format)
-        if mask is None and x.shape[1] == 1:
-            self.turns.step(address, x.tobytes(), len(x), asked.seq, asker, asked.version_policy)
-        else:
-            self.turns.call(address, x, mask, asked.seq, asker, asked.version_policy)
+        self.turns.step(address, x, mask, asked.seq, asker, asked.version_policy)
 
     async def start_own(self, way: Way, session: str, asked: StepBody, kind: str, asker: Asker) -> None:
         """Queue a step whose inputs may be another version's than the live one's: the session's own."""

@@ -44,24 +44,20 @@ def step_inputs(values: Floats, layout: Format, mask: Any, manifest: Manifest, l
     The mask is a flag, or nested lists of flags; None: everything is present. Raises ShapeMismatch, NonFinite,
     InvalidRequest or TooLarge.
     """
-    given = _by_time(values, layout)
-    return _checked(given, given if given.ndim == 3 else np.atleast_2d(given)[:, None], mask, manifest, limits)
+    return _checked(values, layout, 1, mask, manifest, limits)
 
 
 def sequences(values: Floats, layout: Format, mask: Any, manifest: Manifest, limits: Limits) -> Inputs:
     """The inputs of a predict: [T,F] is one sequence, [B,T,F] are many; the rest as for `step_inputs`."""
     if values.ndim not in (2, 3):
         raise ShapeMismatch(f"$.inputs has rank {values.ndim}, want [T,F] or [B,T,F]", got=list(values.shape))
-    given = _by_time(values, layout)
-    return _checked(given, given if given.ndim == 3 else given[None], mask, manifest, limits)
+    return _checked(values, layout, 0, mask, manifest, limits)
 
 
-def _by_time(values: Floats, layout: Format) -> Floats:
-    return values.transpose(0, 2, 1) if layout == "NCW" and values.ndim == 3 else values
-
-
-def _checked(given: Floats, x: Floats, mask: Any, manifest: Manifest, limits: Limits) -> Inputs:
-    """Inputs that fit the model: `given` is the caller's array, `x` the same as (N, T, F)."""
+def _checked(values: Floats, layout: Format, axis: int, mask: Any, manifest: Manifest, limits: Limits) -> Inputs:
+    """Inputs that fit the model; of the three axes the one that is missing is `axis`."""
+    given = values.transpose(0, 2, 1) if layout == "NCW" and values.ndim == 3 else values
+    x = given if given.ndim == 3 else np.expand_dims(np.atleast_2d(given), axis)
     want, got = manifest.n_features, list(np.atleast_2d(given).shape)
     if x.shape[2] != want or not x.shape[0] or not x.shape[1]:
         names = ", ".join(f.name for f in manifest.features[:8]) + (", ..." if len(manifest.features) > 8 else "")

@@ -166,14 +166,9 @@ class BoundSteps:
             binding.bind_cpu_input(self._lengths_port, self._lengths[:rows])
         for name, value in self._constants.items():
             binding.bind_cpu_input(name, value)
-        bound = Buffers(
-            binding,
-            x.reshape(rows, -1),
-            [before[s.input].reshape(rows, *s.shape) for s in spec.states],
-            [made[s.output].reshape(rows, *s.shape) for s in spec.states],
-            made[spec.output.name],
-            floats,
-        )
+        old = [before[s.input].reshape(rows, *s.shape) for s in spec.states]
+        new = [made[s.output].reshape(rows, *s.shape) for s in spec.states]
+        bound = Buffers(binding, x.reshape(rows, -1), old, new, made[spec.output.name], floats)
         if len(self._bound) >= _MOST_BOUND:
             self._bound.clear()
         self._bound[rows] = bound

@@ -6,6 +6,7 @@ States travel packed: uint8 (B, row_bytes), a row being every state tensor of th
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +27,7 @@ log = logging.getLogger("stepcast.runtime")
 class Runtime:
     """The model version in a directory, ready to run; `profile` is the prefix of a file that onnxruntime writes.
 
-    Raises:
-        ManifestError: the directory is not what its manifest says, or `device` (auto, cpu, cuda) is not there.
+    Raises ManifestError: the directory is not what its manifest says, or `device` (auto, cpu, cuda) is not there.
     """
 
     def __init__(self, directory: Path, *, device: str = "auto", threads: int = 1, profile: Path | None = None) -> None:
@@ -64,8 +64,7 @@ class Runtime:
             lengths: (B,) int32, valid steps per row; None: T in every row. A row of length 0 keeps its state.
             states: (B, row_bytes) uint8.
 
-        Returns:
-            y (B, T, O) float32, of which steps past a row's length mean nothing, and the new states.
+        Gives y (B, T, O) float32, of which steps past a row's length mean nothing, and the new states.
         """
         single = self._bound if x.shape[1] == 1 else None
         if single is not None and len(x) and (lengths is None or lengths.all()):
@@ -129,15 +128,9 @@ class Runtime:
         False where it is not possible or does not reproduce golden.npz: the log says why, and all runs are plain ones.
         """
         with self._trying("states do not stay on the device"):
-            self.resident = ResidentStates(
-                self.directory / MODEL_FILE,
-                self.manifest,
-                lambda graph: open_session(graph, self.device, self._threads),
-                device=self.device,
-                budget_bytes=budget_bytes,
-                initial=self.initial(1),
-                grain=grain,
-            )
+            opener = partial(open_session, device=self.device, threads=self._threads)
+            model = self.directory / MODEL_FILE
+            self.resident = ResidentStates(model, self.manifest, opener, self.device, budget_bytes, grain)
             Golden(self.directory, self.manifest).prove(self._run_tagged())
             log.info("%s: states of %d rows stay on the device", self.directory, self.resident.capacity)
             return True

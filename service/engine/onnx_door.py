@@ -1,6 +1,6 @@
 """onnx, loaded when a graph is first taken apart: importing the service does not load it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 
@@ -23,10 +23,10 @@ def replace(field: Any, values: Iterable[Any]) -> None:
     field.extend(kept)
 
 
-def needed(graph: Any, names: Iterable[str]) -> set[str]:
+def needed(nodes: Sequence[Any], names: Iterable[str]) -> set[str]:
     """These tensors, and all that they are computed from."""
     found = set(names)
-    for node in reversed(graph.node):  # each stands behind those whose outputs it reads
+    for node in reversed(nodes):  # each stands behind those whose outputs it reads
         if found.intersection(node.output):
             found.update(node.input)
     return found

@@ -11,14 +11,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from .layout import (
-    ANSWER_BYTES,
-    DIGEST_BYTES,
-    HAS_CHECKPOINTS,
-    HEADER_BYTES,
-    TOKEN,
-    Advance,
-)
+from .layout import ANSWER_BYTES, DIGEST_BYTES, HAS_CHECKPOINTS, HEADER_BYTES, TOKEN, Advance
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -26,8 +19,8 @@ Bytes = npt.NDArray[np.uint8]
 _USED_WORD: Final = 5
 _WORDS: Final = struct.Struct("<Q8sQQQQ16s")
 _WORDS_BYTES: Final = _WORDS.size
-SPARE_BYTES: Final = 4 << 20
-"""A larger array is in no processor's cache and not worth the memory."""
+_MOST_SPARES: Final = 4  # of one shape, and shapes
+SPARE_BYTES: Final = 4 << 20  # a larger array is in no processor's cache and not worth the memory
 
 
 @lru_cache(64)
@@ -37,14 +30,10 @@ def _counted(steps: int) -> npt.NDArray[np.uint64]:
 
 
 class Spares:
-    """Arrays that nobody uses any more, for the next of their shape: they are in the processor's cache.
+    """Arrays that nobody uses any more, for the next of their shape: they are in the processor's cache."""
 
-    Args:
-        most: Arrays of one shape, and shapes.
-    """
-
-    def __init__(self, most: int = 4) -> None:
-        self._most, self._free = most, dict[tuple[int, ...], list[Bytes]]()
+    def __init__(self) -> None:
+        self._free: dict[tuple[int, ...], list[Bytes]] = {}
 
     def take(self, shape: tuple[int, ...]) -> Bytes:
         """An array of that shape; its content means nothing."""
@@ -56,25 +45,19 @@ class Spares:
         if array.nbytes > SPARE_BYTES:
             return
         free = self._free.setdefault(array.shape, [])
-        if len(self._free) > self._most:  # others have come into use
+        if len(self._free) > _MOST_SPARES:  # others have come into use
             self._free.clear()
-        elif len(free) < self._most:
+        elif len(free) < _MOST_SPARES:
             free.append(array)
 
 
 class Block:
-    """The next records of sessions that are stepped together.
-
-    Args:
-        advance: How each record changes.
-        keys: B distinct keys of the store.
-        now_ms: Wall clock.
-        spares: Where the next records' array comes from; None: it is made.
+    """The next records of sessions that are stepped together, of B distinct keys, in an array from `spares`, if any.
 
     Attributes:
+        advance: How each record changes.
         ttl_s: Seconds until they are forgotten unless written again; None: never.
-        old: (B, W) the records that they replace.
-        new: (B, W') the next records.
+        old, new: (B, W) the records that they replace, (B, W') the next.
         before, after: The states (B, N x row bytes) of both, to be read and to be filled.
         log: (B, bytes) the inputs that are appended to the log, to be filled; None: none are.
         digests, outputs: Of the new kept answer, to be filled: (B, 2, DIGEST_BYTES / 2) and (B, bytes).
@@ -89,12 +72,7 @@ class Block:
     )
 
     def __init__(
-        self,
-        advance: Advance,
-        keys: Sequence[str],
-        old: Bytes,
-        now_ms: int,
-        spares: Spares | None = None,
+        self, advance: Advance, keys: Sequence[str], old: Bytes, now_ms: int, spares: Spares | None = None
     ) -> None:
         self.advance, self.keys, self.old, self.ttl_s = advance, keys, old, advance.after.ttl_s
         self.stays = False
@@ -158,56 +136,34 @@ class Block:
 class LoneBlock(Block):
     """The next record of one session, made by hand: numpy's calls would cost more than the model's run.
 
-    Args:
-        old: The record.
-        parts: Of the call: the new state, the name of its payload, its outputs float32 [N,T,O].
-        log: The inputs that are appended to the log.
+    `parts` of the call: new state, name of its payload, outputs float32 [N,T,O]; `log`: inputs appended to the log.
     """
 
     __slots__ = ("_old_record",)
 
     def __init__(
-        self,
-        advance: Advance,
-        key: str,
-        old: bytes,
-        now_ms: int,
-        parts: tuple[bytes, bytes, bytes],
-        log: bytes = b"",
+        self, advance: Advance, key: str, old: bytes, now_ms: int, parts: tuple[bytes, bytes, bytes], log: bytes = b""
     ) -> None:
         self.advance, self.keys, self.ttl_s = advance, (key,), advance.after.ttl_s
-        self.stays, self._old_record = False, old
-        self.place = None
+        self.stays, self.place, self._old_record = False, None, old
         state, digest, outputs = parts
         before, after = advance.before, advance.after
         _, incarnation, revision, step, created_ms, used_ms, versions = _WORDS.unpack_from(old)
-        used_ms = max(used_ms, now_ms)
-        step += advance.steps
+        step, used_ms = step + advance.steps, max(used_ms, now_ms)
         head = _WORDS.pack(after.first_word, incarnation, revision + 1, step, created_ms, used_ms, versions)
-        record = (
-            head,
-            old[_WORDS_BYTES : HEADER_BYTES - 4],
-            (after.answers_at - after.log_at).to_bytes(4, "little"),
-            old[HEADER_BYTES : before.state_at],
-            state,
-            old[advance.log_from : before.answers_at],
-            log,
-            old[advance.answers_from :],
-            digest,
-            advance.mark,
-            outputs,
-        )
-        self._records = [b"".join(record)]
+        rest, source = old[_WORDS_BYTES : HEADER_BYTES - 4], old[HEADER_BYTES : before.state_at]
+        log_bytes = (after.answers_at - after.log_at).to_bytes(4, "little")
+        kept_log, kept = old[advance.log_from : before.answers_at], old[advance.answers_from :]
+        made = head, rest, log_bytes, source, state, kept_log, log, kept, digest, advance.mark, outputs
+        self._records = [b"".join(made)]
 
     def __getattr__(self, name: str) -> Bytes:
         """The arrays, where somebody asks for them."""
-        if name == "old":
-            self.old = np.frombuffer(self._old_record, np.uint8)[None]
-            return self.old
-        if name == "new":
-            self.new = np.frombuffer(self.records()[0], np.uint8)[None]
-            return self.new
-        raise AttributeError(name)
+        if name not in ("old", "new"):
+            raise AttributeError(name)
+        array: Bytes = side_by_side([self._old_record] if name == "old" else self.records())
+        setattr(self, name, array)
+        return array
 
     def expected(self) -> list[bytes]:
         return [b"" if self.advance.before.fresh else self._old_record[TOKEN]]

@@ -15,30 +15,24 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from .block import Bytes
 from .layout import DIGEST_BYTES
 from .record import Answer
 
-Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
 
 _LANES: Final = 2
 _LANE_BYTES: Final = DIGEST_BYTES // _LANES
 _CUT: Final = 8 - _LANE_BYTES
-_FEW_WORDS: Final = 64
-"""Up to these, Python's own numbers are faster than numpy's calls."""
+_FEW_WORDS: Final = 64  # up to these, Python's own numbers are faster than numpy's calls
 _ALL_BITS: Final = (1 << 64) - 1
-_LANE_SHIFT: Final = 192
-"""Where the second key lies in the number that holds both: sums of the first stay below it."""
+_LANE_SHIFT: Final = 192  # of the second key in the number that holds both: sums of the first stay below it
 _OLD_BYTES: Final = 5
 
 
 class Digests:
-    """Names payloads.
-
-    Args:
-        secret: All servers of a store need the same one; who knows it can make payloads of one name.
-    """
+    """Names payloads; all servers of a store need one secret, and who knows it can make payloads of one name."""
 
     def __init__(self, secret: bytes = b"") -> None:
         self._secret = blake2b(secret, digest_size=32, person=b"stepcast").digest()
@@ -46,14 +40,7 @@ class Digests:
         self._few = lru_cache(64)(self._make_few)
 
     def rows(self, x: Floats) -> Bytes:
-        """The names of single steps.
-
-        Args:
-            x: (B, words), each row all inputs of one session.
-
-        Returns:
-            (B, 2, DIGEST_BYTES / 2) uint8; together the bytes of a name.
-        """
+        """The names (B, 2, DIGEST_BYTES / 2) of single steps (B, words), each row all inputs of one session."""
         words = np.ascontiguousarray(x).view(np.uint32).astype(np.uint64)
         sums = words @ self._keys(x.shape[1])
         named: Bytes = sums.astype("<u8", copy=False).view(np.uint8).reshape(len(x), _LANES, 8)
@@ -99,9 +86,6 @@ def same_payload(kept: Answer, named: bytes, x: Floats, mask: Mask | None) -> bo
     if not kept.legacy:
         return kept.digest == named
     return kept.digest[:_OLD_BYTES] == legacy_call(x, mask)
-
-
-# --- layouts 1 and 2 ------------------------------------------------------------------------------------------------
 
 
 def legacy_call(x: Floats, mask: Mask | None) -> bytes:

@@ -41,24 +41,20 @@ HEADER_BYTES: Final = HEADER.size
 SOURCE: Final = struct.Struct("<8sQQ")
 
 DIGEST_BYTES: Final = 10
-ANSWER_BYTES: Final = 16
-"""Of a kept answer, before its outputs."""
+ANSWER_BYTES: Final = 16  # of a kept answer, before its outputs
 KEPT_ANSWERS: Final = 16
 KEPT_ANSWER_BYTES: Final = 64 * 1024
-MOST_STEPS: Final = (1 << 23) - 1
-"""Of one call: T has 23 bits."""
+MOST_STEPS: Final = (1 << 23) - 1  # of one call: T has 23 bits
 LEGACY: Final = 1 << 23
 
-_FACTS: Final = struct.Struct("<BBHI8xQQ16xII8sII")
-_SHAPES: Final = 4096
-"""Shapes remembered per model version; sessions keep theirs when these are forgotten."""
+_FACTS: Final = struct.Struct("<xBHI8xQQ16xII8sII")
+_SHAPES: Final = 4096  # remembered per model version; sessions keep theirs when these are forgotten
+
+Sizes = tuple[int, ...]
 
 
 class BadRecord(Exception):
     """Bytes in the store that are not a record of a layout this server knows."""
-
-
-Sizes = tuple[int, ...]
 
 
 class Facts(NamedTuple):
@@ -77,14 +73,10 @@ class Facts(NamedTuple):
 
 
 def facts(record: bytes) -> Facts:
-    """Read a record's header.
-
-    Raises:
-        BadRecord: it is not of the present layout, or too short.
-    """
+    """Read a record's header; BadRecord where it is not of the present layout, or too short."""
     if len(record) < HEADER_BYTES or record[0] != LAYOUT:
         raise BadRecord(f"record of {len(record)} bytes, layout {record[0] if record else None}, want {LAYOUT}")
-    return Facts(*_FACTS.unpack_from(record)[1:])
+    return Facts._make(_FACTS.unpack_from(record))
 
 
 def answer_mark(steps: int, outputs: int) -> bytes:
@@ -92,18 +84,19 @@ def answer_mark(steps: int, outputs: int) -> bytes:
     return (steps | outputs << 24).to_bytes(6, "little")
 
 
+def state_offset(flags: int) -> int:
+    """Where the state of a record with these flags begins."""
+    return HEADER_BYTES + (SOURCE.size if flags & HAS_SOURCE else 0)
+
+
 @cache
-def _single_answers(count: int, size: int) -> struct.Struct:
+def _marks(count: int, size: int) -> struct.Struct:
     """Reads what follows the digests of `count` kept answers of `size` bytes each."""
     return struct.Struct("<" + f"{DIGEST_BYTES}x6s{size - ANSWER_BYTES}x" * count)
 
 
 def seconds(ttl_s: int, default_s: int) -> float | None:
-    """A record's time to live; None: for ever.
-
-    Args:
-        default_s: The server's; 0: for ever.
-    """
+    """A record's time to live, None for ever; `default_s` is the server's, 0 for ever."""
     return None if ttl_s == TTL_FOR_EVER else float(ttl_s or default_s) or None
 
 
@@ -113,18 +106,12 @@ class Shape:
     Attributes:
         fresh: No store has such a record: the session is new.
         ttl_s: Seconds until it is forgotten unless written again; None: never.
-        examples: N.
-        sizes: Bytes of each kept answer, oldest first.
+        examples, sizes: N; bytes of each kept answer, oldest first.
         input_bytes: Of one step's inputs [N,F].
         state_at, log_at, answers_at, width: Offsets; `width` is the record's length.
         first_word: The header's first eight bytes, as a number.
         single: What `following` made, once it was asked.
     """
-
-    __slots__ = (
-        *("_shapes", "_ttl_s", "answers_at", "examples", "first_word", "flags", "fresh", "input_bytes", "log_at"),
-        *("single", "sizes", "state_at", "ttl_s", "width"),
-    )
 
     def __init__(
         self, shapes: "Shapes", fresh: bool, ttl_s: int, flags: int, examples: int, log_bytes: int, sizes: Sizes
@@ -133,7 +120,7 @@ class Shape:
         self.flags, self.examples, self.sizes = flags, examples, sizes
         self.ttl_s = seconds(ttl_s, shapes.default_ttl_s)
         self.input_bytes = examples * shapes.input_bytes
-        self.state_at = HEADER_BYTES + (SOURCE.size if flags & HAS_SOURCE else 0)
+        self.state_at = state_offset(flags)
         self.log_at = self.state_at + examples * shapes.row_bytes
         self.answers_at = self.log_at + log_bytes
         self.width = self.answers_at + sum(sizes)
@@ -147,11 +134,7 @@ class Shape:
         return self.single
 
     def advance(self, steps: int, *, logs: bool) -> "Advance":
-        """The change that a call of T steps makes.
-
-        Args:
-            logs: Whether its inputs may be kept: no mask, and no others left out.
-        """
+        """The change that a call of T steps makes; its inputs may be kept if `logs`: no mask, and none left out."""
         shapes = self._shapes
         entry = answer_bytes(self.examples, steps, shapes.outputs)
         sizes = *self.sizes, entry
@@ -161,17 +144,9 @@ class Shape:
             new_log = min(steps, shapes.log_steps) * shapes.input_bytes
             log_bytes = min(self.answers_at - self.log_at, shapes.log_steps * shapes.input_bytes - new_log)
         after = shapes.shape(False, self._ttl_s, self.flags, self.examples, log_bytes + new_log, sizes[dropped:])
-        return Advance(
-            before=self,
-            after=after,
-            log_from=self.answers_at - log_bytes,
-            log_new=new_log,
-            answers_from=self.answers_at + sum(self.sizes[:dropped]),
-            entry=entry,
-            mark=answer_mark(steps, shapes.outputs),
-            steps=steps,
-            steady=after is self,
-        )
+        log_from, answers_from = self.answers_at - log_bytes, self.answers_at + sum(self.sizes[:dropped])
+        mark = answer_mark(steps, shapes.outputs)
+        return Advance(self, after, log_from, new_log, answers_from, entry, mark, steps, steady=after is self)
 
 
 class Advance(NamedTuple):
@@ -194,13 +169,11 @@ class Advance(NamedTuple):
 
 
 class Shapes:
-    """The shapes of one model version's records.
+    """The shapes of one model version's records, with the inputs of the last `log_steps` steps.
 
     Args:
-        row_bytes: Of one row's state.
-        input_bytes: Of one row's inputs by one step.
+        row_bytes, input_bytes: Of one row's state, and of its inputs by one step.
         outputs: O.
-        log_steps: How many steps of inputs are kept.
         default_ttl_s: The server's time to live, s; 0: for ever.
     """
 
@@ -215,32 +188,24 @@ class Shapes:
     def shape(self, fresh: bool, ttl_s: int, flags: int, examples: int, log_bytes: int, sizes: Sizes) -> Shape:
         """The shape of these parts."""
         key = fresh, ttl_s, flags, examples, log_bytes, sizes
-        known = self._known.get(key)
-        if known is None:
+        if (known := self._known.get(key)) is None:
             if len(self._known) >= _SHAPES:
                 self._known.clear()
             known = self._known[key] = Shape(self, *key)
         return known
 
     def of(self, record: bytes, found: Facts) -> Shape:
-        """The shape of a record of this version.
-
-        Raises:
-            BadRecord: its lengths do not add up.
-        """
-        if found.state_bytes != found.examples * self.row_bytes:
-            raise BadRecord(f"a state of {found.state_bytes} bytes for {found.examples} rows of {self.row_bytes}")
-        at = HEADER_BYTES + (SOURCE.size if found.flags & HAS_SOURCE else 0) + found.state_bytes + found.log_bytes
-        sizes = self._single_sizes(record, at, found) or answer_sizes(record, at, found.answers, found.examples)
-        return self.shape(not found.revision, found.ttl_s, found.flags, found.examples, found.log_bytes, sizes)
-
-    def _single_sizes(self, record: bytes, at: int, found: Facts) -> Sizes:
-        """The sizes of kept answers that are all of single steps; () where they are not."""
-        count, size = found.answers, answer_bytes(found.examples, 1, self.outputs)
-        if not count or len(record) != at + count * size:
-            return ()
-        marks = _single_answers(count, size).unpack_from(record, at)
-        return (size,) * count if marks.count(self._mark) == count else ()
+        """The shape of a record of this version; BadRecord where its lengths do not add up."""
+        flags, count, examples, revision, _, _, ttl_s, _, state_bytes, log_bytes = found
+        if state_bytes != examples * self.row_bytes:
+            raise BadRecord(f"a state of {state_bytes} bytes for {examples} rows of {self.row_bytes}")
+        at = state_offset(flags) + state_bytes + log_bytes
+        single = ANSWER_BYTES + 4 * examples * self.outputs
+        sizes: Sizes = (single,) * count
+        fits = len(record) == at + count * single
+        if not fits or _marks(count, single).unpack_from(record, at).count(self._mark) < count:
+            sizes = answer_sizes(record, at, count, examples)
+        return self.shape(not revision, ttl_s, flags, examples, log_bytes, sizes)
 
 
 def answer_bytes(examples: int, steps: int, outputs: int) -> int:
@@ -249,11 +214,7 @@ def answer_bytes(examples: int, steps: int, outputs: int) -> int:
 
 
 def answer_sizes(record: bytes, at: int, count: int, examples: int) -> Sizes:
-    """Bytes of each kept answer, which begin at offset `at` and end with the record.
-
-    Raises:
-        BadRecord: they do not.
-    """
+    """Bytes of each kept answer; BadRecord where they do not begin at offset `at` and end with the record."""
     sizes: list[int] = []
     start = at
     while len(sizes) < count and start + ANSWER_BYTES <= len(record):

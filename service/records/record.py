@@ -2,29 +2,16 @@
 
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from secrets import token_bytes
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
-from .layout import (
-    ANSWER_BYTES,
-    DIGEST_BYTES,
-    HAS_CHECKPOINTS,
-    HAS_SOURCE,
-    HEADER,
-    HEADER_BYTES,
-    LAYOUT,
-    LEGACY,
-    MOST_STEPS,
-    SOURCE,
-    BadRecord,
-    answer_mark,
-    answer_sizes,
-    newest,
-)
+from . import layout
+from .layout import ANSWER_BYTES, DIGEST_BYTES, HAS_CHECKPOINTS, HAS_SOURCE, HEADER, HEADER_BYTES, MOST_STEPS, BadRecord
 
 _RUN: Final = 2
+_FLAGS: Final = {1: HAS_CHECKPOINTS, 2: HAS_CHECKPOINTS | _RUN, 3: HAS_CHECKPOINTS | HAS_SOURCE}  # by layout version
 _OLD_ANSWER: Final = struct.Struct("<Q5s3xII")
 _OLD_DIGEST_BYTES: Final = 5
 
@@ -39,35 +26,25 @@ class Source(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A kept answer: which payload it answered, and its outputs float32 [N,T,O] as bytes.
-
-    `legacy`: the digest is one of layout 2 (records/digest.py).
-    """
+    """A kept answer: which payload it answered, and its outputs float32 [N,T,O] as bytes."""
 
     seq: int
     digest: bytes
     steps: int
     outputs: bytes
-    legacy: bool = False
+    legacy: bool = False  # the digest is one of layout 2 (records/digest.py)
 
 
 def encode_answer(digest: bytes, steps: int, width: int, outputs: bytes) -> bytes:
-    """An answer as it lies in a record.
-
-    Args:
-        digest: DIGEST_BYTES.
-        width: O.
-        outputs: float32 [N,T,O].
-    """
-    return digest + answer_mark(steps, width) + outputs
+    """An answer of T steps as it lies in a record: O is `width`, outputs are float32 [N,T,O]."""
+    return digest + layout.answer_mark(steps, width) + outputs
 
 
 @dataclass(slots=True)
 class Record:
     """A session at one moment. Never changed: every change makes the next revision."""
 
-    # As they lie in the header, then the rest.
-    flags: int
+    flags: int  # as they lie in the header, then the rest
     examples: int
     incarnation: bytes
     revision: int
@@ -90,27 +67,17 @@ class Record:
     def encode(self) -> bytes:
         """The record as the store keeps it."""
         flags = self.flags | (HAS_SOURCE if self.source else 0)
-        times = self.created_ms, self.used_ms
-        made_by = self.version, self.ttl_s, self.fingerprint
-        named = self.examples, self.incarnation, self.revision, self.step
-        sizes = len(self.state), len(self.inputs)
-        header = HEADER.pack(LAYOUT, flags, len(self.answers), *named, *times, *made_by, *sizes)
-        source = SOURCE.pack(*self.source) if self.source else b""
+        fixed = self.examples, self.incarnation, self.revision, self.step, self.created_ms, self.used_ms
+        sizes = self.version, self.ttl_s, self.fingerprint, len(self.state), len(self.inputs)
+        header = HEADER.pack(layout.LAYOUT, flags, len(self.answers), *fixed, *sizes)
+        source = layout.SOURCE.pack(*self.source) if self.source else b""
         return b"".join((header, source, self.state, self.inputs, *self.answers))
 
     def advanced(self, steps: int, examples: int, state: bytes, answer: bytes, now_ms: int) -> "Record":
         """The next revision after a call of `steps` steps whose inputs are not kept."""
-        answers = (*self.answers, answer)
-        return replace(
-            self,
-            step=self.step + steps,
-            examples=examples,
-            state=state,
-            answers=answers[-newest(tuple(map(len, answers))) :],
-            inputs=b"",
-            revision=self.revision + 1,
-            used_ms=max(now_ms, self.used_ms),
-        )
+        answers, used_ms, step = (*self.answers, answer), max(now_ms, self.used_ms), self.step + steps
+        answers = answers[-layout.newest(tuple(map(len, answers))) :]
+        return self.changed(used_ms, step=step, examples=examples, state=state, answers=answers, inputs=b"")
 
     def changed(self, now_ms: int, **fields: object) -> "Record":
         """The next revision with other fields (a set, clear, rewind or checkpoint)."""
@@ -122,7 +89,7 @@ class Record:
         for entry in reversed(self.answers):
             mark = int.from_bytes(entry[DIGEST_BYTES:ANSWER_BYTES], "little")
             steps = mark & MOST_STEPS
-            found.append(Answer(seq, entry[:DIGEST_BYTES], steps, entry[ANSWER_BYTES:], bool(mark & LEGACY)))
+            found.append(Answer(seq, entry[:DIGEST_BYTES], steps, entry[ANSWER_BYTES:], bool(mark & layout.LEGACY)))
             seq -= steps
         return found
 
@@ -153,7 +120,7 @@ def new_record(
 
 def blank(version: int, fingerprint: bytes, now_ms: int) -> bytes:
     """The record that a session's first step replaces: no state, and revision 0, which no store has."""
-    return HEADER.pack(LAYOUT, 0, 0, 0, token_bytes(8), 0, 0, now_ms, now_ms, version, 0, fingerprint, 0, 0)
+    return HEADER.pack(layout.LAYOUT, 0, 0, 0, token_bytes(8), 0, 0, now_ms, now_ms, version, 0, fingerprint, 0, 0)
 
 
 def opened(record: bytes, examples: int, state: bytes) -> bytes:
@@ -161,98 +128,72 @@ def opened(record: bytes, examples: int, state: bytes) -> bytes:
     data = bytearray(record)
     struct.pack_into("<I", data, 4, examples)
     struct.pack_into("<I", data, 64, len(state))
-    at = HEADER_BYTES + (SOURCE.size if record[1] & HAS_SOURCE else 0)
+    at = layout.state_offset(record[1])
     data[at:at] = state
     return bytes(data)
 
 
 def decode(data: bytes) -> Record:
-    """The inverse of Record.encode; layouts 1 and 2 are read as well.
+    """The inverse of Record.encode, also for layouts 1 and 2; BadRecord for another, or lengths that do not add up."""
+    number, flags = data[:2] if len(data) >= HEADER_BYTES else (0, 0)
+    if number not in _FLAGS or flags & ~_FLAGS[number]:
+        found = f"record of {len(data)} bytes, layout {data[0] if data else None}"
+        raise BadRecord(f"{found}; this server reads up to {layout.LAYOUT}")
+    _, _, count, *fixed, state_bytes, input_bytes = HEADER.unpack_from(data)
+    has_source = number == layout.LAYOUT and flags & HAS_SOURCE
+    state_at = layout.state_offset(flags) if has_source else HEADER_BYTES
+    inputs_at = state_at + state_bytes
+    at = inputs_at + input_bytes
+    if at > len(data):
+        raise BadRecord(f"record of {len(data)} bytes, its header speaks of {at}")
+    fields: list[Any] = [flags & HAS_CHECKPOINTS, *fixed, data[state_at:inputs_at], data[inputs_at:at], ()]
+    record = Record(*fields)
+    if has_source:
+        record.source = Source(*layout.SOURCE.unpack_from(data, HEADER_BYTES))
+    record.answers = (_answers if number == layout.LAYOUT else _old_answers)(record, data, at, count)
+    return record
 
-    Raises:
-        BadRecord: another layout version, or lengths that do not add up.
-    """
-    layout = data[0] if len(data) >= HEADER_BYTES else 0
-    if layout == LAYOUT and not data[1] & ~(HAS_CHECKPOINTS | HAS_SOURCE):
-        return _decoded(data, HAS_SOURCE & data[1])
-    if (layout in (1, 2) and not data[1] & ~(HAS_CHECKPOINTS | _RUN)) and (layout == 2 or not data[1] & _RUN):
-        return _decoded_old(data)
-    raise BadRecord(
-        f"record of {len(data)} bytes, layout {data[0] if data else None}; this server reads up to {LAYOUT}"
-    )
 
-
-def _decoded(data: bytes, has_source: int) -> Record:
-    record, n_answers, at = _parts(data, SOURCE.size if has_source else 0)
-    sizes = answer_sizes(data, at, n_answers, record.examples)
+def _answers(record: Record, data: bytes, at: int, count: int) -> tuple[bytes, ...]:
     answers, steps = [], 0
-    for size in sizes:
+    for size in layout.answer_sizes(data, at, count, record.examples):
         answers.append(data[at : at + size])
         steps += int.from_bytes(answers[-1][DIGEST_BYTES:ANSWER_BYTES], "little") & MOST_STEPS
         at += size
     if steps > record.step:
         raise BadRecord(f"kept answers of {steps} steps in a record at step {record.step}")
-    record.answers = tuple(answers)
-    record.source = Source(*SOURCE.unpack_from(data, HEADER_BYTES)) if has_source else None
-    return record
+    return tuple(answers)
 
 
-def _parts(data: bytes, source_bytes: int) -> tuple[Record, int, int]:
-    """A record without its answers, their number, and where they begin."""
-    _, flags, n_answers, *found, n_state, n_inputs = HEADER.unpack_from(data)
-    examples, incarnation, revision, step, created_ms, used_ms, version, ttl_s, fingerprint = found
-    state_at = HEADER_BYTES + source_bytes
-    inputs_at = state_at + n_state
-    at = inputs_at + n_inputs
-    if at > len(data):
-        raise BadRecord(f"record of {len(data)} bytes, its header speaks of {at}")
-    state, inputs = data[state_at:inputs_at], data[inputs_at:at]
-    counted = flags & HAS_CHECKPOINTS, examples, incarnation, revision, step
-    record = Record(*counted, created_ms, used_ms, version, ttl_s, fingerprint, state, inputs, ())
-    return record, n_answers, at
-
-
-# --- layouts 1 and 2 ------------------------------------------------------------------------------------------------
-
-
-def _decoded_old(data: bytes) -> Record:
-    record, count, at = _parts(data, 0)
-    found = (_run if data[1] & _RUN else _listed)(data, at, count, record.step)
+def _old_answers(record: Record, data: bytes, at: int, count: int) -> tuple[bytes, ...]:
+    """The kept answers as layout 3 keeps them."""
+    read, expected = _run if data[1] & _RUN else _listed, record.step
     answers: list[bytes] = []
-    expected = record.step
-    for seq, digest, steps, outputs in reversed(found):
+    for seq, digest, steps, outputs in reversed([*read(data, at, count, record.step)]):
         cells = 4 * record.examples * steps
         if seq != expected or not cells or len(outputs) % cells or not 0 < steps <= MOST_STEPS:
             break  # kept answers are consecutive; what is not is none of ours
         name = digest + bytes(DIGEST_BYTES - _OLD_DIGEST_BYTES)
-        answers.insert(0, encode_answer(name, steps | LEGACY, len(outputs) // cells, outputs))
+        answers.insert(0, encode_answer(name, steps | layout.LEGACY, len(outputs) // cells, outputs))
         expected -= steps
-    record.answers = tuple(answers)
-    return record
+    return tuple(answers)
 
 
-_OldAnswer = tuple[int, bytes, int, bytes]
-"""seq, digest, T, outputs."""
-
-
-def _listed(data: bytes, at: int, count: int, _: int) -> list[_OldAnswer]:
-    """Kept answers with their heads, from offset `at` to the record's end."""
-    answers: list[_OldAnswer] = []
-    while len(answers) < count and at + _OLD_ANSWER.size <= len(data):
+def _listed(data: bytes, at: int, count: int, _: int) -> Iterator[tuple[int, bytes, int, bytes]]:
+    """seq, digest, T and outputs of kept answers with their heads, from offset `at` to the record's end."""
+    while count and at + _OLD_ANSWER.size <= len(data):
         seq, digest, steps, size = _OLD_ANSWER.unpack_from(data, at)
-        at += _OLD_ANSWER.size
-        answers.append((seq, digest, steps, data[at : at + size]))
-        at += size
-    if at != len(data) or len(answers) != count:
+        start, at, count = at + _OLD_ANSWER.size, at + _OLD_ANSWER.size + size, count - 1
+        yield seq, digest, steps, data[start:at]
+    if at != len(data) or count:
         raise BadRecord(f"record of {len(data)} bytes, its header speaks of {at}")
-    return answers
 
 
-def _run(data: bytes, at: int, count: int, step: int) -> list[_OldAnswer]:
-    """The kept answers of single steps up to `step`, whose heads were left out."""
+def _run(data: bytes, at: int, count: int, step: int) -> Iterator[tuple[int, bytes, int, bytes]]:
+    """The same of single steps up to `step`, whose heads were left out."""
     size, rest = divmod(len(data) - at, count) if count else (0, 1)
     if rest or size < _OLD_DIGEST_BYTES or step < count:
         raise BadRecord(f"record of {len(data)} bytes, {len(data) - at} of them for a run of {count} answers")
-    cuts = [data[start : start + size] for start in range(at, len(data), size)]
-    numbered = enumerate(cuts, step + 1 - count)
-    return [(seq, cut[:_OLD_DIGEST_BYTES], 1, cut[_OLD_DIGEST_BYTES:]) for seq, cut in numbered]
+    for seq, start in enumerate(range(at, len(data), size), step + 1 - count):
+        outputs_at = start + _OLD_DIGEST_BYTES
+        yield seq, data[start:outputs_at], 1, data[outputs_at : start + size]

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from stepcast.errors import StepcastError
 
@@ -11,31 +12,18 @@ from .cache import SessionCache
 from .core import Address, Floats, Lane, Mask, Roster, Rows, Session, Waiter
 from .lanes import Lanes
 from .many import Columns, Many
-from .roster import Forming, Rosters, roster_name
+from .roster import Rosters, roster_name
 
 Ask = Callable[[Address, Floats, Mask | None, int | None, Waiter, str | None], None]
 
 
 class BatchSteps:
-    """The batch steps of a server.
+    """The batch steps of a server; `ask` queues a call behind those of its session."""
 
-    Args:
-        ask: Queues a call behind those of its session.
-
-    Attributes:
-        few: Batch steps of fewer sessions form no batch of their own, their steps join those of other calls.
-    """
-
-    few = 32
+    few = 32  # batch steps of fewer sessions form no batch of their own, their steps join those of other calls
 
     def __init__(
-        self,
-        repository: Repository,
-        cache: SessionCache,
-        rosters: Rosters,
-        lanes: Lanes,
-        settings: Settings,
-        ask: Ask,
+        self, repository: Repository, cache: SessionCache, rosters: Rosters, lanes: Lanes, settings: Settings, ask: Ask
     ) -> None:
         self._repository, self._cache, self._rosters = repository, cache, rosters
         self._lanes, self._settings, self._ask = lanes, settings, ask
@@ -58,23 +46,21 @@ class BatchSteps:
             address: The address of one of them; raises InvalidSessionId.
             then: Gets the answer, maybe before this returns.
 
-        Raises:
-            ModelNotFound, NotStreaming, QueueFull, Draining, and what `names` and `read` raise: nothing was queued.
+        Raises ModelNotFound, NotStreaming, QueueFull, Draining, and what `names` and `read` raise: nothing was queued.
         """
         served, name = self._repository.live(model), roster_name(namespace, model, sessions)
         rosters = self._rosters.find(name)
-        listed = None if rosters else names()
-        count = len(listed) if listed is not None else sum(len(roster.keys) for roster in rosters or ())
+        listed = [] if rosters else names()
+        count = len(listed) or sum(len(roster.keys) for roster in rosters)
         self._lanes.admit(served, count)
         columns, lane = read(count), self._lanes.of(served)
         many = Many(count, served.manifest.n_outputs, then)
         if rosters and not columns.refused and self._step_rosters(lane, rosters, columns, many):
             return
-        if listed is None:
-            listed = names()
+        listed = listed or names()
         others = self._step_ready(lane, f"{namespace}/{model}/", listed, columns, many)
         if not others and not columns.refused and served.runtime.resident is None and self._rosters.came_before(name):
-            many.rosters = Forming(self._rosters, name)
+            many.form = partial(self._rosters.form, name, {}, count)
         for place in others:
             try:
                 row, seq = columns.x[place : place + 1, None], None if columns.seqs is None else columns.seqs[place]
@@ -122,17 +108,13 @@ class BatchSteps:
             others.append(place)
         for start in range(0, len(sessions), self._settings.batch_rows):
             cut = slice(start, start + self._settings.batch_rows)
-            _submit(lane, sessions[cut], columns, many, everyone[cut] if len(sessions) == len(names) else places[cut])
+            there = everyone if len(sessions) == len(names) else places
+            _submit(lane, sessions[cut], columns, many, there[cut], None)
         return others
 
 
 def _submit(
-    lane: Lane,
-    sessions: list[Session],
-    columns: Columns,
-    many: Many,
-    places: Sequence[int],
-    roster: Roster | None = None,
+    lane: Lane, sessions: list[Session], columns: Columns, many: Many, places: Sequence[int], roster: Roster | None
 ) -> None:
     """Queue a batch of sessions that are ready, at these places of a batch step."""
     at = slice(places.start, places.stop) if isinstance(places, range) else places  # a slice is no copy

@@ -15,11 +15,7 @@ _BUSY: Final = 64
 
 
 class SessionCache:
-    """Entries by key, bounded by bytes.
-
-    Args:
-        limit_bytes: Memory for sessions; busy ones stay, so the bound is exceeded by at most those.
-    """
+    """Entries by key, bounded by bytes; busy ones stay, so the bound is exceeded by at most those."""
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes

@@ -19,23 +19,11 @@ Outcome = list[bool] | BaseException
 
 
 class Commits:
-    """The commits of a server.
+    """The commits of a server; `go_on` lets the next call of a session begin."""
 
-    Args:
-        go_on: Lets the next call of a session begin.
-    """
-
-    def __init__(
-        self,
-        store: Store,
-        cache: SessionCache,
-        metrics: Metrics,
-        go_on: Callable[[Session], None],
-    ) -> None:
+    def __init__(self, store: Store, cache: SessionCache, metrics: Metrics, go_on: Callable[[Session], None]) -> None:
         self._store, self._cache = store, cache
         self._metrics, self._go_on = metrics, go_on
-
-    # --- what ran -----------------------------------------------------------------------------------------------
 
     def batch(self, batch: Batch) -> "asyncio.Future[None] | None":
         """Commit a batch that ran; one that failed is run again row by row. None: all is known already."""
@@ -94,8 +82,6 @@ class Commits:
             self.refuse(batch.lane.load, session, waiter, too_late())
             self._go_on(session)
 
-    # --- what the store says ------------------------------------------------------------------------------------
-
     def _told(self, batch: Batch, group: Group, rows: Sequence[int], outcome: Outcome) -> None:
         """The store said what became of some rows of a group."""
         if isinstance(outcome, list) and False not in outcome:
@@ -116,24 +102,22 @@ class Commits:
 
     def _advance_some(self, batch: Batch, group: Group, rows: Sequence[int], outcome: Outcome) -> None:
         """Some rows were refused by the store, or it is unknown what it has."""
-        steps = group.rows
+        steps, error = group.rows, None
         _part(steps.roster)
-        if not isinstance(outcome, list):
+        if isinstance(outcome, list):
+            self._advance(batch, group, [row for row, applied in zip(rows, outcome, strict=True) if applied])
+            rows = [row for row, applied in zip(rows, outcome, strict=True) if not applied]
+        else:
             error = as_ours(outcome, "the step could not be stored")
-            for row in rows:
-                session = steps.sessions[row]
-                session.forget()
-                self.refuse(batch.lane.load, session, steps.waiter(row), error)
-                self._go_on(session)
-            return
-        self._advance(batch, group, [row for row, applied in zip(rows, outcome, strict=True) if applied])
-        for row, applied in zip(rows, outcome, strict=True):
-            if not applied:  # another writer was first: load, and compute again
-                session = steps.sessions[row]
+        for row in rows:
+            session = steps.sessions[row]
+            session.forget()
+            if error is None:  # another writer was first: load, and compute again
                 self._metrics.conflicts.labels(session.address.model).inc()
-                session.forget()
                 session.queue.insert(0, group.ask(row, batch.deadline))
-                self._go_on(session)
+            else:
+                self.refuse(batch.lane.load, session, steps.waiter(row), error)
+            self._go_on(session)
 
     def _advance(self, batch: Batch, group: Group, rows: Sequence[int]) -> None:
         """Answer rows that are stored, and let their sessions go on."""
@@ -169,7 +153,8 @@ class Commits:
             whole = len(rows) == len(sessions)
             places = group.rows.places if whole else [group.rows.places[row] for row in rows]
             outputs = answers.outputs if whole else answers.outputs[list(rows)]
-            many.form(lane, group)
+            if many.form is not None:
+                many.form(lane, group)
             many.answer(places, outputs[:, 0, 0], steps)
 
     def _advance_roster(self, lane: Lane, group: Group, roster: Roster) -> None:
@@ -182,8 +167,6 @@ class Commits:
         lane.spares.give(before)
         if many is not None:
             many.answer(group.rows.places, group.answers.outputs[:, 0, 0], roster.steps)
-
-    # --- answers ------------------------------------------------------------------------------------------------
 
     def refuse(self, load: Load, session: Session, waiter: Waiter, error: BaseException) -> None:
         """Refuse a call that has left its queue."""

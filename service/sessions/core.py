@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,9 @@ from ..records.block import Block, LoneBlock, Spares, as_records, side_by_side
 from ..records.digest import Digests
 from ..records.layout import Advance, Facts, Shape, Shapes, facts
 from ..settings import Settings
+
+if TYPE_CHECKING:
+    from .many import Many
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
@@ -83,14 +86,6 @@ class Load:
         self.waiting -= count
         if not self.limit:
             self.left.set()
-
-
-class Places(Protocol):
-    """The answer to a batch step, as it fills (sessions/many.py)."""
-
-    def waiter(self, place: int) -> Waiter: ...
-    def answer(self, places: Sequence[int], outputs: Floats, steps: Sequence[int]) -> None: ...
-    def form(self, lane: "Lane", group: "Group") -> None: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -186,7 +181,7 @@ class Ask:
     verified: bool = False  # the session's record was loaded after the call came, so the call may be refused on it
 
 
-@dataclass(slots=True, eq=False, init=False)
+@dataclass(slots=True, eq=False)
 class Roster:
     """Sessions of one served version that are stepped together: they have no record of their own while it is whole.
 
@@ -195,25 +190,23 @@ class Roster:
 
     lane: Lane
     sessions: list[Session]
-    keys: list[str]  # theirs
     records: Bytes  # (B, W), and how each changes by a step:
     advance: Advance
-    steps: list[int]  # of each session,
-    following: list[int]  # and after the next batch step;
-    level: bool  # they are all the same
+    keys: list[str] = field(init=False)  # of each session,
+    steps: list[int] = field(init=False)  # its step,
+    following: list[int] = field(init=False)  # and that after the next batch step;
+    level: bool = field(init=False)  # they are all the same
     place: object = None  # what the store has noted of them (Block)
     whole: bool = True  # no session has been touched alone
     busy: bool = False  # a batch step of all is under way
     used: bool = True  # since eviction looked
 
-    def __init__(self, lane: Lane, sessions: list[Session], records: Bytes, advance: Advance) -> None:
-        self.lane, self.sessions, self.records, self.advance = lane, sessions, records, advance
-        self.keys = [session.key for session in sessions]
-        self.steps = [session.step for session in sessions]
+    def __post_init__(self) -> None:
+        self.keys = [session.key for session in self.sessions]
+        self.steps = [session.step for session in self.sessions]
         self.following = [step + 1 for step in self.steps]
-        self.level = self.steps.count(self.steps[0]) == len(sessions)
-        self.place, self.whole, self.busy, self.used = None, True, False, True
-        for session in sessions:
+        self.level = self.steps.count(self.steps[0]) == len(self.steps)
+        for session in self.sessions:
             session.forget()
             session.roster = self
 
@@ -260,7 +253,7 @@ class Rows:
     waiters: list[Waiter] = field(default_factory=list)
     asks: dict[int, Ask] = field(default_factory=dict)  # by row, the calls that had to wait for their turn
     x: Floats | None = None  # (B, F): of a batch step, instead of inputs; and of its rows, instead of waiters:
-    many: Places | None = None  # whose answer they are part of,
+    many: "Many | None" = None  # whose answer they are part of,
     places: Sequence[int] = ()  # and where
     roster: Roster | None = None  # all the sessions, where their records lie side by side
 
@@ -439,5 +432,4 @@ class Batch:
                 tags.append(np.array([session.tag for session in sessions], np.int64))
             else:
                 tags += [np.broadcast_to(np.asarray(session.tag, np.int64), examples) for session in sessions]
-        tags += [np.zeros(guest.rows, np.int64) for guest in self.guests]
-        return np.concatenate(tags)
+        return np.concatenate([*tags, *(np.zeros(guest.rows, np.int64) for guest in self.guests)])

@@ -3,13 +3,12 @@
 Each is a read of the store's record and one compare-and-set write, so it is safe beside steps of any replica.
 """
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from secrets import token_bytes
 from typing import Any, Final
-
-import numpy as np
 
 from stepcast.errors import (
     CheckpointExists,
@@ -84,22 +83,17 @@ class States:
     ) -> Record:
         """Create a session of N examples (0: the first step says), on a version (None: the live one).
 
-        Raises:
-            SessionExists, ModelNotFound, NotStreaming, TooLarge.
+        Raises SessionExists, ModelNotFound, NotStreaming or TooLarge.
         """
         live, require = self.repository.live, self.repository.require
         served = live(address.model) if version is None else require(address.model, version)
         check_streams(served)
         self._check_examples(examples)
-        state = served.runtime.initial(examples)
-        return await self.ledger.create(address, self._fresh(served, examples, state, ttl_s=_ttl(ttl_s)))
+        state, ttl = served.runtime.initial(examples), 0 if ttl_s is None else math.ceil(ttl_s) or TTL_FOR_EVER
+        return await self.ledger.create(address, self._fresh(served, examples, state, ttl_s=ttl))
 
     async def end(self, address: Address, if_match: str | None = None) -> None:
-        """End and forget a session, its checkpoints with it.
-
-        Raises:
-            SessionNotFound, PreconditionFailed.
-        """
+        """End and forget a session, its checkpoints with it; raises SessionNotFound or PreconditionFailed."""
         self.repository.live(address.model)
 
         async def edit(found: Record | None) -> Edit:
@@ -149,14 +143,8 @@ class States:
         """What GET state answers: the arrays of all layers, or of one."""
         record, served = view.record, view.served
         tensors: dict[str, Any] = served.runtime.unpack(record.state, record.examples)
-        answer: dict[str, Any] = {
-            "session": address.session,
-            "model": address.model,
-            "version": record.version,
-            "fingerprint": record.fingerprint.hex(),
-            "step": record.step,
-            "examples": record.examples,
-        }
+        answer: dict[str, Any] = {"session": address.session, "model": address.model, "version": record.version}
+        answer |= {"fingerprint": record.fingerprint.hex(), "step": record.step, "examples": record.examples}
         if layer is not None:
             self._check_layer(served, layer)
             answer["layer"], tensors = layer, tensors.get(layer, {})
@@ -168,9 +156,8 @@ class States:
         Where one is set, the others stay, or have their initial value in a session without a state. Kept answers stay
         as long as the step number stays, so that putting back what get answered changes nothing.
 
-        Raises:
-            StateMismatch, ShapeMismatch, NonFinite, StateVersionMismatch, PreconditionFailed, LayerNotFound,
-            ExamplesMismatch.
+        Raises StateMismatch, ShapeMismatch, NonFinite, StateVersionMismatch, PreconditionFailed, LayerNotFound or
+        ExamplesMismatch.
         """
 
         def edit(found: Record | None) -> Record:
@@ -207,10 +194,7 @@ class States:
     async def clear(self, address: Address, if_match: str | None = None) -> Record:
         """Forget the state (rnnClearPreviousState): zeros, any N next. The step number goes on.
 
-        A session whose model version is gone continues on the live one.
-
-        Raises:
-            SessionNotFound, PreconditionFailed.
+        A session whose model version is gone continues on the live one. Raises SessionNotFound or PreconditionFailed.
         """
 
         def edit(found: Record | None) -> Record:
@@ -225,8 +209,7 @@ class States:
     async def fork(self, address: Address, to: str | None) -> tuple[Address, Record]:
         """A new session with the same state, step number and kept answers; checkpoints stay with the parent.
 
-        Raises:
-            SessionNotFound, SessionExists, InvalidSessionId.
+        Raises SessionNotFound, SessionExists or InvalidSessionId.
         """
         child = new_address(address.namespace, address.model, to)
         if child == address:
@@ -238,8 +221,7 @@ class States:
     async def checkpoint(self, address: Address, name: str | None) -> dict[str, Any]:
         """Name the session as it is now; the default name is step-<step>.
 
-        Raises:
-            SessionNotFound, CheckpointExists, TooLarge: there are as many as a session may have.
+        Raises SessionNotFound, CheckpointExists, or TooLarge: there are as many as a session may have.
         """
         if name is not None:
             check_id(name, "checkpoint")
@@ -279,8 +261,7 @@ class States:
     async def rewind(self, address: Address, to: str, if_match: str | None = None) -> Record:
         """Make a session what it was at a checkpoint: state, step number, kept answers.
 
-        Raises:
-            SessionNotFound, CheckpointNotFound, PreconditionFailed.
+        Raises SessionNotFound, CheckpointNotFound or PreconditionFailed.
         """
         before = await self.exists(address)
         data = await self.sessions.store.load_side(address.key, check_id(to, "checkpoint"))
@@ -392,9 +373,3 @@ class States:
         limit = self.settings.examples_limit
         if examples > limit:
             raise TooLarge(f"{examples} examples in one session (limit {limit})", limit=limit)
-
-
-def _ttl(ttl_s: float | None) -> int:
-    if ttl_s is None:
-        return 0
-    return int(np.ceil(ttl_s)) or TTL_FOR_EVER

@@ -18,12 +18,9 @@ Drop = Callable[[Batch, Sequence[int]], None]
 
 
 class Lanes:
-    """The lanes of a server.
+    """The lanes of a server; `finish` takes a batch that has run, `clock` is a wall clock in ns.
 
-    Args:
-        clock: Wall clock in ns.
-        finish: Takes a batch that has run.
-        drop: Refuses rows of a batch that are too late to be run.
+    `drop` refuses rows of a batch that are too late to be run.
     """
 
     def __init__(
@@ -37,14 +34,8 @@ class Lanes:
         self._closing: set[asyncio.Task[None]] = set()
         self.draining = False
 
-    # --- admission ----------------------------------------------------------------------------------------------
-
     def admit(self, served: Served, count: int) -> Load:
-        """The steps of a model that wait, where `count` more may.
-
-        Raises:
-            NotStreaming, QueueFull, Draining.
-        """
+        """The steps of a model that wait, where `count` more may; raises NotStreaming, QueueFull or Draining."""
         check_streams(served)
         return self.room(served.name, count)
 
@@ -64,8 +55,6 @@ class Lanes:
             load = self._loads[model] = Load(0 if self.draining else self.settings.queue_limit)
         return load
 
-    # --- lanes and batches --------------------------------------------------------------------------------------
-
     def of(self, served: Served) -> Lane:
         """The lane of a served version."""
         lane = self._lanes.get((served.name, served.version))
@@ -75,19 +64,13 @@ class Lanes:
 
     def _lane(self, served: Served) -> Lane:
         manifest, settings = served.manifest, self.settings
-        batcher = Batcher(
-            served.runtime.run,
-            self._finish,
-            batch_rows=settings.batch_rows,
-            chunk_s=settings.chunk_s if manifest.streaming else None,
-            inline_s=settings.inline_s if served.runtime.device == "cpu" else -1.0,
-        )
+        run, rows, chunk_s = served.runtime.run, settings.batch_rows, settings.chunk_s if manifest.streaming else None
+        inline_s = settings.inline_s if served.runtime.device == "cpu" else -1.0
+        batcher = Batcher(run, self._finish, batch_rows=rows, chunk_s=chunk_s, inline_s=inline_s)
         sizes = manifest.state_row_bytes, served.input_bytes, manifest.n_outputs
         shapes = Shapes(*sizes, settings.log_steps, settings.ttl_s)
         load, version = self.load(served.name), served.version
         return Lane(served, batcher, shapes, load, self.digests, settings, self._clock, self._drop, version)
-
-    # --- life ---------------------------------------------------------------------------------------------------
 
     def count(self) -> int:
         """Bring the counters of steps up to date; how many steps wait."""
@@ -96,17 +79,13 @@ class Lanes:
         return sum(load.waiting for load in self._loads.values())
 
     def _flush(self, lane: Lane) -> None:
-        name, calls, rows = lane.served.name, lane.calls, lane.rows
-        lane.calls = lane.rows = 0
-        self._metrics.calls.labels(name).inc(calls)
-        self._metrics.steps.labels(name).inc(rows)
-        commits, lane.commits = lane.commits, []
-        for took in commits:
-            self._metrics.commit_seconds.observe(took)
-        batch_rows, run_seconds = self._metrics.batch_rows.of(name), self._metrics.run_seconds.of(name)
-        for count, took in lane.batcher.take_runs():
-            batch_rows.observe(count)
-            run_seconds.observe(took)
+        name, metrics, runs = lane.served.name, self._metrics, lane.batcher.take_runs()
+        metrics.calls.labels(name).inc(lane.calls)
+        metrics.steps.labels(name).inc(lane.rows)
+        metrics.commit_seconds.observe(lane.commits)
+        metrics.batch_rows.observe([rows for rows, _ in runs], name)
+        metrics.run_seconds.observe([took for _, took in runs], name)
+        lane.calls, lane.rows, lane.commits = 0, 0, []
 
     def retire(self, served: Served) -> None:
         """A version is not served any more: nothing here keeps it once its batches are finished."""
@@ -133,18 +112,12 @@ class Lanes:
 def check_streams(served: Served) -> None:
     """Raises NotStreaming where the model cannot be stepped."""
     if not served.manifest.streaming:
-        raise NotStreaming(
-            f"model {served.name!r} version {served.version} reads sequences from both ends. Use predict.",
-            model=served.name,
-        )
+        what = f"model {served.name!r} version {served.version}"
+        raise NotStreaming(f"{what} reads sequences from both ends. Use predict.", model=served.name)
 
 
 def full(what: str, waiting: int, limit: int, count: int = 1) -> QueueFull:
     """The error for a queue that does not take `count` more."""
     asked = f", got {count} more" if count > 1 else ""
-    return QueueFull(
-        f"{what} has {waiting} steps waiting (limit {limit}){asked}. Retry after 0.05 s.",
-        waiting=waiting,
-        limit=limit,
-        retry_after_s=0.05,
-    )
+    text = f"{what} has {waiting} steps waiting (limit {limit}){asked}. Retry after 0.05 s."
+    return QueueFull(text, waiting=waiting, limit=limit, retry_after_s=0.05)

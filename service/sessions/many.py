@@ -8,7 +8,6 @@ import numpy as np
 from stepcast.errors import Internal, ShapeMismatch, StepcastError
 
 from .core import Answers, Floats, Group, Lane
-from .roster import Forming
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +32,8 @@ class Many:
         self.steps: list[int | None] = [None] * count
         self.errors: dict[int, StepcastError] = {}
         """Why a session was not stepped, by its place."""
-        self.rosters: Forming | None = None
-        """What the sessions form as they are stepped."""
+        self.form: Callable[[Lane, Group], None] | None = None
+        """Lets sessions that were stepped together be a roster, if they may."""
 
     @property
     def outputs(self) -> Floats:
@@ -42,11 +41,6 @@ class Many:
         if self._outputs is None:
             self._outputs = np.full((self._count, self._n_outputs), np.nan, np.float32)
         return self._outputs
-
-    def form(self, lane: Lane, group: Group) -> None:
-        """Let sessions that were stepped together be a roster, if they may."""
-        if self.rosters is not None:
-            self.rosters.add(lane, group, self._count)
 
     def waiter(self, place: int) -> "Cell":
         """Who waits for one of its sessions."""

@@ -7,6 +7,7 @@ feature too, its number wins.
 
 import struct
 from dataclasses import dataclass
+from secrets import randbits
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from ..engine import arrays
 from ..engine.arrays import Floats
 from ..engine.repository import Served
 from ..records.digest import legacy_named
-from ..records.record import Answer, Record, encode_answer
+from ..records.record import Record, encode_answer
 from .core import Address
 from .edits import States
 from .stored import Edit
@@ -37,15 +38,6 @@ class Plan:
     seed: int | None = None  # of the draws; None: one of its own
 
 
-@dataclass(frozen=True, slots=True)
-class Free:
-    """What a rollout made."""
-
-    outputs: Floats  # (N, H, O)
-    classes: npt.NDArray[np.int64] | None  # (N, H), of a classifier
-    state: bytes  # after it
-
-
 async def rollout(states: States, address: Address, plan: Plan) -> dict[str, Any]:
     """Run a session free.
 
@@ -60,6 +52,7 @@ async def rollout(states: States, address: Address, plan: Plan) -> dict[str, Any
         raise InvalidRequest("$.seq belongs to a rollout with commit")
     if plan.seq is not None and plan.temperature and plan.seed is None:
         raise InvalidRequest("a rollout with seq and temperature needs a $.seed, so that a retry draws the same")
+    seed = randbits(63) if plan.seed is None else plan.seed
     answer: dict[str, Any] = {}
 
     async def edit(found: Record | None) -> Edit | None:
@@ -68,49 +61,45 @@ async def rollout(states: States, address: Address, plan: Plan) -> dict[str, Any
         known = _known(plan, served.manifest, max(1, record.examples), states.settings.body_limit_bytes)
         payload = _payload(plan, known)
         digest = states.sessions.digests.named(b"rollout", *payload)
-        stored = _stored(record, plan, digest, payload, address)
-        if stored is not None:
-            answer.update(_answer(served, stored, plan, record.version, plan.seq or 0))
-            return None
-        free = await _run(states, record, served, known, plan)
-        if not plan.commit:
-            answer.update(_answer(served, free, plan, record.version, record.step))
-            return None
-        answer.update(_answer(served, free, plan, record.version, record.step + plan.steps))
-        kept = encode_answer(digest, plan.steps, free.outputs.shape[2], free.outputs.tobytes())
-        return Edit(record.advanced(plan.steps, len(free.outputs), free.state, kept, states.ledger.clock()))
+        outputs, step, edited = _stored(record, plan, digest, payload, address), plan.seq, None
+        if outputs is None:
+            outputs, state = await _run(states, record, served, known, _Feed(served.manifest, plan.temperature, seed))
+            step = record.step
+            if plan.commit:
+                step += plan.steps
+                kept = encode_answer(digest, plan.steps, outputs.shape[2], outputs.tobytes())
+                edited = Edit(record.advanced(plan.steps, len(known), state, kept, states.ledger.clock()))
+        answer.update(outputs=outputs, step=step, version=record.version)
+        if served.manifest.classes is not None:
+            answer["classes"] = _Feed(served.manifest, plan.temperature, seed).names(outputs)
+        return edited
 
     states.repository.live(address.model)
     await states.ledger.change(address, edit)
     return answer
 
 
-async def _run(states: States, record: Record, served: Served, known: Floats, plan: Plan) -> Free:
-    rows = known.shape[0]
-    state = record.state if record.examples else served.runtime.initial(rows)
-    feed = _Feed(served.manifest, plan)
-    last = _last_outputs(record, rows)
-    outputs, classes = [], []
-    for step in range(plan.steps):
+async def _run(states: States, record: Record, served: Served, known: Floats, feed: "_Feed") -> tuple[Floats, bytes]:
+    """Outputs (N, H, O), and the state after them."""
+    state = record.state if record.examples else served.runtime.initial(len(known))
+    last, outputs = _last_outputs(record, len(known)), []
+    for step in range(known.shape[1]):
         x = feed.inputs(known[:, step], last, step)
         call = await states.sessions.run(served, x[:, None], None, state)
         last, state = call.reply()[:, 0], call.state
         outputs.append(last)
         if feed.classes is not None:
-            classes.append(feed.choose(last))
-    chosen = np.stack(classes, axis=1) if classes else None
-    return Free(np.stack(outputs, axis=1), chosen, state)
+            feed.choose(last)
+    return np.stack(outputs, axis=1), state
 
 
 class _Feed:
     """Turns the last outputs into the fed part of the next inputs."""
 
-    def __init__(self, manifest: Manifest, plan: Plan) -> None:
-        self.manifest = manifest
-        self.classes = manifest.classes
-        self._temperature = plan.temperature
+    def __init__(self, manifest: Manifest, temperature: float, seed: int) -> None:
+        self.manifest, self.classes, self._temperature = manifest, manifest.classes, temperature
         # the first class is drawn from a stream of its own, so that a kept answer's draws can be made again
-        first, later = np.random.SeedSequence(plan.seed).spawn(2)
+        first, later = np.random.SeedSequence(seed).spawn(2)
         self._first, self._random = np.random.default_rng(first), np.random.default_rng(later)
         self._chosen: npt.NDArray[np.int64] | None = None
         self._names = [o.name for o in manifest.outputs]
@@ -125,11 +114,9 @@ class _Feed:
             if not absent.any():
                 continue
             if last is None or np.isnan(last[absent]).any():
-                raise NoFeedback(
-                    f"there is no last answer to feed {link.feature!r} at step {step}. Step the session first, or "
-                    "give the first step's inputs.",
-                    feature=link.feature,
-                )
+                text = f"there is no last answer to feed {link.feature!r} at step {step}"
+                advice = "Step the session first, or give the first step's inputs."
+                raise NoFeedback(f"{text}. {advice}", feature=link.feature)
             x[absent, cut] = self._fed(link.source, last, cut.stop - cut.start)[absent]
         if not self.manifest.feedback and np.isnan(x).all():
             raise NoFeedback(f"model {self.manifest.name!r} feeds no output back. Give inputs for every step.")
@@ -149,6 +136,11 @@ class _Feed:
         self._chosen = self._draw(probabilities, self._random)
         return self._chosen
 
+    def names(self, outputs: Floats) -> list[list[str]]:
+        """The class of each step (N, H) of a rollout with these outputs (N, H, O); of a feed that chose nothing yet."""
+        chosen = [self.choose(outputs[:, step]) for step in range(outputs.shape[1])]
+        return [[(self.classes or ())[row] for row in rows] for rows in np.stack(chosen, axis=1)]
+
     def _draw(self, probabilities: Floats, random: np.random.Generator) -> npt.NDArray[np.int64]:
         if self._temperature == 0:
             return np.asarray(probabilities.argmax(axis=1), np.int64)
@@ -159,22 +151,15 @@ class _Feed:
 
 
 def _known(plan: Plan, manifest: Manifest, rows: int, limit_bytes: int) -> Floats:
-    """What is known of the future, (N, H, F), NaN where nothing is.
-
-    Raises:
-        TooLarge: it or the answer would not fit in a plan. ShapeMismatch, NonFinite.
-    """
+    """What is known of the future, (N, H, F), NaN where nothing is; TooLarge where it or the answer would not fit."""
     want = (rows, plan.steps, manifest.n_features)
     size = 4 * rows * plan.steps * max(manifest.n_features, manifest.n_outputs)
     if size > limit_bytes:
         raise TooLarge(f"a rollout of {rows} examples by {plan.steps} steps takes {size} bytes (limit {limit_bytes})")
-    given = plan.inputs
-    if given is None:
-        return np.full(want, np.nan, np.float32)
+    given = np.full(want, np.nan, np.float32) if plan.inputs is None else plan.inputs
     if given.shape not in (want, want[1:]):
-        raise ShapeMismatch(
-            f"$.inputs has shape {list(given.shape)}, want {list(want[1:])} or {list(want)}", got=list(given.shape)
-        )
+        got = list(given.shape)
+        raise ShapeMismatch(f"$.inputs has shape {got}, want {list(want[1:])} or {list(want)}", got=got)
     known = np.broadcast_to(given, want)
     arrays.check_infinite(known)
     return arrays.canonical(known)
@@ -203,38 +188,16 @@ def _payload(plan: Plan, known: Floats) -> tuple[bytes, bytes]:
     return head, known.tobytes()
 
 
-def _same(kept: Answer, digest: bytes, payload: tuple[bytes, bytes]) -> bool:
-    if kept.legacy:
-        return kept.digest.startswith(legacy_named(b"rollout", *payload))
-    return kept.digest == digest
-
-
-def _stored(record: Record, plan: Plan, digest: bytes, payload: tuple[bytes, bytes], address: Address) -> Free | None:
-    """The kept answer of the same committed rollout; None where it is to be run."""
+def _stored(record: Record, plan: Plan, digest: bytes, payload: tuple[bytes, bytes], address: Address) -> Floats | None:
+    """The kept outputs of the same committed rollout; None where it is to be run."""
     expected = record.step + plan.steps
     if plan.seq in (None, expected):
         return None
     kept = record.answer(plan.seq or 0)
-    if kept is None or not _same(kept, digest, payload):
-        raise StepConflict(
-            f"session {address.session!r} is at step {record.step}, got seq {plan.seq} for a rollout of "
-            f"{plan.steps} steps. Send seq {expected}.",
-            session=address.session,
-            step=record.step,
-            seq=plan.seq,
-            expected_seq=expected,
-        )
-    rows = max(1, record.examples)
-    return Free(np.frombuffer(kept.outputs, np.float32).reshape(rows, kept.steps, -1), None, record.state)
-
-
-def _answer(served: Served, free: Free, plan: Plan, version: int, step: int) -> dict[str, Any]:
-    answer: dict[str, Any] = {"outputs": free.outputs, "step": step, "version": version}
-    classes = free.classes
-    if served.manifest.classes is not None:
-        if classes is None:  # a retry: the draws are those of the same seed
-            feed = _Feed(served.manifest, plan)
-            classes = np.stack([feed.choose(free.outputs[:, t]) for t in range(free.outputs.shape[1])], axis=1)
-        names = served.manifest.classes
-        answer["classes"] = [[names[c] for c in row] for row in classes]
-    return answer
+    if kept is not None and kept.legacy:
+        digest = legacy_named(b"rollout", *payload)
+    if kept is None or not kept.digest.startswith(digest):
+        text = f"session {address.session!r} is at step {record.step}, got seq {plan.seq} for a rollout of {plan.steps}"
+        facts = {"session": address.session, "step": record.step, "seq": plan.seq, "expected_seq": expected}
+        raise StepConflict(f"{text} steps. Send seq {expected}.", **facts)
+    return np.frombuffer(kept.outputs, np.float32).reshape(max(1, record.examples), kept.steps, -1)

@@ -23,18 +23,13 @@ class Rosters:
         self._rosters: dict[bytes, list[Roster]] = {}
         self._seen: dict[bytes, None] = {}
 
-    def find(self, name: bytes) -> list[Roster] | None:
-        """The rosters of these sessions, all whole and idle; None: there are none."""
-        rosters = self._rosters.get(name)
-        if rosters is None:
-            return None
-        for roster in rosters:
-            if not roster.whole:
-                self._drop(name)
-                return None
-            if roster.busy:
-                return None
-        return rosters
+    def find(self, name: bytes) -> list[Roster]:
+        """The rosters of these sessions, all whole and idle; empty: there are none."""
+        rosters = self._rosters.get(name, [])
+        if not all(roster.whole for roster in rosters):
+            self._drop(name)
+            return []
+        return [] if any(roster.busy for roster in rosters) else rosters
 
     def came_before(self, name: bytes) -> bool:
         """Whether these sessions have been asked for before: they may come again."""
@@ -45,12 +40,21 @@ class Rosters:
         self._seen[name] = None
         return False
 
-    def enter(self, name: bytes, rosters: list[Roster]) -> None:
-        """From now on these are the rosters of that name, in its order."""
-        self._drop(name)
-        if len(self._rosters) >= _MOST_ROSTERS:
-            self._drop(next(iter(self._rosters)))
-        self._rosters[name] = rosters
+    def form(self, name: bytes, made: dict[int, Roster], count: int, lane: Lane, group: Group) -> None:
+        """Let sessions that were stepped together be a roster, if their records stay as long and nothing has begun.
+
+        `made` has those of their batch step by first place; with all its `count` sessions in, they go by `name`.
+        """
+        sessions, advance = group.rows.sessions, group.block.advance
+        stored = zip(sessions, group.block.records(), strict=True)
+        if not advance.steady or any(session.busy or session.data is not record for session, record in stored):
+            return
+        made[group.rows.places[0]] = Roster(lane, sessions, group.block.new, advance)
+        if sum(len(roster.sessions) for roster in made.values()) == count:
+            self._drop(name)
+            if len(self._rosters) >= _MOST_ROSTERS:
+                self._drop(next(iter(self._rosters)))
+            self._rosters[name] = [made[place] for place in sorted(made)]
 
     def retire(self, served: Served) -> None:
         """Split the rosters of a version, and forget them."""
@@ -63,36 +67,6 @@ class Rosters:
             roster.split()
 
 
-class Forming:
-    """The rosters that the sessions of one batch step become, if all do.
-
-    Args:
-        name: By which the batch step will be known.
-    """
-
-    def __init__(self, rosters: Rosters, name: bytes) -> None:
-        self._rosters, self._name = rosters, name
-        self._made: dict[int, Roster] = {}
-
-    def add(self, lane: Lane, group: Group, count: int) -> None:
-        """Sessions were stepped: they become a roster if their records have stopped growing and nothing has begun.
-
-        Args:
-            count: Of all sessions of the batch step.
-        """
-        sessions, advance = group.rows.sessions, group.block.advance
-        stored = zip(sessions, group.block.records(), strict=True)
-        if not advance.steady or any(session.busy or session.data is not record for session, record in stored):
-            return
-        self._made[group.rows.places[0]] = Roster(lane, sessions, group.block.new, advance)
-        if sum(len(roster.sessions) for roster in self._made.values()) == count:
-            self._rosters.enter(self._name, [self._made[place] for place in sorted(self._made)])
-
-
 def roster_name(namespace: str, model: str, sessions: bytes) -> bytes:
-    """What the sessions of a batch step are called: short, however many they are.
-
-    Args:
-        sessions: Their list, as the request has it.
-    """
+    """What the sessions of a batch step are called: short, however long their list in the request is."""
     return blake2b(b"%s/%s/%s" % (namespace.encode(), model.encode(), sessions), digest_size=16).digest()

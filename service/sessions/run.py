@@ -10,11 +10,9 @@ from .core import Floats, Mask
 
 
 class MaskedRun(Run):
-    """A run that knows its mask: present steps go to the front, as training does it.
+    """A run of x (N, T, F) that knows its mask (N, T), True where present; None: everywhere.
 
-    Args:
-        x: (N, T, F).
-        mask: (N, T), True where present; None: everywhere.
+    Present steps go to the front, as training does it.
     """
 
     def __init__(
@@ -31,13 +29,9 @@ class MaskedRun(Run):
 
 
 def compact(x: Floats, mask: Mask) -> tuple[Floats, npt.NDArray[np.int32]]:
-    """Gather each row's present steps to the front.
+    """Gather each row's present steps of x (N, T, F) to the front; the mask (N, T) is True where they are present.
 
-    Args:
-        x: (N, T, F); mask: (N, T), True where present.
-
-    Returns:
-        x (N, T', F), T' the most present steps of a row (at least 1), and lengths (N,).
+    Gives x (N, T', F), T' the most present steps of a row (at least 1), and lengths (N,).
     """
     lengths = mask.sum(axis=1, dtype=np.int32)
     order = np.argsort(~mask, axis=1, kind="stable")

@@ -59,19 +59,12 @@ class Ledger:
     def there(self, address: Address, found: Record | None) -> Record:
         """The record of a session that has to be there, else SessionNotFound."""
         if found is None:
-            raise SessionNotFound(
-                f"model {address.model!r} has no session {address.session!r} (never created, ended or expired)",
-                model=address.model,
-                session=address.session,
-            )
+            text = f"model {address.model!r} has no session {address.session!r} (never created, ended or expired)"
+            raise SessionNotFound(text, model=address.model, session=address.session)
         return found
 
     async def create(self, address: Address, fresh: Record) -> Record:
-        """Store a new session.
-
-        Raises:
-            SessionExists: there is one of that id.
-        """
+        """Store a new session; SessionExists where there is one of that id."""
         (made,) = await self.store.change([Write(address.key, None, fresh.encode(), self.ttl_s(fresh))])
         if not made:
             text = f"model {address.model!r} has a session {address.session!r} already"
@@ -82,18 +75,13 @@ class Ledger:
     async def change(
         self, address: Address, edit: Callable[[Record | None], Awaitable[Edit | None]], if_match: str | None = None
     ) -> Record | None:
-        """Change a session by compare-and-set; the store's record decides, not a copy.
+        """Change a session by compare-and-set; the store's record decides, not a copy. Its record from now on.
 
         Args:
             edit: Takes the record (None: no session), returns what is to be written (None: nothing). It is called
                 again where others change the session meanwhile.
-            if_match: Entity tag that the record must have.
 
-        Returns:
-            The session's record from now on.
-
-        Raises:
-            PreconditionFailed: the record has another entity tag. SessionBusy: others kept changing it.
+        Raises PreconditionFailed where `if_match` names another record, SessionBusy where others kept changing it.
         """
         for _ in range(_TRIES):
             found = await self.find(address)
@@ -105,7 +93,7 @@ class Ledger:
                 return found
             token, after = found.token if found else None, edited.record
             if after is None:
-                write = Write(address.key, token, None, None)
+                write = Write(address.key, token, None)
             else:
                 has_sides = bool(after.flags & HAS_CHECKPOINTS)
                 write = Write(address.key, token, after.encode(), self.ttl_s(after), edited.sides, has_sides)

@@ -16,13 +16,7 @@ from functools import partial
 
 import numpy as np
 
-from stepcast.errors import (
-    SessionBusy,
-    ShapeMismatch,
-    StateVersionMismatch,
-    StepcastError,
-    StepConflict,
-)
+from stepcast.errors import SessionBusy, ShapeMismatch, StateVersionMismatch, StepcastError, StepConflict
 
 from ..engine.batcher import Run, too_late
 from ..engine.repository import Repository, Served
@@ -65,7 +59,7 @@ class Sessions:
         self._commits = Commits(store, self._cache, metrics, self._go_on)
         self._lanes = Lanes(settings, metrics, clock, self._commits.batch, self._commits.drop)
         self.digests = self._lanes.digests
-        self.batch_steps = BatchSteps(repository, self._cache, self._rosters, self._lanes, settings, self.call)
+        self.batch_steps = BatchSteps(repository, self._cache, self._rosters, self._lanes, settings, self.step)
         self._to_load: list[Session] = []
         self._tasks: set[asyncio.Future[None]] = set()
 
@@ -100,30 +94,18 @@ class Sessions:
         return True
 
     def step(
-        self, address: Address, data: bytes, rows: int, seq: int | None, waiter: Waiter, policy: str | None = None
-    ) -> None:
-        """Queue a single step of `rows` examples, as `join` does, of a session that may have to be loaded first.
-
-        Steps of one session are applied in the order of these calls.
-
-        Args:
-            policy: What to do if the session's version is not served: pin, reset, replay; None: the server's.
-
-        Raises:
-            ModelNotFound, NotStreaming, QueueFull, Draining: refused at once. Other errors reach the waiter.
-        """
-        x = np.frombuffer(data, np.float32).reshape(rows, 1, -1)
-        self.call(address, x, None, seq, waiter, policy)
-
-    def call(
         self, address: Address, x: Floats, mask: Mask | None, seq: int | None, waiter: Waiter, policy: str | None = None
     ) -> None:
-        """Queue a call of T steps behind those of its session that wait; else as `step`.
+        """Queue a call of T steps behind those of its session that wait; the session may have to be loaded first.
 
         Args:
             x: (N, T, F) float32, finite or NaN, checked against the model.
             mask: (N, T) bool, False: this example's state stays as it is at this step; None: all True.
-            seq: The number that the last step shall have.
+            seq: The number that the last step shall have; None: the next.
+            policy: What to do if the session's version is not served: pin, reset, replay; None: the server's.
+
+        Raises:
+            ModelNotFound, NotStreaming, QueueFull, Draining: refused at once. Other errors reach the waiter.
         """
         load = self._lanes.admit(self.repository.live(address.model), 1)
         session, limit = self._cache.get(address.key), self.settings.session_queue_limit

@@ -11,28 +11,18 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-import numpy as np
-import numpy.typing as npt
-
 from ..records.block import Block
-
-Bytes = npt.NDArray[np.uint8]
 
 
 class Write(NamedTuple):
     """One change of one session: all of it or nothing."""
 
     key: str
-    expect: bytes | None
-    """Token (16 bytes) of the record that this one replaces; None: there must be no record."""
-    record: bytes | None
-    """The new record; None: forget the session and its side records."""
-    ttl_s: float | None = None
-    """Seconds until the session is forgotten unless it is written again; None: never. Side records follow."""
-    sides: Mapping[str, bytes] | None = None
-    """Side records to set in the same atomic operation."""
-    touch_sides: bool = False
-    """The session has side records: give them the new time to live too."""
+    expect: bytes | None  # token (16 bytes) of the record that this one replaces; None: there must be no record
+    record: bytes | None  # the new record; None: forget the session and its side records
+    ttl_s: float | None = None  # until the session is forgotten unless written again; None: never. Side records follow
+    sides: Mapping[str, bytes] | None = None  # side records to set in the same atomic operation
+    touch_sides: bool = False  # the session has side records: give them the new time to live too
 
 
 Done = Callable[[Sequence[int], list[bool] | BaseException], None]
@@ -42,11 +32,10 @@ Done = Callable[[Sequence[int], list[bool] | BaseException], None]
 class Store(Protocol):
     """The protocol of every store. Its coroutines raise errors.StoreUnavailable where the store cannot answer.
 
-    After a StoreUnavailable, whether a write was applied is unknown: load before the next try.
+    Whether a write was applied is unknown then: load before the next try.
     """
 
-    volatile: bool
-    """True where a restart of the process forgets everything."""
+    volatile: bool  # a restart of the process forgets everything
 
     async def open(self) -> None:
         """Connect; create what is needed. Raises StoreUnavailable where that fails."""
@@ -63,11 +52,10 @@ class Store(Protocol):
     def replace(self, block: Block, done: Done) -> None:
         """Put each next record of a block where its expected token is, each atomically and durably.
 
-        Args:
-            block: Nobody writes to its arrays before `done` has been called for all rows, and to `new` of one that
-                stays not before a later block of its keys was applied whole.
-            done: Called once or several times, maybe before this returns, so that together every row is told exactly
-                once. Rows that are slow or lost do not hold up the others. This itself raises nothing.
+        Nobody writes to the block's arrays before `done` has been called for all rows, and to `new` of one that stays
+        not before a later block of its keys was applied whole. `done` is called once or several times, maybe before
+        this returns, so that every row is told exactly once; rows that are slow or lost do not hold up the others.
+        This itself raises nothing.
         """
 
     async def change(self, writes: Sequence[Write]) -> list[bool]:
@@ -93,24 +81,15 @@ class Store(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class StoreOptions:
-    """What a URL does not say.
-
-    Args:
-        durability: When a commit is acknowledged: `commit` (the store has it), `replicated` (and so have
-            `replicas` replicas; Redis only), `interval` (at once; the store has it within `interval_s`).
-        interval_s: The loss window of `interval`.
-        replicas: How many replicas `replicated` waits for.
-        replica_timeout_s: And for how long.
-        connect_timeout_s: Until a server counts as gone (Redis).
-        reply_timeout_s: Until a reply counts as lost (Redis), or another process's lock as stuck (SQLite).
-    """
+    """What a URL does not say."""
 
     durability: str = "commit"
-    interval_s: float = 1.0
-    replicas: int = 1
+    """A commit is acknowledged when the store has it; `replicated`: and so have replicas; `interval`: at once."""
+    interval_s: float = 1.0  # until the store has it too: the loss window of `interval`
+    replicas: int = 1  # how many `replicated` waits for, and how long
     replica_timeout_s: float = 0.5
-    connect_timeout_s: float = 1.0
-    reply_timeout_s: float = 1.0
+    connect_timeout_s: float = 1.0  # until a server counts as gone (Redis)
+    reply_timeout_s: float = 1.0  # until a reply counts as lost (Redis), or another process's lock as stuck (SQLite)
 
     @property
     def awaited(self) -> int:

@@ -3,7 +3,6 @@
 Write-ahead log, one transaction per group of commits: calls that arrive while a transaction runs share the next one.
 With synchronous=NORMAL (the default) a killed process loses nothing that was acknowledged; a power failure may lose
 the last transactions but never damages the file. With synchronous=FULL a power failure loses nothing either.
-
 All of sqlite3 happens on two threads, one that writes and one that reads; the event loop never waits for a disk.
 """
 
@@ -11,11 +10,13 @@ import asyncio
 import logging
 import sqlite3
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, Final, TypeVar, cast
+from sqlite3 import Connection
+from typing import Any, Final, TypeVar
 
 from stepcast.errors import StoreUnavailable
 
@@ -35,22 +36,16 @@ _SWEEP_PER_S: Final = 64
 _SCHEMA: Final = f"""
 BEGIN IMMEDIATE;
 CREATE TABLE IF NOT EXISTS sessions (
-    id INTEGER PRIMARY KEY,
-    key TEXT NOT NULL UNIQUE,
-    token BLOB NOT NULL,
-    expires_ms INTEGER NOT NULL,
+    id INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, token BLOB NOT NULL, expires_ms INTEGER NOT NULL,
     record BLOB NOT NULL
 );
 CREATE TABLE IF NOT EXISTS sides (
-    id INTEGER PRIMARY KEY,
-    key TEXT NOT NULL,
-    name TEXT NOT NULL,
-    record BLOB NOT NULL,
-    UNIQUE (key, name)
+    id INTEGER PRIMARY KEY, key TEXT NOT NULL, name TEXT NOT NULL, record BLOB NOT NULL, UNIQUE (key, name)
 );
 PRAGMA user_version = {SCHEMA_VERSION};
 COMMIT;
 """
+_BEGIN: Final = "BEGIN IMMEDIATE"  # takes the write lock at once, so that two processes never deadlock
 _LOOK: Final = "SELECT user_version, (SELECT count(*) FROM sqlite_master) FROM pragma_user_version"
 _LOAD: Final = "SELECT record FROM sessions WHERE key = ? AND expires_ms > ?"
 _CREATE: Final = """
@@ -64,32 +59,22 @@ _REPLACE: Final = (
 _FORGET: Final = "DELETE FROM sessions WHERE key = ? AND token = ? AND expires_ms > ?"
 _FORGET_SIDES: Final = "DELETE FROM sides WHERE key = ?"
 _SET_SIDE: Final = "INSERT OR REPLACE INTO sides (key, name, record) VALUES (?, ?, ?)"
-_LIST: Final = """
-SELECT key FROM sessions WHERE key > ? AND key >= ? AND key < ? AND expires_ms > ? ORDER BY key LIMIT ?
-"""
-_SIDE: Final = """
-SELECT sides.record FROM sides JOIN sessions USING (key) WHERE key = ? AND name = ? AND expires_ms > ?
-"""
-_SIDES: Final = """
-SELECT name FROM sides JOIN sessions USING (key) WHERE key = ? AND expires_ms > ? ORDER BY name
-"""
+_LIST: Final = "SELECT key FROM sessions WHERE key > ? AND key >= ? AND key < ? AND expires_ms > ? ORDER BY key LIMIT ?"
+_SIDE: Final = "SELECT sides.record FROM sides JOIN sessions USING (key) WHERE key = ? AND name = ? AND expires_ms > ?"
+_SIDES: Final = "SELECT name FROM sides JOIN sessions USING (key) WHERE key = ? AND expires_ms > ? ORDER BY name"
 _ROUND: Final = "SELECT id, key, expires_ms FROM sessions WHERE id > ? ORDER BY id LIMIT ?"
 
 _T = TypeVar("_T")
-_Steps = list[tuple[bytes, int, bytes, str, bytes, int]]
-"""A block, as _REPLACE takes its rows."""
-_Asked = Sequence[Write] | _Steps
-_Waiting = tuple[_Asked, asyncio.Future[list[bool]]]
+_Lane = tuple[ThreadPoolExecutor, Connection]  # a thread, and the connection that it uses
+_Steps = list[tuple[bytes, int, bytes, str, bytes, int]]  # a block, as _REPLACE takes its rows
+_Call = tuple[Sequence[Write], _Steps]  # one of them is empty
 
 
 class SqliteStore:
-    """One SQLite file.
+    """One SQLite file, made if it is not there; its directory is not.
 
-    Args:
-        path: The file; made if it is not there, its directory is not.
-        full_sync: Wait for the disk at every transaction (synchronous=FULL).
-        busy_timeout_s: How long a commit waits for another process's transaction.
-        clock_ms: Wall clock in ms since the epoch; expiry outlives the process.
+    `full_sync` waits for the disk at every transaction (synchronous=FULL), `busy_timeout_s` is how long a commit waits
+    for another process's transaction, `clock_ms` a wall clock in ms since the epoch: expiry outlives the process.
     """
 
     volatile = False
@@ -102,24 +87,22 @@ class SqliteStore:
         busy_timeout_s: float = 2.0,
         clock_ms: Callable[[], int] = wall_clock_ms,
     ) -> None:
-        self._path = Path(path)
-        self._full_sync = full_sync
-        self._busy_timeout_s = busy_timeout_s
-        self._clock_ms = clock_ms
-        self._waiting: list[_Waiting] = []
+        self._path, self._full_sync = Path(path), full_sync
+        self._busy_timeout_s, self._clock_ms = busy_timeout_s, clock_ms
+        self._writer: _Lane | None = None
+        self._reader: _Lane | None = None
+        self._waiting: list[tuple[_Call, asyncio.Future[list[bool]]]] = []
         self._drainer: asyncio.Task[None] | None = None
-        self._writer = self._reader = _Lane(None)
-        self._sweep_at = 0
-        self._swept_ms = 0
+        self._sweep_at = self._swept_ms = 0
 
     async def open(self) -> None:
         await self.close()
-        self._writer = _Lane("store-write")
-        self._reader = _Lane("store-read")
         try:
             with _translated(self._path, str(self._path)):
-                await self._writer.run(self._prepare)
-                await self._reader.run(self._connect, self._reader)
+                self._writer = await self._lane("store-write")
+                await _run(self._writer, self._prepare)
+                self._reader = await self._lane("store-read")
+                await _run(self._reader, self._set_up)
         except BaseException:
             await self.close()
             raise
@@ -127,90 +110,91 @@ class SqliteStore:
     async def close(self) -> None:
         while self._drainer is not None:
             await asyncio.wait([self._drainer])
-        writer, reader = self._writer, self._reader
-        self._writer = self._reader = _Lane(None)
-        await reader.close()
-        await writer.close()
+        lanes = self._reader, self._writer
+        self._reader = self._writer = None
+        for lane in filter(None, lanes):
+            await _run(lane, Connection.close)
+            lane[0].shutdown(wait=False)
 
     async def ping(self) -> None:
-        await self._on(self._writer, self._touch)
+        await self._on(self._writer, _touch)
 
     async def load(self, keys: Sequence[str]) -> list[bytes | None]:
-        return await self._on(self._reader, self._load, keys)
+        return await self._on(self._reader, _load, keys, self._clock_ms())
 
     def replace(self, block: Block, done: Done) -> None:
         now_ms, expected = self._clock_ms(), block.expected()
         if not expected[0]:  # new sessions
-            asked: _Asked = as_writes(block)
+            call: _Call = as_writes(block), []
         else:
             expires_ms, rows = _expires_ms(block.ttl_s, now_ms), zip(block.keys, expected, block.records(), strict=True)
-            asked = [(record[TOKEN], expires_ms, record, key, token, now_ms) for key, token, record in rows]
-        tell(done, range(len(block)), self._accept(asked))
+            call = [], [(record[TOKEN], expires_ms, record, key, token, now_ms) for key, token, record in rows]
+        tell(done, range(len(block)), self._accept(call))
 
     async def change(self, writes: Sequence[Write]) -> list[bool]:
-        return await self._accept(writes)
+        return await self._accept((writes, []))
 
-    def _accept(self, asked: _Asked) -> "asyncio.Future[list[bool]]":
+    async def list_keys(self, prefix: str, cursor: str, limit: int) -> tuple[list[str], str]:
+        bounds = cursor, prefix, prefix + _LAST, self._clock_ms(), limit
+        keys = await self._on(self._reader, _column, _LIST, *bounds)
+        return keys, keys[-1] if len(keys) == limit else ""
+
+    async def load_side(self, key: str, name: str) -> bytes | None:
+        found = await self._on(self._reader, _column, _SIDE, key, name, self._clock_ms())
+        return found[0] if found else None
+
+    async def list_sides(self, key: str) -> list[str]:
+        return await self._on(self._reader, _column, _SIDES, key, self._clock_ms())
+
+    async def _lane(self, name: str) -> _Lane:
+        """A connection that any thread may use, and the one that will."""
+        connect = partial(sqlite3.connect, timeout=self._busy_timeout_s, isolation_level=None, cached_statements=32)
+        return ThreadPoolExecutor(1, name), await asyncio.to_thread(connect, self._path, check_same_thread=False)
+
+    async def _on(self, lane: _Lane | None, work: Callable[..., _T], *args: object) -> _T:
+        """Do `work` with a lane's connection on its thread; sqlite3's errors become ours."""
+        if lane is None:
+            raise _unavailable("the store is closed")
+        with _translated(self._path):
+            return await _run(lane, work, *args)
+
+    def _accept(self, call: _Call) -> "asyncio.Future[list[bool]]":
         """Let writes wait for the next transaction."""
         done: asyncio.Future[list[bool]] = asyncio.get_running_loop().create_future()
-        self._waiting.append((asked, done))
+        self._waiting.append((call, done))
         if self._drainer is None:
             self._drainer = asyncio.create_task(self._drain())
         return done
 
-    async def list_keys(self, prefix: str, cursor: str, limit: int) -> tuple[list[str], str]:
-        keys = await self._on(
-            self._reader, self._column, _LIST, cursor, prefix, prefix + _LAST, self._clock_ms(), limit
-        )
-        return keys, keys[-1] if len(keys) == limit else ""
-
-    async def load_side(self, key: str, name: str) -> bytes | None:
-        found = await self._on(self._reader, self._column, _SIDE, key, name, self._clock_ms())
-        return found[0] if found else None
-
-    async def list_sides(self, key: str) -> list[str]:
-        return await self._on(self._reader, self._column, _SIDES, key, self._clock_ms())
-
-    async def _on(self, lane: "_Lane", work: Callable[..., _T], *args: object) -> _T:
-        """Run `work` on a lane's thread; sqlite3's errors become ours."""
-        with _translated(self._path):
-            return await lane.run(work, *args)
-
     async def _drain(self) -> None:
-        """Apply what waits, one transaction after the other, until nothing waits."""
+        """Apply what waits, one transaction after the other until nothing waits; its fate is the fate of each call."""
         try:
             while self._waiting:
                 group, self._waiting = self._waiting, []
-                await self._apply_group(group)
+                results: Sequence[list[bool] | Exception]
+                try:
+                    results = await self._on(self._writer, self._apply, [call for call, _ in group])
+                except Exception as error:
+                    results = [error] * len(group)
+                for (_, done), result in zip(group, results, strict=True):
+                    if done.done():  # its caller is gone
+                        continue
+                    if isinstance(result, Exception):
+                        done.set_exception(result)
+                    else:
+                        done.set_result(result)
         finally:
             self._drainer = None
 
-    async def _apply_group(self, group: list[_Waiting]) -> None:
-        """One transaction for a group of commits; its fate is the fate of each."""
-        try:
-            results = await self._on(self._writer, self._apply, [writes for writes, _ in group])
-        except Exception as error:
-            for _, done in group:
-                if not done.done():
-                    done.set_exception(error)
-            return
-        for (_, done), applied in zip(group, results, strict=True):
-            if not done.done():
-                done.set_result(applied)
-
     # What follows runs on the lanes' threads.
 
-    def _connect(self, lane: "_Lane") -> sqlite3.Connection:
-        lane.connection = connection = sqlite3.connect(
-            self._path, timeout=self._busy_timeout_s, isolation_level=None, cached_statements=32
-        )
+    def _set_up(self, connection: Connection) -> None:
         connection.execute(f"PRAGMA synchronous = {'FULL' if self._full_sync else 'NORMAL'}")
         connection.execute(f"PRAGMA wal_autocheckpoint = {_CHECKPOINT_PAGES}")
-        return connection
 
-    def _prepare(self) -> None:
-        """Connect the writer; make the tables, or check that they are of a version we know."""
-        connection = self._connect(self._writer)
+    def _prepare(self, connection: Connection) -> None:
+        """Make the tables, or check that they are of a version we know."""
+        self._set_up(connection)
         version, tables = connection.execute(_LOOK).fetchone()
         if version > SCHEMA_VERSION:
             raise _unavailable(f"{self._path} has schema {version}, this server knows up to {SCHEMA_VERSION}")
@@ -220,55 +204,37 @@ class SqliteStore:
             self._switch_to_wal(connection)
         if not version:
             connection.executescript(_SCHEMA)
-        self._touch()
+        _touch(connection)
 
-    def _switch_to_wal(self, connection: sqlite3.Connection) -> None:
-        """A new file, or one that was copied by a tool that leaves the write-ahead log out."""
-        mode = _patiently(lambda: connection.execute("PRAGMA journal_mode = WAL"), self._busy_timeout_s)
-        if mode.fetchone()[0] != "wal":
+    def _switch_to_wal(self, connection: Connection) -> None:
+        """For a new file, or one that was copied by a tool that leaves the write-ahead log out."""
+        deadline, mode = time.monotonic() + self._busy_timeout_s, ""
+        while not mode:
+            try:
+                mode = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
+            except sqlite3.OperationalError as error:  # here SQLite refuses without asking its busy handler
+                if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
+        if mode != "wal":
             raise _unavailable(f"{self._path} cannot have a write-ahead log. Put it on a local disk")
 
-    def _touch(self) -> None:
-        """Write something, as only that shows whether the file can be written."""
-        connection = self._writer.use()
-        with _transaction(connection):
-            connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-
-    def _load(self, keys: Sequence[str]) -> list[bytes | None]:
-        now_ms, execute = self._clock_ms(), self._reader.use().execute
-        rows = [execute(_LOAD, (key, now_ms)).fetchone() for key in keys]
-        return [row[0] if row else None for row in rows]
-
-    def _column(self, query: str, *values: str | int) -> list[Any]:
-        return [row[0] for row in self._reader.use().execute(query, values)]
-
-    def _apply(self, calls: Sequence[_Asked]) -> list[list[bool]]:
+    def _apply(self, connection: Connection, calls: Sequence[_Call], one_by_one: bool = False) -> list[list[bool]]:
         """One transaction for several commits; where a plain step is refused, all of it again, step by step."""
+        now_ms, created, results = self._clock_ms(), 0, []
         try:
-            return self._transact(calls, _replace_all)
-        except _SomeRefused:
-            return self._transact(calls, _replace_each)
-
-    def _transact(
-        self,
-        calls: Sequence[_Asked],
-        replace_steps: Callable[[sqlite3.Connection, _Steps], list[bool]],
-    ) -> list[list[bool]]:
-        connection, now_ms = self._writer.use(), self._clock_ms()
-        results: list[list[bool]] = []
-        created = 0
-        with _transaction(connection):
-            for asked in calls:
-                if asked and not isinstance(asked[0], Write):
-                    results.append(replace_steps(connection, cast(_Steps, asked)))
-                else:
-                    writes = cast(Sequence[Write], asked)
-                    results.append([_write(connection, write, now_ms) for write in writes])
+            with connection:
+                connection.execute(_BEGIN)
+                for writes, steps in calls:
+                    others = [_write(connection, write, now_ms) for write in writes]
+                    results.append(_replace(connection, steps, one_by_one) if steps else others)
                     created += sum(write.expect is None for write in writes)
-            self._sweep(connection, created, now_ms)
+                self._sweep(connection, created, now_ms)
+        except _SomeRefused:
+            return self._apply(connection, calls, one_by_one=True)
         return results
 
-    def _sweep(self, connection: sqlite3.Connection, created: int, now_ms: int) -> None:
+    def _sweep(self, connection: Connection, created: int, now_ms: int) -> None:
         """Look at the next sessions of the round and delete the expired: some per second, two per creation."""
         visits = 2 * created
         if abs(now_ms - self._swept_ms) >= 1000:
@@ -283,31 +249,25 @@ class SqliteStore:
                 connection.execute(_FORGET_SIDES, (key,))
 
 
-class _Lane:
-    """A thread with a connection of its own; without a name it is closed."""
+def _run(lane: _Lane, work: Callable[..., _T], *args: object) -> "asyncio.Future[_T]":
+    thread, connection = lane
+    return asyncio.get_running_loop().run_in_executor(thread, work, connection, *args)
 
-    def __init__(self, name: str | None) -> None:
-        self._executor = ThreadPoolExecutor(1, name) if name else None
-        self.connection: sqlite3.Connection | None = None
 
-    def run(self, work: Callable[..., _T], *args: object) -> Awaitable[_T]:
-        if self._executor is None:
-            raise _unavailable("the store is closed")
-        return asyncio.get_running_loop().run_in_executor(self._executor, work, *args)
+def _touch(connection: Connection) -> None:
+    """Write something, as only that shows whether the file can be written."""
+    with connection:
+        connection.execute(_BEGIN)
+        connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
-    def use(self) -> sqlite3.Connection:
-        if self.connection is None:
-            raise _unavailable("the store is closed")
-        return self.connection
 
-    async def close(self) -> None:
-        """Close the connection on its thread, then end the thread."""
-        if self._executor is None:
-            return
-        if self.connection is not None:
-            await self.run(self.connection.close)
-            self.connection = None
-        self._executor.shutdown(wait=False)
+def _load(connection: Connection, keys: Sequence[str], now_ms: int) -> list[bytes | None]:
+    rows = [connection.execute(_LOAD, (key, now_ms)).fetchone() for key in keys]
+    return [row[0] if row else None for row in rows]
+
+
+def _column(connection: Connection, query: str, *values: str | int) -> list[Any]:
+    return [row[0] for row in connection.execute(query, values)]
 
 
 def _expires_ms(ttl_s: float | None, now_ms: int) -> int:
@@ -318,66 +278,31 @@ class _SomeRefused(Exception):
     """A plain step found another record than its own: the transaction must not be kept."""
 
 
-def _replace_all(connection: sqlite3.Connection, steps: _Steps) -> list[bool]:
-    """Plain steps by one statement, which says how many were applied, but not which."""
+def _replace(connection: Connection, steps: _Steps, one_by_one: bool) -> list[bool]:
+    """Plain steps; by one statement, which says how many were applied, but not which."""
+    if one_by_one:
+        return [connection.execute(_REPLACE, step).rowcount == 1 for step in steps]
     if connection.executemany(_REPLACE, steps).rowcount != len(steps):
         raise _SomeRefused
     return [True] * len(steps)
 
 
-def _replace_each(connection: sqlite3.Connection, steps: _Steps) -> list[bool]:
-    return [connection.execute(_REPLACE, step).rowcount == 1 for step in steps]
-
-
-def _write(connection: sqlite3.Connection, write: Write, now_ms: int) -> bool:
+def _write(connection: Connection, write: Write, now_ms: int) -> bool:
     """One compare-and-set; says whether it was applied."""
     key, expect, record, ttl_s, sides, _ = write
-    expires_ms = _expires_ms(ttl_s, now_ms)
-    if record is None:
-        applied = _forget(connection, key, expect, now_ms)
-    elif expect is None:
-        created = connection.execute(_CREATE, (key, record[TOKEN], expires_ms, record, now_ms))
-        applied = created.rowcount == 1
+    if record is None and expect is None:
+        applied = connection.execute(_LOAD, (key, now_ms)).fetchone() is None
+    elif record is None:
+        applied = connection.execute(_FORGET, (key, expect, now_ms)).rowcount == 1
     else:
-        replaced = connection.execute(_REPLACE, (record[TOKEN], expires_ms, record, key, expect, now_ms))
-        applied = replaced.rowcount == 1
+        new = record[TOKEN], _expires_ms(ttl_s, now_ms), record
+        query, values = (_CREATE, (key, *new, now_ms)) if expect is None else (_REPLACE, (*new, key, expect, now_ms))
+        applied = connection.execute(query, values).rowcount == 1
     if applied and (expect is None or record is None):
         connection.execute(_FORGET_SIDES, (key,))
     if applied and sides and record is not None:
         connection.executemany(_SET_SIDE, [(key, name, side) for name, side in sides.items()])
     return applied
-
-
-def _forget(connection: sqlite3.Connection, key: str, expect: bytes | None, now_ms: int) -> bool:
-    """Delete a record; with `expect` None there must be none."""
-    if expect is None:
-        return connection.execute(_LOAD, (key, now_ms)).fetchone() is None
-    return connection.execute(_FORGET, (key, expect, now_ms)).rowcount == 1
-
-
-@contextmanager
-def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
-    """All of it or nothing; takes the write lock at once, so that two processes never deadlock."""
-    connection.execute("BEGIN IMMEDIATE")
-    try:
-        yield
-        connection.execute("COMMIT")
-    except BaseException:
-        if connection.in_transaction:  # SQLite has rolled back by itself after a full disk
-            connection.execute("ROLLBACK")
-        raise
-
-
-def _patiently(work: Callable[[], _T], timeout_s: float) -> _T:
-    """Retry where SQLite refuses without asking its busy handler (the first change to a write-ahead log)."""
-    deadline = time.monotonic() + timeout_s
-    while True:
-        try:
-            return work()
-        except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
-                raise
-            time.sleep(0.01)
 
 
 def _unavailable(facts: str, retry_after_s: float = 1.0) -> StoreUnavailable:
@@ -386,15 +311,11 @@ def _unavailable(facts: str, retry_after_s: float = 1.0) -> StoreUnavailable:
 
 @contextmanager
 def _translated(path: Path, told: str = "SQLite") -> Iterator[None]:
-    """sqlite3's errors become StoreUnavailable; retry soon where another process writes, late on a full disk.
-
-    Args:
-        told: What the error names; who steps a session need not know where its file is, the log does.
-    """
+    """sqlite3's errors become StoreUnavailable; retry soon where another process writes, late on a full disk."""
     try:
         yield
     except sqlite3.Error as error:
-        _log.warning("%s: %s", path, error)
+        _log.warning("%s: %s", path, error)  # who steps a session need not know where its file is, the log does
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
         retry_after_s = {sqlite3.SQLITE_BUSY: 0.1, sqlite3.SQLITE_FULL: 5.0}.get(code, 1.0)
         raise _unavailable(f"{told}: {error}", retry_after_s) from error

@@ -1,9 +1,9 @@
 """Which store a URL and a durability level mean."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Final
-from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit, urlunsplit
+from typing import Final
+from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 from stepcast.errors import ConfigError
 
@@ -12,9 +12,6 @@ from . import StoreOptions as StoreOptions
 from .memory import MemoryStore
 from .sqlite import SqliteStore
 from .write_behind import BehindStore
-
-if TYPE_CHECKING:
-    from .redis.connection import Server
 
 DURABILITIES: Final = ("commit", "replicated", "interval")
 _REDIS: Final = frozenset({"redis", "rediss", "redis+sentinel", "rediss+sentinel", "redis+cluster", "rediss+cluster"})
@@ -25,27 +22,24 @@ _SENTINEL: Final = ("sentinel_username", "sentinel_password")
 def open_store(url: str, *, durability: str = "commit", options: StoreOptions | None = None) -> Store:
     """The store that `url` names, not connected yet: the caller awaits its open().
 
-    Raises:
-        ConfigError: an unknown scheme or option, or a durability that the store does not have.
+    Raises ConfigError: an unknown scheme or option, or a durability that the store does not have.
     """
     options = replace(options or StoreOptions(), durability=durability)
     if durability not in DURABILITIES:
         raise ConfigError(f"durability is {durability!r}. Take one of {', '.join(DURABILITIES)}.")
     parts = urlsplit(url)
+    base: Store
     if durability == "replicated" and parts.scheme not in _REDIS:
         raise ConfigError(f"durability 'replicated' needs Redis, got store {parts.scheme!r}.")
-    base = _base(parts, options)
-    return BehindStore(base, options.interval_s) if durability == "interval" else base
-
-
-def _base(parts: SplitResult, options: StoreOptions) -> Store:
     if parts.scheme == "memory":
-        return MemoryStore()
-    if parts.scheme == "sqlite":
-        return _sqlite(parts, options)
-    if parts.scheme in _REDIS:
-        return _redis(parts, options)
-    raise ConfigError(f"store scheme is {parts.scheme!r}. Take memory, sqlite or {', '.join(sorted(_REDIS))}.")
+        base = MemoryStore()
+    elif parts.scheme == "sqlite":
+        base = _sqlite(parts, options)
+    elif parts.scheme in _REDIS:
+        base = _redis(parts, options)
+    else:
+        raise ConfigError(f"store scheme is {parts.scheme!r}. Take memory, sqlite or {', '.join(sorted(_REDIS))}.")
+    return BehindStore(base, options.interval_s) if durability == "interval" else base
 
 
 def _sqlite(parts: SplitResult, options: StoreOptions) -> SqliteStore:
@@ -64,7 +58,7 @@ def _redis(parts: SplitResult, options: StoreOptions) -> Store:
     """redis://[[user]:password@]host[:port][/db], and the same with several hosts for Sentinel and Cluster."""
     from .redis.connection import connect  # here, so that other stores need no client of Redis in memory
     from .redis.store import RedisStore
-    from .redis.topology import Cluster, Node, Nodes, connect_primary
+    from .redis.topology import Cluster, Node, Nodes, connect_primary, servers_of
 
     scheme, _, kind = parts.scheme.partition("+")
     query = _query(parts, (*(_TLS if scheme == "rediss" else ()), *(_SENTINEL if kind == "sentinel" else ())))
@@ -74,11 +68,11 @@ def _redis(parts: SplitResult, options: StoreOptions) -> Store:
         if not service:
             raise ConfigError("store URL names no service. Write redis+sentinel://host:port,host:port/service_name/db.")
         entry = {name: query.pop(f"sentinel_{name}", None) for name in ("username", "password")}
-        servers = _servers(parts, scheme, path, query, 26379)
+        servers = servers_of(parts, scheme, path, query, 26379)
         sentinels = [replace(server, options={**server.options, "db": 0, **entry}) for server in servers]
         primary = Node(servers[0], lambda: connect_primary(sentinels, unquote(service), servers[0], options), options)
         return RedisStore(Nodes(primary, options))
-    servers = _servers(parts, scheme, path, query, 6379)
+    servers = servers_of(parts, scheme, path, query, 6379)
     if kind == "cluster":
         if path not in ("", "0"):
             raise ConfigError(f"store URL asks for database {path!r}. A cluster has only one; leave it out.")
@@ -86,24 +80,6 @@ def _redis(parts: SplitResult, options: StoreOptions) -> Store:
     if len(servers) > 1:
         raise ConfigError(f"store URL names {len(servers)} hosts. Write redis+cluster:// or redis+sentinel://.")
     return RedisStore(Nodes(Node(servers[0], lambda: connect(servers[0], options), options), options))
-
-
-def _servers(parts: SplitResult, scheme: str, db: str, query: Mapping[str, str], port: int) -> "list[Server]":
-    """The servers of host:port,host:port, who share user, password, database and options."""
-    from .redis.topology import server_of
-
-    if db and not db.isdecimal():
-        raise ConfigError(f"store URL asks for database {db!r}. Give its number.")
-    entry, at, hosts = parts.netloc.rpartition("@")
-    found = []
-    for host in hosts.split(","):
-        try:
-            found.append(server_of(urlunsplit((scheme, entry + at + host, db, urlencode(query), "")), port))
-        except OSError as error:
-            raise ConfigError(f"store URL has certificates that cannot be read: {error}.") from error
-        except ValueError as error:
-            raise ConfigError(f"store URL has the host {host!r}: {error}.") from error
-    return found
 
 
 def _query(parts: SplitResult, known: Sequence[str]) -> dict[str, str]:

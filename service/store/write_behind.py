@@ -1,17 +1,16 @@
 """Durability `interval`: steps are acknowledged at once and written to the store behind a little later.
 
-A crash of the process loses what was acknowledged in the last interval at most: what waits is written twice per
-interval, and where that takes too long or fails, commits wait or are refused until it is done. Creating and forgetting
-a session and its side records are written at once. A session must be stepped by one process at a time: where another
-one wrote it, what is waiting here is dropped, and counted.
+A crash loses what was acknowledged in the last interval at most: what waits is written twice per interval, and where
+that takes too long or fails, commits wait or are refused until it is done. Creating and forgetting a session and its
+side records are written at once. A session must be stepped by one process at a time: where another one wrote it, what
+is waiting here is dropped, and counted.
 """
 
 import asyncio
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Final
@@ -35,38 +34,28 @@ class _Waiting:
     record: bytes
     expires: float
     touch_sides: bool
-    replaces: set[bytes]
-    """Tokens of records that it may replace; several where it is unknown which one the store has."""
-
-    @property
-    def in_doubt(self) -> bool:
-        return len(self.replaces) > 1
+    replaces: set[bytes]  # tokens of records that it may replace; several where it is unknown which one the store has
 
 
 class BehindStore:
-    """A store in front of another one.
+    """A store in front of `base`, where sessions rest.
 
-    Args:
-        base: Where sessions rest.
-        interval_s: How long an acknowledged step may wait to be written: the loss window.
-        clock: Seconds, monotonic.
+    An acknowledged step waits `interval_s` at most to be written: the loss window. The clock is monotonic, in seconds.
     """
 
     def __init__(self, base: Store, interval_s: float, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.volatile = base.volatile
-        self.dropped = 0
-        """Sessions whose waiting record was dropped because another process had written them."""
-        self._base = base
-        self._interval_s = interval_s
-        self._clock = clock
+        self.dropped = 0  # sessions whose waiting record was dropped because another process had written them
+        self._base, self._interval_s, self._clock = base, interval_s, clock
         self._waiting: dict[str, _Waiting] = {}
         self._flushing: dict[str, _Waiting] = {}
-        self._since = inf  # when the oldest of what waits came
-        self._flushing_since = inf  # and of what is being written
+        self._since = self._flushing_since = inf  # when the oldest of what waits, and of what is being written, came
         self._known: OrderedDict[str, tuple[bytes, float]] = OrderedDict()  # token and expiry, as the base has it
         self._passing: set[str] = set()  # keys of writes that go straight to the base
         self._one_writer = asyncio.Lock()
         self._timer: asyncio.Task[None] | None = None
+        # Only steps wait, so the base knows all of these.
+        self.list_keys, self.load_side, self.list_sides = base.list_keys, base.load_side, base.list_sides
 
     async def open(self) -> None:
         await self._base.open()
@@ -89,45 +78,31 @@ class BehindStore:
         await self._base.ping()
 
     async def load(self, keys: Sequence[str]) -> list[bytes | None]:
-        now = self._clock()
-        own = [self._waiting.get(key) or self._flushing.get(key) for key in keys]
-        records = [waiting.record if waiting and waiting.expires > now else None for waiting in own]
-        missing = [i for i, waiting in enumerate(own) if waiting is None]
-        if missing:
-            for i, record in zip(missing, await self._base.load([keys[i] for i in missing]), strict=True):
-                records[i] = record
-        return records
+        now, own = self._clock(), {key: self._newest(key) for key in keys}
+        missing = [key for key, waiting in own.items() if waiting is None]
+        records = dict(zip(missing, await self._base.load(missing), strict=True)) if missing else {}
+        for key, waiting in own.items():
+            if waiting is not None:
+                records[key] = waiting.record if waiting.expires > now else None
+        return [records[key] for key in keys]
 
     def replace(self, block: Block, done: Done) -> None:
         tell(done, range(len(block)), self.change(as_writes(block)))
 
     async def change(self, writes: Sequence[Write]) -> list[bool]:
         await self._keep_promise()
-        through = {i: write for i, write in enumerate(writes) if self._goes_through(write)}
-        applied = [False] * len(writes)
-        if through:
-            for i, result in zip(through, await self._change_now(list(through.values())), strict=True):
-                applied[i] = result
-        later = [i for i in range(len(writes)) if i not in through]
-        await self._learn([writes[i].key for i in later])
-        for i in later:
-            applied[i] = self._keep(writes[i])
-        return applied
-
-    async def list_keys(self, prefix: str, cursor: str, limit: int) -> tuple[list[str], str]:
-        return await self._base.list_keys(prefix, cursor, limit)
-
-    async def load_side(self, key: str, name: str) -> bytes | None:
-        return await self._base.load_side(key, name)
-
-    async def list_sides(self, key: str) -> list[str]:
-        return await self._base.list_sides(key)
+        at_once: dict[str, Write] = {}
+        for write in writes:  # only steps wait
+            if not write.expect or not write.record or write.sides or write.key in self._passing:
+                at_once[write.key] = write
+        applied = dict(zip(at_once, await self._change_now(list(at_once.values())), strict=True)) if at_once else {}
+        await self._learn([write.key for write in writes if write.key not in at_once])
+        return [applied[write.key] if write.key in at_once else self._keep(write) for write in writes]
 
     async def flush(self) -> None:
         """Write all that waits. Raises StoreUnavailable where that fails; it goes on waiting then."""
         async with self._one_writer:
-            with self._taken(list(self._waiting)):
-                await self._write_out()
+            await self._write_out(list(self._waiting))
 
     async def _tick(self) -> None:
         while True:
@@ -142,18 +117,13 @@ class BehindStore:
         while self._clock() - min(self._since, self._flushing_since) > self._interval_s:
             await self.flush()
 
-    def _goes_through(self, write: Write) -> bool:
-        """Whether a write is more than a step: only steps wait."""
-        return write.expect is None or write.record is None or bool(write.sides) or write.key in self._passing
-
     async def _change_now(self, writes: Sequence[Write]) -> list[bool]:
         """Write to the base now, after what waits for the same sessions."""
         keys = {write.key for write in writes}
         self._passing |= keys
         try:
             async with self._one_writer:
-                with self._taken([key for key in keys if key in self._waiting]):
-                    await self._write_out()
+                await self._write_out([key for key in keys if key in self._waiting])
                 for key in keys:
                     self._known.pop(key, None)
                 return await self._base.change(writes)
@@ -162,15 +132,13 @@ class BehindStore:
 
     async def _learn(self, keys: Sequence[str]) -> None:
         """Read the tokens of sessions that we know nothing of."""
-        unknown = [key for key in keys if not self._is_known(key)]
-        if not unknown:
-            return
-        for key, record in zip(unknown, await self._base.load(unknown), strict=True):
-            if record is not None and not self._is_known(key):
+        unknown = [key for key in keys if not self._newest(key) and key not in self._known]
+        for key, record in zip(unknown, await self._base.load(unknown) if unknown else (), strict=True):
+            if record is not None and not self._newest(key) and key not in self._known:
                 self._remember(key, record[TOKEN], inf)
 
-    def _is_known(self, key: str) -> bool:
-        return key in self._waiting or key in self._flushing or key in self._known
+    def _newest(self, key: str) -> _Waiting | None:
+        return self._waiting.get(key) or self._flushing.get(key)
 
     def _remember(self, key: str, token: bytes, expires: float) -> None:
         self._known[key] = (token, expires)
@@ -178,41 +146,35 @@ class BehindStore:
         if len(self._known) > _KNOWN_TOKENS:
             self._known.popitem(last=False)
 
-    def _token(self, key: str) -> bytes | None:
-        """The token of the newest record that we know of, None if it has expired or is unknown."""
-        waiting = self._waiting.get(key) or self._flushing.get(key)
-        if waiting is not None:
-            return waiting.record[TOKEN] if waiting.expires > self._clock() else None
-        token, expires = self._known.get(key, (None, inf))
-        return token if expires > self._clock() else None
-
     def _keep(self, write: Write) -> bool:
         """Compare and set in what waits."""
         key, expect, record, ttl_s, _, touch_sides = write
-        if expect is None or record is None or self._token(key) != expect:
+        now, newest = self._clock(), self._newest(key)
+        token, expires = (newest.record[TOKEN], newest.expires) if newest else self._known.get(key, (None, inf))
+        if expect is None or record is None or token != expect or expires <= now:
             self._known.pop(key, None)  # ask the base the next time
             return False
-        now = self._clock()
-        older = self._waiting.get(key)
-        self._waiting[key] = _Waiting(
-            record,
-            inf if ttl_s is None else now + ttl_s,
-            touch_sides or (older is not None and older.touch_sides),
-            older.replaces if older is not None else {expect},
-        )
+        kept = self._waiting.setdefault(key, _Waiting(record, inf, False, {expect}))
+        kept.record, kept.expires = record, inf if ttl_s is None else now + ttl_s
+        kept.touch_sides |= touch_sides
         self._since = min(self._since, now)
         return True
 
-    @contextmanager
-    def _taken(self, keys: Sequence[str]) -> Iterator[None]:
-        """Move sessions from waiting to flushing; those that are still there at the end go back."""
-        complete = len(keys) == len(self._waiting)
+    async def _write_out(self, keys: Sequence[str]) -> None:
+        """Write what waits for some sessions, and take each out as its fate is known; the rest goes on waiting."""
+        since, is_all = self._since, len(keys) == len(self._waiting)
         self._flushing = {key: self._waiting.pop(key) for key in keys}
-        self._flushing_since = since = self._since
-        if complete:
-            self._since = inf
+        self._flushing_since, self._since = since, inf if is_all else since
         try:
-            yield
+            await self._clear_doubts()
+            while self._flushing:
+                now, batch, writes = self._clock(), list(self._flushing.items())[:_PER_FLUSH_CALL], []
+                for key, waiting in batch:
+                    (expect,) = waiting.replaces
+                    ttl_s = None if waiting.expires == inf else max(waiting.expires - now, 0.001)
+                    writes.append(Write(key, expect, waiting.record, ttl_s, None, waiting.touch_sides))
+                for (key, waiting), applied in zip(batch, await self._base.change(writes), strict=True):
+                    self._settle(key, waiting, applied)
         finally:
             if self._flushing:
                 self._since = since
@@ -221,22 +183,10 @@ class BehindStore:
                 newer.replaces |= left.replaces | {left.record[TOKEN]}  # it may have been written
             self._flushing, self._flushing_since = {}, inf
 
-    async def _write_out(self) -> None:
-        """Write what is being flushed, some sessions at a time, and take each out as its fate is known."""
-        await self._clear_doubts()
-        while self._flushing:
-            now = self._clock()
-            batch = dict(list(self._flushing.items())[:_PER_FLUSH_CALL])
-            results = await self._base.change([_as_write(key, waiting, now) for key, waiting in batch.items()])
-            for (key, waiting), applied in zip(batch.items(), results, strict=True):
-                self._settle(key, waiting, applied)
-
     async def _clear_doubts(self) -> None:
         """Find out which record the base has where a flush before had an unknown end."""
-        doubtful = [key for key, waiting in self._flushing.items() if waiting.in_doubt]
-        if not doubtful:
-            return
-        for key, record in zip(doubtful, await self._base.load(doubtful), strict=True):
+        doubtful = [key for key, waiting in self._flushing.items() if len(waiting.replaces) > 1]
+        for key, record in zip(doubtful, await self._base.load(doubtful) if doubtful else (), strict=True):
             waiting = self._flushing[key]
             token = record[TOKEN] if record is not None else b""
             if token == waiting.record[TOKEN] or token not in waiting.replaces:
@@ -251,12 +201,5 @@ class BehindStore:
             return
         self.dropped += 1
         _log.warning("session %r was written by another process: its steps that waited here are dropped", key)
-        with suppress(KeyError):
-            del self._waiting[key]
+        self._waiting.pop(key, None)
         self._known.pop(key, None)
-
-
-def _as_write(key: str, waiting: _Waiting, now: float) -> Write:
-    (expect,) = waiting.replaces
-    ttl_s = None if waiting.expires == inf else max(waiting.expires - now, 0.001)
-    return Write(key, expect, waiting.record, ttl_s, None, waiting.touch_sides)

@@ -16,10 +16,11 @@ from .batch import Batch
 
 Alignment = Literal["equal_length", "start", "end"]
 Array = NDArray[np.float32]
+Values = NDArray[np.float32] | NDArray[np.float64]  # of a file; a batch is float32
 Mask = NDArray[np.bool_]
 
 
-def align(features: Sequence[Array], labels: Sequence[Array], alignment: Alignment) -> Batch:
+def align(features: Sequence[Values], labels: Sequence[Values], alignment: Alignment) -> Batch:
     """Pad B examples to one length and say what of it is real.
 
     With L_i the longer of an example's two sequences and T the longest of all, padding from L_i to T always goes at
@@ -62,7 +63,7 @@ def _check_lengths(x_steps: list[int], y_steps: list[int], alignment: Alignment)
             )
 
 
-def _pad(sequences: Sequence[Array], ends: list[int], alignment: Alignment) -> tuple[Array, Mask | None]:
+def _pad(sequences: Sequence[Values], ends: list[int], alignment: Alignment) -> tuple[Array, Mask | None]:
     steps = max(ends)
     padded = np.zeros((len(sequences), steps, sequences[0].shape[1]), np.float32)  # (B, T, F)
     mask = np.zeros((len(sequences), steps), np.bool_)  # (B, T)

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from stepcast.errors import ConfigError
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:
@@ -21,3 +23,18 @@ class Batch:
     x_mask: Tensor | None = None  # (B, T) bool
     y_mask: Tensor | None = None  # (B, T) or (B, T, O) bool
     starts: Tensor | None = None  # (B,) bool; None: every row starts a sequence
+
+
+def check_lanes(before: int, batch: Batch) -> None:
+    """See that the rows of a batch which goes on are those of the batch before.
+
+    Args:
+        before: Rows of that one.
+        batch: With `starts`.
+
+    Raises:
+        ConfigError: another number of rows: which of them goes on is not known.
+    """
+    if batch.starts is not None and not batch.starts.all() and batch.x.shape[0] != before:
+        got = f"{before} rows, the next one has {batch.x.shape[0]}"
+        raise ConfigError(f"data: lanes of {got}. Give every batch of a split the same rows, masked where a lane ends.")

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from stepcast.errors import ConfigError
 
-from .align import Array, one_hot
+from .align import one_hot
 from .csv_file import read_csv
 
 Numbers = NDArray[np.float64]
@@ -47,8 +47,8 @@ class ExampleFormat(BaseModel):
             return tuple(str(number) for number in range(self.classes))
         return self.classes
 
-    def read(self, path: Path, label_path: Path | None) -> tuple[Array, Array]:
-        """Read one example: features [T, F] and labels [T', O], NaN where missing.
+    def read(self, path: Path, label_path: Path | None) -> tuple[Numbers, Numbers]:
+        """Read one example: features [T, F] and labels [T', O], NaN where missing; float64, for their statistics.
 
         Args:
             path: The features, and the labels too if there is no other file.
@@ -61,7 +61,7 @@ class ExampleFormat(BaseModel):
         values = read_csv(path, skip_rows=self.skip_rows, delimiter=self.delimiter)
         columns = self._label_columns(values, path) if label_path is None else []
         self._check_missing(values, columns, path)
-        features = np.delete(values, columns, axis=1).astype(np.float32)
+        features = np.delete(values, columns, axis=1)
         if label_path is None:
             return features, self._labels(values[:, columns], path, self.skip_rows)
         skip = self.skip_rows if self.label_skip_rows is None else self.label_skip_rows
@@ -90,11 +90,11 @@ class ExampleFormat(BaseModel):
             where = f"{path}, line {self.skip_rows + row + 1}, column {column + 1}"
             raise ConfigError(f"{where}: a missing value. Set data.missing to mean, zero or hold.")
 
-    def _labels(self, labels: Numbers, path: Path, skipped: int) -> Array:
+    def _labels(self, labels: Numbers, path: Path, skipped: int) -> Numbers:
         """Numbers as they are; class indices [T, 1] as one-hot [T, O], a missing one as a row of NaN."""
         names = self.class_names
         if names is None:
-            return labels.astype(np.float32)
+            return labels
         if labels.shape[1] != 1:
             raise ConfigError(f"{path}: {labels.shape[1]} label columns, a class index is one")
         column = labels[:, 0]
@@ -104,4 +104,4 @@ class ExampleFormat(BaseModel):
             where = f"{path}, line {skipped + wrong[0] + 1}"
             raise ConfigError(f"{where}: class {column[wrong[0]]:g}, wanted an index in 0..{len(names) - 1}")
         rows = one_hot(np.where(there, column, 0).astype(np.int64), len(names))
-        return np.where(there[:, None], rows, np.float32(np.nan))
+        return np.where(there[:, None], rows, np.nan)

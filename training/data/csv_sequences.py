@@ -17,7 +17,7 @@ from stepcast.manifest import Feature, Feedback, Output
 from .align import Alignment, align
 from .batch import Batch
 from .csv_example import ExampleFormat
-from .moments import Moments, Normalisation
+from .moments import Moments, Normalisation, check_resolution
 from .numbered import check_pairs, globbed_files, numbered_files
 from .plan import epoch_order, plan_batches
 from .source import SPLITS, Split
@@ -170,6 +170,10 @@ class CsvSequences:
 
     def _features(self) -> tuple[Feature, ...]:
         names = _names("feature_names", self._config.feature_names, "x", self._widths[0])
+        for name, column in zip(
+            names, zip(self._moments[0].mean, self._moments[0].deviation, strict=True), strict=True
+        ):
+            check_resolution(f"feature {name!r}", *map(float, column))
         numbers = self._moments[0].normalisation(self._config.normalise)
         config = self._config
         return tuple(

@@ -5,6 +5,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from stepcast.errors import ConfigError
+
 Normalisation = Literal["standard", "min_max", "none"]
 
 
@@ -36,13 +38,37 @@ class Moments:
         self.low = np.minimum(self.low, np.where(there, values, np.inf).min(axis=0))
         self.high = np.maximum(self.high, np.where(there, values, -np.inf).max(axis=0))
 
+    @property
+    def deviation(self) -> NDArray[np.float64]:
+        """Of the population, per column."""
+        return np.asarray(np.sqrt(self.m2 / np.maximum(self.count, 1)))
+
     def normalisation(self, kind: Normalisation) -> list[tuple[float, float]]:
         """(mean, scale) per column for (x - mean) / scale: population deviation, or range; 1 where that is 0."""
         if kind == "none":
             return [(0.0, 1.0)] * len(self.count)
         empty = self.count == 0
         if kind == "standard":
-            mean, scale = self.mean, np.sqrt(self.m2 / np.maximum(self.count, 1))
+            mean, scale = self.mean, self.deviation
         else:
             mean, scale = np.where(empty, 0.0, self.low), np.where(empty, 0.0, self.high - self.low)
         return [(float(m), float(s) if s > 0 else 1.0) for m, s in zip(mean, scale, strict=True)]
+
+
+def check_resolution(name: str, mean: float, deviation: float) -> None:
+    """See that float32, which networks and requests are made of, can tell a column's values apart.
+
+    Args:
+        name: Of the column, for the message.
+        mean: Of its values in float64.
+        deviation: Of these; 0 for a constant, which has nothing to tell apart.
+
+    Raises:
+        ConfigError: neighbouring float32 numbers are more than a sixteenth of the deviation apart.
+    """
+    apart = float(np.spacing(np.float32(abs(mean))))
+    if deviation > 0 and apart > deviation / 16:
+        raise ConfigError(
+            f"data: {name} has mean {mean:.10g} and deviation {deviation:.3g}. float32 numbers lie {apart:g} apart "
+            "there: its values would fall together. Subtract a constant from it before."
+        )

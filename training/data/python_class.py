@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,6 +45,8 @@ class PythonConfig(BaseModel):
 
     def _import(self) -> Any:
         module, _, name = self.class_.partition(":")
+        if re.match(r"(stepcast\.)?training\.", module):  # ours: below stepcast in an installed wheel
+            module = __package__.partition("training")[0] + module.removeprefix("stepcast.")
         try:
             return getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError) as error:

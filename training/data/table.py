@@ -21,6 +21,7 @@ from stepcast.errors import ConfigError
 from stepcast.manifest import Feature, Feedback, Output
 
 from .batch import Batch
+from .moments import check_resolution
 from .source import Split
 
 Floats = NDArray[np.float32]
@@ -84,6 +85,9 @@ class TableConfig(_Strict):
     def _targets(self) -> Self:
         if not any(c.target for c in self.columns.values()):
             raise ValueError("columns: none of them has target: true")
+        names = [name for name, _, _ in feature_columns(self)]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"columns: {', '.join(map(repr, twice))} is also a channel of a turn or of the calendar")
         return self
 
     def open(self, *, batch: int, seed: int, root: Path) -> "TableSource":
@@ -145,6 +149,10 @@ class TableSource:
                 missing: Literal["refuse", "mean", "zero", "hold"] = "refuse" if column is None else column.missing
                 features.append(Feature(name=name, unit=unit, missing=missing))
             else:
+                exact = self.grid.values[:, : rows.shape[1], list(self.config.columns).index(name)]
+                there = exact[~np.isnan(exact)]
+                if there.size:
+                    check_resolution(f"feature {name!r}", float(there.mean()), float(there.std()))
                 mean, scale = _statistics(rows[..., index], name)
                 features.append(
                     Feature(

@@ -53,7 +53,10 @@ class Tokens(InMemory):
         lines = {split: read_lines(root / path) for split, path in paths.items() if path is not None}
         classes = tuple(sorted({label for label, _ in lines["train"]}))
         super().__init__(
-            splits={split: examples(some, words, classes, max_steps) for split, some in lines.items()},
+            splits={
+                split: examples(some, words, classes, max_steps, where=str(root / (paths[split] or "")))
+                for split, some in lines.items()
+            },
             features=(word_feature(words),),
             outputs=tuple(Output(name=label) for label in classes),
             task="classification",
@@ -95,8 +98,10 @@ def word_feature(words: WordVectors) -> Feature:
     return Feature(name="word", width=words.vectors.shape[1], scale=float(words.vectors.std()) or 1.0)
 
 
-def examples(lines: Sequence[Line], words: WordVectors, classes: Sequence[str], max_steps: int) -> Examples:
-    """Vectors of each text's words [T, D], and its class [1, O].
+def examples(
+    lines: Sequence[Line], words: WordVectors, classes: Sequence[str], max_steps: int, *, where: str
+) -> Examples:
+    """Vectors of each text's words [T, D], and its class [1, O]. `where` is the file, for messages.
 
     Raises:
         ConfigError: a text without any known word, or a label that training does not have.
@@ -105,9 +110,11 @@ def examples(lines: Sequence[Line], words: WordVectors, classes: Sequence[str], 
     for number, (label, text) in enumerate(lines):
         places = words.known(tokens_of(text))[:max_steps]
         if not places:
-            raise ConfigError(f"text {number + 1} has no word with a vector: {text[:60]!r}")
+            raise ConfigError(f"{where}, line {number + 1}: text has no word with a vector: {text[:60]!r}")
         if label not in classes:
-            raise ConfigError(f"text {number + 1} has the label {label!r}, training has {', '.join(classes)}")
+            raise ConfigError(
+                f"{where}, line {number + 1}: text has the label {label!r}, training has {', '.join(classes)}"
+            )
         x.append(words.vectors[places])
         y.append(one_hot(np.array([classes.index(label)]), len(classes)))
     return Examples(x, y)

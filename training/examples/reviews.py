@@ -61,7 +61,7 @@ class Reviews(InMemory):
         lines = {split: [review(rng) for _ in range(count)] for split, count in counts.items()}
         words = _learn(lines["train"], size, seed) if vectors is None else read_word_vectors(root / vectors)
         super().__init__(
-            splits={split: examples(some, words, CLASSES, 64) for split, some in lines.items()},
+            splits={split: examples(some, words, CLASSES, 64, where=split) for split, some in lines.items()},
             features=(word_feature(words),),
             outputs=tuple(Output(name=name) for name in CLASSES),
             task="classification",

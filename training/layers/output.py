@@ -10,7 +10,7 @@ from stepcast.manifest import Feature, Output
 
 from ..activations import ACTIVATIONS, write_activation
 from ..graph import Graph
-from ..losses import Loss
+from ..losses import TAKES, Loss
 from .feedforward import write_linear
 from .specs import IllegalStack, RnnLossSpec, RnnOutputSpec
 from .weights import initialise
@@ -71,11 +71,13 @@ class Head(nn.Module):
 
     def losses(self, z: Tensor, base: Tensor | None, y: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Sum and count of the losses of labels in the caller's units; see `Loss`."""
-        target = y if base is None else y - base
-        if not self.identity_scale:
-            target = (target - self.mean) / self.scale
-        total, count = self.loss(z, target, mask)
+        total, count = self.loss(z, self.target(base, y), mask)
         return total, count
+
+    def target(self, base: Tensor | None, y: Tensor) -> Tensor:
+        """Labels in the network's scale, relative to `base`."""
+        target = y if base is None else y - base
+        return target if self.identity_scale else (target - self.mean) / self.scale
 
     def write(self, graph: Graph, hidden: str, observed: str) -> str:
         """Add this layer to a graph: the answer's name."""
@@ -111,6 +113,8 @@ def _check(
         raise IllegalStack(f"loss_weights has {len(spec.loss_weights)} numbers, the data has {count} outputs")
     if (spec.activation or ("softmax" if classification else "identity")) == "softmax" and count == 1:
         raise IllegalStack("softmax over one output is always 1. Take activation sigmoid with loss xent.")
+    if spec.residual and spec.loss in TAKES:
+        raise IllegalStack(f"residual: loss {spec.loss} takes labels {TAKES[spec.loss][1]}, changes are of both signs")
     if spec.residual and not {o.name for o in outputs} & {f.name for f in features if f.width == 1}:
         raise IllegalStack("residual: no output has the name of a feature")
 

@@ -2,11 +2,13 @@
 
 from typing import Any, Final
 
+from websockets.frames import CloseCode
+
 from stepcast.errors import every_error
 from stepcast.protocol import MARKER, STEP
 
 from ..bodies import ID_PATTERN, JSON, MSGPACK
-from ..websocket.conversation import FRAME_TYPES, RESTARTING
+from ..websocket.conversation import FRAME_TYPES
 from . import examples
 from .openapi import ANSWERS, PROBLEM_DOCUMENT, SECURITY, Schema, component, components
 
@@ -28,7 +30,7 @@ CLOSE_CODES: Final = {
     1007: "a text frame that is not UTF-8",
     1009: "a message of more than STEPCAST_BODY_LIMIT_BYTES",
     1011: "nothing was heard for two ping intervals",
-    RESTARTING: "the server is shutting down; all frames accepted before were answered",
+    CloseCode.SERVICE_RESTART.value: "the server is shutting down; all frames accepted before were answered",
 }
 
 

@@ -1,14 +1,10 @@
 """What all requests and answers of the general way have in common: request ids, HEAD as GET, a trailing slash."""
 
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any, Final
+from typing import Final
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..request_ids import HEADER, given_id, new_id
-
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 REQUEST_ID: Final = "stepcast.request_id"  # in the scope
 _STARTS: Final = frozenset({"http.response.start", "websocket.accept", "websocket.http.response.start"})
@@ -17,7 +13,7 @@ _STARTS: Final = frozenset({"http.response.start", "websocket.accept", "websocke
 class Envelope:
     """ASGI: hands requests to `http` and `websocket`, as they would be if all clients wrote them in the same way."""
 
-    def __init__(self, http: App, websocket: App) -> None:
+    def __init__(self, http: ASGIApp, websocket: ASGIApp) -> None:
         self._http, self._websocket = http, websocket
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -26,7 +22,7 @@ class Envelope:
             return await self._http(scope, receive, send)
         name = given_id(dict(scope["headers"]).get(HEADER, b"")) or new_id()
 
-        async def stamped(message: MutableMapping[str, Any]) -> None:
+        async def stamped(message: Message) -> None:
             if message["type"] in _STARTS:
                 message = {**message, "headers": [*message.get("headers", ()), (HEADER, name)]}
             await send(message)

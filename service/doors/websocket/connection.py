@@ -1,22 +1,24 @@
 """The connection under a WebSocket: uvicorn's handshake, then messages straight between the transport and the door.
 
-uvicorn's own protocol passes every frame through an ASGI queue and writes every answer alone, and at shutdown it closes
-at once with 1012. This one hands whole bursts to the door, writes together what is ready in one tick, and at shutdown
-asks the door to drain first. The door finds it in the ASGI scope, as the extension EXTENSION.
+It hands whole bursts to the door, writes together what is ready in one tick, and has the door drain before it closes.
 """
 
 import asyncio
 from collections import deque
-from typing import Any, Final, Protocol, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from uvicorn.config import Config
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
-from uvicorn.server import ServerState
+from websockets.frames import CloseCode
 
 from . import rfc6455 as framing
 from .rfc6455 import BadFrame, Framer, Message
 
+if TYPE_CHECKING:
+    from .conversation import Conversation
+
 EXTENSION: Final = "stepcast.link"
+"""Where the door finds a connection in its ASGI scope."""
 CLOSE_S: Final = 5.0
 """How long the peer may take to answer our close frame."""
 BURST: Final = 64
@@ -25,35 +27,13 @@ AHEAD_BYTES: Final = 64 * 1024
 """What is read beyond what the door takes, so that pings behind waiting messages are answered."""
 
 
-class Handler(Protocol):
-    """The door's side of a connection."""
-
-    def message(self, opcode: int, payload: bytes) -> None:
-        """Take a TEXT or BINARY message."""
-
-    def room(self) -> int:
-        """How many messages are taken now; `WebSocketConnection.pump` is called when that is no longer 0."""
-
-    def drain(self) -> None:
-        """The server stops: answer what was accepted, then `WebSocketConnection.close`."""
-
-    def lost(self) -> None:
-        """The connection is gone."""
-
-
 class WebSocketConnection(WebSocketsSansIOProtocol):
     """A WebSocket connection; the class for uvicorn's `ws` setting."""
 
-    def __init__(
-        self,
-        config: Config,
-        server_state: ServerState,
-        app_state: dict[str, Any],
-        _loop: asyncio.AbstractEventLoop | None = None,
-    ) -> None:
-        super().__init__(config, server_state, app_state, _loop)
+    def __init__(self, config: Config, *rest: Any, **more: Any) -> None:
+        super().__init__(config, *rest, **more)
         self.conn.available_extensions = None  # compressing small frames of floats costs more than it saves
-        self._handler: Handler | None = None
+        self._conversation: Conversation | None = None
         self._framer = Framer(config.ws_max_size)
         self._held: deque[Message] = deque()
         self._held_bytes = 0
@@ -64,29 +44,14 @@ class WebSocketConnection(WebSocketsSansIOProtocol):
         self._stall: asyncio.TimerHandle | None = None
         self._beats: asyncio.TimerHandle | None = None
         self._end: asyncio.TimerHandle | None = None
-        self._gone = asyncio.Event()
 
-    # --- for the door -------------------------------------------------------------------------------------------
-
-    def open(self, handler: Handler, stall_s: float) -> None:
-        """Hand the connection to the door; called right after websocket.accept.
-
-        Args:
-            stall_s: How long the peer may leave its answers unread before it is cut off.
-        """
-        self._handler, self._stall_s = handler, stall_s
+    def open(self, conversation: "Conversation", stall_s: float) -> None:
+        """Hand the connection to the door after websocket.accept; who leaves answers unread for stall_s is cut off."""
+        self._conversation, self._stall_s = conversation, stall_s
         self.stop_keepalive()  # uvicorn's own: it does not know when reading is paused
         if self.ping_interval:
             self._beats = self.loop.call_later(self.ping_interval, self._beat)
         self.transport.resume_reading()
-
-    async def closed(self) -> None:
-        """Wait until the connection is gone."""
-        await self._gone.wait()
-
-    async def drained(self) -> None:
-        """Wait until the peer reads its answers, or is gone."""
-        await self.writable.wait()
 
     def reply(self, opcode: int, payload: bytes, last: bool = False) -> None:
         """Send a message; what is sent in one tick goes out together, unless this is the last that is expected."""
@@ -100,7 +65,7 @@ class WebSocketConnection(WebSocketsSansIOProtocol):
 
     def close(self, code: int, reason: str = "") -> None:
         """Send what is ready and a close frame; the peer has CLOSE_S to answer it."""
-        if self._closing or self._gone.is_set():
+        if self._closing or self.disconnected:
             return
         self._out.append(framing.frame(framing.CLOSE, framing.close_payload(code, reason)))
         self._flush()
@@ -110,91 +75,72 @@ class WebSocketConnection(WebSocketsSansIOProtocol):
         self._end = self.loop.call_later(CLOSE_S, self.transport.abort)
         self._read(True)
 
-    def pump(self) -> None:
-        """Hand on the messages that came, as far as the door takes them."""
-        if self._pumping or self._gone.is_set():
+    def pump(self, going_on: bool = False) -> None:
+        """Hand on the messages that came, as far as the door takes them, BURST at a time."""
+        if self.disconnected or (self._pumping and not going_on):
             return
         self._pumping = True  # the door may call from within
         try:
             self._pumping = self._take()
         except BadFrame as bad:
             self._deaf = True
-            self.close(bad.code, bad.reason)
+            self.close(*bad.args)
             return
         if self._pumping:
-            self.loop.call_soon(self._pump_on)
-        self._read(not (self._pumping or self._blocked()) or self._ahead() < AHEAD_BYTES)
-
-    # --- reading ------------------------------------------------------------------------------------------------
+            self.loop.call_soon(self.pump, True)
+        ahead = self._held_bytes + self._framer.buffered
+        self._read(not (self._pumping or self._blocked()) or ahead < AHEAD_BYTES)
 
     def data_received(self, data: bytes) -> None:
         """Bytes from the peer: the handshake, then frames."""
         self._heard = True
-        if self._handler is None:
-            self._shake_hands(data)
-        elif not self._deaf:
+        if self._conversation is not None:
+            if not self._deaf:
+                self._framer.feed(data)
+                if not self._take_usual(self._conversation):
+                    self.pump()
+        elif self.handshake_initiated:
             self._framer.feed(data)
-            if not self._take_usual(self._handler):
-                self.pump()
+        else:
+            super().data_received(data)
+            if self.handshake_initiated and not self.transport.is_closing():
+                self.transport.pause_reading()  # until the door has the connection
 
-    def _take_usual(self, handler: Handler) -> bool:
+    def _take_usual(self, conversation: "Conversation") -> bool:
         """Hand on whole messages where nothing stands in the way; whether that was all, and all is as it was."""
         if self._held or self._pumping or self._closing or self._stopped or not self.writable.is_set():
             return False
         self._pumping = True  # the door may call from within
         try:
-            for opcode, payload in self._framer.burst(min(BURST, handler.room())):
+            for opcode, payload in self._framer.burst(min(BURST, conversation.room())):
                 if not self._closing:
-                    handler.message(opcode, payload)
+                    conversation.message(opcode, payload)
         except BadFrame:
             pass  # found again, and answered, by pump
         self._pumping = False
-        return not self._framer.buffered and handler.room() > 0
-
-    def _shake_hands(self, data: bytes) -> None:
-        if self.handshake_initiated:
-            self._framer.feed(data)
-            return
-        super().data_received(data)
-        if self.handshake_initiated and not self.transport.is_closing():
-            self.transport.pause_reading()  # until the door has the connection
-
-    def _pump_on(self) -> None:
-        self._pumping = False
-        self.pump()
+        return not self._framer.buffered and conversation.room() > 0
 
     def _take(self) -> bool:
         """Take up to BURST messages; whether there may be more to take now."""
-        handler = cast(Handler, self._handler)
-        held = self._held
+        conversation, held = cast("Conversation", self._conversation), self._held
         for _ in range(BURST):
+            if not held or self._blocked():  # then read on, for pings that wait behind
+                message = self._framer.next() if self._held_bytes < AHEAD_BYTES else None
+                if message is None:
+                    return False
+                if message[0] > framing.BINARY:
+                    self._control(*message)
+                elif not self._closing:
+                    held.append(message)
+                    self._held_bytes += len(message[1])
             if held and not self._blocked():
                 opcode, payload = held.popleft()
                 self._held_bytes -= len(payload)
-                handler.message(opcode, payload)
-                continue
-            if self._held_bytes >= AHEAD_BYTES:
-                return False
-            message = self._framer.next()
-            if message is None:
-                return False
-            opcode, payload = message
-            if opcode > framing.BINARY:
-                self._control(opcode, payload)
-            elif self._closing:
-                continue
-            elif held or self._blocked():
-                held.append(message)
-                self._held_bytes += len(payload)
-            else:
-                handler.message(opcode, payload)
+                conversation.message(opcode, payload)
         return True
 
     def _blocked(self) -> bool:
-        return cast(Handler, self._handler).room() <= 0 or not self.writable.is_set()
-
-    def _ahead(self) -> int:
-        return self._held_bytes + self._framer.buffered
+        return cast("Conversation", self._conversation).room() <= 0 or not self.writable.is_set()
 
     def _read(self, wanted: bool) -> None:
         if self._stopped == wanted and not self.transport.is_closing():
@@ -209,8 +155,6 @@ class WebSocketConnection(WebSocketsSansIOProtocol):
                 self.close(framing.close_code(payload))
             self.transport.close()
 
-    # --- writing ------------------------------------------------------------------------------------------------
-
     def _flush(self) -> None:
         if self._out and not self._closing and not self.transport.is_closing():
             self.transport.write(b"".join(self._out))
@@ -224,18 +168,17 @@ class WebSocketConnection(WebSocketsSansIOProtocol):
     def resume_writing(self) -> None:
         """The peer has read."""
         super().resume_writing()
-        self._cancel(self._stall)
-        if self._handler is not None:
+        if self._stall is not None:
+            self._stall.cancel()
+        if self._conversation is not None:
             self.pump()
-
-    # --- life ---------------------------------------------------------------------------------------------------
 
     def _beat(self) -> None:
         """Ping; cut off a peer that was not heard of since the last one (but not where we do not listen)."""
         if self._closing:
             return
         if not self._heard and not self._stopped:
-            self.close(1011, "nothing was heard, not even a pong")
+            self.close(CloseCode.INTERNAL_ERROR, "nothing was heard, not even a pong")
             return
         self._heard = False
         self.transport.write(framing.frame(framing.PING, b""))
@@ -243,19 +186,16 @@ class WebSocketConnection(WebSocketsSansIOProtocol):
 
     def shutdown(self) -> None:
         """uvicorn stops: drain."""
-        if self._handler is None:
+        if self._conversation is None:
             super().shutdown()
         else:
-            self._handler.drain()
+            self._conversation.drain()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection is gone, whoever ended it."""
-        for timer in (self._stall, self._beats, self._end):
-            self._cancel(timer)
-        self._gone.set()
+        for timer in filter(None, (self._stall, self._beats, self._end)):
+            timer.cancel()
         super().connection_lost(exc)
-        if self._handler is not None:
-            self._handler.lost()
 
     async def send(self, message: Any) -> None:
         """ASGI's send, used for the handshake alone."""
@@ -269,8 +209,3 @@ class WebSocketConnection(WebSocketsSansIOProtocol):
         scope = getattr(self, "scope", None)
         if scope is not None:
             cast(dict[str, Any], scope["extensions"])[EXTENSION] = self
-
-    @staticmethod
-    def _cancel(timer: asyncio.TimerHandle | None) -> None:
-        if timer is not None:
-            timer.cancel()

@@ -1,7 +1,9 @@
 """Who may open a WebSocket: its address, its key, its page's origin. What comes after it is conversation.py's."""
 
+import contextlib
+import re
 from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
+from typing import Any, Final
 from urllib.parse import parse_qs, urlsplit
 
 from stepcast.errors import Draining, Forbidden, NotReady, RouteNotFound
@@ -10,6 +12,7 @@ from ...sessions.lanes import check_streams
 from ...settings import Settings
 from ...telemetry import Metrics
 from ..answers import Headers, problem
+from ..http.routes import respond
 from ..keys import Keys, origins
 from ..steps import Steps, Way
 from .connection import EXTENSION, WebSocketConnection
@@ -18,6 +21,8 @@ from .conversation import Conversation
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+_PATH: Final = re.compile(r"/v1/models/([^/]*)(?:/sessions/([^/]*))?/stream")
 
 
 class Handshake:
@@ -33,24 +38,20 @@ class Handshake:
         try:
             conversation, connection = self._admit(scope)
         except Exception as error:
-            await self._refuse(send, error)
+            await respond(problem(error, self._metrics))(scope, receive, send)
             return
         await send({"type": "websocket.accept"})
-        self._metrics.sockets.inc()
-        try:
+        with self._metrics.sockets.track_inprogress():
             connection.open(conversation, self._settings.stall_s)
-            await connection.closed()
-        finally:
-            self._metrics.sockets.dec()
+            await receive()  # websocket.disconnect: all else goes past ASGI
 
     def _admit(self, scope: Scope) -> tuple[Conversation, WebSocketConnection]:
-        """The conversation that the handshake asks for.
-
-        Raises:
-            RouteNotFound, Unauthorized, Forbidden, ModelNotFound, NotStreaming, InvalidSessionId, NotReady.
-        """
-        model, session = _route(scope["path"])
-        headers = dict(scope["headers"])
+        """The conversation that the handshake asks for; StepcastError where it may have none."""
+        path, headers = scope["path"], dict(scope["headers"])
+        found = _PATH.fullmatch(path)
+        if found is None:
+            raise RouteNotFound(f"there is no WebSocket at {path!r}", path=path)
+        model, session = found.groups()
         principal = self._keys.authenticate(_with_key(headers, scope["query_string"]))
         self._check_origin(headers)
         way, sessions = Way(principal.namespace, model), self._steps.states.sessions
@@ -62,40 +63,17 @@ class Handshake:
             raise NotReady("WebSockets need the server that `python -m service serve` starts")
         if sessions.draining:
             raise Draining("the server is shutting down. Connect again.", retry_after_s=1.0)
-        return Conversation(self._steps, connection, principal, way, session, self._metrics), connection
+        return Conversation(self._steps, connection, principal, way, session), connection
 
     def _check_origin(self, headers: Headers) -> None:
         """Refuse pages of other sites: a browser sends their Origin, and lets them open any WebSocket."""
         origin = headers.get(b"origin", b"").decode("latin-1")
         if not origin or self._origins & {origin, "*"}:
             return
-        if _host(origin) != headers.get(b"host", b"").decode("latin-1"):
-            raise Forbidden(f"pages of {origin!r} may not call this server. Set STEPCAST_CORS_ORIGINS.", origin=origin)
-
-    async def _refuse(self, send: Send, error: Exception) -> None:
-        answer = problem(error, self._metrics)
-        fields = {"content-type": answer.kind, "content-length": str(len(answer.body)), **answer.fields}
-        headers = [(name.encode(), value.encode("latin-1")) for name, value in fields.items()]
-        await send({"type": "websocket.http.response.start", "status": answer.status, "headers": headers})
-        await send({"type": "websocket.http.response.body", "body": answer.body})
-
-
-def _route(path: str) -> tuple[str, str | None]:
-    """Model and session (None: any) of a path; RouteNotFound where there is no WebSocket."""
-    parts = path.split("/")
-    if parts[1:3] == ["v1", "models"] and parts[-1] == "stream":
-        if len(parts) == 5:
-            return parts[3], None
-        if len(parts) == 7 and parts[4] == "sessions":
-            return parts[3], parts[5]
-    raise RouteNotFound(f"there is no WebSocket at {path!r}", path=path)
-
-
-def _host(origin: str) -> str | None:
-    try:
-        return urlsplit(origin).netloc
-    except ValueError:  # brackets that are no IPv6 address
-        return None
+        with contextlib.suppress(ValueError):  # brackets that are no IPv6 address
+            if urlsplit(origin).netloc == headers.get(b"host", b"").decode("latin-1"):
+                return
+        raise Forbidden(f"pages of {origin!r} may not call this server. Set STEPCAST_CORS_ORIGINS.", origin=origin)
 
 
 def _with_key(headers: Headers, query: bytes) -> Headers:

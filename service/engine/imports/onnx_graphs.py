@@ -1,20 +1,20 @@
-"""python -m service import-onnx: takes a recurrent ONNX graph made by others into the model repository.
+"""stepcast import: takes a recurrent ONNX graph made by others into the model repository.
 
 What the graph does not say (which output is the next value of which input, which axis is the batch, what a constant is)
 is guessed from names and shapes where only one reading is possible; otherwise the import is refused and says what to
-put into a partial manifest. Guesses are proved before anything is written: rows must not depend on each other, and
-stepping must equal whole sequences. golden.npz holds the graph's own answers, and the manifest says so.
+put into a partial manifest. Guesses are proved before anything is written; golden.npz holds the graph's own answers.
 """
 
+import itertools
 import json
+import math
 import re
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from pydantic import ValidationError
@@ -26,15 +26,12 @@ from ..arrays import Array
 from ..model import Runtime
 from ..onnx_session import RUNTIME_VERSION, Port, reading, signature
 
-_OURS: Final = ("schema_version", "name", "version", "sha256")
-_AFFIXES: Final = re.compile(
-    "in|out|input|output|prev|previous|past|present|next|new|old|cur|current|init|initial|final|last"
-)
+_OURS: Final = frozenset({"schema_version", "name", "version", "sha256"})
+_AFFIXES: Final = re.compile("(in|out)(put)?|prev(ious)?|past|present|next|new|old|cur(rent)?|init(ial)?|final|last")
 _ROWS, _STEPS = 6, 8
 
 
-@dataclass(frozen=True, slots=True)
-class Imported:
+class Imported(NamedTuple):
     """A model that was taken in."""
 
     directory: Path
@@ -44,19 +41,12 @@ class Imported:
 def import_onnx(
     file: Path, models: Path, name: str, version: int | None = None, partial: Path | None = None
 ) -> Imported:
-    """Write models/<name>/<version>/ for a graph, and prove it; nothing is left behind where that fails.
+    """Write models/<name>/<version>/ (None: the next free one) for a graph, and prove it; else nothing is left behind.
 
-    Args:
-        version: None takes the next free one.
-        partial: JSON of manifest fields that are known; they win over guesses.
-
-    Raises:
-        ManifestError: the graph cannot be served, or can be read in more than one way; the message says which
-            fields of a partial manifest would help.
+    `partial` is JSON of manifest fields that are known; they win over guesses. Raises ManifestError where the graph
+    cannot be served or can be read in more than one way; the message says which fields would help.
     """
-    known = _read_partial(partial)
-    inputs, outputs = signature(file)
-    fields = _Guess(inputs, outputs, known).fields()
+    fields = _Guess(*signature(file), _read_partial(partial)).fields()
     parent = models / name
     number = version or 1 + max((int(p.name) for p in parent.glob("*") if p.name.isdigit()), default=0)
     target = parent / str(number)
@@ -72,8 +62,8 @@ def import_onnx(
     try:
         manifest = Manifest.model_validate(fields)
     except ValidationError as error:
-        lines = [f"$.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-        raise ManifestError(f"{file}: the manifest would be wrong: " + "; ".join(lines)) from error
+        lines = "; ".join(f"$.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise ManifestError(f"{file}: the manifest would be wrong: {lines}") from error
     parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=parent, prefix=".import-") as folder:
         staged = Path(folder) / "model"
@@ -88,8 +78,7 @@ def import_onnx(
 def record(directory: Path) -> None:
     """Record golden.npz from the graph's own answers, and prove that the manifest reads the graph rightly.
 
-    Raises:
-        ManifestError: rows depend on each other, stepping is not what whole sequences are, or it does not run.
+    Raises ManifestError where rows depend on each other, or stepping is not what whole sequences are.
     """
     runtime = Runtime(directory, device="cpu")
     tolerance = runtime.manifest.tolerance
@@ -101,13 +90,11 @@ def record(directory: Path) -> None:
         start = np.where(np.arange(_ROWS)[:, None] % 2, start, blank)
         y, end = runtime.run(x, lengths, start)
         for row, length in enumerate(lengths[:-1]):
-            cut = slice(row, row + 1)
-            alone, _ = runtime.run(x[cut], lengths[cut], start[cut])
+            alone, _ = runtime.run(x[[row]], lengths[[row]], start[[row]])
             if not np.allclose(alone[0, :length], y[row, :length], tolerance.rtol, tolerance.atol):
-                raise ManifestError(
-                    "a row's answer depends on the rows beside it: an axis is read wrongly, or the graph mixes its "
-                    "batch. Give $.input, $.output and $.states with their batch_axis and time_axis."
-                )
+                why = "an axis is read wrongly, or the graph mixes its batch"
+                advice = "Give $.input, $.output and $.states with their batch_axis and time_axis."
+                raise ManifestError(f"a row's answer depends on the rows beside it: {why}. {advice}")
     arrays: dict[str, Array] = {"x": x, "lengths": lengths, "y": y}
     for side, states in (("state_in", start), ("state_out", end)):
         for layer, keys in runtime.unpack(states.tobytes(), _ROWS).items():
@@ -117,19 +104,15 @@ def record(directory: Path) -> None:
 
 
 def _read_partial(path: Path | None) -> dict[str, Any]:
-    if path is None:
-        return {}
     try:
-        known = json.loads(path.read_text())
+        known = json.loads(path.read_text()) if path else {}
     except (OSError, ValueError) as error:
         raise ManifestError(f"{path}: cannot be read ({error})") from error
     if not isinstance(known, dict):
         raise ManifestError(f"{path}: is not an object")
-    given = sorted(set(known) & set(_OURS))
-    if given:
+    if given := sorted(_OURS & set(known)):
         raise ManifestError(f"{path}: {given} are set by the import. Leave them out.")
-    unknown = sorted(set(known) - set(Manifest.model_fields))
-    if unknown:
+    if unknown := sorted(set(known) - set(Manifest.model_fields)):
         raise ManifestError(f"{path}: unknown fields {unknown}")
     return known
 
@@ -143,33 +126,26 @@ class _Guess:
 
     def fields(self) -> dict[str, Any]:
         """Fields of the manifest."""
-        inputs = dict(self.free["input"])
-        for constant in self.known.get("constants", ()):
+        known, inputs = self.known, dict(self.free["input"])
+        for constant in known.get("constants", ()):
             self._take("input", constant.get("name"), "$.constants")
-        named = [side for side in self.free if "name" in self.known.get(side, {})]
-        main = {side: self._take(side, self.known[side]["name"], f"$.{side}") for side in named}
-        lengths = self._lengths()
-        states = self._states()
-        main_in, main_out = (main.get(side) or self._main(side) for side in self.free)
+        named = [side for side in self.free if "name" in known.get(side, {})]
+        main = {side: self._take(side, known[side]["name"], f"$.{side}") for side in named}
+        lengths, states = self._lengths(), self._states()
+        x, y = (main.get(side) or self._main(side) for side in self.free)
         if self.free["input"]:
             raise ManifestError(
                 f"inputs {', '.join(map(str, self.free['input'].values()))} are neither data nor state. Give "
                 "$.constants with name, dtype, shape and values of each, or $.lengths (int32), or $.states."
             )
-        batch = {inputs[s["input"]].shape[s["batch_axis"]] for s in states}
-        entry = self._axes("input", main_in, {*batch} - {None})
-        leave = self._axes("output", main_out, {*batch, main_in.shape[entry["batch_axis"]]} - {None})
+        batch = {inputs[state["input"]].shape[state["batch_axis"]] for state in states}
+        entry = self._axes("input", x, batch)
+        leave = self._axes("output", y, {*batch, x.shape[entry["batch_axis"]]})
         if leave["time_axis"] is not None and entry["time_axis"] is None:
-            raise ManifestError(
-                f"output {main_out} has a time axis, input {main_in} has none. Give $.input and $.output."
-            )
-        fields = {
-            "features": self._names("features", "x", main_in, entry),
-            "outputs": self._names("outputs", "y", main_out, leave),
-            "task": "regression",
-            "lengths": lengths,
-        }
-        return {**fields, **self.known, "input": entry, "output": leave, "states": states}
+            raise ManifestError(f"output {y} has a time axis, input {x} has none. Give $.input and $.output.")
+        features, outputs = self._names("features", "x", x, entry), self._names("outputs", "y", y, leave)
+        made = {"features": features, "outputs": outputs, "task": "regression", "lengths": lengths}
+        return {**made, **known, "input": entry, "output": leave, "states": states}
 
     def _take(self, side: str, name: Any, where: str) -> Port:
         free = self.free[side]
@@ -178,25 +154,26 @@ class _Guess:
         return free.pop(name)
 
     def _lengths(self) -> str | None:
-        if self.known.get("lengths") is not None:
-            return self._take("input", self.known["lengths"], "$.lengths").name
-        ranked = [port for port in self.free["input"].values() if port.dtype == "int32" and len(port.shape) == 1]
-        found = [port.name for port in ranked if "len" in port.name.lower()]
-        if "lengths" in self.known or len(found) != 1:
-            return None
-        return self.free["input"].pop(found[0]).name
+        name = self.known.get("lengths")
+        if "lengths" not in self.known:
+            ports = [port for port in self.free["input"].values() if port.dtype == "int32" and len(port.shape) == 1]
+            found = [port.name for port in ports if "len" in port.name.lower()]
+            name = found[0] if len(found) == 1 else None
+        return None if name is None else self._take("input", name, "$.lengths").name
 
     def _states(self) -> list[dict[str, Any]]:
-        if "states" not in self.known:
-            return [self._state(i, o, {}) for i, o in self._pairs()]
-        states = []
-        for number, given in enumerate(self.known["states"]):
-            port = self._take("input", given.get("input"), f"$.states[{number}].input")
-            result = self._take("output", given.get("output"), f"$.states[{number}].output")
-            states.append(self._state(port, result, given))
-        return states
+        """State inputs with their outputs: of the same type and shape, and of the same stem or the only ones."""
+        if "states" in self.known:
+            return [
+                self._state(given, *(self._take(side, given.get(side), f"$.states[{n}].{side}") for side in self.free))
+                for n, given in enumerate(self.known["states"])
+            ]
+        pairs = self._continued(lambda port, result: stem(port.name) == stem(result.name) != "")
+        if all(len(ports) > 1 for ports in self.free.values()):
+            pairs += self._continued(lambda port, result: max(len(port.dynamic), len(result.dynamic)) <= 1)
+        return [self._state({}, port, result) for port, result in pairs]
 
-    def _state(self, port: Port, result: Port, given: dict[str, Any]) -> dict[str, Any]:
+    def _state(self, given: dict[str, Any], port: Port, result: Port) -> dict[str, Any]:
         if "batch_axis" not in given and len(port.dynamic) != 1:
             many = f"{len(port.dynamic)} dynamic axes. Give $.states with batch_axis and shape."
             none = "no dynamic axis, so sessions cannot be batched. Export the graph with a dynamic batch axis."
@@ -206,24 +183,15 @@ class _Guess:
         made = {"layer": "state", "key": port.name, "input": port.name, "output": result.name, "dtype": port.dtype}
         return {**made, "shape": shape, "batch_axis": axis, **given}
 
-    def _pairs(self) -> list[tuple[Port, Port]]:
-        """State inputs with their outputs: of the same type and shape, and of the same stem or the only ones."""
-        pairs = self._continued(lambda port, result: stem(port.name) == stem(result.name) != "")
-        if len(self.free["input"]) > 1 and len(self.free["output"]) > 1:
-            pairs += self._continued(lambda port, result: max(len(port.dynamic), len(result.dynamic)) <= 1)
-        return pairs
-
     def _continued(self, alike: Callable[[Port, Port], bool]) -> list[tuple[Port, Port]]:
         """Free inputs with the one output that continues each; these are free no more."""
-        every = [(port, result) for port in self.free["input"].values() for result in self.free["output"].values()]
+        every = itertools.product(self.free["input"].values(), self.free["output"].values())
         pairs = [(port, result) for port, result in every if _fits(port, result) and alike(port, result)]
         for port, result in pairs:
-            results = [str(o) for i, o in pairs if i is port]
-            if len(results) > 1 or sum(o is result for _, o in pairs) > 1:
-                raise ManifestError(
-                    f"input {port} may be continued by any of the outputs {', '.join(results)}. Give $.states with "
-                    "layer, key, input and output of each."
-                )
+            results = ", ".join(str(o) for i, o in pairs if i is port)
+            if sum(i is port for i, _ in pairs) > 1 or sum(o is result for _, o in pairs) > 1:
+                text = f"input {port} may be continued by any of the outputs {results}. Give $.states with layer, key, "
+                raise ManifestError(f"{text}input and output of each.")
         for port, result in pairs:
             del self.free["input"][port.name], self.free["output"][result.name]
         return pairs
@@ -232,10 +200,8 @@ class _Guess:
         """The one free tensor that can carry the data."""
         floats = [port for port in self.free[side].values() if port.dtype == "float32" and port.shape]
         if len(floats) != 1:
-            raise ManifestError(
-                f"which {side} carries the data? {', '.join(map(str, floats)) or 'none is float32'}. "
-                f"Give $.{side}.name, and $.states for tensors that come back."
-            )
+            said = f"which {side} carries the data? {', '.join(map(str, floats)) or 'none is float32'}. "
+            raise ManifestError(f"{said}Give $.{side}.name, and $.states for tensors that come back.")
         return self.free[side].pop(floats[0].name)
 
     def _axes(self, side: str, port: Port, batch: set[Any]) -> dict[str, Any]:
@@ -244,31 +210,31 @@ class _Guess:
         made = {"name": port.name, **given}
         if "batch_axis" in given and "time_axis" in given:
             return made
-        dynamic, advice = port.dynamic, f"Give $.{side}.batch_axis and time_axis."
-        found = [int(given["batch_axis"])] if "batch_axis" in given else [a for a in dynamic if port.shape[a] in batch]
+        sized = [axis for axis in port.dynamic if port.shape[axis] in batch - {None}]
+        found = [int(given["batch_axis"])] if "batch_axis" in given else sized
         if len(found) != 1:
-            found = dynamic
+            found = port.dynamic
+        advice = f"Give $.{side}.batch_axis and time_axis."
         if len(found) != 1:
             raise ManifestError(f"which axis of {side} {port} is the batch? {advice}")
-        times = [axis for axis in dynamic if axis != found[0]] if len(port.shape) == 3 else [None]
+        times = [axis for axis in port.dynamic if axis != found[0]] if len(port.shape) == 3 else [None]
         if len(times) > 1:
             raise ManifestError(f"which axis of {side} {port} is time? {advice}")
         if not times:
-            raise ManifestError(
-                f"{side} {port} has one dynamic axis of three: time is fixed. Give $.{side}.time_axis of a graph that "
-                "takes one step (axis of size 1), or export with a dynamic time axis."
-            )
-        return {**made, "batch_axis": found[0], "time_axis": given.get("time_axis", times[0])}
+            fixed = f"{side} {port} has one dynamic axis of three: time is fixed."
+            step = f"Give $.{side}.time_axis of a graph that takes one step (axis of size 1)"
+            raise ManifestError(f"{fixed} {step}, or export with a dynamic time axis.")
+        return {"batch_axis": found[0], "time_axis": times[0], **made}
 
     def _names(self, field: str, letter: str, port: Port, axes: dict[str, Any]) -> list[dict[str, Any]]:
         """Features or outputs, named by number."""
         if field in self.known:
             return list(self.known[field])
         rest = [size for at, size in enumerate(port.shape) if at not in (axes["batch_axis"], axes["time_axis"])]
-        if not all(isinstance(size, int) for size in rest):
+        sizes = [size for size in rest if isinstance(size, int)]
+        if len(sizes) < len(rest):
             raise ManifestError(f"{port}: how many {field} there are is not fixed in the graph. Give $.{field}.")
-        count = int(np.prod([size for size in rest if isinstance(size, int)], dtype=np.int64))
-        return [{"name": f"{letter}{number}"} for number in range(count)]
+        return [{"name": f"{letter}{number}"} for number in range(math.prod(sizes))]
 
 
 def stem(name: str) -> str:
@@ -286,6 +252,5 @@ def _fits(port: Port, result: Port) -> bool:
     """Whether an output can be the next value of an input: exporters often forget an output's fixed sizes."""
     if port.dtype != result.dtype or len(port.shape) != len(result.shape) or not port.shape:
         return False
-    return all(
-        not (isinstance(a, int) and isinstance(b, int)) or a == b for a, b in zip(port.shape, result.shape, strict=True)
-    )
+    fixed = (pair for pair in zip(port.shape, result.shape, strict=True) if all(isinstance(size, int) for size in pair))
+    return all(a == b for a, b in fixed)

@@ -14,20 +14,16 @@ from typing import Any, Final, cast
 import numpy as np
 from hiredis import pack_command
 
-from ...records.block import Block
+from ...records.block import Block, Bytes
 from ...records.layout import TOKEN
-from .. import Bytes, Write
+from .. import Write
 
 PREFIX: Final = "stepcast:{"
-ROWS: Final = 64
-"""Of a block, that one command changes at most: more would make Redis pause for longer, and save nothing."""
-WRITES: Final = 16
-"""Edits of one command: their records may be of any size."""
-_FEW: Final = 12
-"""Records that are written by hand sooner than numpy's calls fill a frame."""
-_MOST_FRAMES: Final = 4
-_FRAME_BYTES: Final = 4 << 20
-"""Of records side by side; more are written one by one, so that little memory is kept for them."""
+ROWS: Final = 64  # of a block, that one command changes at most: with more, Redis pauses longer and nothing is saved
+WRITES: Final = 16  # edits of one command: their records may be of any size
+_FEW: Final = 12  # records that are written by hand sooner than numpy's calls fill a frame
+_MOST_FRAMES: Final = 8
+_FRAME_BYTES: Final = 4 << 20  # of records; more are written one by one, so that little memory is kept for frames
 
 SCRIPT: Final = f"""
 local key, at, applied = 1, 1, {{}}
@@ -86,8 +82,8 @@ def change(writes: Sequence[Write]) -> bytes:
     keys: list[str] = []
     values: list[bytes | str] = []
     for key, expect, record, ttl_s, sides, touch_sides in writes:
-        is_step = expect is not None and record is not None and not touch_sides
-        count = f"{len(sides)}" if sides else "" if is_step else "0" if touch_sides else "-1"
+        is_step = expect is not None and record is not None
+        count = f"{len(sides)}" if sides else "0" if touch_sides else "" if is_step else "-1"
         keys += (main(key), side(key)) if count else (main(key),)
         values += (expect or b"", record or b"", _ttl(ttl_s), count)
         for name, data in (sides or {}).items():
@@ -99,7 +95,7 @@ class Frames:
     """Makes the commands of blocks; arguments of many sessions are written side by side, column by column."""
 
     def __init__(self) -> None:
-        self._frames: dict[tuple[int, int, bytes], Bytes] = {}  # rows as _rows makes them, by what they have in common
+        self._frame = lru_cache(_MOST_FRAMES)(_frame)
 
     def commands(self, block: Block, parts: Sequence[range]) -> list[bytes]:
         """One command for each of `parts`, rows of a block."""
@@ -124,20 +120,18 @@ class Frames:
         """(B, bytes of a row)."""
         (count, width), tokens = block.new.shape, block.tokens
         token_bytes = 0 if tokens is None else tokens.shape[1]
-        frame = self._frames.get((token_bytes, width, end))
-        if frame is None or len(frame) < count:
-            if len(self._frames) >= _MOST_FRAMES:
-                self._frames.clear()
-            row = np.frombuffer(_rows([bytes(token_bytes)], [bytes(width)], end)[0], np.uint8)
-            frame = np.tile(row, (1 << (count - 1).bit_length(), 1))
-            self._frames[token_bytes, width, end] = frame
-        rows: Bytes = frame[:count]
-        record_at = rows.shape[1] - len(end) - 2 - width
-        rows[:, record_at : record_at + width] = block.new
+        frame = self._frame(1 << (count - 1).bit_length(), token_bytes, width, end)[:count]
+        token_at, record_at = len(b"$16\r\n"), frame.shape[1] - len(end) - 2 - width
+        frame[:, record_at : record_at + width] = block.new
         if tokens is not None:
-            token_at = len(b"$16\r\n")
-            rows[:, token_at : token_at + token_bytes] = tokens
-        return rows
+            frame[:, token_at : token_at + token_bytes] = tokens
+        return frame
+
+
+def _frame(count: int, token_bytes: int, width: int, end: bytes) -> Bytes:
+    """Rows as _rows makes them, without their tokens and records."""
+    (row,) = _rows([bytes(token_bytes)], [bytes(width)], end)
+    return np.tile(np.frombuffer(row, np.uint8), (count, 1))
 
 
 def _heads(keys: Sequence[str], parts: Sequence[range], with_sides: bool) -> list[bytes]:

@@ -1,8 +1,8 @@
 """One connection to one Redis server, shared by all calls in flight.
 
-A client of our own on top of hiredis, for two reasons. Nothing may be sent twice: a general client's retry after a
-lost reply would turn an applied compare-and-set into a refused one. And calls in flight share one connection, in
-order, at a fraction of the processor time of redis-py's pool, which would give each a connection of its own.
+A client of our own on top of hiredis. Nothing may be sent twice: a general client's retry after a lost reply would turn
+an applied compare-and-set into a refused one. And calls in flight share one connection, in order, at a fraction of the
+processor time of redis-py's pool, which would give each a connection of its own.
 """
 
 import asyncio
@@ -21,22 +21,16 @@ from stepcast.errors import StoreUnavailable
 from .. import StoreOptions
 from .commands import LESSON, pack
 
-_SEND_BYTES: Final = 1 << 20
-"""Room in the kernel for a whole batch, so that it leaves in one go."""
+_SEND_BYTES: Final = 1 << 20  # room in the kernel for a whole batch, so that it leaves in one go
 _SLOW_RETRY_S: Final = 0.5
 _RETRY_S: Final = {"OOM": 5.0, "MISCONF": 5.0, "TRYAGAIN": 0.1}
 _IN_SCRIPT: Final = re.compile(r"-([A-Z]+) ")
-_ELSEWHERE: Final = frozenset({"READONLY", "MASTERDOWN", "LOADING"})
-"""This server is not the one to talk to (any more): a replica, or one that is starting."""
+_ELSEWHERE: Final = frozenset({"READONLY", "MASTERDOWN", "LOADING"})  # said by a replica, and by who is starting
 
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """Where a Redis server is and how to enter.
-
-    Args:
-        options: What redis-py's parse_url gave for the URL, and `context` what its options of TLS make.
-    """
+    """Where a Redis server is and how to enter: what redis-py's parse_url gave, and what its options of TLS make."""
 
     host: str
     port: int
@@ -56,12 +50,8 @@ class Server:
 class Refused:
     """An error that a server replied, in the place of the reply.
 
-    Attributes:
-        reason: Redis' word for it (OOM, MOVED, ...), also where Redis 6 wraps it in a script's error.
-        text: All that it said.
+    `text` is all that it said, `reason` its word for it (OOM, MOVED, ...), also where Redis 6 wraps it in a script's.
     """
-
-    __slots__ = ("reason", "server", "text")
 
     def __init__(self, server: Server, error: ReplyError) -> None:
         self.server, self.text = server, str(error)
@@ -75,8 +65,7 @@ class Refused:
         return unavailable(self.server, self.text, _RETRY_S.get(self.reason, 1.0))
 
 
-Replies = list[Any]
-"""One per command; a Refused where the server replied with an error."""
+Replies = list[Any]  # one per command; a Refused where the server replied with an error
 Replied = Callable[[Replies | StoreUnavailable], None]
 
 
@@ -84,33 +73,26 @@ class _Call(NamedTuple):
     replies: Replies
     wanted: int
     done: Replied
-    until: float
-    """When the replies must be there, by the loop's clock."""
+    until: float  # the replies must be there, by the loop's clock
     limit_s: float
 
 
 class Wire(asyncio.Protocol):
-    """A connection; made by connect()."""
+    """A connection; made by connect(). `broken` says why it cannot be used any more."""
 
     def __init__(self, server: Server, reply_s: float) -> None:
-        self.server = server
+        self.server, self._reply_s = server, reply_s
         self.broken: str | None = None
-        """Why it cannot be used any more."""
-        self._reply_s = reply_s
-        self._reader = Reader()
+        self._reader, self._loop = Reader(), asyncio.get_running_loop()
         self._calls: deque[_Call] = deque()
         self._transport: asyncio.Transport | None = None
-        self._loop = asyncio.get_running_loop()
         self._watch: asyncio.TimerHandle | None = None
 
     def send(self, commands: Sequence[bytes], done: Replied, patience_s: float = 0.0) -> None:
-        """Send commands together.
+        """Send commands together, at least one; Redis may take `patience_s` on purpose, beyond the usual time.
 
-        Args:
-            commands: Not empty.
-            done: Called with the replies as soon as they are read, or with what became of them instead: then it is
-                unknown which commands were done.
-            patience_s: How long Redis may take on purpose, beyond the usual time.
+        `done` is called with the replies as soon as they are read, or with what became of them instead: then it is
+        unknown which commands were done.
         """
         if self.broken or self._transport is None:
             done(unavailable(self.server, self.broken or "not connected"))
@@ -127,8 +109,7 @@ class Wire(asyncio.Protocol):
         if not self._calls:
             return
         oldest = self._calls[0]
-        rest_s = oldest.until - self._loop.time()
-        if rest_s > 0:
+        if (rest_s := oldest.until - self._loop.time()) > 0:
             self._watch = self._loop.call_later(rest_s, self._look)
         else:
             self.close(f"no reply within {oldest.limit_s:g} s", retry_after_s=_SLOW_RETRY_S)
@@ -137,8 +118,7 @@ class Wire(asyncio.Protocol):
         """End the connection, so that a late reply is never taken for another call's; tell whoever waits why."""
         if self._watch is not None:
             self._watch.cancel()
-            self._watch = None
-        self.broken = self.broken or why
+        self.broken, self._watch = self.broken or why, None
         if self._transport is not None:
             self._transport.abort()
         while self._calls:
@@ -179,13 +159,10 @@ class Wire(asyncio.Protocol):
 
 
 class Line:
-    """A connection that comes back: opened when first needed, and again after a failure.
+    """A connection that comes back: opened by `locate` when first needed, and again after a failure.
 
-    Args:
-        locate: Makes a connection to where the server is now.
-        replicas: How many replicas must have what a command did before its reply counts. That goes for reads too: an
-            answer that was refused for lack of replicas and then read back could still be lost.
-        replicas_s: How long to wait for them.
+    `replicas` must have what a command did, within `replicas_s`, before its reply counts. That goes for reads too: an
+    answer that was refused for lack of replicas and then read back could still be lost.
     """
 
     def __init__(self, locate: Callable[[], Awaitable[Wire]], replicas: int = 0, replicas_s: float = 0.0) -> None:
@@ -218,19 +195,19 @@ class Line:
 
     async def _open(self) -> None:
         """Connect, then send what waits for it, or tell why that cannot be."""
-        failure: StoreUnavailable | None = None
+        made: Wire | StoreUnavailable
         try:
-            self._wire = await self._locate()
+            made = self._wire = await self._locate()
         except asyncio.CancelledError:
-            failure = _closed()
+            made = _closed()
         except Exception as error:  # whatever it is, who waits must hear of it
-            failure = error if isinstance(error, StoreUnavailable) else StoreUnavailable(f"Redis: {error!r}.")
+            made = error if isinstance(error, StoreUnavailable) else StoreUnavailable(f"Redis: {error!r}.")
         self._opening, waiting, self._waiting = None, self._waiting, []
         for commands, done in waiting:
-            if failure is not None or self._wire is None:
-                done(failure or _closed())
+            if isinstance(made, Wire):
+                self._send(made, commands, done)
             else:
-                self._send(self._wire, commands, done)
+                done(made)
 
     def _send(self, wire: Wire, commands: Sequence[bytes], done: Replied) -> None:
         if not self._replicas:
@@ -251,48 +228,36 @@ class Line:
 
 
 async def ask(line: Wire | Line, *commands: bytes) -> Replies:
-    """The replies to commands.
-
-    Raises:
-        StoreUnavailable: no reply, or not in time; what was done is unknown.
-    """
-    future: asyncio.Future[Replies] = asyncio.get_running_loop().create_future()
+    """The replies to commands. Raises StoreUnavailable: none, or not in time; what was done is unknown."""
+    future: asyncio.Future[Replies | StoreUnavailable] = asyncio.get_running_loop().create_future()
 
     def done(replies: Replies | StoreUnavailable) -> None:
-        if future.done():  # its caller is gone
-            return
-        if isinstance(replies, list):
+        if not future.done():  # else its caller is gone
             future.set_result(replies)
-        else:
-            future.set_exception(replies)
 
     line.send(commands, done)
-    return await future
+    if isinstance(replies := await future, list):
+        return replies
+    raise replies
 
 
 async def connect(server: Server, options: StoreOptions) -> Wire:
-    """Open a connection, enter, and teach the server our script.
-
-    Raises:
-        StoreUnavailable: nobody there, or a wrong password.
-    """
-    wire = Wire(server, options.reply_timeout_s)
+    """Open a connection, enter, and teach the server our script. Raises StoreUnavailable."""
+    wire, limit_s = Wire(server, options.reply_timeout_s), options.connect_timeout_s
     named = pack("CLIENT", "SETNAME", "stepcast")  # for who looks at Redis' list of clients; it may be forbidden
     try:
-        async with asyncio.timeout(options.connect_timeout_s):
+        async with asyncio.timeout(limit_s):
             loop = asyncio.get_running_loop()
             await loop.create_connection(lambda: wire, server.host, server.port, ssl=server.context)
             *replies, _ = await ask(wire, *server.greeting(), LESSON, named)
-    except (OSError, ValueError) as error:
+    except BaseException as error:
         wire.close("not connected")
-        raise unavailable(server, str(error) or f"no connection within {options.connect_timeout_s:g} s") from error
-    except asyncio.CancelledError:
-        wire.close("not connected")
+        if isinstance(error, OSError | ValueError):
+            raise unavailable(server, str(error) or f"no connection within {limit_s:g} s") from error
         raise
-    for reply in replies:
-        if isinstance(reply, Refused):
-            wire.close("refused at the door")
-            raise reply.error
+    if refused := [reply for reply in replies if isinstance(reply, Refused)]:
+        wire.close("refused at the door")
+        raise refused[0].error
     return wire
 
 

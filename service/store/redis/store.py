@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import chain
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from stepcast.errors import InvalidRequest
 
@@ -20,7 +20,6 @@ _log = logging.getLogger(__name__)
 _LOADS_PER_COMMAND: Final = 128
 _SCANS_PER_PAGE: Final = 10
 _CURSOR: Final = re.compile(r"([0-9]{1,4}):([0-9]{1,20})")
-_CURSORS: Final = 1 << 64
 
 
 class RedisStore:
@@ -29,8 +28,7 @@ class RedisStore:
     volatile = False
 
     def __init__(self, nodes: Nodes) -> None:
-        self._nodes = nodes
-        self._frames = Frames()
+        self._nodes, self._frames = nodes, Frames()
 
     async def open(self) -> None:
         try:
@@ -49,54 +47,45 @@ class RedisStore:
         await self._nodes.run(["ping"], [pack("SET", "stepcast:ping:{ping}", "", "PX", 1)])
 
     async def load(self, keys: Sequence[str]) -> list[bytes | None]:
-        parts = self._parts(len(keys), _LOADS_PER_COMMAND)
+        parts = _parts(len(keys), min(_LOADS_PER_COMMAND, self._nodes.most))
         commands = [pack("MGET", *map(main, keys[part.start : part.stop])) for part in parts]
         found = await self._nodes.run([keys[part.start] for part in parts], commands)
-        return list(chain.from_iterable(found))
+        return list(chain(*found))
 
     def replace(self, block: Block, done: Done) -> None:
-        parts = self._parts(len(block), ROWS)
+        parts = _parts(len(block), min(ROWS, self._nodes.most))
 
         def told(places: Sequence[int], replies: Replies | BaseException) -> None:
             rows = places if len(parts) == len(block) else [row for place in places for row in parts[place]]
-            if isinstance(replies, BaseException):
-                done(rows, replies)
-            else:
-                done(rows, [flag == 1 for reply in replies for flag in reply])
+            done(rows, replies if isinstance(replies, BaseException) else [flag == 1 for flag in chain(*replies)])
 
         keys = [block.keys[part.start] for part in parts]
         self._nodes.send(keys, self._frames.commands(block, parts), told)
 
     async def change(self, writes: Sequence[Write]) -> list[bool]:
-        parts = self._parts(len(writes), WRITES)
+        parts = _parts(len(writes), min(WRITES, self._nodes.most))
         commands = [change(writes[part.start : part.stop]) for part in parts]
         replies = await self._nodes.run([writes[part.start].key for part in parts], commands)
-        return [flag == 1 for reply in replies for flag in reply]
+        return [flag == 1 for flag in chain(*replies)]
 
     async def list_keys(self, prefix: str, cursor: str, limit: int) -> tuple[list[str], str]:
         """A key may be listed twice, and missed if a failover happens between the pages."""
-        index, place = _place(cursor)
-        nodes = self._nodes.primaries()
+        (index, place), nodes = _place(cursor), self._nodes.primaries()
         found: dict[str, None] = {}
         for _ in range(_SCANS_PER_PAGE):
             if index >= len(nodes) or len(found) >= limit:
                 break
             place, keys = await _scan(nodes[index], prefix, place, limit)
-            found.update(dict.fromkeys(keys))
-            if place == "0":
-                index += 1
+            found |= dict.fromkeys(keys)
+            index += place == "0"
         return list(found), f"{index}:{place}" if index < len(nodes) else ""
 
     async def load_side(self, key: str, name: str) -> bytes | None:
-        found: bytes | None = await self._of_live(key, pack("HGET", side(key), name))
-        return found
+        return cast(bytes | None, await self._of_live(key, pack("HGET", side(key), name)))
 
     async def list_sides(self, key: str) -> list[str]:
         names = await self._of_live(key, pack("HKEYS", side(key)))
         return sorted(name.decode() for name in names or [])
-
-    def _parts(self, count: int, most: int) -> Sequence[range]:
-        return _parts(count, min(most, self._nodes.most))
 
     async def _of_live(self, key: str, command: bytes) -> Any:
         """The reply to `command` if the session is there, else None."""
@@ -113,7 +102,7 @@ def _parts(count: int, size: int) -> Sequence[range]:
 def _place(cursor: str) -> tuple[int, str]:
     """The node's index and its own cursor, a number of 64 bits."""
     match = _CURSOR.fullmatch(cursor or "0:0")
-    if match is None or int(match[2]) >= _CURSORS:
+    if match is None or int(match[2]) >> 64:
         raise InvalidRequest(f"cursor {cursor[:64]!r} was not given by this server. Start without one.")
     return int(match[1]), match[2]
 
@@ -124,17 +113,15 @@ async def _scan(node: Node, prefix: str, place: str, limit: int) -> tuple[str, l
     (reply,) = await ask(node.line, pack("SCAN", place, "MATCH", f"{PREFIX}{escaped}*}}", "COUNT", max(limit, 100)))
     if isinstance(reply, Refused):
         raise reply.error
-    following, keys = reply
-    return following.decode(), [key[len(PREFIX) : -1].decode() for key in keys]
+    return reply[0].decode(), [key[len(PREFIX) : -1].decode() for key in reply[1]]
 
 
 async def _warn_of_loss(node: Node) -> None:
     """Say what in the server's settings can make sessions vanish."""
     replies = await ask(node.line, pack("INFO", "memory"), pack("INFO", "persistence"))
-    lines = [line for text in replies if isinstance(text, bytes) for line in text.decode().splitlines() if ":" in line]
-    facts = dict(line.split(":", 1) for line in lines)
-    policy = facts.get("maxmemory_policy", "noeviction")
-    if policy != "noeviction":
+    lines = [line for text in replies if isinstance(text, bytes) for line in text.decode().splitlines()]
+    facts = dict(line.split(":", 1) for line in lines if ":" in line)
+    if (policy := facts.get("maxmemory_policy", "noeviction")) != "noeviction":
         _log.warning("Redis evicts under maxmemory-policy %r: sessions can vanish. Set it to noeviction.", policy)
     if facts.get("aof_enabled") == "0":
         _log.warning("Redis runs without appendonly: its restart loses all since the last snapshot. Set it to yes.")

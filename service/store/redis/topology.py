@@ -4,14 +4,13 @@ redis-py is asked who is where; what is asked of those servers then goes over co
 """
 
 import asyncio
-import functools
-from asyncio import CancelledError
 from binascii import crc_hqx
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import cycle
 from math import inf
 from typing import Any, Final, cast
+from urllib.parse import SplitResult, urlencode, urlunsplit
 
 from redis.asyncio import ConnectionPool, Redis, SSLConnection
 from redis.asyncio.connection import parse_url
@@ -20,17 +19,15 @@ from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
-from stepcast.errors import StoreUnavailable
+from stepcast.errors import ConfigError, StoreUnavailable
 
-from .. import StoreOptions
+from .. import StoreOptions, tell
 from .commands import LESSON, pack
 from .connection import Line, Refused, Replies, Server, Wire, ask, connect, unavailable
 
 _SLOTS: Final = 16384
-_PAUSE_S: Final = 0.05
-"""Before a command that was not done is sent for the third time, and so on: its slot may be on its way."""
-_LOOK_S: Final = 0.1
-"""Between two looks at who has which slots."""
+_PAUSE_S: Final = 0.05  # before a command that was not done is sent for the third time, and so on: its slot may move
+_LOOK_S: Final = 0.1  # between two looks at who has which slots
 _LINES_THAT_WAIT: Final = 4
 _ASKING: Final = pack("ASKING")
 _ONCE: Final = Retry(NoBackoff(), 0)
@@ -40,17 +37,12 @@ Told = Callable[[Sequence[int], Replies | BaseException], None]
 
 
 class Node:
-    """One server; where replicas are waited for, several connections take turns, since one that waits stands still.
-
-    Args:
-        server: Where it is; only a cluster asks.
-        locate: Makes a connection to where it is now.
-    """
+    """One server; where replicas are waited for, several connections take turns, since one that waits stands still."""
 
     def __init__(self, server: Server, locate: Callable[[], Awaitable[Wire]], options: StoreOptions) -> None:
-        self.server = server
-        count = _LINES_THAT_WAIT if options.awaited else 1
-        self._lines = [Line(locate, options.awaited, options.replica_timeout_s) for _ in range(count)]
+        self.server = server  # where it is if it stays there; `locate` makes a connection to where it is now
+        lines = range(_LINES_THAT_WAIT if options.awaited else 1)
+        self._lines = [Line(locate, options.awaited, options.replica_timeout_s) for _ in lines]
         self._turn = cycle(self._lines)
 
     @property
@@ -65,15 +57,10 @@ class Node:
 
 
 class Nodes:
-    """The servers of one store: one primary.
+    """The servers of one store: one primary."""
 
-    Attributes:
-        most: How many sessions one command may name.
-        not_done: What a server says that has done nothing of a command, which another try may mend.
-    """
-
-    most = 1 << 30
-    not_done = frozenset({"NOSCRIPT"})
+    most = 1 << 30  # sessions that one command may name
+    not_done = frozenset({"NOSCRIPT"})  # what a server says that has done nothing, which another try may mend
 
     def __init__(self, node: Node | None, options: StoreOptions) -> None:
         self._node, self._options = node, options
@@ -84,14 +71,14 @@ class Nodes:
     def send(self, keys: Sequence[str], commands: Sequence[bytes], told: Told) -> None:
         """Send commands, each to the server that has the session that `keys` says, all of a server together.
 
-        Args:
-            told: Called once or several times, so that every command is told once; a server that hangs holds up its
-                own only.
+        Every command is told once, some at a time: a server that hangs holds up its own only.
         """
         self._send(self._node, range(len(commands)), keys, commands, told)
 
     async def run(self, keys: Sequence[str], commands: Sequence[bytes]) -> Replies:
         """The replies to commands. Raises StoreUnavailable where one is missing or an error."""
+        if not commands:
+            return []
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         replies: Replies = [None] * len(commands)
         left, failure = len(commands), None
@@ -99,17 +86,15 @@ class Nodes:
         def told(places: Sequence[int], found: Replies | BaseException) -> None:
             nonlocal left, failure
             if isinstance(found, BaseException):
-                failure = found
-            else:
-                for place, reply in zip(places, found, strict=True):
-                    replies[place] = reply
+                failure, found = found, [None] * len(places)
+            for place, reply in zip(places, found, strict=True):
+                replies[place] = reply
             left -= len(places)
             if not left and not future.done():  # else the caller is gone
                 future.set_result(None)
 
-        if commands:
-            self.send(keys, commands, told)
-            await future
+        self.send(keys, commands, told)
+        await future
         if failure is not None:
             raise failure
         return replies
@@ -140,42 +125,35 @@ class Nodes:
                 told(mine, replies)
                 return
             for i, reply in zip(mine, replies, strict=True):
-                if not isinstance(reply, Refused):
-                    told([i], [reply])
-                elif reply.reason in self.not_done:
-                    again = asyncio.create_task(self._try_again(keys[i], commands[i], reply))
-                    again.add_done_callback(functools.partial(_tell, told, i))
+                if isinstance(reply, Refused) and reply.reason in self.not_done:
+                    tell(told, [i], self._again(keys[i], commands[i], reply))
                 else:
-                    told([i], reply.error)
+                    told([i], reply.error if isinstance(reply, Refused) else [reply])
 
         if node is None:
             replied(_nowhere())
         else:
             node.line.send(commands if len(mine) == len(commands) else [commands[i] for i in mine], replied)
 
-    async def _try_again(self, key: str, command: bytes, refused: Refused) -> Any:
+    async def _again(self, key: str, command: bytes, refused: Refused) -> Replies:
         """The reply to a command that was not done, sent until it is or the time is over."""
-        clock, pause_s, reply = asyncio.get_running_loop().time, 0.0, refused
+        clock, pause_s = asyncio.get_running_loop().time, 0.0
         until = clock() + self._options.reply_timeout_s
-        while isinstance(reply, Refused) and reply.reason in self.not_done and clock() < until:
+        while refused.reason in self.not_done and clock() < until:
             await asyncio.sleep(pause_s)
             pause_s = _PAUSE_S
-            node, first = self._next(key, reply)
+            node, first = self._next(key, refused)
             if node is None:
                 raise _nowhere()
             *_, reply = await ask(node.line, *first, command)
-        if isinstance(reply, Refused):
-            raise reply.error
-        return reply
+            if not isinstance(reply, Refused):
+                return [reply]
+            refused = reply
+        raise refused.error
 
     def _next(self, key: str, refused: Refused) -> tuple[Node | None, Sequence[bytes]]:
         """Where a command goes that was not done, and what must be said before it."""
         return self._node, (LESSON,)
-
-
-def _tell(told: Told, place: int, again: "asyncio.Task[Any]") -> None:
-    failure = CancelledError() if again.cancelled() else again.exception()
-    told([place], failure or [again.result()])
 
 
 def _nowhere() -> StoreUnavailable:
@@ -183,13 +161,10 @@ def _nowhere() -> StoreUnavailable:
 
 
 class Cluster(Nodes):
-    """Many primaries, each with some of the 16384 slots.
+    """Many primaries, each with some of the 16384 slots; any of `seeds` that answers says who has which.
 
     One command names one session: sessions rarely share a slot, and a command about several is refused while their
     slot moves.
-
-    Args:
-        seeds: Servers to ask who has which slots; any one that answers will do.
     """
 
     most = 1
@@ -205,19 +180,20 @@ class Cluster(Nodes):
 
     async def open(self) -> None:
         """Ask one server after the other who has which slots."""
-        failure: StoreUnavailable | None = None
+        failure, cause = _nowhere(), None
         for asked in dict.fromkeys([*(node.server for node in self.primaries()), *self._seeds]):
             try:
-                found = await _look_up(asked, self._options, "CLUSTER SLOTS")
-            except StoreUnavailable as error:
-                failure = error
+                async with _client(asked, self._options) as client:
+                    found = await client.execute_command("CLUSTER SLOTS")
+            except (RedisError, OSError) as error:
+                failure, cause = unavailable(asked, str(error)), error
                 continue
             owners: list[Node | None] = [None] * _SLOTS
             for first, last, (host, port, *_), *_ in found:
                 owners[first : last + 1] = [self._at(asked, (host or b"").decode(), port)] * (last + 1 - first)
             self._owners = owners
             return
-        raise failure or _nowhere()
+        raise failure from cause
 
     def send(self, keys: Sequence[str], commands: Sequence[bytes], told: Told) -> None:
         by_node: dict[Node | None, list[int]] = {}
@@ -234,9 +210,7 @@ class Cluster(Nodes):
         if now >= self._look_after and (self._looking is None or self._looking.done()):
             self._look_after = now + _LOOK_S
             self._looking = asyncio.create_task(self.open())
-            self._looking.add_done_callback(
-                lambda look: look.cancelled() or look.exception()
-            )  # the next one looks again
+            self._looking.add_done_callback(lambda look: look.cancelled() or look.exception())  # the next looks again
 
     async def close(self) -> None:
         self._look_after = inf  # calls that fail by this start no other look
@@ -272,57 +246,50 @@ def slot_of(key: str) -> int:
 # --- redis-py -------------------------------------------------------------------------------------------------------
 
 
-def server_of(url: str, port: int) -> Server:
-    """The server that redis:// or rediss:// names, with one host.
+def servers_of(parts: SplitResult, scheme: str, db: str, query: Mapping[str, str], port: int) -> list[Server]:
+    """The servers of host:port,host:port, who share user, password, database and options; `port` where none is given.
 
-    Args:
-        port: Where the URL has none.
-
-    Raises:
-        ValueError: not a URL of this form. OSError: its certificates cannot be read.
+    Raises ConfigError: not a URL of this form, or its certificates cannot be read.
     """
-    options: dict[str, Any] = {**parse_url(url)}
-    context = None
-    if "connection_class" in options:  # of TLS
-        options.setdefault("ssl_check_hostname", True)  # redis-py before 6 leaves the name unchecked
-        tls = {name: value for name, value in options.items() if name.startswith("ssl_")}
-        context = SSLConnection(**tls).ssl_context.get()
-    return Server(options.get("host", "localhost"), options.get("port", port), options, context)
+    if db and not db.isdecimal():
+        raise ConfigError(f"store URL asks for database {db!r}. Give its number.")
+    entry, at, hosts = parts.netloc.rpartition("@")
+    found = []
+    for host in hosts.split(","):
+        try:
+            url = urlunsplit((scheme, entry + at + host, db, urlencode(query), ""))
+            options: dict[str, Any] = {**parse_url(url)}
+            context = None
+            if "connection_class" in options:  # of TLS
+                options.setdefault("ssl_check_hostname", True)  # redis-py before 6 leaves the name unchecked
+                tls = {name: value for name, value in options.items() if name.startswith("ssl_")}
+                context = SSLConnection(**tls).ssl_context.get()
+        except OSError as error:
+            raise ConfigError(f"store URL has certificates that cannot be read: {error}.") from error
+        except ValueError as error:
+            raise ConfigError(f"store URL has the host {host!r}: {error}.") from error
+        found.append(Server(options.get("host", "localhost"), options.get("port", port), options, context))
+    return found
 
 
 def _client(server: Server, options: StoreOptions) -> Any:
-    """redis-py's, that asks once: whether to ask again is for who calls us to say."""
+    """One of redis-py that asks once: whether to ask again is for who calls us to say."""
     waits = {"socket_connect_timeout": options.connect_timeout_s, "socket_timeout": options.reply_timeout_s}
     where = {"host": server.host, "port": server.port, "protocol": 2, "retry": _ONCE}
     return Redis.from_pool(ConnectionPool(**{**server.options, **waits, **where}))
 
 
-async def _look_up(server: Server, options: StoreOptions, command: str) -> Any:
-    """What a server replies to a question of who is where."""
-    client = _client(server, options)
-    try:
-        return await client.execute_command(command)
-    except (RedisError, OSError) as error:
-        raise unavailable(server, str(error)) from error
-    finally:
-        await client.aclose()
-
-
 async def connect_primary(sentinels: Sequence[Server], service: str, entry: Server, options: StoreOptions) -> Wire:
     """A connection to the server that the first sentinel that answers calls primary, and that says so itself.
 
-    Args:
-        sentinels: Asked in order.
-        service: The name that the sentinels know the primary by.
-        entry: Database, user and TLS of the primary; its host and port do not count.
+    `service` is the primary's name there; database, user and TLS are those of `entry`.
     """
     asked = cast(Any, Sentinel)([])
     asked.sentinels = [_client(sentinel, options) for sentinel in sentinels]
     try:
         host, port = await asked.discover_master(service)
     except (RedisError, OSError) as error:
-        why = f"no sentinel knows a primary {service!r}, or none answers"
-        raise unavailable(sentinels[0], why) from error
+        raise unavailable(sentinels[0], f"no sentinel knows a primary {service!r}, or none answers") from error
     finally:
         for client in asked.sentinels:
             await client.aclose()
@@ -330,6 +297,6 @@ async def connect_primary(sentinels: Sequence[Server], service: str, entry: Serv
     (role,) = await ask(wire, pack("ROLE"))
     if isinstance(role, Refused) or role[0] != b"master":
         wire.close("not a primary")
-        failed = isinstance(role, Refused)
-        raise unavailable(wire.server, role.text if failed else "the sentinels call it primary, it is not one yet")
+        why = role.text if isinstance(role, Refused) else "the sentinels call it primary, it is not one yet"
+        raise unavailable(wire.server, why)
     return wire

@@ -1,0 +1,86 @@
+"""What can be known before the first epoch: labels a loss can not take, names a manifest can not hold."""
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from stepcast.errors import ConfigError
+
+from .config import Config
+from .data.source import SPLITS, Source
+from .export import describe
+from .losses import TAKES
+from .network import Network
+from .segments import settle
+
+
+def check_names(network: Network, source: Source, config: Config) -> None:
+    """See that a manifest can be written of what will be trained.
+
+    Raises:
+        ConfigError: names that stand there twice, feedback from or to what is not there.
+    """
+    classes = source.classes or ()
+    if twice := sorted({name for name in classes if classes.count(name) > 1}):
+        raise ConfigError(f"data: classes named twice: {', '.join(map(repr, twice))}")
+    try:
+        describe(network, source, config, sha256="0" * 64, version=1, metrics={})
+    except ValidationError as error:
+        problems = (problem["msg"].removeprefix("Value error, ") for problem in error.errors())
+        raise ConfigError("data: " + "; ".join(problems)) from error
+
+
+def check_labels(network: Network, source: Source) -> None:
+    """See that every label which counts can be learned from, or measured with in the test split.
+
+    Only losses that do not take every number, and classes, need the pass over the data.
+
+    Raises:
+        ConfigError: one can not; with output, split, batch, row and step.
+    """
+    if network.head.loss.name not in TAKES and source.classes is None:
+        return
+    fillable = torch.zeros(sum(feature.width for feature in source.features), dtype=torch.bool)
+    for split in SPLITS:
+        for number, batch in enumerate(source.batches(split)):
+            settled = settle(batch, fillable=fillable, summary=network.summary)
+            mask = torch.ones(batch.y.shape[:2], dtype=torch.bool) if settled.y_mask is None else settled.y_mask
+            counts = (mask if mask.ndim == 3 else mask[..., None]).expand(batch.y.shape)
+            where = f"batch {number} of {split}"
+            if source.classes is not None:
+                _check_classes(settled.y, counts, where, measured=split == "test")
+            if network.head.loss.name in TAKES and split != "test":
+                _check_numbers(network, source, settled.y, counts, where)
+
+
+def _check_classes(y: Tensor, counts: Tensor, where: str, *, measured: bool) -> None:
+    """One class per row; in a split that is only measured, not less than one either."""
+    highest = y.amax(dim=2, keepdim=True)
+    found = ((y == highest) & (highest > 0) & counts).sum(dim=2)
+    wrong = found > 1
+    if measured and y.shape[2] > 1:  # a single output of 0 is the other class
+        wrong |= counts.all(dim=2) & (found == 0)
+    if (place := _first(wrong)) is not None:
+        row, step = place
+        raise ConfigError(f"data: {int(found[row, step])} classes at step {step} of row {row} of {where}, wanted one")
+
+
+def _check_numbers(network: Network, source: Source, y: Tensor, counts: Tensor, where: str) -> None:
+    """Labels for which the loss is defined."""
+    takes, wanted = TAKES[network.head.loss.name]
+    target = network.head.target(None, y.to(network.head.mean.device)).cpu()
+    if (place := _first(counts & ~takes(target))) is None:
+        return
+    row, step, column = place
+    got, given = float(target[row, step, column]), float(y[row, step, column])
+    scaled = "" if network.head.identity_scale else f" ({given:g} in the data)"
+    advice = "" if network.head.identity_scale else " Take labels as they are (data.normalise_labels: none)."
+    raise ConfigError(
+        f"data: loss {network.head.loss.name} takes labels {wanted}, output {source.outputs[column].name!r} is "
+        f"{got:g}{scaled} at step {step} of row {row} of {where}.{advice}"
+    )
+
+
+def _first(flags: Tensor) -> tuple[int, ...] | None:
+    places = flags.nonzero()
+    return tuple(places[0].tolist()) if len(places) else None
