@@ -62,7 +62,7 @@ def test_a_key_of_the_file_is_known_by_its_hash(file: Path) -> None:
             keys.authenticate(carrying(wrong))
 
 
-def test_no_process_holds_a_key_in_clear(file: Path) -> None:
+def test_what_is_configured_is_held_as_hashes(file: Path) -> None:
     """Neither those of the file nor those of the setting."""
     write(file, new_key("a", "read", "acme")[1])
     held = Keys("read:acme:key-of-a-reader", str(file))
