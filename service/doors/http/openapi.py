@@ -92,8 +92,8 @@ _TAGS: Final = {
 _DESCRIPTION: Final = """\
 Each example succeeds as it stands on a server of the committed weather model; a step makes its session.
 
-Bodies are JSON or msgpack, packed by gzip or deflate if you like. Every answer has an `x-request-id`. Where a `GET` is,
-`HEAD` is too. The WebSocket is described at `/asyncapi.json`.
+Bodies are JSON or msgpack, packed by gzip or deflate if you like. Every answer has an `x-request-id`. `HEAD` works
+wherever `GET` does. The WebSocket is described at `/asyncapi.json`.
 """
 _PARAMETERS: Final[dict[str, tuple[Any, str]]] = {
     "model": (str, "name of a served model"),
