@@ -48,6 +48,10 @@ def _gap_answers() -> Verify:
     return lambda answers: requests.check(answers, requests.outputs_json, truth)
 
 
+def _named_answers(bench: Bench) -> Verify:
+    return lambda answers: requests.check(answers, requests.outputs_named, bench.truth)
+
+
 def _three_answers() -> Verify:
     truth = Truth(3 * SESSIONS)
     return lambda answers: requests.check(answers, requests.outputs_rows, truth, 3)
@@ -98,6 +102,11 @@ def _http(
 def _http_gap(bench: Bench) -> Run:
     encode = requests.http_json(_step("cg", "bench-gaps"), SESSIONS, texts=requests.json_gaps())
     return _driver(bench, bench.stepcast("memory"), "memory", encode, http_lines(LANES), _gap_answers())
+
+
+def _http_named(bench: Bench) -> Run:
+    encode = requests.http_json(_step("cw"), SESSIONS, texts=requests.json_named())
+    return _driver(bench, bench.stepcast("memory"), "memory", encode, http_lines(LANES), _named_answers(bench))
 
 
 def _http_three(bench: Bench) -> Run:
@@ -178,6 +187,7 @@ def everyone() -> list[Contender]:
     plain = "Redis, append-only file as it is"
     return [
         _one("cost-http", f"{http}, memory", _http, **memory, tag="cp"),
+        _one("cost-http-named", f"{http}, named", _http_named),
         _one("cost-http-request-id", f"{http}, x-request-id", _http, **memory, tag="cx", header=_request_id()),
         _one("cost-http-traceparent", f"{http}, traceparent", _http, **memory, tag="ct", header=_traceparent()),
         _one("cost-http-cors", f"{http}, CORS on", _http_cors),

@@ -29,6 +29,11 @@ def json_rows() -> list[bytes]:
     return [b"[" + b",".join(b"%.4f" % v for v in each) + b"]" for each in pool().tolist()]
 
 
+def json_named() -> list[bytes]:
+    """The pool as JSON text, each reading under its feature's name."""
+    return [b"{%s}" % b",".join(b'"f%d":%.4f' % (i, v) for i, v in enumerate(each)) for each in pool().tolist()]
+
+
 def gap_of(number: int) -> int:
     """Which reading of a row of the pool is missing where one is."""
     return number % pool().shape[1]
@@ -231,6 +236,10 @@ class _PackedAnswer(msgspec.Struct):
     outputs: bytes
 
 
+class _NamedAnswer(msgspec.Struct):
+    outputs: dict[str, float]
+
+
 class _RowsAnswer(msgspec.Struct):
     outputs: list[list[float]]
 
@@ -248,6 +257,7 @@ class _BatchAnswer(msgspec.Struct):
 
 
 _JSON = msgspec.json.Decoder(_JsonAnswer)
+_NAMED = msgspec.json.Decoder(_NamedAnswer)
 _ROWS = msgspec.json.Decoder(_RowsAnswer)
 _BATCH_JSON = msgspec.json.Decoder(_BatchRows)
 _PACKED = msgspec.msgpack.Decoder(_PackedAnswer)
@@ -257,6 +267,11 @@ _BATCH = msgspec.msgpack.Decoder(_BatchAnswer)
 def outputs_json(body: bytes) -> Any:
     """The outputs of a JSON answer."""
     return _JSON.decode(body).outputs
+
+
+def outputs_named(body: bytes) -> Any:
+    """The outputs of a JSON answer by name, in the order of the model's outputs."""
+    return list(_NAMED.decode(body).outputs.values())
 
 
 def outputs_rows(body: bytes) -> Any:

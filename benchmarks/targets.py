@@ -51,6 +51,7 @@ COSTS = (
     Cost("a gap in every step, WebSocket 4 x 16", "cost-ws-gap", "cost-ws-gaps", 1.3),
     Cost("one gap in a batch step of 256, msgpack", "cost-batch-gap", "cost-batch-gaps", 1.3),
     Cost("one gap in a batch step of 256, JSON", "cost-batch-json-gap", "cost-batch-json-gaps", 1.3),
+    Cost("named step, HTTP JSON", "cost-http-named", "cost-http", 1.5),
     Cost("a session of three rows, HTTP JSON", "cost-http-three", "cost-http", 2.0),
     Cost("a session of three rows, WebSocket 4 x 16", "cost-ws-three", "cost-ws", 2.0),
     Cost("first step of a new session, HTTP JSON", "cost-http-new", "cost-http", 3.0),

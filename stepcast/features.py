@@ -18,6 +18,7 @@ from .errors import InvalidRequest, ShapeMismatch
 from .manifest import Manifest
 
 Floats = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int64]
 Labels = npt.NDArray[np.str_]
 
 MISSING: Final = float("nan")
@@ -30,9 +31,9 @@ class FeatureNames:
         self.manifest = manifest
         self._slices = manifest.feature_slices()
         self._width = manifest.n_features
-        self._numbers = {f.name: self._slices[f.name].start for f in manifest.features if f.width == 1}
         self._required = {f.name for f in manifest.features if f.missing == "refuse"}
-        self._labels = None if manifest.classes is None else np.array(manifest.classes)
+        self._plain = len(self._slices) == self._width  # every feature is one value
+        self._labels = None if manifest.classes is None else np.array([*manifest.classes, ""])
 
     # --- inputs ---------------------------------------------------------------------------------------------------
 
@@ -40,9 +41,9 @@ class FeatureNames:
         """Inputs by position.
 
         Args:
-            named: Values by feature name: numbers make [F], [N] columns [N,F], [N,T] columns [N,T,F]; a feature of
-                width W has W values more in its last axis. None is a missing reading. Or a list of such records, one
-                per example (values: numbers, or [T]).
+            named: Values by feature name: numbers make [F], [N] columns [N,F], [N,T] columns [N,T,F]; a number beside
+                columns holds for all rows; a feature of width W has W values more in its last axis. None is a missing
+                reading. Or a list of such records, one per example (values: numbers, or [T]).
             partial: Any feature may be left out, whatever its policy (what is known of a rollout's future).
 
         Raises:
@@ -54,31 +55,42 @@ class FeatureNames:
             return self._example(named, partial, "$.inputs")
         if not named:
             raise ShapeMismatch("$.inputs is an empty list, want at least one record", got=[0])
+        plain = [isinstance(record, Mapping) and self._numbers(record, partial) for record in named]
+        if all(plain):
+            return as_floats(plain, "$.inputs")
         rows = [self._example(record, partial, f"$.inputs[{i}]") for i, record in enumerate(named)]
         shapes = sorted({row.shape[:-1] for row in rows})
         if len(shapes) > 1:
             raise ShapeMismatch(f"$.inputs has records of shapes {_listed(shapes)}, want one", got=list(shapes))
         return np.stack(rows)
 
+    def _numbers(self, named: Mapping[str, Any], partial: bool) -> list[float] | None:
+        """One example's values by position, NaN where they are missing.
+
+        Returns:
+            None where they need a closer look: a name is unknown, a needed one is left out, or a value is no number.
+        """
+        given, names = named.keys(), self._slices.keys()
+        if not self._plain or not given <= names or not (partial or self._required <= given):
+            return None
+        row = [named.get(name) for name in names]
+        return [MISSING if value is None else value for value in row] if _NUMBERS.issuperset(map(type, row)) else None
+
     def _example(self, named: Mapping[str, Any], partial: bool, path: str) -> Floats:
         if not isinstance(named, Mapping):
             raise InvalidRequest(f"{path} is {type(named).__name__}, want an object of numbers by feature name")
+        row = self._numbers(named, partial)
+        if row is not None:
+            return as_floats(row, path)
+        self._refuse_unknown(named, path)  # a typing error first: it is why the right name is missing
         if not partial and not self._required <= named.keys():
             self._refuse_missing(named, path)
-        row = [MISSING] * self._width
-        numbers = self._numbers
-        for name, value in named.items():
-            at = numbers.get(name)
-            if at is None or type(value) not in _NUMBERS:
-                return self._columns(named, path)
-            row[at] = MISSING if value is None else value
-        return as_floats(row, path)
+        return self._columns(named, path)
 
     def _columns(self, named: Mapping[str, Any], path: str) -> Floats:
         """The same for columns and wide features."""
-        self._refuse_unknown(named, path)
         columns = {name: self._column(name, value, f"{path}.{name}") for name, value in named.items()}
-        shapes = {name: column.shape[:-1] for name, column in columns.items()}
+        shapes = {name: column.shape[:-1] for name, column in columns.items() if column.ndim > 1}
         shape = next(iter(shapes.values()), ())
         if any(other != shape for other in shapes.values()):
             told = _listed(f"{name!r} {list(other)}" for name, other in shapes.items())
@@ -107,22 +119,27 @@ class FeatureNames:
         return array
 
     def _refuse_missing(self, named: Mapping[str, Any], path: str) -> None:
-        self._refuse_unknown(named, path)  # a typing error first: it is why the right name is missing
         missing = [f.name for f in self.manifest.features if f.name in self._required and f.name not in named]
         told = ", ".join(map(repr, missing))
         raise InvalidRequest(f"{path} leaves out {told}; model {self.manifest.name!r} needs them", missing=missing)
 
     def _refuse_unknown(self, named: Mapping[str, Any], path: str) -> None:
-        unknown = [name for name in named if name not in self._slices]
+        unknown = [str(name)[:_LONGEST] for name in named if name not in self._slices][:_TOLD]
         if not unknown:
             return
-        nearest = {name: near[0] for name in unknown if (near := get_close_matches(str(name), self._slices, 1))}
-        told = ", ".join(f"{n!r} (nearest: {nearest[n]!r})" if n in nearest else repr(n) for n in unknown)
+        near = {name: close for name in unknown if (close := self._nearest(name))}
+        told = _listed(f"{n!r} (nearest: {near[n]!r})" if n in near else repr(n) for n in unknown)
         raise InvalidRequest(
             f"{path} names {told}; model {self.manifest.name!r} has {_listed(map(repr, self._slices))}",
-            unknown=[str(name) for name in unknown],
-            nearest=nearest,
+            unknown=unknown,
+            nearest=near,
         )
+
+    def _nearest(self, name: str) -> str | None:
+        """The feature whose name is most like this one, whatever the case of its letters."""
+        names = {known.casefold(): known for known in self._slices}
+        close = get_close_matches(name.casefold(), names, 1, cutoff=0.5)
+        return names[close[0]] if close else None
 
     # --- outputs --------------------------------------------------------------------------------------------------
 
@@ -133,10 +150,7 @@ class FeatureNames:
 
     def labels(self, outputs: Floats) -> Labels | None:
         """The likeliest class of each (..., O), "" where the step was masked; None: the model is no classifier."""
-        if self._labels is None:
-            return None
-        masked = np.isnan(outputs).any(-1)
-        return np.where(masked, "", self._labels[np.where(masked, 0, outputs.argmax(-1))])
+        return None if self._labels is None else self._labels[likeliest(outputs)]
 
     def named(self, outputs: Floats) -> dict[str, Any]:
         """Outputs by name: numbers of [O], arrays [N] of [N,O], [N,T] of [N,T,O].
@@ -151,6 +165,16 @@ class FeatureNames:
         return values if labels is None else {"class": labels, "probabilities": values}
 
 
+def likeliest(outputs: Floats) -> Ints:
+    """The index of the likeliest class of each (..., O), -1 where the step was masked."""
+    masked = np.isnan(outputs)
+    return np.where(masked.any(-1), -1, np.where(masked, 0, outputs).argmax(-1))
+
+
+_TOLD: Final = 12
+"""The most names that a message tells, and that nearest ones are looked for,"""
+_LONGEST: Final = 128
+"""and how much of each: manifests have no longer ones."""
 _NUMBERS: Final = frozenset({int, float, type(None)})
 """Types of a single reading in the common case: whatever else, a numpy scalar too, goes the longer way."""
 
@@ -175,7 +199,7 @@ def _has_text(array: npt.NDArray[Any]) -> bool:
     return any(isinstance(value, str | bytes) for value in array.flat)
 
 
-def _listed(items: Iterable[object], limit: int = 12) -> str:
+def _listed(items: Iterable[object], limit: int = _TOLD) -> str:
     told = [str(item) for item in items]
     return ", ".join(told[:limit]) + (", ..." if len(told) > limit else "")
 

@@ -4,8 +4,10 @@ import json
 import socket
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from http.client import HTTPException, HTTPResponse
 from typing import Any, ClassVar, NamedTuple, Protocol
+from urllib.request import urlopen
 
 import msgspec
 import numpy as np
@@ -121,10 +123,10 @@ class HttpDoor:
         "end": ("DELETE", ""),
     }
 
-    def __init__(self, url: str, model: str, packed: bool) -> None:
+    def __init__(self, url: str, model: str, packed: bool, named: str | None = None) -> None:
         host, port = url.removeprefix("http://").split(":")
         self._address, self._path = (host, int(port)), f"/v1/models/{model}"
-        self._packed = packed
+        self._packed, self._wire = packed, wire(url, model, packed, named)
         self._lines: list[socket.socket] = []
 
     def together(self, calls: Sequence[Call]) -> list[Answer]:
@@ -154,7 +156,7 @@ class HttpDoor:
     def _send(self, place: int, call: Call) -> ConnectionError | None:
         method, path = self._route(call)
         kind = "application/msgpack" if self._packed else "application/json"
-        body = b"" if method == "GET" or call.op in ("clear", "end") else _encode(call.fields, self._packed)
+        body = b"" if method == "GET" or call.op in ("clear", "end") else self._wire.encode(call.fields)
         head = f"{method} {path} HTTP/1.1\r\nhost: x\r\ncontent-type: {kind}\r\naccept: {kind}\r\n"
         try:
             if place == len(self._lines):
@@ -183,14 +185,14 @@ class HttpDoor:
         if response.status >= 400:
             assert response.headers["content-type"] == "application/problem+json", body
             return from_problem(json.loads(body))
-        return _decode(body, self._packed)
+        return self._wire.decode(body)
 
 
 class BatchDoor:
     """The batch step: sessions as columns, one step each; everything else goes through door 1."""
 
-    def __init__(self, url: str, model: str, packed: bool) -> None:
-        self._http = HttpDoor(url, model, packed)
+    def __init__(self, url: str, model: str, packed: bool, named: str | None = None) -> None:
+        self._http = HttpDoor(url, model, packed, named)
 
     def together(self, calls: Sequence[Call]) -> list[Answer]:
         steps = [_Stepping(call) for call in calls if call.op == "step"]
@@ -254,14 +256,14 @@ def _columns(steps: Sequence[_Stepping]) -> dict[str, Any]:
 class WebSocketDoor:
     """Door 2: any number of sessions on one socket, JSON or msgpack frames."""
 
-    def __init__(self, url: str, model: str, packed: bool) -> None:
+    def __init__(self, url: str, model: str, packed: bool, named: str | None = None) -> None:
         self._opened = ExitStack()
         address = f"ws{url.removeprefix('http')}/v1/models/{model}/stream"
         try:
             self._socket = self._opened.enter_context(connect(address, max_size=None, compression=None))
         except InvalidStatus as error:
             raise from_problem(json.loads(error.response.body)) from error
-        self._packed = packed
+        self._packed, self._wire = packed, wire(url, model, packed, named)
         self._number = 0
 
     def call(self, op: str, session: str, **fields: Any) -> dict[str, Any]:
@@ -278,7 +280,7 @@ class WebSocketDoor:
             for call in calls:
                 self._send(call)
             for _ in calls:
-                answer = _decode(self._socket.recv(timeout=TIMEOUT_S), self._packed)
+                answer = self._wire.decode(self._socket.recv(timeout=TIMEOUT_S))
                 place = answer.pop("id") - first
                 answers[place] = from_problem(answer["error"]) if "error" in answer else answer
         except (ConnectionClosed, OSError) as error:
@@ -297,7 +299,7 @@ class WebSocketDoor:
     def _send(self, call: Call) -> None:
         self._number += 1
         fields = {"op": call.op, "id": self._number, "session": call.session, **call.fields}
-        frame = _encode(fields, self._packed)
+        frame = self._wire.encode(fields)
         self._socket.send(frame if self._packed else frame.decode())
 
 
@@ -316,27 +318,111 @@ BATCH_DOORS: dict[str, Opener] = {
 
 STEP_DOORS = DOORS | BATCH_DOORS
 
+_KINDS: dict[str, type[HttpDoor | WebSocketDoor | BatchDoor]] = {
+    "http": HttpDoor,
+    "websocket": WebSocketDoor,
+    "batch": BatchDoor,
+}
+NAMED_DOORS: dict[str, Opener] = {
+    f"{kind}-{'msgpack' if packed else 'json'}-{named}": partial(door, packed=packed, named=named)
+    for kind, door in _KINDS.items()
+    for packed in (False, True)
+    for named in ("columns", "records")
+}
+"""The same ways with inputs and outputs by name."""
 
-def _encode(fields: dict[str, Any], packed: bool) -> bytes:
-    plain = dict(fields)
-    for name, value in fields.items():
-        if isinstance(value, np.ndarray) and name == "inputs" and packed:
-            plain["inputs"] = value.astype("<f4").tobytes()
-            plain["shape"] = list(value.shape)
-        elif isinstance(value, np.ndarray):
-            plain[name] = _nulls(value.tolist())
-    return msgspec.msgpack.encode(plain) if packed else json.dumps(plain).encode()
+
+class Wire:
+    """Between fields with arrays and bytes; arrays by position."""
+
+    def __init__(self, packed: bool) -> None:
+        self.packed = packed
+
+    def encode(self, fields: dict[str, Any]) -> bytes:
+        """A body or a frame."""
+        plain = dict(fields)
+        for name, value in fields.items():
+            if isinstance(value, np.ndarray) and name == "inputs" and self.packed:
+                plain["inputs"] = value.astype("<f4").tobytes()
+                plain["shape"] = list(value.shape)
+            elif isinstance(value, np.ndarray):
+                plain[name] = _nulls(value.tolist())
+        return msgspec.msgpack.encode(plain) if self.packed else json.dumps(plain).encode()
+
+    def decode(self, data: str | bytes) -> dict[str, Any]:
+        """An answer."""
+        answer: dict[str, Any] = msgspec.msgpack.decode(data) if self.packed else msgspec.json.decode(data)
+        return answer
+
+
+class NamedWire(Wire):
+    """Inputs and outputs go by name: as an object of columns, or, where there is one step, as records."""
+
+    def __init__(self, packed: bool, manifest: dict[str, Any], style: str) -> None:
+        super().__init__(packed)
+        self._style = style
+        self._widths = {feature["name"]: feature["width"] for feature in manifest["features"]}
+        self._outputs = manifest["classes"] or [output["name"] for output in manifest["outputs"]]
+        self._classifies = manifest["classes"] is not None
+
+    def encode(self, fields: dict[str, Any]) -> bytes:
+        inputs = fields.get("inputs")
+        if not isinstance(inputs, np.ndarray):
+            return super().encode(fields)
+        plain = {**fields, "inputs": self.named(inputs)}
+        if self.packed and inputs.ndim > 1 and self._style == "columns":
+            plain["inputs"] = {name: np.array(c, "<f4").tobytes() for name, c in self._columns(inputs).items()}
+            plain["shape"] = list(inputs.shape[:-1])
+        mask = fields.get("mask")
+        return super().encode(plain if mask is None else {**plain, "mask": np.asarray(mask).tolist()})
+
+    def decode(self, data: str | bytes) -> dict[str, Any]:
+        answer = super().decode(data)
+        outputs = answer.get("outputs")
+        if isinstance(outputs, list | dict):
+            answer["outputs"] = self._by_position(outputs, answer.pop("shape", None))
+        return answer
+
+    def named(self, x: Array) -> Any:
+        """Inputs (F), (N, F) or (N, T, F) by name, as plain lists and numbers."""
+        if self._style == "records" and x.ndim == 2:
+            return [self.named(row) for row in x]
+        return {name: _nulls(column.tolist()) for name, column in self._columns(x).items()}
+
+    def _columns(self, x: Array) -> dict[str, Array]:
+        found, at = {}, 0
+        for name, width in self._widths.items():
+            found[name] = x[..., at] if width == 1 else x[..., at : at + width]
+            at += width
+        return found
+
+    def _by_position(self, outputs: Any, shape: Any) -> Array:
+        if isinstance(outputs, list):
+            return np.stack([self._by_position(record, None) for record in outputs])
+        if self._classifies:
+            assert list(outputs) == ["class", "probabilities"]
+            label, outputs = np.array(outputs["class"], object), outputs["probabilities"]
+        assert list(outputs) == self._outputs
+        y = np.stack([_array(value, "float32", shape) for value in outputs.values()], axis=-1)
+        if self._classifies:
+            names = np.array([*self._outputs, None], object)
+            masked = np.isnan(y).any(-1)
+            np.testing.assert_array_equal(label, names[np.where(masked, -1, np.nan_to_num(y).argmax(-1))])
+        return y
+
+
+def wire(url: str, model: str, packed: bool, named: str | None) -> Wire:
+    """How a door's arrays go over the wire; by the names of the live version where they go `named`."""
+    if named is None:
+        return Wire(packed)
+    with urlopen(f"{url}/v1/models/{model}", timeout=TIMEOUT_S) as response:
+        return NamedWire(packed, json.load(response), named)
 
 
 def _nulls(value: Any) -> Any:
     if isinstance(value, list):
         return [_nulls(item) for item in value]
     return None if isinstance(value, float) and np.isnan(value) else value
-
-
-def _decode(data: str | bytes, packed: bool) -> dict[str, Any]:
-    answer: dict[str, Any] = msgspec.msgpack.decode(data) if packed else msgspec.json.decode(data)
-    return answer
 
 
 def _array(value: Any, dtype: str, shape: Any) -> Array:

@@ -178,6 +178,13 @@ def test_first_steps_are_never_of_the_same_session() -> None:
     np.testing.assert_array_equal(np.float32(threes), bare.pool()[[requests.row(3 + r, 5) for r in range(3)]])
 
 
+def test_named_steps_are_those_of_the_pool() -> None:
+    """The same readings under their features' names; answers by name are read in the order of the outputs."""
+    named = parsed(requests.http_json(str, 2, texts=requests.json_named())(1, 5))["inputs"]
+    assert named == {f"f{i}": value for i, value in enumerate(parsed(requests.http_json(str, 2)(1, 5))["inputs"])}
+    assert requests.outputs_named(b'{"outputs":{"y1":1.5,"y0":2},"step":1,"version":1}') == [1.5, 2.0]
+
+
 def test_a_header_changes_with_each_request() -> None:
     """And nothing else of equal steps does."""
     for make, start in ((costs._request_id(), b"x-request-id: "), (costs._traceparent(), b"traceparent: 00-")):

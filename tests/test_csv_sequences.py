@@ -87,6 +87,43 @@ def test_class_index_becomes_one_hot_when_labels_are_classes(tmp_path: Path, wri
     assert source.readout == "each"
 
 
+def test_class_names_are_read_where_classes_names_them(tmp_path: Path, write: Write) -> None:
+    """In label files and in label columns, beside indices; an empty one is missing, blanks do not matter."""
+    for number, labels in enumerate([("storm_1", 0), (" calm ", "nan"), ("", "storm_1")]):
+        write(f"x_{number}.csv", ramp(number, 2))
+        write(f"y_{number}.csv", [[label] for label in labels])
+        write(f"both_{number}.csv", [[7, 8, label] for label in labels])
+    classes = {"task": "classification", "classes": ("calm", "storm_1")}
+    files = {"features": "both_%d.csv", "numbers": (0, 2)}
+    apart = only(opened(tmp_path, **classes))
+    together = only(opened(tmp_path, **classes, train=files, test=files, label_columns=(-1,)))
+    for batch in (apart, together):
+        assert batch.y_mask is not None
+        assert batch.y_mask.tolist() == [[True, True], [True, False], [False, True]]
+        assert batch.y[batch.y_mask].tolist() == [[0, 1], [1, 0], [1, 0], [0, 1]]
+    assert together.x.tolist() == [[[7, 8], [7, 8]]] * 3
+
+
+@pytest.mark.parametrize(
+    ("classes", "row", "message"),
+    [
+        (("calm", "storm"), [1, "strom"], "line 3, column 2: 'strom' is no class (nearest: 'storm'), wanted one of"),
+        (("calm", "storm"), ["calm", "storm"], "line 3, column 1: 'calm' is not a finite float32 number"),
+        (2, [1, "storm"], "line 3, column 2: 'storm' is not a finite float32 number"),
+        (("calm", "storm"), [1, 2], "line 3: class 2, wanted an index in 0..1"),
+    ],
+)
+def test_a_name_that_no_class_has_is_refused(
+    tmp_path: Path, write: Write, classes: Any, row: list[Any], message: str
+) -> None:
+    """With file, line and column; names stand in label columns alone, and only where classes have names."""
+    path = write("x_0.csv", [[1, 0], row])
+    files = {"features": "x_%d.csv", "numbers": (0, 0)}
+    with pytest.raises(ConfigError) as caught:
+        opened(tmp_path, task="classification", classes=classes, label_columns=(1,), train=files, test=files)
+    assert f"{path}, {message}" in str(caught.value)
+
+
 def test_label_column_is_cut_out_when_one_file_has_both(tmp_path: Path, write: Write) -> None:
     """The documents' second example: labels in column 1, and the other columns keep their order."""
     for number in range(3):

@@ -9,7 +9,7 @@ import httpx
 import pytest
 from serving import ROOT, running
 
-from service.doors.http.examples import READINGS
+from service.doors.bodies import READINGS
 
 NPM = shutil.which("npm")
 

@@ -393,7 +393,7 @@ def test_another_number_of_examples_is_refused_with_both_numbers_until_the_state
         (b'{"inputs":[1,2,3],"unknown":1}', "invalid_request"),
         (b'{"inputs":null}', "shape_mismatch"),
         (b'{"inputs":"1,2,3"}', "shape_mismatch"),
-        (b'{"inputs":{"u":1}}', "shape_mismatch"),
+        (b'{"inputs":{"u":1}}', "invalid_request"),
         (b'{"inputs":7}', "shape_mismatch"),
         (b'{"inputs":[]}', "shape_mismatch"),
         (b'{"inputs":[[]]}', "shape_mismatch"),

@@ -1,5 +1,6 @@
 """One long CSV to a grid, features, labels, splits and lanes: by literal values."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ import pytest
 import torch
 
 from stepcast.errors import ConfigError
+from stepcast.manifest import read_manifest
+from training.__main__ import main
 from training.data.source import Source
 from training.data.table import TableConfig, TableSource
 
@@ -155,6 +158,105 @@ def test_wrong_files_are_refused_with_line_and_column(
     with pytest.raises(ConfigError) as caught:
         table(tmp_path, text, **changes)
     assert message in str(caught.value)
+
+
+STATES = """when,load,state
+2020-01-01T00:00:00Z,1,idle
+2020-01-01T01:00:00Z,9, busy
+2020-01-01T02:00:00Z,8,
+2020-01-01T04:00:00Z,2,NA
+2020-01-01T05:00:00Z,0,idle
+2020-01-01T06:00:00Z,7,off
+"""
+
+
+def classes_of(directory: Path, text: str = STATES, **changes: Any) -> TableSource:
+    settings = {"series": None, "columns": {"load": {}}, "label": "state", "test": "2020-01-01T05:00"}
+    return table(directory, text, **{**settings, "validation": "2020-01-01T04:00", "warm_up": 1, **changes})
+
+
+def test_a_label_column_names_the_class_of_its_step(tmp_path: Path) -> None:
+    """One-hot beside its own step; masked where the cell is empty or the step is absent; classes are sorted."""
+    source = classes_of(tmp_path)
+    assert isinstance(source, Source)
+    assert (source.task, source.classes, source.feedback) == ("classification", ("busy", "idle", "off"), ())
+    assert [(output.name, output.mean, output.scale) for output in source.outputs] == [
+        (name, 0.0, 1.0) for name in ("busy", "idle", "off")
+    ]
+    assert [feature.name for feature in source.features] == ["load"]
+    nothing = [NAN] * 3
+    np.testing.assert_array_equal(source.y[0], [[0, 1, 0], [1, 0, 0], nothing, nothing, nothing, [0, 1, 0], [0, 0, 1]])
+    batch = source.window(2, 7)
+    assert batch.y_mask is not None
+    assert batch.y_mask.tolist() == [[False, False, False, False, True, True]]
+    assert batch.x_mask is not None
+    assert batch.x_mask.tolist() == [[True, True, False, True, True, True]]
+
+
+def test_a_class_may_be_told_ahead_and_classes_may_be_given(tmp_path: Path) -> None:
+    """In the given order, of which some may not be met; `NA` is a class where it is named; text may be a number."""
+    source = classes_of(tmp_path, classes=["off", "idle", "NA", "busy"], horizon=1)
+    assert source.classes == ("off", "idle", "NA", "busy")
+    assert np.nan_to_num(source.y[0]).argmax(axis=1).tolist() == [3, 0, 0, 2, 1, 0, 0]
+    assert np.isnan(source.y[0]).all(axis=1).tolist() == [False, True, True, False, False, False, True]
+    numbered = classes_of(tmp_path, STATES.replace("idle", "1").replace(" busy", "2").replace("off", "1"))
+    assert numbered.classes == ("1", "2")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"classes": ["idle", "Off", "busy"]}, "data.csv:7: column 'state' has 'off' (nearest: 'Off'), wanted one of"),
+        ({"label": "none"}, "no column 'none'"),
+        ({"label": "flat"}, "column 'flat' names 1 classes, wanted at least 2"),
+    ],
+)
+def test_labels_that_name_no_classes_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    """With line and column."""
+    text = "\n".join(f"{line},{'flat' if at == 0 else 'same'}" for at, line in enumerate(STATES.splitlines()))
+    with pytest.raises(ConfigError) as caught:
+        classes_of(tmp_path, text, **changes)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"columns": {"load": {"target": True}}}, "label: 'state' stands alone"),
+        ({"label": "load"}, "label: 'load' stands alone"),
+        ({"target_scale": "change"}, "label: 'state' stands alone"),
+        ({"label": None, "columns": {"load": {"target": True}}, "classes": ["a", "b"]}, "belong to a label"),
+        ({"label": None, "columns": {"load": {"target": True}}, "horizon": 0}, "belong to a label"),
+    ],
+)
+def test_a_label_stands_alone(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    """No targets beside it, no classes without it."""
+    with pytest.raises(ValueError, match=message):
+        classes_of(tmp_path, **changes)
+
+
+def test_a_table_of_classes_trains_and_serves_by_their_names(tmp_path: Path) -> None:
+    """From the CSV to an exported manifest: what a level's direction is called is learnt."""
+    level = np.cumsum(np.random.default_rng(4).normal(size=600)).round(3)
+    states = np.where(np.diff(level, prepend=0) > 0, "rising", "falling")
+    times = [f"2020-01-{1 + h // 24:02}T{h % 24:02}:00:00Z" for h in range(600)]
+    rows = "\n".join(f"{t},{x},{s}" for t, x, s in zip(times, level, states, strict=True))
+    (tmp_path / "data.csv").write_text(f"when,level,state\n{rows}\n")
+    data = {"kind": "table", "path": "data.csv", "time": "when", "every": "1h", "columns": {"level": {"unit": "m"}}}
+    data |= {"label": "state", "validation": "2020-01-20", "test": "2020-01-22", "warm_up": 5}
+    head = {"kind": "rnn_output", "loss": "mcxent", "activation": "softmax"}
+    config = {
+        "name": "direction",
+        "data": data,
+        "network": [{"kind": "simple_rnn", "units": 8}, head],
+        "training": {"epochs": 120, "batch": 8, "learning_rate": 0.02, "threads": 1},
+    }
+    (tmp_path / "direction.yaml").write_text(json.dumps(config))
+    places = ["--out", str(tmp_path / "models"), "--runs", str(tmp_path / "runs")]
+    assert main(["train", str(tmp_path / "direction.yaml"), *places]) == 0
+    manifest = read_manifest(tmp_path / "models" / "direction" / "1")
+    assert (manifest.task, manifest.classes) == ("classification", ("falling", "rising"))
+    assert manifest.provenance.metrics["test"]["accuracy"] > 0.9
 
 
 def test_table_without_a_target_is_refused() -> None:

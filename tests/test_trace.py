@@ -16,7 +16,8 @@ pytestmark = pytest.mark.service
 MOST_CALLS = 45
 MOST_FILES = 12
 BODY = b'{"inputs":[0.5,-0.25,1.0]}'
-REQUEST = b"POST /v1/models/lstm/sessions/traced/step HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(BODY)
+NAMED = b'{"inputs":{"u":0.5,"v":-0.25,"w":1.0}}'
+HEAD = b"POST /v1/models/lstm/sessions/traced/step HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n"
 
 
 def on_loop(server: Running, work: Callable[[], Any]) -> None:
@@ -26,7 +27,7 @@ def on_loop(server: Running, work: Callable[[], Any]) -> None:
     assert done.wait(10)
 
 
-def traced_step() -> list[str]:
+def traced_step(body: bytes = BODY) -> list[str]:
     """Our functions that a hot step enters, as `file function`, in order."""
     calls: list[str] = []
 
@@ -40,7 +41,7 @@ def traced_step() -> list[str]:
         with socket.create_connection((host, int(port))) as line:
 
             def step() -> None:
-                line.sendall(REQUEST + BODY)
+                line.sendall(HEAD % len(body) + body)
                 assert line.recv(65536).startswith(b"HTTP/1.1 200")
 
             for _ in range(40):  # until the record's shape is steady and the head is known
@@ -66,3 +67,11 @@ def test_a_hot_step_takes_the_documented_way() -> None:
     assert files == documented(), "\n".join(calls)
     assert len(files) <= MOST_FILES
     assert len(calls) <= MOST_CALLS, "\n".join(calls)
+
+
+def test_a_named_step_takes_the_same_way() -> None:
+    """Its answer's names are what it needs more."""
+    calls, plain = traced_step(NAMED), traced_step()
+    more = [call for call in calls if call not in plain]
+    assert [call.split()[0] for call in more] == ["doors/names.py"] * len(more), "\n".join(calls)
+    assert len(calls) <= len(plain) + 1, "\n".join(more)

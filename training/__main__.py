@@ -196,7 +196,7 @@ def _measure(job: Job, stepper: Stepper, streaming: bool, summary: bool, plot: P
     result = evaluate(stepper, job.source, "test", streaming=streaming, summary=summary)
     print_report(result, job.console)
     metrics: dict[str, Any] = {"test": result.summary()}
-    if isinstance(job.source, TableSource) and streaming:
+    if isinstance(job.source, TableSource) and job.source.targets and streaming:
         measurement = Measurement(stepper, job.source)
         skills = measurement.skills(DISTANCES)
         job.console.print(skill_table(job.source, skills))

@@ -90,16 +90,24 @@ pack: Final = msgspec.msgpack.Encoder(enc_hook=_as_bytes).encode  # arrays becom
 def encode(answer: dict[str, Any], content_type: str) -> bytes:
     """An answer's bytes; numpy arrays in it become nested lists (NaN: null), or raw float32 in msgpack.
 
-    In msgpack an array under the key `outputs` has its shape beside it, under `shape`.
+    In msgpack an array under the key `outputs` has its shape beside it, under `shape`; so have arrays by name, which
+    have one shape.
     """
-    outputs = answer.get("outputs")
-    if content_type == MSGPACK and isinstance(outputs, np.ndarray):
-        answer = {**answer, "shape": list(outputs.shape)}
+    shape = _shape(answer.get("outputs")) if content_type == MSGPACK else []
+    if shape:
+        answer = {**answer, "shape": shape}
     write = dumps if content_type == JSON else pack
     try:
         return write(answer)
     except (TypeError, ValueError, OverflowError):  # an error repeats what the caller said: text or numbers of any kind
         return write(_sayable(answer))
+
+
+def _shape(outputs: Any) -> list[int]:
+    """The shape of outputs, or of those by name; [] where they are no arrays."""
+    while isinstance(outputs, dict) and outputs:
+        outputs = next(reversed(outputs.values()))  # of a classifier's the probabilities
+    return list(outputs.shape) if isinstance(outputs, np.ndarray) else []
 
 
 def _sayable(value: Any) -> Any:

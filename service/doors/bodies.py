@@ -41,10 +41,41 @@ def nested(what: str, *ranks: int, item: dict[str, Any] = _NUMBER) -> Meta:
     return Meta(description=what, extra_json_schema={"anyOf": [schemas[rank] for rank in ranks]})
 
 
+_WIDE: Final = {"anyOf": [*_NUMBER["anyOf"], {"type": "array", "items": _NUMBER}]}
+_RECORD: Final = {"type": "object", "additionalProperties": _WIDE}
+READINGS: Final[dict[str, Number]] = {
+    **{"temp": 39.02, "dewp": 26.06, "humid": 59.37, "wind_speed": 10.36, "pressure": 1012.0},
+    **{"wind_dir_sin": -1.0, "wind_dir_cos": 0.0, "wind_gust": None, "precip": 0.0, "visib": 10.0},
+    **{"hour_sin": 0.5, "hour_cos": 0.87, "season_cos": 0.98},
+}
+"""One hour's readings for the weather model, by name in the order of its features: the documents' example."""
+_BY_POSITION: Final = list(READINGS.values())
+_COLUMNS: Final = {name: [value, value] for name, value in READINGS.items()}
+
+
+def named(what: str, *ranks: int, examples: list[Any]) -> Meta:
+    """The schema of inputs: arrays of some ranks, an object by feature name, or a list of records."""
+    columns = nested("", 0, 1, 2, 3).extra_json_schema
+    arrays = nested(what, *ranks).extra_json_schema or {}
+    by_name = [
+        {"type": "object", "additionalProperties": columns, "description": "by feature name"},
+        {"type": "array", "items": _RECORD, "minItems": 1, "description": "one record per example"},
+    ]
+    return Meta(description=what, examples=examples, extra_json_schema={"anyOf": [*arrays["anyOf"], *by_name]})
+
+
 _NAMES: Final = {"type": "array", "items": {"type": "string", "pattern": ID_PATTERN}}
 _LAYER: Final = {"anyOf": [{"type": "array"}, {"type": "object", "additionalProperties": {"type": "array"}}]}
 _STATE: Final = "layer, then key: [N, H]; of one layer, key: [N, H]"
 _Mask = Annotated[Any, nested("1 present, 0: the state stays as it is", 0, 1, 2, item=_FLAG)]
+_Future = Annotated[
+    Any,
+    named(
+        "[H,F] or [N,H,F], null where nothing is known, or by feature name [H] or [N,H] of what is known",
+        *(1, 2, 3),
+        examples=[{"hour_sin": [0.71], "hour_cos": [0.71], "season_cos": [0.98]}],
+    ),
+]
 StateFields = Annotated[dict[str, Any], Meta(description=_STATE, extra_json_schema={"additionalProperties": _LAYER})]
 
 
@@ -55,7 +86,14 @@ class Nothing(msgspec.Struct, forbid_unknown_fields=True):
 class StepBody(msgspec.Struct, forbid_unknown_fields=True):
     """A step."""
 
-    inputs: Annotated[Raw, nested("[F], [N,F] or [N,T,F]; null is a missing reading", 1, 2, 3)]
+    inputs: Annotated[
+        Raw,
+        named(
+            "[F], [N,F] or [N,T,F], or by feature name numbers, [N] or [N,T]; null is a missing reading",
+            *(1, 2, 3),
+            examples=[READINGS, _BY_POSITION, _COLUMNS, [READINGS, READINGS]],
+        ),
+    ]
     seq: Positive | None = None
     mask: _Mask | None = None
     format: Format = "NWC"
@@ -67,7 +105,14 @@ class BatchBody(msgspec.Struct, forbid_unknown_fields=True):
     """A batch step: K sessions, one step each."""
 
     sessions: Annotated[Raw, Meta(description="one per row", extra_json_schema=_NAMES)]
-    inputs: Annotated[Raw, nested("[K,F]; null is a missing reading", 2)]
+    inputs: Annotated[
+        Raw,
+        named(
+            "[K,F], or [K] by feature name; null is a missing reading",
+            2,
+            examples=[_COLUMNS, [READINGS, READINGS], [_BY_POSITION] * 2],
+        ),
+    ]
     seq: list[Positive | None] | None = None
     shape: list[int] | None = None
 
@@ -75,7 +120,14 @@ class BatchBody(msgspec.Struct, forbid_unknown_fields=True):
 class PredictBody(msgspec.Struct, forbid_unknown_fields=True):
     """Whole sequences, without a session."""
 
-    inputs: Annotated[Raw, nested("[T,F] or [B,T,F]; null is a missing reading", 2, 3)]
+    inputs: Annotated[
+        Raw,
+        named(
+            "[T,F] or [B,T,F], or [T] or [B,T] by feature name; null is a missing reading",
+            *(2, 3),
+            examples=[_COLUMNS, [READINGS, READINGS], [_BY_POSITION] * 2],
+        ),
+    ]
     mask: _Mask | None = None
     format: Format = "NWC"
     shape: list[int] | None = None
@@ -140,7 +192,7 @@ class RolloutBody(msgspec.Struct, forbid_unknown_fields=True):
     """A rollout: `inputs` are what is known of the future, null where it is not."""
 
     steps: Positive
-    inputs: Annotated[Any, nested("[H,F] or [N,H,F], null where nothing is known", 1, 2, 3)] | None = None
+    inputs: _Future = None
     commit: bool = False
     seq: Positive | None = None
     temperature: Annotated[float, Meta(ge=0, le=100)] = 0.0

@@ -7,15 +7,16 @@ A step of one or more examples is taken apart in one go: msgspec decodes it, str
 import asyncio
 import math
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, Final, Literal, Protocol
 
 import msgspec
 import numpy as np
+from msgspec.structs import astuple
 
-from stepcast.errors import NonFinite, SessionNotFound, ShapeMismatch, StateVersionMismatch
+from stepcast.errors import InvalidRequest, NonFinite, SessionNotFound, ShapeMismatch, StateVersionMismatch
 
 from ..engine import arrays
 from ..engine.arrays import Form
@@ -25,7 +26,9 @@ from ..sessions.edits import States, check_id
 from ..sessions.many import Columns, Many
 from . import bodies
 from .answers import dumps, encode, pack
-from .bodies import JSON, MSGPACK, BatchBody, Number, Positive, StepBody, decode, decoder, frame, numbers
+from .bodies import JSON, MSGPACK, BatchBody, Number, Positive, StepBody, decode, frame, numbers
+from .names import Named, Names, check_layout, record_of, style_of
+from .names import read as read_named
 
 _MOST_ROWS: Final = 1024  # examples in a step that is taken apart in one go
 _NOT_PLAIN: Final = (*bodies.UNREADABLE, struct.error, OverflowError, TypeError)  # raised at a step of another kind
@@ -50,21 +53,40 @@ class PlainMsgpack(msgspec.Struct, forbid_unknown_fields=True, gc=False):
 
 
 Decoders = tuple[Callable[[bytes], Any], Callable[[bytes], Any]]  # of JSON and msgpack
-BODIES: Final[Decoders] = decoder(PlainJson, JSON).decode, decoder(PlainMsgpack, MSGPACK).decode
-FRAMES: Final[Decoders] = (
-    decoder(frame(PlainJson, Literal["step"], gc=False), JSON).decode,
-    decoder(frame(PlainMsgpack, Literal["step"], gc=False), MSGPACK).decode,
-)
-Plain = tuple[Any, bytes, Form]  # a decoded struct, its inputs (N, F) as float32, and their axes
+Axes = Form | Named  # of a caller's array, or how its inputs are named
+Plain = tuple[Any, bytes, Axes]  # a decoded struct, its inputs (N, F) as float32, and their axes
+
+
+def _decoders(record: type[msgspec.Struct] | None) -> tuple[Decoders, Decoders]:
+    """The decoders of bodies and of frames of steps whose inputs may be such a record."""
+    lists, raw = list[Number | list[Number]], bytes
+    json = _with_inputs(PlainJson, lists if record is None else lists | record)
+    msgpack = _with_inputs(PlainMsgpack, raw if record is None else raw | record)
+    json_frame, msgpack_frame = (frame(body, Literal["step"], gc=False) for body in (json, msgpack))
+    return (
+        (msgspec.json.Decoder(json).decode, msgspec.msgpack.Decoder(msgpack).decode),
+        (msgspec.json.Decoder(json_frame).decode, msgspec.msgpack.Decoder(msgpack_frame).decode),
+    )
+
+
+def _with_inputs(body: type[msgspec.Struct], inputs: Any) -> type[msgspec.Struct]:
+    return msgspec.defstruct(body.__name__, [("inputs", inputs)], bases=(body,), forbid_unknown_fields=True, gc=False)
 
 
 class Reader:
-    """Takes steps apart that fit one served version, of at most so many examples."""
+    """Takes steps apart that fit one served version, of at most so many examples.
 
-    def __init__(self, served: Served, most: int) -> None:
+    Attributes:
+        bodies, frames: The decoders of a step over HTTP and over a WebSocket.
+    """
+
+    def __init__(self, served: Served, most: int, names: Names, renamed: bool) -> None:
         self.served, self._features, self._most = served, served.n_features, min(most, _MOST_ROWS)
         self._size, self._pack = served.input_bytes, struct.Struct(f"<{served.n_features}f").pack
         self._needed: list[int] = np.flatnonzero(arrays.needed(served.manifest)).tolist()
+        self._named = Named(names, "F", "columns", served)
+        record = None if renamed else record_of(served.manifest)  # else a session's own version has to be looked up
+        self.bodies, self.frames = _decoders(record)
 
     def read(self, body: bytes, kind: str, decoders: Decoders) -> Plain | None:
         """A step; None: it is of another kind or no good, and goes the general way."""
@@ -74,8 +96,12 @@ class Reader:
             asked = decoders[0](body)
             inputs = asked.inputs
             try:
-                return asked, self._pack(*inputs), "F"
+                if inputs.__class__ is list:
+                    return asked, self._pack(*inputs), "F"
+                return asked, self._pack(*astuple(inputs)), self._named
             except struct.error:  # a null, some rows, or another number of readings
+                if inputs.__class__ is not list:
+                    return asked, self._pack_row(astuple(inputs)), self._named
                 if not (inputs and isinstance(inputs[0], list)):
                     return asked, self._pack_row(inputs), "F"
                 if len(inputs) > self._most:
@@ -84,7 +110,7 @@ class Reader:
         except _NOT_PLAIN:
             return None
 
-    def _pack_row(self, row: list[Any]) -> bytes:
+    def _pack_row(self, row: Sequence[Any]) -> bytes:
         """Readings as float32, NaN where they are missing; struct.error where they do not fit."""
         if None not in row:
             return self._pack(*row)
@@ -95,9 +121,11 @@ class Reader:
 
     def _read_raw(self, asked: Any) -> Plain | None:
         data, shape, features = asked.inputs, asked.shape, self._features
-        form: Form = "F"
+        form: Axes = "F"
         rows = 1
-        if shape is not None and shape != [features]:
+        if data.__class__ is not bytes:
+            data, form = self._pack(*[math.nan if value is None else value for value in astuple(data)]), self._named
+        elif shape is not None and shape != [features]:
             if shape[1:] not in ([features], [1, features]) or not 0 < shape[0] <= self._most:
                 return None
             rows, form = shape[0], "NF" if len(shape) == 2 else "NTF"
@@ -112,28 +140,32 @@ class Reader:
         return asked, data, form
 
 
-def read_columns(asked: BatchBody, kind: str, served: Served, count: int) -> Columns:
-    """The columns of a batch step of `count` sessions, checked against a version.
+def read_columns(asked: BatchBody, kind: str, served: Served, names: Names, asker: "Asker", count: int) -> Columns:
+    """The columns of a batch step of `count` sessions, checked against a version; sets the asker's form.
 
     Raises:
         ShapeMismatch: they have different lengths, or the wrong number of features. InvalidRequest.
     """
-    want = [count, served.n_features]
-    x = numbers(asked.inputs, want if asked.shape is None else asked.shape, kind)
+    want, style = [count, served.n_features], style_of(asked.inputs, kind)
+    if style is None:
+        x, named = numbers(asked.inputs, want if asked.shape is None else asked.shape, kind), None
+    else:
+        x, named = read_named(asked.inputs, asked.shape, kind, names.of(served).features, style), served
+        asker.form = Named(names, "NF", style, served)
     got = list(x.shape)
     if got != want or not count:
         raise ShapeMismatch(f"$.inputs has shape {got}, want {want}: one row per session", got=got)
     if asked.seq is not None and len(asked.seq) != count:
         raise ShapeMismatch(f"$.seq has {len(asked.seq)} numbers for {count} sessions")
     if arrays.are_finite(x.reshape(-1)):
-        return Columns(x, asked.seq, {})
-    return Columns(arrays.canonical(x), asked.seq, arrays.refused_rows(x, served.manifest))
+        return Columns(x, asked.seq, {}, named)
+    return Columns(arrays.canonical(x), asked.seq, arrays.refused_rows(x, served.manifest), named)
 
 
 # --- the writer -----------------------------------------------------------------------------------------------------
 
 
-def text(answers: Answers, row: int, step: int, form: Form) -> bytes:
+def text(answers: Answers, row: int, step: int, form: Axes) -> bytes:
     """A step's answer as JSON, from `"outputs"` on."""
     texts = answers.made.get(JSON)
     if texts is None:  # made once for all that wait: B * N * T rows without brackets
@@ -141,6 +173,8 @@ def text(answers: Answers, row: int, step: int, form: Form) -> bytes:
         texts = answers.made[JSON] = dumps(outputs.reshape(-1, outputs.shape[3]))[2:-2].split(b"],[")
     if form == "F":
         return b'"outputs":[%s],"step":%d,"version":%d}' % (texts[row], step, answers.version)
+    if isinstance(form, Named):
+        return form.text(answers, row, step, texts)
     _, n, t, _ = answers.outputs.shape
     if t > 1 or form == "NFT":
         said = dumps(arrays.by_form(answers.outputs[row], form))
@@ -150,8 +184,11 @@ def text(answers: Answers, row: int, step: int, form: Form) -> bytes:
     return b'"outputs":%s,"step":%d,"version":%d}' % (said, step, answers.version)
 
 
-def packed(answers: Answers, row: int, step: int, form: Form, fields: dict[str, Any]) -> bytes:
+def packed(answers: Answers, row: int, step: int, form: Axes, fields: dict[str, Any]) -> bytes:
     """A step's answer as msgpack, behind `fields`."""
+    if isinstance(form, Named):
+        said = {"outputs": form.outputs(answers, row, step), "step": step, "version": answers.version}
+        return encode(fields | said, MSGPACK)
     outputs = arrays.by_form(answers.outputs[row], form)
     said = {"outputs": outputs.tobytes(), "step": step, "version": answers.version, "shape": list(outputs.shape)}
     return pack(fields | said)
@@ -161,11 +198,11 @@ def packed(answers: Answers, row: int, step: int, form: Form, fields: dict[str, 
 
 
 class Asker(Waiter, Protocol):
-    """Who waits for a step; `form` is set to the axes of its inputs, which are those of the answer."""
+    """Who waits for a step; `form` is set to that of its inputs, which is the answer's."""
 
     __slots__ = ("form",)
 
-    form: Form
+    form: Axes
 
 
 class HttpWaiter(Asker, Protocol):
@@ -194,7 +231,8 @@ class HttpWaiter(Asker, Protocol):
         """All steps of the batch were made or refused."""
         try:
             errors = {str(i): error.problem() for i, error in sorted(many.errors.items())}
-            body = encode({"outputs": many.outputs, "steps": many.steps, "errors": errors}, self.kind)
+            outputs = self.form.many(many.outputs) if isinstance(self.form, Named) else many.outputs
+            body = encode({"outputs": outputs, "steps": many.steps, "errors": errors}, self.kind)
         except Exception as error:
             self.refused(error)
         else:
@@ -210,7 +248,7 @@ class Pending(HttpWaiter):
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
-        self.form: Form = "F"
+        self.form: Axes = "F"
         self.future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
 
     def done(self) -> bool:
@@ -248,20 +286,37 @@ class Steps:
         self.states, self.repository, self.turns = states, states.repository, states.sessions
         self._limits = arrays.Limits(states.settings.steps_limit, states.settings.examples_limit)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._names: dict[str, Names] = {}
+        self._readers: dict[str, tuple[int, Reader]] = {}  # by model, and of which change of the repository
 
     def look(self, way: Way) -> Reader:
         """The reader of a way's live version; ModelNotFound where it has none."""
         if way.seen != self.repository.changes:
-            changes = self.repository.changes
-            way.reader, way.seen = Reader(self.repository.live(way.model), self._limits.examples), changes
+            changes, model = self.repository.changes, way.model
+            seen, reader = self._readers.pop(model, (-1, None))  # nothing is kept of a version that is gone
+            if reader is None or seen != changes:
+                live, renamed = self.repository.live(model), self.repository.renamed(model)
+                reader = Reader(live, self._limits.examples, self.names(model).learn(), renamed)
+            self._readers[model] = changes, reader
+            way.reader, way.seen = reader, changes
         return way.reader
+
+    def names(self, model: str) -> Names:
+        """The names of a model's versions."""
+        return self._names.setdefault(model, Names(self.repository, model))
+
+    def looks_first(self, model: str, asked: StepBody, kind: str) -> bool:
+        """Whether it is the session's version that says what a step's inputs are, and not just as well the live one."""
+        if self.repository.mixed(model):
+            return True
+        return self.repository.renamed(model) and style_of(asked.inputs, kind) is not None
 
     def take(self, way: Way, session: str, body: bytes, kind: str, asker: HttpWaiter) -> None:
         """Take the body of a step. All that comes of it, the asker hears, maybe before this returns."""
         try:
             if way.seen != self.repository.changes:
                 self.look(way)
-            plain = way.reader.read(body, kind, BODIES)
+            plain = way.reader.read(body, kind, way.reader.bodies)
             if plain is not None:
                 asked, data, asker.form = plain
                 if not (asker.stays and self.turns.join(way.prefix + session, data, asked.seq, asker)):
@@ -279,40 +334,58 @@ class Steps:
 
     def queue(self, way: Way, session: str, data: bytes, seq: int | None, asker: Asker) -> None:
         """Queue a step (N, F) of a session that is not hot and idle; raises what it is refused with at once."""
+        named = asker.form.read_by if isinstance(asker.form, Named) else None
         x = np.frombuffer(data, np.float32).reshape(-1, 1, way.reader.served.n_features)
-        self.turns.step(way.address(session), x, None, seq, asker)
+        self.turns.step(way.address(session), x, None, seq, asker, None, named)
 
     def start(
         self, way: Way, session: str, asked: StepBody, kind: str, asker: Asker, served: Served | None = None
     ) -> None:
         """Queue a step of any kind, checked against a version (None: the live one); raises what it is refused with."""
-        address, manifest = way.address(session), (served or self.look(way).served).manifest
-        values = numbers(asked.inputs, asked.shape, kind)
-        x, mask, rank = arrays.step_inputs(values, asked.format, asked.mask, manifest, self._limits)
-        asker.form = arrays.form_of(rank, asked.format)
-        self.turns.step(address, x, mask, asked.seq, asker, asked.version_policy)
+        address, served = way.address(session), served or self.look(way).served
+        style = style_of(asked.inputs, kind)
+        if style is None:
+            values = numbers(asked.inputs, asked.shape, kind)
+        else:
+            check_layout(asked.format)
+            values = read_named(asked.inputs, asked.shape, kind, self.names(way.model).of(served).features, style)
+        x, mask, rank = arrays.step_inputs(values, asked.format, asked.mask, served.manifest, self._limits)
+        form = arrays.form_of(rank, asked.format)
+        asker.form = form if style is None else Named(self.names(way.model), form, style, served)
+        named = None if style is None else served
+        self.turns.step(address, x, mask, asked.seq, asker, asked.version_policy, named)
 
     async def start_own(self, way: Way, session: str, asked: StepBody, kind: str, asker: Asker) -> None:
         """Queue a step whose inputs may be another version's than the live one's: the session's own."""
         try:
+            served = None
+            if style_of(asked.inputs, kind) is not None and self.repository.renamed(way.model):
+                served = await self._own(way, session)
             try:
-                self.start(way, session, asked, kind, asker)
-            except (ShapeMismatch, NonFinite):
-                served = None
-                with suppress(SessionNotFound, StateVersionMismatch):  # then no version made its state
-                    served = (await self.states.view(way.address(session))).served
-                if served is None:
-                    raise
                 self.start(way, session, asked, kind, asker, served)
+            except (ShapeMismatch, NonFinite, InvalidRequest):
+                own = None if served is not None else await self._own(way, session)
+                if own is None:
+                    raise
+                self.start(way, session, asked, kind, asker, own)
         except Exception as error:
             asker.refused(error)
+
+    async def _own(self, way: Way, session: str) -> Served | None:
+        """The version that made a session's state; None: no version did, or it is not served."""
+        with suppress(SessionNotFound, StateVersionMismatch):
+            return (await self.states.view(way.address(session))).served
+        return None
 
     def take_many(self, way: Way, body: bytes, kind: str, asker: HttpWaiter) -> None:
         """Take the body of a batch step. All that comes of it, the asker hears, maybe before this returns."""
         try:
             served, asked = self.look(way).served, decode(body, BatchBody, kind)
             names = partial(bodies.part, list[str], asked.sessions, kind, "$.sessions")
-            read, step = partial(read_columns, asked, kind, served), self.turns.batch_steps.step
+            read, step = (
+                partial(read_columns, asked, kind, served, self.names(way.model), asker),
+                self.turns.batch_steps.step,
+            )
             step(way.namespace, way.model, bytes(asked.sessions), names, read, way.address, asker.stepped_many)
         except Exception as error:
             asker.refused(error)

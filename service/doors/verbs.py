@@ -15,14 +15,17 @@ import msgspec
 from stepcast.manifest import Manifest
 
 from ..engine import arrays
+from ..engine.arrays import Floats
 from ..engine.repository import Repository
 from ..records.record import Record
 from ..sessions.core import Address
 from ..sessions.edits import NewState, States, check_id, new_address
-from ..sessions.rollout import Plan, rollout
+from ..sessions.rollout import Known, Plan, rollout
 from ..sessions.stored import etag
 from . import bodies
 from .bodies import JSON
+from .names import Naming, check_layout, style_of
+from .names import read as read_named
 
 
 @dataclass
@@ -110,14 +113,21 @@ async def predict(states: States, call: Call) -> Done:
     asked, repository, settings = call.asked, states.repository, states.settings
     served = repository.require(call.model, asked.version) if asked.version else repository.live(call.model)
     limits = arrays.Limits(settings.steps_limit, settings.examples_limit)
-    values = bodies.numbers(asked.inputs, asked.shape, call.kind)
+    style = style_of(asked.inputs, call.kind)
+    naming = None if style is None else Naming(served.manifest)
+    if naming is None or style is None:
+        values = bodies.numbers(asked.inputs, asked.shape, call.kind)
+    else:
+        check_layout(asked.format)
+        values = read_named(asked.inputs, asked.shape, call.kind, naming.features, style)
     x, mask, rank = arrays.sequences(values, asked.format, asked.mask, served.manifest, limits)
     y = (await states.sessions.run(served, x, mask, served.runtime.initial(len(x)))).reply()
     if served.manifest.readout == "last":
         y = arrays.last_present(y, mask)
     elif asked.format == "NCW":
         y = y.transpose(0, 2, 1)
-    return Done({"version": served.version, "outputs": y[0] if rank == 2 else y})
+    y = y[0] if rank == 2 else y
+    return Done({"version": served.version, "outputs": naming.outputs(y, style) if naming and style else y})
 
 
 def _about(states: States, address: Address, record: Record) -> Done:
@@ -187,10 +197,24 @@ async def rewind(states: States, call: Call) -> Done:
 
 async def run_free(states: States, call: Call) -> Done:
     """Run free, feeding predictions back."""
-    asked = call.asked
-    known = None if asked.inputs is None else bodies.numbers(asked.inputs, asked.shape, call.kind)
+    asked, style = call.asked, style_of(call.asked.inputs, call.kind)
+    naming: Naming | None = None
+
+    def by_name(manifest: Manifest) -> Floats:
+        nonlocal naming
+        naming = Naming(manifest)  # of the version that rolls out
+        return read_named(asked.inputs, asked.shape, call.kind, naming.features, style or "columns", known=True)
+
+    known: Floats | Known | None = None
+    if style is not None:
+        known = by_name
+    elif asked.inputs is not None:
+        known = bodies.numbers(asked.inputs, asked.shape, call.kind)
     plan = Plan(asked.steps, known, asked.commit, asked.seq, asked.temperature, asked.seed)
-    return Done(await rollout(states, call.address, plan))
+    answer = await rollout(states, call.address, plan)
+    if naming is not None and style is not None:
+        answer["outputs"] = naming.outputs(answer["outputs"], style)
+    return Done(answer)
 
 
 VERBS: Final[dict[str, Verb]] = {

@@ -24,6 +24,8 @@ class Served:
         self.name, self.version, self.n_features = self.manifest.name, self.manifest.version, self.manifest.n_features
         self.fingerprint = bytes.fromhex(self.manifest.fingerprint)
         self.input_bytes = 4 * self.n_features  # of one row's inputs by one step
+        outputs = self.manifest.classes or tuple(output.name for output in self.manifest.outputs)
+        self.names = tuple((f.name, f.width) for f in self.manifest.features), outputs  # what a position means
 
 
 class Repository:
@@ -138,6 +140,10 @@ class Repository:
     def mixed(self, name: str) -> bool:
         """Whether served versions of a model take different numbers of features."""
         return len({served.n_features for served in list(self._served.get(name, {}).values())}) > 1
+
+    def renamed(self, name: str) -> bool:
+        """Whether served versions of a model differ in the names of features or outputs, or in their order."""
+        return len({served.names for served in list(self._served.get(name, {}).values())}) > 1
 
     def live(self, name: str) -> Served:
         """The highest served version; raises ModelNotFound where none is."""

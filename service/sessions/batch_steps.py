@@ -6,7 +6,7 @@ from functools import partial
 
 from stepcast.errors import StepcastError
 
-from ..engine.repository import Repository
+from ..engine.repository import Repository, Served
 from ..settings import Settings
 from .cache import SessionCache
 from .core import Address, Floats, Lane, Mask, Roster, Rows, Session, Waiter
@@ -14,7 +14,7 @@ from .lanes import Lanes
 from .many import Columns, Many
 from .roster import Rosters, roster_name
 
-Ask = Callable[[Address, Floats, Mask | None, int | None, Waiter, str | None], None]
+Ask = Callable[[Address, Floats, Mask | None, int | None, Waiter, str | None, Served | None], None]
 
 
 class BatchSteps:
@@ -64,7 +64,7 @@ class BatchSteps:
         for place in others:
             try:
                 row, seq = columns.x[place : place + 1, None], None if columns.seqs is None else columns.seqs[place]
-                self._ask(address(listed[place]), row, None, seq, many.waiter(place), None)
+                self._ask(address(listed[place]), row, None, seq, many.waiter(place), None, columns.named)
             except StepcastError as error:
                 many.refuse(place, error)
         for place, refusal in columns.refused.items():

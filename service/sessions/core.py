@@ -178,6 +178,7 @@ class Ask:
     deadline: float  # monotonic; after it the call is not begun any more
     waiter: Waiter
     policy: str | None = None  # what to do if the session's version is not served; None: the server's
+    named: Served | None = None  # the version by whose names the inputs were put in their places; None: no names
     verified: bool = False  # the session's record was loaded after the call came, so the call may be refused on it
 
 

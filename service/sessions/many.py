@@ -7,6 +7,7 @@ import numpy as np
 
 from stepcast.errors import Internal, ShapeMismatch, StepcastError
 
+from ..engine.repository import Served
 from .core import Answers, Floats, Group, Lane
 
 
@@ -14,12 +15,14 @@ from .core import Answers, Floats, Group, Lane
 class Columns:
     """What a batch step asks of K sessions, by column.
 
-    `x` (K, F) float32, finite or NaN; `seqs` by row, None: the next; `refused`: why a row must not be stepped.
+    `x` (K, F) float32, finite or NaN; `seqs` by row, None: the next; `refused`: why a row must not be stepped; `named`:
+    the version by whose names `x` was read.
     """
 
     x: Floats
     seqs: list[int | None] | None = None
     refused: dict[int, StepcastError] = field(default_factory=dict)
+    named: Served | None = None
 
 
 class Many:

@@ -6,6 +6,7 @@ feature too, its number wins.
 """
 
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from secrets import randbits
 from typing import Any
@@ -25,13 +26,16 @@ from .core import Address
 from .edits import States
 from .stored import Edit
 
+Known = Callable[[Manifest], Floats]
+"""Reads what is known of the future by the names of the version that rolls out."""
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What a rollout is asked to do."""
 
     steps: int  # H
-    inputs: Floats | None = None  # what is known of the future, (H, F) or (N, H, F), NaN where nothing is
+    inputs: Floats | Known | None = None  # what is known of the future, (H, F) or (N, H, F), NaN where nothing is
     commit: bool = False  # whether the session is there afterwards
     seq: int | None = None  # the number that its last step shall have; only with `commit`
     temperature: float = 0.0  # 0: the likeliest class; else one is drawn from p^(1/temperature)
@@ -156,7 +160,9 @@ def _known(plan: Plan, manifest: Manifest, rows: int, limit_bytes: int) -> Float
     size = 4 * rows * plan.steps * max(manifest.n_features, manifest.n_outputs)
     if size > limit_bytes:
         raise TooLarge(f"a rollout of {rows} examples by {plan.steps} steps takes {size} bytes (limit {limit_bytes})")
-    given = np.full(want, np.nan, np.float32) if plan.inputs is None else plan.inputs
+    given = plan.inputs(manifest) if callable(plan.inputs) else plan.inputs
+    if given is None:
+        return np.full(want, np.nan, np.float32)
     if given.shape not in (want, want[1:]):
         got = list(given.shape)
         raise ShapeMismatch(f"$.inputs has shape {got}, want {list(want[1:])} or {list(want)}", got=got)

@@ -94,7 +94,14 @@ class Sessions:
         return True
 
     def step(
-        self, address: Address, x: Floats, mask: Mask | None, seq: int | None, waiter: Waiter, policy: str | None = None
+        self,
+        address: Address,
+        x: Floats,
+        mask: Mask | None,
+        seq: int | None,
+        waiter: Waiter,
+        policy: str | None = None,
+        named: Served | None = None,
     ) -> None:
         """Queue a call of T steps behind those of its session that wait; the session may have to be loaded first.
 
@@ -103,6 +110,7 @@ class Sessions:
             mask: (N, T) bool, False: this example's state stays as it is at this step; None: all True.
             seq: The number that the last step shall have; None: the next.
             policy: What to do if the session's version is not served: pin, reset, replay; None: the server's.
+            named: The version by whose names the inputs were put in their places; None: they came without names.
 
         Raises:
             ModelNotFound, NotStreaming, QueueFull, Draining: refused at once. Other errors reach the waiter.
@@ -116,7 +124,7 @@ class Sessions:
         if len(session.queue) >= limit:
             raise full(f"session {address.session!r}", len(session.queue), limit)
         load.waiting += 1
-        session.queue.append(Ask(x, mask, seq, time.monotonic() + self.settings.deadline_s, waiter, policy))
+        session.queue.append(Ask(x, mask, seq, time.monotonic() + self.settings.deadline_s, waiter, policy, named))
         if not session.busy:
             self._go_on(session)
 
@@ -198,6 +206,9 @@ class Sessions:
             made_by = f"version {lane.version} of model {lane.served.name!r}, which takes {takes}"
             text = f"inputs have {features} features, session {session.address.session!r} is on {made_by}"
             raise ShapeMismatch(text, got=features, features=takes, version=lane.version)
+        if ask.named is not None and ask.named.names != lane.served.names:  # the same, or the session was moved since
+            text = f"session {session.address.session!r} is on version {lane.version}, whose names are others than"
+            raise ShapeMismatch(f"{text} version {ask.named.version}'s. Send the step alone.", version=lane.version)
         examples, numbered = shape.examples, ask.seq is None or ask.seq == session.step + steps
         if examples in (0, rows) and numbered:
             if not examples:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from stepcast.errors import ConfigError
 
 from .align import one_hot
-from .csv_file import read_csv
+from .csv_file import NO_CLASSES, Classes, read_csv
 
 Numbers = NDArray[np.float64]
 
@@ -22,7 +22,7 @@ class ExampleFormat(BaseModel):
 
     task: Literal["regression", "classification"]
     classes: tuple[str, ...] | Annotated[int, Field(ge=2)] | None = Field(
-        default=None, description="names, or how many; a label is an index into them"
+        default=None, description="names, or how many; a label is an index into them, or one of the names"
     )
     label_columns: tuple[int, ...] | None = Field(
         default=None, description="labels are in the feature files, in these columns; from 0, or -1 for the last"
@@ -58,15 +58,20 @@ class ExampleFormat(BaseModel):
             ConfigError: see `read_csv`; or a missing reading that is not allowed, columns that are not there, or a
                 class that is not one.
         """
-        values = read_csv(path, skip_rows=self.skip_rows, delimiter=self.delimiter)
+        named = self._named_labels(self.label_columns or ()) if label_path is None else NO_CLASSES
+        values = read_csv(path, skip_rows=self.skip_rows, delimiter=self.delimiter, classes=named)
         columns = self._label_columns(values, path) if label_path is None else []
         self._check_missing(values, columns, path)
         features = np.delete(values, columns, axis=1)
         if label_path is None:
             return features, self._labels(values[:, columns], path, self.skip_rows)
         skip = self.skip_rows if self.label_skip_rows is None else self.label_skip_rows
-        labels = read_csv(label_path, skip_rows=skip, delimiter=self.delimiter)
+        labels = read_csv(label_path, skip_rows=skip, delimiter=self.delimiter, classes=self._named_labels((0,)))
         return features, self._labels(labels, label_path, skip)
+
+    def _named_labels(self, columns: tuple[int, ...]) -> Classes:
+        """What may stand in label columns beside numbers."""
+        return Classes(self.classes, columns) if isinstance(self.classes, tuple) else NO_CLASSES
 
     def _label_columns(self, values: Numbers, path: Path) -> list[int]:
         """Where the labels are, counted from 0."""

@@ -1,8 +1,10 @@
 """One delimited file to numbers: a line is a time step, a column is a series."""
 
 import math
+from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,7 +12,19 @@ from numpy.typing import NDArray
 from stepcast.errors import ConfigError
 
 
-def read_csv(path: Path, *, skip_rows: int = 0, delimiter: str = ",") -> NDArray[np.float64]:
+class Classes(NamedTuple):
+    """Names that may stand in some columns (from 0, or -1 for the last) instead of a number: their index."""
+
+    names: Sequence[str]
+    columns: Sequence[int]
+
+
+NO_CLASSES = Classes((), ())
+
+
+def read_csv(
+    path: Path, *, skip_rows: int = 0, delimiter: str = ",", classes: Classes = NO_CLASSES
+) -> NDArray[np.float64]:
     """Read one sequence, [T, columns].
 
     An empty field or `nan` is a missing value, NaN. The delimiter is a literal string (DL4J's is a regular
@@ -20,15 +34,16 @@ def read_csv(path: Path, *, skip_rows: int = 0, delimiter: str = ",") -> NDArray
         path: UTF-8, with or without a byte order mark.
         skip_rows: Lines to leave out at the top, comments or a header.
         delimiter: Between two fields.
+        classes: Whose names are read as their index; a number stays what it is.
 
     Raises:
         ConfigError: the file can not be read, has no steps, rows of different length, or a field that is no finite
-            float32 number. The message has file, line and column, both counted from 1.
+            float32 number and no class's name. The message has file, line and column, both counted from 1.
     """
     lines = _lines(path)[skip_rows:]
     if not lines:
         raise ConfigError(f"{path}: no steps (a sequence of length zero) after skip_rows {skip_rows}")
-    values = _parse(path, lines, delimiter, skip_rows)
+    values = _parse(path, lines, delimiter, skip_rows, classes)
     huge = np.abs(values) > np.finfo(np.float32).max
     if huge.any():
         row, column = np.argwhere(huge)[0]
@@ -48,10 +63,10 @@ def _lines(path: Path) -> list[str]:
     return lines
 
 
-def _parse(path: Path, lines: list[str], delimiter: str, skipped: int) -> NDArray[np.float64]:
+def _parse(path: Path, lines: list[str], delimiter: str, skipped: int, classes: Classes) -> NDArray[np.float64]:
     rows = _plain(lines, delimiter)
     if rows is None:
-        rows = [_careful(path, line, delimiter, skipped + number) for number, line in enumerate(lines)]
+        rows = [_careful(path, line.split(delimiter), skipped + at, classes) for at, line in enumerate(lines)]
     width = len(rows[0])
     for number, row in enumerate(rows):
         if len(row) != width:
@@ -70,13 +85,25 @@ def _plain(lines: list[str], delimiter: str) -> list[list[float]] | None:
         return None
 
 
-def _careful(path: Path, line: str, delimiter: str, number: int) -> list[float]:
-    fields = line.split(delimiter)
+def _careful(path: Path, fields: list[str], number: int, classes: Classes) -> list[float]:
     values = [_number(field) for field in fields]
+    for column in classes.columns:
+        if -len(fields) <= column < len(fields) and values[column] is None:
+            values[column] = _class(path, number, column % len(fields), fields[column], classes.names)
     for column, value in enumerate(values):
         if value is None:
             _refuse(path, number, column, fields[column])
     return [value for value in values if value is not None]
+
+
+def _class(path: Path, row: int, column: int, field: str, names: Sequence[str]) -> float:
+    """The index of a class by its name."""
+    name = field.strip()
+    if name in names:
+        return float(names.index(name))
+    near = get_close_matches(name, names, 1)
+    told = f"{name!r} is no class" + (f" (nearest: {near[0]!r})" if near else "")
+    raise ConfigError(f"{path}, line {row + 1}, column {column + 1}: {told}, wanted one of {', '.join(names)}")
 
 
 def _number(field: str) -> float | None:

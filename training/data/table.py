@@ -1,15 +1,17 @@
 """One long CSV with a series key and a time column, such as hourly weather of three airports.
 
 Every series is put on a regular grid of time. A grid step without a row is absent (mask 0); an empty cell is a
-missing reading (NaN); nothing is invented. The label of a step is the target columns `horizon` steps later.
+missing reading (NaN); nothing is invented. The label of a step is the target columns `horizon` steps later, or the
+class that stands in the label column.
 """
 
 import importlib.util
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import pandas as pd
@@ -72,7 +74,11 @@ class TableConfig(_Strict):
         "cosine alone, counted from midwinter: the same in November as in February, so that a model trained on "
         "part of a year meets nothing new in the rest",
     )
-    horizon: int = Field(default=1, ge=1)
+    label: str | None = Field(default=None, description="a column of class names; instead of targets")
+    classes: tuple[str, ...] | None = Field(
+        default=None, min_length=2, description="the classes that `label` may name; default: those it has, sorted"
+    )
+    horizon: int = Field(default=1, ge=0, description="how many steps ahead the label of a step is; of a class 0")
     target_scale: Literal["value", "change"] = Field(
         default="value",
         description="what outputs are scaled by; change belongs to `residual: true` in the network",
@@ -81,10 +87,21 @@ class TableConfig(_Strict):
     test: datetime = Field(description="first moment of the test rows")
     warm_up: int = Field(default=168, ge=0, description="unscored steps before validation and test rows")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _class_of_now(cls, given: Any) -> Any:
+        """A class is told of the step that it stands beside, unless a horizon is set."""
+        return {"horizon": 0, **given} if isinstance(given, dict) and given.get("label") else given
+
     @model_validator(mode="after")
     def _targets(self) -> Self:
-        if not any(c.target for c in self.columns.values()):
-            raise ValueError("columns: none of them has target: true")
+        targets = [name for name, column in self.columns.items() if column.target]
+        if self.label is None and not targets:
+            raise ValueError("columns: none of them has target: true, and there is no label")
+        if self.label is None and (self.classes is not None or not self.horizon):
+            raise ValueError("classes, and a horizon of 0, belong to a label")
+        if self.label is not None and (targets or self.label in self.columns or self.target_scale == "change"):
+            raise ValueError(f"label: {self.label!r} stands alone: it is no column, and there are no targets beside it")
         names = [name for name, _, _ in feature_columns(self)]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"columns: {', '.join(map(repr, twice))} is also a channel of a turn or of the calendar")
@@ -101,16 +118,15 @@ class Grid:
 
     series: tuple[str, ...]
     times: pd.DatetimeIndex  # (L,)
-    values: NDArray[np.float64]  # (S, L, C), NaN where missing
+    values: NDArray[np.float64]  # (S, L, C), NaN where missing; behind them the class's index where there are classes
     present: NDArray[np.bool_]  # (S, L), False where the file has no row
+    classes: tuple[str, ...] | None = None
 
 
 class TableSource:
     """See `Source`. `batch` is the number of lanes the training rows are cut into, over all series together."""
 
-    task: Literal["regression"] = "regression"
     readout: Literal["each"] = "each"
-    classes: None = None
 
     def __init__(self, config: TableConfig, *, batch: int, seed: int, root: Path) -> None:
         self.config, self.seed = config, seed
@@ -122,7 +138,12 @@ class TableSource:
         self.targets = tuple(name for name, column in config.columns.items() if column.target)
         self.bounds = self._bounds()
         self.x = _features(config, self.grid)  # (S, L, F)
-        self.y = _ahead(self.grid.values[..., [names.index(t) for t in self.targets]], config.horizon)
+        self.classes = self.grid.classes
+        self.task: Literal["regression", "classification"] = "classification" if self.classes else "regression"
+        labels = [names.index(t) for t in self.targets] if self.classes is None else [len(names)]
+        self.y = _ahead(self.grid.values[..., labels], config.horizon)  # (S, L, O)
+        if self.classes is not None:
+            self.y = _one_hot(self.y[..., 0], len(self.classes))
         self.description = f"{path.name}: {len(self.series)} series, {len(self.times)} steps of {config.every}"
         self.features = self._describe_features()
         self.outputs = self._describe_outputs()
@@ -167,6 +188,8 @@ class TableSource:
         return tuple(features)
 
     def _describe_outputs(self) -> tuple[Output, ...]:
+        if self.classes is not None:
+            return tuple(Output(name=name) for name in self.classes)
         stop = self.bounds["train"][1] - self.config.horizon  # the last labels of training are training rows themselves
         outputs = []
         for index, name in enumerate(self.targets):
@@ -211,12 +234,9 @@ class TableSource:
         y = torch.from_numpy(self.y[rows, start:stop].copy())
         y[:, max(0, stop - start - self.config.horizon) :] = torch.nan  # these labels belong to the next split
         present = torch.from_numpy(self.grid.present[rows, start:stop].copy())
-        return Batch(
-            torch.from_numpy(self.x[rows, start:stop].copy()),
-            y,
-            present,
-            ~torch.isnan(y) & present[..., None],
-        )
+        known = ~torch.isnan(y) & present[..., None]
+        mask = known if self.classes is None else known[..., 0]  # of a class all outputs are known, or none
+        return Batch(torch.from_numpy(self.x[rows, start:stop].copy()), y, present, mask)
 
 
 def feature_columns(config: TableConfig) -> list[tuple[str, str, ColumnConfig | None]]:
@@ -263,8 +283,15 @@ def _features(config: TableConfig, grid: Grid) -> Floats:
 def _ahead(values: NDArray[np.float64], horizon: int) -> Floats:
     """(S, L, O): what the values are `horizon` steps later; NaN at the end."""
     ahead = np.full_like(values, np.nan)
-    ahead[:, :-horizon] = values[:, horizon:]
+    ahead[:, : values.shape[1] - horizon] = values[:, horizon:]
     return ahead.astype(np.float32)
+
+
+def _one_hot(indices: Floats, count: int) -> Floats:
+    """(..., O) of class indices (...); a row of NaN where there is none."""
+    known = ~np.isnan(indices)
+    rows = np.eye(count, dtype=np.float32)[np.where(known, indices, 0).astype(np.int64)]
+    return np.where(known[..., None], rows, np.float32(np.nan))
 
 
 def _statistics(values: Floats, name: str) -> tuple[float, float]:
@@ -297,13 +324,17 @@ def _read(config: TableConfig, path: Path) -> Grid:
         raise ConfigError(f"{path}: can not be read ({error.strerror})") from error
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: no CSV ({error})") from error
-    wanted = [config.time, *config.columns] + ([config.series] if config.series else [])
+    wanted = [config.time, *config.columns, *filter(None, [config.series, config.label])]
     if absent := [name for name in wanted if name not in frame.columns]:
         raise ConfigError(f"{path}: no column {', '.join(map(repr, absent))} among {', '.join(frame.columns)}")
     times = _times(frame[config.time], path)
     keys = frame[config.series] if config.series else pd.Series([""] * len(frame))
-    values = np.column_stack([_numbers(frame[name], column, path) for name, column in config.columns.items()])
-    return _on_grid(config, path, keys.to_numpy(dtype=str), times, values)
+    columns, classes = [_numbers(frame[name], column, path) for name, column in config.columns.items()], None
+    if config.label is not None:
+        indices, classes = _class_indices(frame[config.label], config.classes, path)
+        columns.append(indices)
+    grid = _on_grid(config, path, keys.to_numpy(dtype=str), times, np.column_stack(columns))
+    return replace(grid, classes=classes)
 
 
 def _times(column: "pd.Series[str]", path: Path) -> pd.DatetimeIndex:
@@ -314,9 +345,32 @@ def _times(column: "pd.Series[str]", path: Path) -> pd.DatetimeIndex:
     return pd.DatetimeIndex(times)
 
 
+def _class_indices(
+    column: "pd.Series[str]", given: tuple[str, ...] | None, path: Path
+) -> tuple[NDArray[np.float64], tuple[str, ...]]:
+    """Which class each row names, NaN where its cell is empty; and the classes."""
+    text = column.str.strip()
+    empty = _empty(text) & ~text.isin(given or ())
+    names = given or tuple(sorted(set(text[~empty])))
+    if len(names) < 2:
+        raise ConfigError(f"{path}: column {column.name!r} names {len(names)} classes, wanted at least 2")
+    indices = np.array([names.index(name) if name in names else np.nan for name in text], np.float64)
+    wrong = np.isnan(indices) & ~empty.to_numpy()
+    if wrong.any():
+        row = int(wrong.argmax())
+        near = get_close_matches(text[row], names, 1)
+        told = f"{text[row]!r}" + (f" (nearest: {near[0]!r})" if near else "")
+        raise ConfigError(f"{path}:{row + 2}: column {column.name!r} has {told}, wanted one of {', '.join(names)}")
+    return indices, names
+
+
+def _empty(text: "pd.Series[str]") -> "pd.Series[bool]":
+    return text.str.lower().isin(["", "na", "nan", "null"])
+
+
 def _numbers(column: "pd.Series[str]", config: ColumnConfig, path: Path) -> NDArray[np.float64]:
     text = column.str.strip()
-    empty = text.str.lower().isin(["", "na", "nan", "null"])
+    empty = _empty(text)
     numbers = pd.to_numeric(text.mask(empty), errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
     wrong = (np.isnan(numbers) & ~empty.to_numpy()) | np.isinf(numbers)
     if wrong.any():

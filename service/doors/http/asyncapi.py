@@ -7,7 +7,7 @@ from websockets.frames import CloseCode
 from stepcast.errors import every_error
 from stepcast.protocol import MARKER, STEP
 
-from ..bodies import ID_PATTERN, JSON, MSGPACK
+from ..bodies import ID_PATTERN, JSON, MSGPACK, READINGS
 from ..websocket.conversation import FRAME_TYPES
 from . import examples
 from .openapi import ANSWERS, PROBLEM_DOCUMENT, SECURITY, Schema, component, components
@@ -20,7 +20,7 @@ _CHANNELS: Final = {
     "model": (_MODEL + "/stream", "Frames of any number of sessions; each names its `session`."),
 }
 _EXAMPLES: Final[dict[str, Schema]] = {
-    STEP: {"id": 1, "session": examples.SESSION, "inputs": examples.READINGS},
+    STEP: {"id": 1, "session": examples.SESSION, "inputs": READINGS},
     "info": {"id": 2, "session": examples.SESSION, "op": "info"},
     MARKER: {"id": 3, "op": MARKER},
 }

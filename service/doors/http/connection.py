@@ -11,10 +11,9 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from stepcast.errors import Malformed
 
-from ...engine.arrays import Form
 from ..answers import Answer, problem
 from ..request_ids import PREFIX, RequestId, next_number
-from ..steps import HttpWaiter
+from ..steps import Axes, HttpWaiter
 from .heads import Caller, Heads
 
 LONGEST_HEAD: Final = 4096
@@ -36,7 +35,7 @@ class Reply(HttpWaiter):
     def __init__(self, connection: "HttpConnection", caller: Caller) -> None:
         self._connection, self._caller, self._done = connection, caller, False
         self.kind = caller.accepted
-        self.form: Form = "F"
+        self.form: Axes = "F"
 
     def done(self) -> bool:
         """Whether the step is settled; a client that is gone changes nothing, what was accepted is applied."""

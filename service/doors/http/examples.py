@@ -2,10 +2,10 @@
 
 from typing import Any, Final
 
+from ..bodies import READINGS
+
 SESSION: Final = "kennedy"
-READINGS: Final = [39.02, 26.06, 59.37, 10.36, 1012.0, -1.0, 0.0, None, 0.0, 10.0, 0.5, 0.87, 0.98]
-"""One hour at New York's airports, in the order of the manifest's features; nobody measured a gust."""
-_KNOWN: Final = [*[None] * 10, 0.71, 0.71, 0.98]  # of the next hour: its time of day and year
+_NEXT_HOUR: Final = {"hour_sin": [0.71], "hour_cos": [0.71], "season_cos": [0.98]}
 _OBSERVED: Final = {"last": [[0.0] * 9]}
 _LAYER: Final = {"h": [[0.0] * 64], "c": [[0.0] * 64]}
 
@@ -29,6 +29,6 @@ BODIES: Final[dict[str, Any]] = {
     "fork": {},
     "checkpoint": {"name": "evening"},
     "rewind": {"to": "evening"},
-    "rollout": {"steps": 1, "inputs": [_KNOWN]},
+    "rollout": {"steps": 1, "inputs": _NEXT_HOUR},
 }
 """By verb; `layer`: of the state of one layer."""

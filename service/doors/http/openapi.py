@@ -38,12 +38,20 @@ def _answer(title: str, /, **fields: Any) -> Struct:
     return msgspec.defstruct(title, given)
 
 
-_OUTPUTS: Final = Annotated[Any, nested("of the rank of the inputs; null where masked", 1, 2, 3)]
+def _outputs(what: str, *ranks: int) -> Meta:
+    """The schema of outputs: arrays of some ranks; of named inputs, an object by output name or a list of those."""
+    arrays = nested(what, *ranks).extra_json_schema or {}
+    columns: Schema = {"type": "object", "description": "by output name; of a classifier, class and probabilities"}
+    by_name = [columns, {"type": "array", "items": {"type": ["object", "array"]}, "description": "of records"}]
+    return Meta(description=what, extra_json_schema={"anyOf": [*arrays["anyOf"], *by_name]})
+
+
+_OUTPUTS: Final = Annotated[Any, _outputs("of the form of the inputs; null where masked", 1, 2, 3)]
 _TIME: Final = Annotated[float, Meta(description="s since the epoch")]
 _EXPIRY: Final = Annotated[float | None, Meta(description="s since the epoch; null: never")]
-_ROWS: Final = Annotated[Any, nested("[K,O]; a row of null where the item failed", 2)]
+_ROWS: Final = Annotated[Any, _outputs("[K,O], or of the form of the inputs; null where the item failed", 2)]
 _ERRORS: Final = Annotated[dict[str, Any], Meta(description="item: problem document")]
-_FORECAST: Final = Annotated[Any, nested("[N,H,O]", 3)]
+_FORECAST: Final = Annotated[Any, _outputs("[N,H,O], or by output name [N,H]", 3)]
 _CLASSES: Final = Annotated[list[list[str]], Meta(description="[N,H]")]
 _SESSION: Final[Schema] = {"session": str, "model": str, "version": Positive, "step": Count}
 _TIMES: Final[Schema] = {"created_at": _TIME, "used_at": _TIME, "expires_at": _EXPIRY}

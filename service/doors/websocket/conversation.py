@@ -15,14 +15,13 @@ from websockets.frames import CloseCode
 from stepcast.errors import Draining, InvalidRequest, StepcastError
 from stepcast.protocol import MARKER, STEP, ServerConversation, Ticket
 
-from ...engine.arrays import Form
 from ...sessions.core import Answers
 from ...telemetry import as_ours
 from .. import bodies
 from ..answers import document, encode
 from ..bodies import JSON, MSGPACK, FrameId
 from ..keys import ROLES, Principal
-from ..steps import FRAMES, Steps, Way, packed, text
+from ..steps import Axes, Steps, Way, packed, text
 from ..verbs import VERBS, Call
 from .connection import WebSocketConnection
 from .rfc6455 import BINARY, TEXT
@@ -53,7 +52,7 @@ FRAME_TYPES: Final[dict[str, Any]] = {
 
 Answer = tuple[int, bytes]
 """Opcode and payload of a frame that is ready to be sent."""
-Taken = tuple[Any, bytes | None, Form]
+Taken = tuple[Any, bytes | None, Axes]
 """A frame's struct; the inputs of a step that was taken apart in one go (None: another frame), and their axes."""
 
 
@@ -76,14 +75,18 @@ class Frame(Ticket[None, Answer]):
     def stepped(self, answers: Answers, row: int, step: int) -> None:
         self._done = True
         name = self.asked.id
-        if self.kind == JSON:
-            said = b"%d" % name if name.__class__ is int else msgspec.json.encode(name)
-            rest = text(answers, row, step, self.form)
-            payload = b'{"id":%s,"session":"%s",%s' % (said, self.session.encode(), rest)
-            self._conversation.answered(self, TEXT, payload)
+        try:
+            if self.kind == JSON:
+                said = b"%d" % name if name.__class__ is int else msgspec.json.encode(name)
+                rest = text(answers, row, step, self.form)
+                answer = TEXT, b'{"id":%s,"session":"%s",%s' % (said, self.session.encode(), rest)
+            else:
+                fields = {"id": name, "session": self.session}
+                answer = BINARY, packed(answers, row, step, self.form, fields)
+        except StepcastError as error:  # it has no names for the outputs
+            self.refused(error)
         else:
-            fields = {"id": name, "session": self.session}
-            self._conversation.answered(self, BINARY, packed(answers, row, step, self.form, fields))
+            self._conversation.answered(self, *answer)
 
     def refused(self, error: BaseException) -> None:
         self._done = True
@@ -115,7 +118,7 @@ class Conversation:
         way, own = self._way, self._session
         if way.seen != self._steps.repository.changes:
             self._look()
-        plain = way.reader.read(payload, kind, FRAMES) if self._plain and not self._talk.draining else None
+        plain = way.reader.read(payload, kind, way.reader.frames) if self._plain and not self._talk.draining else None
         if plain is not None:
             named = plain[0].session
             session = own or named
@@ -170,8 +173,8 @@ class Conversation:
         if own not in (None, session):
             raise InvalidRequest(f"$.session is {session!r}, this socket is for {own!r}")
         self._way.address(session)
-        # Where versions take different features, a step has to look at its session first: it waits for earlier frames.
-        alone = asked.op != STEP or self._steps.repository.mixed(self._way.model)
+        # Where versions differ in features, a step may have to look at its session first: it waits for earlier frames.
+        alone = asked.op != STEP or self._steps.looks_first(self._way.model, asked, kind)
         frame = Frame(self, (asked, None, "F"), kind, session, not alone)
         if self._talk.begin(session, frame):
             self._start(frame)

@@ -215,8 +215,7 @@ class Cluster(Nodes):
     async def close(self) -> None:
         self._look_after = inf  # calls that fail by this start no other look
         if self._looking is not None:
-            self._looking.cancel()
-            await asyncio.wait([self._looking])
+            await asyncio.wait([self._looking])  # cut off while it connects, it would leave a socket open
         for node in self._nodes.values():
             await node.close()
 
