@@ -150,16 +150,17 @@ class HttpConnection(HttpToolsProtocol):
         """Write an answer, its head up to the content length, then go on with what came meanwhile."""
         self._stepping = False
         self.server_state.total_requests += 1
-        if self.transport.is_closing():
+        transport = self.transport
+        if transport.is_closing():
             return
         if self._last and not close:
             head, close = head.replace(b"\r\n", b"\r\nconnection: close\r\n", 1), True
         if self._name is None:
-            self.transport.write(_NUMBERED % (head, len(body), next_number(), body))
+            transport.write(_NUMBERED % (head, len(body), next_number(), body))
         else:
-            self.transport.write(_NAMED % (head, len(body), self._name, body))
+            transport.write(_NAMED % (head, len(body), self._name, body))
         if close:
-            self.transport.close()
+            transport.close()
             return
         self._answered_at = self.loop.time()
         if self.timeout_keep_alive_task is None:
