@@ -35,8 +35,14 @@ PYTHON := $(shell for p in $(PYTHONS); do \
 INPUTS := pyproject.toml constraints.txt
 PIP_INSTALL = -m pip install -qq --disable-pip-version-check -c constraints.txt
 
-# Tests that render manifests need kubectl; without it they are left out, and that is said.
-KUBECTL := $(shell command -v kubectl 2>/dev/null)
+# Tests that render manifests need kubectl, tests of pages a browser, those of generated clients npm. What is not here is
+# left out by its marker, and that is said.
+here = $(firstword $(foreach program,$(1),$(shell command -v $(program) 2>/dev/null)))
+space := $(subst ,, )
+NOT_HERE := $(strip $(if $(call here,kubectl),,kubectl) $(if $(call here,npm),,node) \
+	$(if $(call here,chromium chromium-browser google-chrome),,browser))
+NOT_HERE := $(subst $(space), or ,$(NOT_HERE))
+SAY_NOT_HERE = $(if $(NOT_HERE),@echo "Tests marked $(NOT_HERE) are left out: what they need is not on the PATH.")
 WORKERS ?= 2
 # One class, or the functions of one file, on one worker: what they share is made once. The long ones come early.
 PYTEST_ARGS = -n $(WORKERS) --dist loadscope --no-loadscope-reorder
@@ -75,18 +81,16 @@ check: $(STAMP)
 	$(BIN)/lint-imports --no-cache
 
 test: $(STAMP)
-ifeq ($(KUBECTL),)
-	@echo "kubectl is not on the PATH: the tests marked kubectl are left out."
-	$(PYTEST) -m 'not kubectl' $(ARGS)
-else
-	$(PYTEST) $(ARGS)
-endif
+	$(SAY_NOT_HERE)
+	$(PYTEST) $(if $(NOT_HERE),-m 'not ($(NOT_HERE))') $(ARGS)
 
 # Only files that name the marker are collected: others may import torch.
 test-service: $(SERVICE_STAMP)
 	@$(SERVICE_VENV)/bin/python -c "import importlib.util as u; assert u.find_spec('torch') is None, 'torch is installed'"
+	$(SAY_NOT_HERE)
 	@files=$$(grep -lw 'mark\.service' tests/test_*.py) || { echo "No test is marked service." >&2; exit 1; }; \
-	$(SERVICE_VENV)/bin/python -m pytest $(PYTEST_ARGS) -m service $(ARGS) $$files
+	$(SERVICE_VENV)/bin/python -m pytest $(PYTEST_ARGS) \
+	  -m 'service$(if $(NOT_HERE), and not ($(NOT_HERE)))' $(ARGS) $$files
 
 test-redis: $(STAMP)
 	@test -n "$(REDIS_URL)" || { echo "Which server? make test-redis REDIS_URL=redis://localhost:6379/0" >&2; exit 1; }

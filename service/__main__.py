@@ -1,4 +1,4 @@
-"""python -m service serve | check | import: the commands of the server; `stepcast` has them too."""
+"""python -m service serve | check | import | key: the commands of the server; `stepcast` has them too."""
 
 import argparse
 import contextlib
@@ -19,6 +19,7 @@ from stepcast.rooms import example_models
 
 from .app import create_app
 from .doors.http.connection import HttpConnection
+from .doors.keys import ROLES, new_key
 from .doors.websocket.connection import WebSocketConnection
 from .engine.golden import placements
 from .engine.imports.onnx_graphs import import_onnx
@@ -132,6 +133,14 @@ def take_in(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def make_key(arguments: argparse.Namespace) -> int:
+    """Print a new key, which is kept nowhere, and the line for the key file that knows it by its hash."""
+    key, line = new_key(arguments.name, arguments.role, arguments.namespace)
+    print(f"key, shown this once: {key}")
+    print(f"line for the file that STEPCAST_API_KEYS_FILE names: {line}")
+    return 0
+
+
 def _parser(prog: str) -> argparse.ArgumentParser:
     parser = Parser(prog=prog, description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -154,6 +163,11 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     take.add_argument("--models", type=Path, default=fields["models"].default, help="model repository to write to")
     take.add_argument("--manifest", type=Path, help="JSON of manifest fields that cannot be guessed")
     take.set_defaults(run=take_in)
+    make = commands.add_parser("key", help="make an API key, and its line for STEPCAST_API_KEYS_FILE")
+    make.add_argument("name", metavar="NAME", help="whose key it is: logs show it")
+    make.add_argument("--role", default="step", choices=ROLES, help="default: step")
+    make.add_argument("--namespace", default="default", help="whose sessions it reaches; default: default")
+    make.set_defaults(run=make_key)
     return parser
 
 

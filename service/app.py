@@ -13,7 +13,11 @@ import stepcast
 from stepcast.errors import ManifestError, NotReady, StepcastError
 
 from .doors.answers import problem
+from .doors.bodies import JSON
+from .doors.http import pages
+from .doors.http.envelope import Envelope
 from .doors.http.heads import Heads
+from .doors.http.openapi import describe_probe
 from .doors.http.routes import Routes, respond
 from .doors.keys import Keys, origins
 from .doors.steps import Steps
@@ -34,7 +38,7 @@ class Server:
         self.settings, self._freezes, self.ready = settings, freezes, False
         self.metrics = Metrics()
         self._scrape = Scrape(self.metrics, self._gauge, os.environ.get(WORKERS))
-        keys = Keys(settings.api_keys)
+        keys = self._keys = Keys(settings.api_keys, settings.api_keys_file)
         self.repository = Repository(
             settings.models, device=settings.device, threads=settings.threads, resident_bytes=settings.resident_bytes
         )
@@ -50,11 +54,12 @@ class Server:
         self.sessions = Sessions(self.repository, self.store, settings, self.metrics)
         steps = Steps(States(self.sessions))
         self.heads = Heads(steps, keys, settings, self.metrics)
-        self._sockets = Handshake(steps, keys, settings, self.metrics)
+        sockets = Handshake(steps, keys, settings, self.metrics)
         self.api = self._api(Routes(steps, keys, self.metrics))
+        self._envelope = Envelope(self.api, sockets)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await (self._sockets if scope["type"] == "websocket" else self.api)(scope, receive, send)
+        await self._envelope(scope, receive, send)
 
     @contextlib.asynccontextmanager
     async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
@@ -69,7 +74,7 @@ class Server:
         if not self.repository.names():
             raise ManifestError(f"no model in {str(self.settings.models)!r} can be served: {self.repository.failures}")
         await self._scrape.open()
-        poll = asyncio.create_task(self._poll())
+        polls = [asyncio.create_task(poll) for poll in (self._poll(), self._keys.watch())]
         if self._freezes:
             gc.collect()
             gc.freeze()
@@ -78,7 +83,8 @@ class Server:
             yield
         finally:
             self._set_ready(False)
-            poll.cancel()
+            for poll in polls:
+                poll.cancel()
             self._scrape.close()
             drain_s = self.settings.drain_s
             try:
@@ -107,17 +113,23 @@ class Server:
             version=stepcast.__version__,
             summary="Recurrent networks, one step at a time. A session is data, not a process.",
             lifespan=self.lifespan,
-            docs_url="/docs" if docs else None,
+            docs_url=None,
             redoc_url=None,
             redirect_slashes=False,
-            openapi_url="/openapi.json" if docs else None,
+            openapi_url=None,
         )
         allowed = sorted(origins(self.settings.cors_origins))
         if allowed:
             api.add_middleware(CORSMiddleware, allow_origins=allowed, allow_methods=["*"], allow_headers=["*"])
         routes.install(api)
-        for path, answer in (("healthz/live", self._live), ("healthz/ready", self._ready), ("metrics", self._metrics)):
-            api.add_api_route(f"/{path}", answer, methods=["GET"], include_in_schema=False)
+        for path, handler, kind, text in (
+            ("/healthz/live", self._live, JSON, "Whether the process answers."),
+            ("/healthz/ready", self._ready, JSON, "Whether models are proved and the store takes writes."),
+            ("/metrics", self._metrics, "text/plain", "Metrics in Prometheus' format."),
+        ):
+            api.add_api_route(path, handler, **describe_probe(path.strip("/").replace("/", "_"), kind, text))
+        if docs:
+            pages.install(api, self._keys.needed)
         return api
 
     async def _live(self) -> Response:

@@ -87,8 +87,13 @@ class Settings(BaseModel):
     )
 
     api_keys: str = _of("", "Keys as ROLE:NAMESPACE:KEY separated by commas, roles read, step, admin; empty: no keys.")
+    api_keys_file: str = _of(
+        "",
+        "File of keys, a line each, as `stepcast key` prints it: NAME ROLE NAMESPACE sha256:HEX; read again when it "
+        "changes. With a file every call needs a key.",
+    )
     cors_origins: str = _of("", "Origins allowed to call from a browser, separated by commas.")
-    docs: bool = _of(True, "Serve /docs and /openapi.json.")
+    docs: bool = _of(True, "Serve /docs, /redoc, /openapi.json and /asyncapi.json.")
     drain_s: float = _of(20.0, "Longest time for accepted steps after SIGTERM.", ge=0)
     repository_poll_s: float = _of(2.0, "How often new versions are looked for; 0: never.", ge=0)
     log_level: Literal["debug", "info", "warning", "error"] = _of("info", "Least severe log line.")

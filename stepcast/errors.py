@@ -20,6 +20,7 @@
     |   +-- CheckpointExists
     |   +-- SessionBusy               another writer kept winning; nothing was applied
     |   +-- VersionInUse              sessions hold the version that is to be removed
+    |   +-- VersionFailed             the version's files do not prove themselves: it is not served
     +-- PreconditionFailed 412        If-Match named another revision
     +-- TooLarge 413
     +-- UnsupportedMediaType 415
@@ -160,6 +161,10 @@ class SessionBusy(Conflict):
 
 class VersionInUse(Conflict):
     code, title = "version_in_use", "Sessions hold this version"
+
+
+class VersionFailed(Conflict):
+    code, title = "version_failed", "Version does not prove itself"
 
 
 class PreconditionFailed(StepcastError):

@@ -234,6 +234,8 @@ def read_manifest(directory: Path) -> Manifest:
     path = directory / MANIFEST_FILE
     try:
         manifest = Manifest.model_validate_json(path.read_bytes())
+    except FileNotFoundError as error:
+        raise ManifestError(f"{path}: no such file. To take in a graph made by others, run stepcast import") from error
     except OSError as error:
         raise ManifestError(f"{path}: can not be read ({error.strerror})") from error
     except ValidationError as error:

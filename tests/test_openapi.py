@@ -1,6 +1,7 @@
 """What /openapi.json says is what the server does: schemathesis calls every operation with good and bad data."""
 
 import copy
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,8 +10,9 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from openapi_spec_validator import validate
 from schemathesis.generation import GenerationMode
-from serving import MODELS, Running, running
+from serving import MODELS, ROOT, Running, running
 
 from service.app import create_app
 from service.settings import Settings
@@ -87,6 +89,42 @@ def test_good_data_is_taken_and_answers_conform(memory_server: Running, method: 
     """On what is there: status, content type and body are documented, nothing is a 500."""
     schema = SHAPED if path.endswith(SHAPES) else FIXED
     check_operation(schema[path][method], GenerationMode.POSITIVE, memory_server.url)
+
+
+def test_the_document_is_valid_openapi() -> None:
+    """By the specification's own schemas; every operation has an id of its own, a tag, and named schemas alone."""
+    validate(DOCUMENT)
+    operations = [DOCUMENT["paths"][path][method] for method, path in OPERATIONS]
+    assert len({operation["operationId"] for operation in operations}) == len(operations)
+    assert {tag for operation in operations for tag in operation["tags"]} == {tag["name"] for tag in DOCUMENT["tags"]}
+    text = json.dumps(DOCUMENT)
+    unused = [name for name in DOCUMENT["components"]["schemas"] if f'"#/components/schemas/{name}"' not in text]
+    assert unused == []
+
+
+def example_of(method: str, path: str) -> dict[str, Any]:
+    """The request that the document's examples make of an operation."""
+    operation = DOCUMENT["paths"][path][method]
+    given = {p["name"]: p.get("example") for p in operation.get("parameters", []) if p["in"] != "header"}
+    url = path.format(**given)
+    queries = {name: value for name, value in given.items() if f"{{{name}}}" not in path and value is not None}
+    content = operation.get("requestBody", {}).get("content", {}).get("application/json", {})
+    return {"method": method.upper(), "url": url, "params": queries, "json": content.get("example")}
+
+
+def test_every_example_succeeds_as_it_stands() -> None:
+    """On a server of the committed models: a step first, what deletes last, from the inside out."""
+    step = ("post", "/v1/models/{model}/sessions/{session}/step")
+    others = [operation for operation in OPERATIONS if operation != step and operation[0] != "delete"]
+    order = [step, *sorted(others, key=lambda one: one[0] == "get"), *[o for o in OPERATIONS[::-1] if o[0] == "delete"]]
+    assert sorted(order) == sorted(OPERATIONS)
+    with running(store="memory://", models=ROOT / "models") as server, httpx.Client(base_url=server.url) as client:
+        for method, path in order:
+            answer = client.request(**example_of(method, path))
+            documented = DOCUMENT["paths"][path][method]["responses"]
+            assert answer.is_success, (method, path, answer.text)
+            assert str(answer.status_code) in documented
+            assert "x-request-id" in answer.headers
 
 
 def can_be_wrong(method: str, path: str) -> bool:

@@ -173,7 +173,7 @@ def _after_an_unknown_model(http: httpx.Client) -> str:
         ("GET", "/v1/nothing", "route_not_found"),
         ("POST", f"{LSTM}/elsewhere/s/step", "route_not_found"),
         ("POST", f"{LSTM}/versions/1/step", "route_not_found"),
-        ("POST", f"{LSTM}/sessions/s/step/", "route_not_found"),
+        ("POST", f"{LSTM}/sessions/s/step/more", "route_not_found"),
         ("GET", f"{LSTM}/sessions/s/step", "method_not_allowed"),
         ("PATCH", f"{LSTM}/sessions/s", "method_not_allowed"),
         ("PUT", "/v1/models", "method_not_allowed"),

@@ -7,6 +7,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -253,6 +254,84 @@ def test_retire_is_refused_while_sessions_hold_the_version(models: Path) -> None
         assert client.delete(f"{MODEL}/versions/2").status_code == 200
         refused(client.get(MODEL), "model_not_found")
         refused(client.post(f"{MODEL}/sessions/a/step", json={"inputs": X[0]}), "model_not_found")
+
+
+@pytest.mark.service
+def test_failed_versions_are_shown_with_the_reason(models: Path) -> None:
+    """Beside what is served, without the repository's place; one that is mended or removed is shown no more."""
+    wrong = publish(models, 2, "gru")
+    golden = (wrong / GOLDEN_FILE).read_bytes()
+    (wrong / GOLDEN_FILE).unlink()
+    foreign = models / "other" / "3"
+    foreign.mkdir(parents=True)
+    (foreign / "theirs.onnx").write_bytes(b"a graph")
+    with serving(models) as client:
+        shown = client.get("/v1/models").json()
+        assert [(model["name"], model["versions"]) for model in shown["models"]] == [("m", [1])]
+        assert [(failed["name"], failed["version"]) for failed in shown["failed"]] == [("m", 2), ("other", 3)]
+        reasons = [failed["reason"] for failed in shown["failed"]]
+        assert reasons[0].startswith("m/2/golden.npz")
+        assert (
+            reasons[1] == "other/3/manifest.json: no such file. To take in a graph made by others, run stepcast import"
+        )
+        shutil.rmtree(foreign)
+        (wrong / GOLDEN_FILE).write_bytes(golden)
+        until(lambda: client.get("/v1/models").json()["failed"] == [])
+        assert live(client) == 2
+
+
+@pytest.mark.service
+def test_load_brings_a_version_into_service_at_once(models: Path) -> None:
+    """A retired one, a new one that nobody polled, one that failed; what is served stays as it is."""
+    with serving(models, repository_poll_s=0) as client:
+        at = f"{MODEL}/versions/1"
+        assert client.delete(at, params={"force": "true"}).status_code == 200
+        refused(client.get(MODEL), "model_not_found")
+        answer = client.post(f"{at}/load")
+        assert (answer.status_code, answer.json()) == (200, {"model": "m", "version": 1, "versions": [1]})
+        before = step(client, "a", X[0])
+        assert client.post(f"{at}/load").json()["versions"] == [1]
+        assert step(client, "a", X[0])["step"] == before["step"] + 1
+        wrong = publish(models, 2, "gru")
+        golden = (wrong / GOLDEN_FILE).read_bytes()
+        (wrong / GOLDEN_FILE).unlink()
+        for _ in range(2):
+            problem = refused(client.post(f"{MODEL}/versions/2/load"), "version_failed")
+            assert "golden.npz" in problem["detail"]
+        assert live(client) == 1
+        (wrong / GOLDEN_FILE).write_bytes(golden)
+        assert client.post(f"{MODEL}/versions/2/load").json()["versions"] == [1, 2]
+        assert live(client) == 2
+
+
+@pytest.mark.service
+@pytest.mark.parametrize(
+    "name", ["m/versions/9", "nobody/versions/1", "%2e%2e/versions/1", "..%2fmodels%2fm/versions/1"]
+)
+def test_load_of_what_is_not_there_is_404(models: Path, name: str) -> None:
+    """No directory, or a name that leads elsewhere."""
+    with serving(models) as client:
+        answer = client.post(f"/v1/models/{name}/load")
+        assert (answer.status_code, answer.json()["code"]) in [(404, "model_not_found"), (404, "route_not_found")]
+
+
+@pytest.mark.service
+def test_loads_and_polls_at_once_load_a_version_once(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight threads ask for a version that is new: one loads it, the others wait and find it."""
+    loads = []
+
+    def counted(directory: Path, **options: Any) -> Runtime:
+        loads.append(directory)
+        return Runtime(directory, **options)
+
+    monkeypatch.setattr(repository_module, "Runtime", counted)
+    repository = repository_of(models)
+    asks = [repository.scan, lambda: repository.load("m", 1)] * 4
+    with ThreadPoolExecutor(8) as pool:
+        for done in [pool.submit(ask) for ask in asks]:
+            done.result()
+    assert loads == [models / "m" / "1"]
+    assert repository.versions("m") == [1]
 
 
 @pytest.mark.service

@@ -207,6 +207,12 @@ class VersionBody(msgspec.Struct, forbid_unknown_fields=True):
     force: bool = False
 
 
+class LoadBody(msgspec.Struct, forbid_unknown_fields=True):
+    """A version of a model that is to be loaded; it stands in the path."""
+
+    version: Positive = 1
+
+
 B = TypeVar("B")
 
 

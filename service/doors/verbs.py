@@ -4,6 +4,7 @@ A handler takes a call whose body is checked for types, and gives the fields of 
 codes, entity tags and files; the WebSocket adds order.
 """
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -60,8 +61,11 @@ class Verb(NamedTuple):
 
 
 async def models(states: States, call: Call) -> Done:
-    """Served models."""
-    return Done({"models": [_listed(states.repository, name) for name in states.repository.names()]})
+    """Served models, and the versions that are not served because they did not prove themselves."""
+    repository = states.repository
+    served = [_listed(repository, name) for name in repository.names()]
+    failed = [{"name": name, "version": version, "reason": why} for name, version, why in repository.failed()]
+    return Done({"models": served, "failed": failed})
 
 
 def _listed(repository: Repository, name: str) -> dict[str, Any]:
@@ -95,6 +99,13 @@ def _plain(manifest: Manifest) -> dict[str, Any]:
 async def retire(states: States, call: Call) -> Done:
     """Stop serving a version; refused while sessions hold it, unless ?force=true."""
     return Done(await states.retire(call.model, call.asked.version, call.asked.force))
+
+
+async def load(states: States, call: Call) -> Done:
+    """Load a version now: a new one, one that was retired, or one that failed."""
+    repository, name = states.repository, call.model
+    await asyncio.to_thread(repository.load, name, call.asked.version)
+    return Done({"model": name, "version": call.asked.version, "versions": repository.versions(name)})
 
 
 async def predict(states: States, call: Call) -> Done:
@@ -211,6 +222,7 @@ VERBS: Final[dict[str, Verb]] = {
     "model": Verb("read", bodies.Nothing, model),
     "version": Verb("read", bodies.VersionBody, version),
     "retire": Verb("admin", bodies.VersionBody, retire),
+    "load": Verb("admin", bodies.LoadBody, load),
     "predict": Verb("step", bodies.PredictBody, predict),
     "list": Verb("read", bodies.ListBody, list_sessions),
     "create": Verb("step", bodies.CreateBody, create),

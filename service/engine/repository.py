@@ -3,8 +3,9 @@
 import logging
 from contextlib import suppress
 from pathlib import Path
+from threading import Lock
 
-from stepcast.errors import ManifestError, ModelNotFound
+from stepcast.errors import ManifestError, ModelNotFound, VersionFailed
 from stepcast.manifest import GOLDEN_FILE, MANIFEST_FILE, MODEL_FILE
 
 from .model import Runtime
@@ -42,6 +43,7 @@ class Repository:
         self._retired: set[tuple[str, int]] = set()
         self._failed: dict[Path, Stamp] = {}  # not served, as they were then: loading them again would change nothing
         self.failures: dict[str, str] = {}  # why a version is not served, by its directory
+        self._loading = Lock()
 
     def scan(self) -> list[Served]:
         """Load what is new, let go of nothing; the versions that went into service.
@@ -50,14 +52,48 @@ class Repository:
         """
         if not self.root.is_dir():
             raise ManifestError(f"model repository {str(self.root)!r} is not a directory")
-        fresh = []
-        for directory in sorted(p.parent for p in self.root.glob(f"*/*/{MANIFEST_FILE}")):
-            served = self._load(directory)
+        with self._loading:
+            gone = [directory for directory in self.failures if not Path(directory).is_dir()]
+            for directory in gone:
+                del self.failures[directory]
+            there = sorted(
+                {path.parent for name in (MANIFEST_FILE, "*.onnx") for path in self.root.glob(f"*/*/{name}")}
+            )
+            return [served for served in map(self._take, there) if served is not None]
+
+    def load(self, name: str, version: int) -> Served:
+        """Load a version now, although it was retired or has failed before; one that is served stays as it is.
+
+        Blocking, as `scan` is. Raises ModelNotFound where there is no such directory, VersionFailed where it does not
+        prove itself.
+        """
+        directory = self.root / name / str(version)
+        with self._loading:
+            served = self.get(name, version)
             if served is not None:
-                self._served.setdefault(served.name, {})[served.version] = served
-                self._look(served.name)
-                fresh.append(served)
-        return fresh
+                return served
+            if directory not in self.root.glob("*/*"):  # a name may be ".."
+                raise ModelNotFound(f"the repository has no version {version} of model {name!r}", model=name)
+            self._retired.discard((name, version))
+            self._failed.pop(directory, None)
+            served = self._take(directory)
+        if served is None:
+            reason = self.failures[str(directory)]
+            raise VersionFailed(f"version {version} of model {name!r} is not served: {reason}", model=name)
+        return served
+
+    def failed(self) -> list[tuple[str, int, str]]:
+        """(model, version, why) of each version that is there and not served."""
+        found = [(Path(directory), reason) for directory, reason in list(self.failures.items())]
+        return sorted((at.parent.name, int(at.name), reason.replace(f"{self.root}/", "")) for at, reason in found)
+
+    def _take(self, directory: Path) -> Served | None:
+        """Serve what is in a directory, if that is new and good."""
+        served = self._load(directory)
+        if served is not None:
+            self._served.setdefault(served.name, {})[served.version] = served
+            self._look(served.name)
+        return served
 
     def _look(self, name: str) -> None:
         """Find out which version of a model is live."""

@@ -9,7 +9,10 @@ from typing import Any, Final, cast
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from stepcast.errors import Malformed
+
 from ..answers import Answer, problem
+from ..request_ids import PREFIX, RequestId, next_number
 from ..steps import Axes, HttpWaiter
 from .heads import Caller, Heads
 
@@ -17,6 +20,9 @@ LONGEST_HEAD: Final = 4096
 AHEAD_BYTES: Final = 64 * 1024  # what a client may send before its step is answered, until it is not read any more
 _STEP: Final = re.compile(rb"POST /v1/models/(?:([A-Za-z0-9._-]+)/sessions/)?([A-Za-z0-9._:@~-]+)/step HTTP/1\.1\r\n")
 """The request line of a step: its model and session, or of a batch step: its model alone."""
+_NAMED: Final = b"%s%d\r\nx-request-id: %s\r\n\r\n%s"
+_NUMBERED: Final = b"%%s%%d\r\nx-request-id: %s-%%x\r\n\r\n%%s" % PREFIX
+"""An answer: its head up to the content length, that length, a request id or the number of one of ours, its body."""
 
 
 class Reply(HttpWaiter):
@@ -54,6 +60,7 @@ class HttpConnection(HttpToolsProtocol):
         self.metrics = None if self._heads is None else self._heads.metrics
         self._between = True  # no message has begun in the parser
         self._stepping = False  # a step of ours is under way
+        self._name: RequestId | None = None  # its request id, if it has one
         self._ahead = b""  # what came meanwhile
         self._parts: list[bytes] = []  # of a request whose body is still to come,
         self._missing = 0  # and how much of it
@@ -94,6 +101,12 @@ class HttpConnection(HttpToolsProtocol):
         else:
             super().shutdown()
 
+    def send_400_response(self, msg: str) -> None:
+        """The parser refuses what came: a problem like any other, and the end of the connection."""
+        self._name = None
+        answer = problem(Malformed(f"the bytes are not HTTP: {msg}"), self.metrics)
+        self.settle(_head(answer, b"connection: close\r\n"), answer.body, True)
+
     def timeout_keep_alive_handler(self) -> None:
         """A timer of an idle connection: it is not set again at every step, so it may be early."""
         self.timeout_keep_alive_task = None
@@ -110,40 +123,44 @@ class HttpConnection(HttpToolsProtocol):
         line = _STEP.match(data)
         if line is None or self.flow.write_paused or (self.cycle is not None and not self.cycle.response_complete):
             return False
-        at, (model, name) = line.end(), line.groups()
+        at, (model, session) = line.end(), line.groups()
         end = data.find(b"\r\n\r\n", at - 2, at + LONGEST_HEAD)
         head = None if end < 0 else heads.read(data[at:end])
         if head is None:
             return False
-        length, caller = head
+        length, caller, name = head
         stop = end + 4 + length
         if len(data) < stop:
             self._parts.append(data)
             self._missing = stop - len(data)
             return True
-        self._ahead = data[stop:]
+        self._ahead, self._name = data[stop:], name
         self._stepping = True  # before the step: its answer may be there at once
-        way = caller.ways.get(model or name) or heads.way(caller, model or name)
+        way = caller.ways.get(model or session) or heads.way(caller, model or session)
         reply, body = Reply(self, caller), data[end + 4 : stop]
         if caller.refusal is not None:
             reply.refused(caller.refusal)
         elif model is None:
             heads.steps.take_many(way, body, caller.kind, reply)
         else:
-            heads.steps.take(way, str(name, "ascii"), body, caller.kind, reply)
+            heads.steps.take(way, str(session, "ascii"), body, caller.kind, reply)
         return True
 
     def settle(self, head: bytes, body: bytes, close: bool) -> None:
         """Write an answer, its head up to the content length, then go on with what came meanwhile."""
         self._stepping = False
         self.server_state.total_requests += 1
-        if self.transport.is_closing():
+        transport = self.transport
+        if transport.is_closing():
             return
         if self._last and not close:
             head, close = head.replace(b"\r\n", b"\r\nconnection: close\r\n", 1), True
-        self.transport.write(b"%s%d\r\n\r\n%s" % (head, len(body), body))
+        if self._name is None:
+            transport.write(_NUMBERED % (head, len(body), next_number(), body))
+        else:
+            transport.write(_NAMED % (head, len(body), self._name, body))
         if close:
-            self.transport.close()
+            transport.close()
             return
         self._answered_at = self.loop.time()
         if self.timeout_keep_alive_task is None:

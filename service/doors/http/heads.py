@@ -12,6 +12,7 @@ from ...settings import Settings
 from ...telemetry import Metrics
 from ..answers import answer_type, request_type
 from ..keys import ANYBODY, Keys, Principal, origins
+from ..request_ids import HEADER, RequestId, given_id
 from ..steps import Steps, Way
 
 KNOWN_LINES: Final = 8192
@@ -20,7 +21,7 @@ KNOWN_WAYS: Final = 1024
 
 _FIELD: Final = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*([\x20-\x7e\x80-\xff]*)")
 _HEEDED: Final = frozenset({b"content-type", b"accept", b"authorization", b"x-api-key", b"origin"})
-_NEVER: Final = frozenset({b"transfer-encoding", b"expect", b"upgrade", b"trailer"})
+_NEVER: Final = frozenset({b"transfer-encoding", b"content-encoding", b"expect", b"upgrade", b"trailer"})
 _CLOSE: Final = b"connection:close"
 _ODD: Final = -1
 _NOTHING: Final = b""
@@ -50,12 +51,14 @@ class Heads:
         self._lines: dict[bytes, int | bytes] = {}
         self._callers: dict[tuple[bytes, ...], Caller] = {}
         self._ways: dict[str, dict[bytes, Way]] = {}
+        keys.on_change(self._callers.clear)
 
-    def read(self, head: bytes) -> tuple[int, Caller] | None:
-        """Content length and caller of a head without its request line; None where it is unusual."""
+    def read(self, head: bytes) -> tuple[int, Caller, RequestId | None] | None:
+        """Content length, caller and request id of a head without its request line; None where it is unusual."""
         lines = self._lines
         length: Any = 0
         said: list[Any] = []
+        name: RequestId | None = None
         for line in head.split(b"\r\n"):
             meaning = lines.get(line)
             if meaning is None:
@@ -63,13 +66,15 @@ class Heads:
             if meaning:
                 if meaning.__class__ is bytes:
                     said.append(meaning)
+                elif meaning.__class__ is RequestId:
+                    name = meaning
                 elif length or meaning == _ODD:
                     return None
                 else:
                     length = meaning
         key = tuple(said)
         caller = self._callers.get(key) or self._meet(key)
-        return (length, caller) if length and caller is not None else None
+        return (length, caller, name) if length and caller is not None else None
 
     def _learn(self, line: bytes) -> int | bytes:
         """What a line means: the content length, a field that matters, nothing, or that the head is unusual."""
@@ -85,6 +90,8 @@ class Heads:
             meaning = _ENDING.get(value.lower(), _ODD)
         elif name in _HEEDED:
             meaning = b"%s:%s" % (name, value)
+        elif name == HEADER:  # another one with each request: not worth remembering
+            return given_id(value) or _NOTHING
         if len(self._lines) >= KNOWN_LINES:
             self._lines.clear()
         self._lines[line] = meaning

@@ -6,22 +6,23 @@ codes, entity tags, files.
 
 from collections.abc import Awaitable, Callable
 from typing import Any, Final, NamedTuple
+from urllib.parse import quote
 
 import msgspec
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 
-from stepcast.errors import BadRequest, Malformed, MethodNotAllowed, RouteNotFound, StepcastError, TooLarge
+from stepcast.errors import BadRequest, MethodNotAllowed, RouteNotFound, StepcastError
 
-from ...telemetry import Metrics, as_ours
+from ...telemetry import Metrics, as_ours, log
 from .. import bodies, state_files
 from ..answers import FILES, Answer, Headers, answer_type, encode, problem, request_type
 from ..bodies import JSON
 from ..keys import Keys
 from ..steps import Pending, Steps, Way
 from ..verbs import VERBS, Call
-from . import openapi
+from . import openapi, received
+from .envelope import REQUEST_ID
 
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -43,6 +44,7 @@ ROUTES: Final = (
     Route("GET", _MODEL, "model"),
     Route("GET", _MODEL + "/versions/{version}", "version"),
     Route("DELETE", _MODEL + "/versions/{version}", "retire", queries=("force",)),
+    Route("POST", _MODEL + "/versions/{version}/load", "load"),
     Route("POST", _MODEL + "/predict", "predict", queries=("version",)),
     Route("POST", _MODEL + "/sessions", "create", 201),
     Route("GET", _MODEL + "/sessions", "list", queries=("prefix", "cursor", "limit")),
@@ -93,7 +95,7 @@ class Routes:
             headers: Headers = dict(request.scope["headers"])
             kind = request_type(headers, files and sent)
             principal = self._keys.authenticate(headers).require(verb.role)
-            body, path = await self._body(request) if sent else b"", request.path_params
+            body, path = await received.read(request, self._limit) if sent else b"", request.path_params
             if kind in FILES:
                 asked = bodies.convert(state_files.read(body, kind, self._limit), verb.body, "the file")
             else:
@@ -101,6 +103,8 @@ class Routes:
             _fill(asked, request, route.queries)
             match = request.headers.get("if-match")
             call = Call(principal.namespace, path.get("model", ""), path.get("session", ""), asked, kind, match)
+            if verb.role == "admin":
+                log.info("%s by key %r", _told(request), principal.name)
             fields, tag = await verb.run(self._states, call)
             if route.status == 204:
                 return Response(status_code=204)
@@ -114,7 +118,7 @@ class Routes:
         headers: Headers = dict(request.scope["headers"])
         kind = request_type(headers)
         principal = self._keys.authenticate(headers).require("step")
-        body, path = await self._body(request), request.path_params
+        body, path = await received.read(request, self._limit), request.path_params
         way, pending = Way(principal.namespace, path["model"]), Pending(answer_type(headers, kind))
         if "session" in path:
             self._steps.take(way, path["session"], body, kind, pending)
@@ -122,20 +126,8 @@ class Routes:
             self._steps.take_many(way, body, kind, pending)
         return Response(await pending.future, 200, None, pending.kind)
 
-    async def _body(self, request: Request) -> bytes:
-        limit, size, parts = self._limit, 0, []
-        try:
-            async for part in request.stream():
-                size += len(part)
-                if size > limit:
-                    raise TooLarge(f"the body has more than {limit} bytes. Send less at once.", limit=limit)
-                parts.append(part)
-        except ClientDisconnect as error:
-            raise Malformed("the connection was lost in the body") from error
-        return b"".join(parts)
-
     async def _on_error(self, request: Request, error: Exception) -> Response:
-        ours = as_ours(error, f"the server has a defect at {request.method} {request.url.path}; its log tells more")
+        ours = as_ours(error, f"the server has a defect at {_told(request)}; its log tells more")
         return respond(problem(ours, self._metrics))
 
     async def _on_http(self, request: Request, error: Any) -> Response:
@@ -153,6 +145,11 @@ class Routes:
 def respond(answer: Answer) -> Response:
     """An answer for FastAPI."""
     return Response(answer.body, answer.status, answer.fields, answer.kind)
+
+
+def _told(request: Request) -> str:
+    """What logs say of a request."""
+    return f"{request.method} {quote(request.url.path)} (request {request.scope.get(REQUEST_ID)})"
 
 
 def _fill(asked: Any, request: Request, queries: tuple[str, ...]) -> None:

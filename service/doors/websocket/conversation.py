@@ -32,7 +32,7 @@ DRAIN_SHARE: Final = 0.8
 """The share of drain_s that sockets have; the rest is for the close frames and the store."""
 
 _SHUTTING_DOWN: Final = "the server is shutting down"
-_BESIDE: Final = frozenset({"models", "model", "version", "retire", "predict", "list"})
+_BESIDE: Final = frozenset({"models", "model", "version", "retire", "load", "predict", "list"})
 """Verbs that are about no session: HTTP alone has them."""
 
 
@@ -44,7 +44,7 @@ class Head(msgspec.Struct):
     op: str = STEP
 
 
-_FRAMES: Final[dict[str, Any]] = {
+FRAME_TYPES: Final[dict[str, Any]] = {
     STEP: bodies.frame(bodies.StepBody),
     MARKER: bodies.frame(bodies.Nothing),
     **{op: bodies.frame(verb.body) for op, verb in VERBS.items() if op not in _BESIDE},
@@ -149,9 +149,9 @@ class Conversation:
         """Take any frame; one that reaches no session is answered with its error, in its turn."""
         head, own = _head(payload, kind), self._session
         try:
-            if head.op not in _FRAMES:
-                raise InvalidRequest(f"$.op is {head.op!r}, want one of {', '.join(_FRAMES)}")
-            asked: Any = bodies.decode(payload, _FRAMES[head.op], kind)
+            if head.op not in FRAME_TYPES:
+                raise InvalidRequest(f"$.op is {head.op!r}, want one of {', '.join(FRAME_TYPES)}")
+            asked: Any = bodies.decode(payload, FRAME_TYPES[head.op], kind)
             if head.op == MARKER:
                 self._talk.mark(_encode({"id": asked.id, "op": MARKER}, kind))
             else:

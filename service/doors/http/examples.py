@@ -1,0 +1,34 @@
+"""Examples of the documents: each succeeds as it stands on a server of the committed weather model."""
+
+from typing import Any, Final
+
+from ..bodies import READINGS
+
+SESSION: Final = "kennedy"
+_NEXT_HOUR: Final = {"hour_sin": [0.71], "hour_cos": [0.71], "season_cos": [0.98]}
+_OBSERVED: Final = {"last": [[0.0] * 9]}
+_LAYER: Final = {"h": [[0.0] * 64], "c": [[0.0] * 64]}
+
+PARAMETERS: Final[dict[str, Any]] = {
+    "model": "weather",
+    "session": SESSION,
+    "layer": "observed",
+    "version": 1,
+    "prefix": "ken",
+    "limit": 10,
+    "force": True,
+}
+
+BODIES: Final[dict[str, Any]] = {
+    "step": {"inputs": READINGS},
+    "batch": {"sessions": [SESSION, "newark"], "inputs": [READINGS, READINGS]},
+    "predict": {"inputs": [READINGS, READINGS]},
+    "create": {"examples": 1},
+    "state.set": {"state": {"observed": _OBSERVED, "lstm_0": _LAYER, "lstm_1": _LAYER}},
+    "layer": {"state": _OBSERVED},
+    "fork": {},
+    "checkpoint": {"name": "evening"},
+    "rewind": {"to": "evening"},
+    "rollout": {"steps": 1, "inputs": _NEXT_HOUR},
+}
+"""By verb; `layer`: of the state of one layer."""
