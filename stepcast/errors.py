@@ -29,8 +29,8 @@
     |   +-- InvalidSessionId
     |   +-- ShapeMismatch
     |   +-- StateMismatch             layers, keys, shapes or fingerprint of a state do not fit the model
-    |   +-- NotStreaming              the model can not be stepped (bidirectional)
-    |   +-- NoFeedback                the model can not run free
+    |   +-- NotStreaming              the model cannot be stepped (bidirectional)
+    |   +-- NoFeedback                the model cannot run free
     |   +-- NonFinite                 an input, output or state is infinite (or NaN where that is no reading)
     +-- QueueFull 429                 with retry_after_s
     +-- Internal 500                  a defect of ours; never caused by an input
@@ -200,11 +200,11 @@ class StateMismatch(Unprocessable):
 
 
 class NotStreaming(Unprocessable):
-    code, title = "not_streaming", "Model can not be stepped"
+    code, title = "not_streaming", "Model cannot be stepped"
 
 
 class NoFeedback(Unprocessable):
-    code, title = "no_feedback", "Model can not run free"
+    code, title = "no_feedback", "Model cannot run free"
 
 
 class NonFinite(Unprocessable):
