@@ -29,7 +29,7 @@ CROSSED_SHARE: Final = 0.125
 REST_S: Final = 0.002
 
 # A chunk of fewer rows times steps costs more by its start than by these; measured, cells would look dear for ever.
-LEAST_CELLS: Final = 256
+LEAST_CELLS: Final = 32
 
 # A moving average believes a short time sooner than a long one, which other processes may have caused.
 FASTER: Final = 0.3
