@@ -117,7 +117,7 @@ serve: $(STAMP)
 # A peer without a wheel for this machine is left out, and the benchmark says so.
 $(BENCH_STAMP): $(STAMP)
 	@echo "Installing the peers to measure beside."
-	@$(BIN)/python $(PIP_INSTALL) -e '.[bench]' || echo "Some peers can not be installed here."
+	@$(BIN)/python $(PIP_INSTALL) -e '.[bench]' || echo "Some peers cannot be installed here."
 	@touch $@
 
 bench: $(BENCH_STAMP)

@@ -91,7 +91,7 @@ class Calls:
         """Send a request until it is answered for good; the decoded answer.
 
         Raises:
-            StepcastError: the server's error, or Unavailable where it can not be reached.
+            StepcastError: the server's error, or Unavailable where it cannot be reached.
         """
         deadline = None if self.retry.deadline_s is None else self._clock() + self.retry.deadline_s
         attempt = 0
@@ -237,7 +237,7 @@ def _manifest(message: dict[str, Any]) -> Manifest:
     try:
         return Manifest.model_validate({key: message[key] for key in message if key in Manifest.model_fields})
     except ValidationError as error:
-        raise StepcastError(f"the manifest of model {message.get('name')!r} can not be read: {error}") from error
+        raise StepcastError(f"the manifest of model {message.get('name')!r} cannot be read: {error}") from error
 
 
 def _again(call: Call, error: StepcastError) -> bool:

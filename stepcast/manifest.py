@@ -237,7 +237,7 @@ def read_manifest(directory: Path) -> Manifest:
     except FileNotFoundError as error:
         raise ManifestError(f"{path}: no such file. To take in a graph made by others, run stepcast import") from error
     except OSError as error:
-        raise ManifestError(f"{path}: can not be read ({error.strerror})") from error
+        raise ManifestError(f"{path}: cannot be read ({error.strerror})") from error
     except ValidationError as error:
         lines = [f"{'.'.join(map(str, e['loc'])) or '$'}: {e['msg']}" for e in error.errors()]
         raise ManifestError(f"{path}: " + "; ".join(lines)) from error

@@ -395,7 +395,7 @@ class Session:
                 return document
             if status not in (0, 503) or time.monotonic() > deadline:
                 self.count.lost += self.step if status == 404 else 0
-                raise Violation(f"{self.name}: the state can not be read: {status} {body!r}")
+                raise Violation(f"{self.name}: the state cannot be read: {status} {body!r}")
             await asyncio.sleep(0.1)
 
     def next_url(self) -> str:

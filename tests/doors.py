@@ -42,7 +42,7 @@ class Door(Protocol):
         """
 
     def drop(self, call: Call) -> None:
-        """Send a call and be gone before its answer; the door can not be used any more."""
+        """Send a call and be gone before its answer; the door cannot be used any more."""
 
     def close(self) -> None:
         """Give connections back."""

@@ -55,7 +55,7 @@ class Mutant:
         old: Stands there exactly once.
         new: What it becomes.
         tests: Files below tests/ of which one has to fail, the likeliest first.
-        equal: Why it can not be noticed; empty for all that have to be killed.
+        equal: Why it cannot be noticed; empty for all that have to be killed.
     """
 
     file: str

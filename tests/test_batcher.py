@@ -24,7 +24,7 @@ Array = np.ndarray[Any, Any]
 
 
 def total(x: Array, lengths: Array | None, states: Array) -> tuple[Array, Array]:
-    """The running sum of B rows; 666 is a number it can not take, 777 one that it refuses."""
+    """The running sum of B rows; 666 is a number it cannot take, 777 one that it refuses."""
     if (x == 666).any():
         raise ValueError("no such number")
     if (x == 777).any():
@@ -210,7 +210,7 @@ def test_chunks_are_short_and_rest_while_single_steps_come() -> None:
     assert np.median([at[i][1] for i in chunks[1:]]) < np.median([steps for _, steps in alone.runs])
 
 
-def test_sequences_that_can_not_be_cut_run_whole() -> None:
+def test_sequences_that_cannot_be_cut_run_whole() -> None:
     """chunk_s None: a bidirectional model sees all steps at once."""
     assert Bench(chunk_s=None).go(job([[1] * 500])).runs == [(1, 500)]
 

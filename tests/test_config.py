@@ -70,11 +70,11 @@ def test_every_recipe_is_a_legal_configuration(recipe: Path) -> None:
         ({"network": [LSTM, {**OUT, "loss": "xent", "activation": "softmax"}]}, "network[1]: loss xent wants"),
         (
             {"network": [LSTM, {"kind": "global_pooling"}, OUT], "training": {"backprop": "truncated"}},
-            "network[1]: global_pooling can not be trained truncated",
+            "network[1]: global_pooling cannot be trained truncated",
         ),
         (
             {"network": [{"kind": "bidirectional", "layer": LSTM}, OUT], "training": {"backprop": "truncated"}},
-            "network[0]: bidirectional can not be trained truncated",
+            "network[0]: bidirectional cannot be trained truncated",
         ),
         (
             {"network": [LSTM, {"kind": "global_pooling"}, OUT], "training": {"masked_steps": "zero"}},
@@ -91,7 +91,7 @@ def test_every_recipe_is_a_legal_configuration(recipe: Path) -> None:
         ({"network": [LSTM, LAST, {"kind": "reverse"}, OUT]}, "network[2]: reverse behind the many-to-one readout"),
         (
             {"network": [{"kind": "reverse"}, LSTM, OUT], "training": {"backprop": "truncated"}},
-            "network[0]: reverse can not be trained truncated",
+            "network[0]: reverse cannot be trained truncated",
         ),
         (
             {"network": [{"kind": "reverse"}, LSTM, OUT], "training": {"masked_steps": "zero"}},
@@ -205,7 +205,7 @@ def test_overrides_reach_into_lists_and_are_checked(tmp_path: Path) -> None:
 
 def test_unreadable_files_are_refused(tmp_path: Path) -> None:
     """Missing, and not YAML."""
-    with pytest.raises(ConfigError, match="can not be read"):
+    with pytest.raises(ConfigError, match="cannot be read"):
         load(tmp_path / "none.yaml")
     (tmp_path / "broken.yaml").write_text("a: [")
     with pytest.raises(ConfigError, match="no YAML"):

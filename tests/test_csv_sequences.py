@@ -364,7 +364,7 @@ def test_literal_delimiters_marks_and_blanks_are_read(tmp_path: Path) -> None:
     path.write_text("1::2\n3::4\n")
     np.testing.assert_array_equal(read_csv(path, delimiter="::"), [[1, 2], [3, 4]])
     path.write_bytes(b"\xff\xfe1")
-    with pytest.raises(ConfigError, match="can not be read"):
+    with pytest.raises(ConfigError, match="cannot be read"):
         read_csv(path)
 
 
@@ -437,7 +437,7 @@ def test_configuration_that_contradicts_itself_is_refused(keys: dict[str, Any], 
         CsvSequencesConfig.model_validate({"kind": "csv_sequences", "task": "regression", "train": files, **keys})
 
 
-def test_align_and_one_hot_refuse_what_they_can_not_represent() -> None:
+def test_align_and_one_hot_refuse_what_they_cannot_represent() -> None:
     """For those who call them from a Python source."""
     step = np.ones((1, 1), np.float32)
     with pytest.raises(ValueError, match="2 feature sequences, but 1 label"):
@@ -489,7 +489,7 @@ def test_python_class_is_opened_with_its_arguments(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("test_csv_sequences:Nothing", {}, "'test_csv_sequences:Nothing' can not be imported"),
+        ("test_csv_sequences:Nothing", {}, "'test_csv_sequences:Nothing' cannot be imported"),
         ("no_such_module:Nothing", {}, "No module named 'no_such_module'"),
         ("test_csv_sequences:Doubling", {"stepps": 2}, "does not take them .*stepps"),
         ("test_csv_sequences:Doubling", {"seed": 2}, "data.options.seed: is given by the trainer"),

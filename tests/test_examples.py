@@ -169,10 +169,10 @@ def test_characters_that_training_never_saw_are_unknown(tmp_path: Path) -> None:
 
 def test_unreadable_or_short_text_is_refused(tmp_path: Path) -> None:
     """No such file; no UTF-8; too little for the lanes."""
-    with pytest.raises(ConfigError, match=r"nothing\.txt: can not be read"):
+    with pytest.raises(ConfigError, match=r"nothing\.txt: cannot be read"):
         Characters(batch=3, seed=1, root=tmp_path, path="nothing.txt")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(ConfigError, match=r"latin\.txt: can not be read"):
+    with pytest.raises(ConfigError, match=r"latin\.txt: cannot be read"):
         Characters(batch=3, seed=1, root=tmp_path, path="latin.txt")
     (tmp_path / "short.txt").write_text("short")
     with pytest.raises(ConfigError, match="5 characters are too few for 3 lanes of 64 steps"):
@@ -194,13 +194,13 @@ def test_word_vectors_come_back_from_both_formats(tmp_path: Path, name: str) -> 
 
 def test_broken_word_vectors_are_refused(tmp_path: Path) -> None:
     """No file; a binary file that is text; a text that ends too early."""
-    with pytest.raises(ConfigError, match=r"words\.txt: can not be read as word2vec's text format"):
+    with pytest.raises(ConfigError, match=r"words\.txt: cannot be read as word2vec's text format"):
         read_word_vectors(tmp_path / "words.txt")
     (tmp_path / "words.bin").write_text("3 5\nno binary")
-    with pytest.raises(ConfigError, match=r"words\.bin: can not be read as word2vec's binary format"):
+    with pytest.raises(ConfigError, match=r"words\.bin: cannot be read as word2vec's binary format"):
         read_word_vectors(tmp_path / "words.bin")
     (tmp_path / "words.txt").write_text("3 2\na 1 2\nb 1\n")
-    with pytest.raises(ConfigError, match=r"words\.txt: can not be read as word2vec's text format"):
+    with pytest.raises(ConfigError, match=r"words\.txt: cannot be read as word2vec's text format"):
         read_word_vectors(tmp_path / "words.txt")
 
 
@@ -249,7 +249,7 @@ def test_tokens_become_vectors_and_one_label_at_the_end(texts: Path) -> None:
         ("", r"test\.tsv: no lines"),
     ],
 )
-def test_lines_that_can_not_be_used_are_refused(texts: Path, text: str, message: str) -> None:
+def test_lines_that_cannot_be_used_are_refused(texts: Path, text: str, message: str) -> None:
     """The message says which line, and what was wanted."""
     (texts / "test.tsv").write_text(text)
     with pytest.raises(ConfigError, match=message):

@@ -102,7 +102,7 @@ def test_what_is_no_reading_is_refused_with_its_place(named: Any, error: type[Ex
     assert told in str(caught.value)
 
 
-def test_what_float32_can_not_hold_becomes_infinite() -> None:
+def test_what_float32_cannot_hold_becomes_infinite() -> None:
     """Quietly here: the server refuses it."""
     np.testing.assert_array_equal(as_floats([1e39, -1e39]), [np.inf, -np.inf])
 

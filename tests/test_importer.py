@@ -129,7 +129,7 @@ def test_swapped_axes_are_found_out(tmp_path: Path) -> None:
         (foreign.silero, {"constants": [{**SR, "dtype": "float32"}]}, "'sr'"),
     ],
 )
-def test_what_can_not_be_read_says_what_would_help(
+def test_what_cannot_be_read_says_what_would_help(
     tmp_path: Path, build: Any, known: dict[str, Any], words: str
 ) -> None:
     """Each refusal names the tensor or the field; nothing is written."""

@@ -202,7 +202,7 @@ def test_law1_inputs_of_every_rank_mean_the_same(opened: Opened, model: str, nam
 @pytest.mark.parametrize("model", [kind for kind in KINDS if kind not in STREAMING])
 @every_step_door
 def test_law1_what_reads_from_both_ends_is_refused_by_step(opened: Opened, model: str, name: str) -> None:
-    """A model that can not be stepped says so."""
+    """A model that cannot be stepped says so."""
     with pytest.raises(NotStreaming):
         opened(model).step(name, recording(model)["x"][0, :1])
 
@@ -723,7 +723,7 @@ TAMPERINGS: dict[str, tuple[Callable[[Path], None], str]] = {
 
 
 @pytest.mark.parametrize("model", KINDS)
-def test_law7_a_version_that_can_not_prove_it_never_goes_live(model: str, tmp_path: Path) -> None:
+def test_law7_a_version_that_cannot_prove_it_never_goes_live(model: str, tmp_path: Path) -> None:
     """A graph or a golden file that was tampered with is not served, and it is said why; the version before stays."""
     wanted = {}
     shutil.copytree(MODELS / model / "1", tmp_path / model / "1")

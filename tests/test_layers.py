@@ -153,7 +153,7 @@ def test_padding_and_batch_mates_change_nothing(case: str) -> None:
 
 @pytest.mark.parametrize("case", [c for c, (layers, _) in CASES.items() if WHOLE & {one["kind"] for one in layers}])
 def test_whole_rows_of_one_step_and_of_none_agree(case: str, tmp_path: Path) -> None:
-    """What can not be stepped is called with T=1 too; a batch may have empty rows only."""
+    """What cannot be stepped is called with T=1 too; a batch may have empty rows only."""
     net = built(case)
     exported(net, tmp_path)
     x = readings(CASES[case][1], steps=1).nan_to_num()

@@ -316,7 +316,7 @@ def plain_run(runtime: Runtime) -> None:
     assert tags.tolist() == [0, 0]
 
 
-def test_a_model_that_can_not_be_wrapped_runs_plainly_and_the_log_says_why(
+def test_a_model_that_cannot_be_wrapped_runs_plainly_and_the_log_says_why(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Foreign axes, no state, no room, a wrong golden file."""

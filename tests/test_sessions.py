@@ -200,7 +200,7 @@ class Broken:
         raise ConnectionError("gone")
 
 
-async def test_a_caller_that_can_not_be_answered_harms_nobody_else() -> None:
+async def test_a_caller_that_cannot_be_answered_harms_nobody_else() -> None:
     """The others of its batch are answered, its session goes on, and what it asked for was done once."""
     states = rooms(MemoryStore())
     await asyncio.gather(send(states, "a"), send(states, "b"))
@@ -316,7 +316,7 @@ async def test_a_checkpoint_is_made_while_others_step() -> None:
 
 
 async def test_a_layer_of_another_version_is_refused(models: Path) -> None:
-    """A state is of one version: a layer of another one can not be put beside its layers."""
+    """A state is of one version: a layer of another one cannot be put beside its layers."""
     states = rooms(MemoryStore(), models)
     await send(states, "a")
     add_version(models, 2)

@@ -147,7 +147,7 @@ def test_calendar_is_where_the_time_stands(tmp_path: Path) -> None:
         (ROWS, {"columns": {"cold": {"target": True}}}, "no column 'cold' among place, when"),
         (ROWS, {"validation": "2021-01-01", "test": "2021-01-01"}, "must lie in this order"),
         (ROWS, {"package": "no_such_package"}, "data.package: 'no_such_package' is not installed"),
-        (ROWS, {"path": "none.csv"}, "none.csv: can not be read"),
+        (ROWS, {"path": "none.csv"}, "none.csv: cannot be read"),
         ("", {}, "no CSV"),
     ],
 )

@@ -115,7 +115,7 @@ def test_day_before_is_a_day_before_on_every_grid(minutes: int, day: int, tmp_pa
 
 
 def test_model_of_a_longer_horizon_is_measured_against_its_baselines(tmp_path: Path) -> None:
-    """It can not run free, but what it says can be compared: six steps ahead, and there only."""
+    """It cannot run free, but what it says can be compared: six steps ahead, and there only."""
     measurement, source = measured(table(tmp_path, horizon=6))
     metrics = read_manifest(tmp_path / "m" / "heat" / "1").provenance.metrics
     assert list(metrics["skill"]) == ["6 ahead"]
@@ -156,7 +156,7 @@ def labelled(*values: float, split: Split = "train") -> Fixed:
     ],
 )
 @pytest.mark.parametrize("split", ["train", "validation"])
-def test_labels_that_a_loss_can_not_take_are_refused_before_the_first_epoch(
+def test_labels_that_a_loss_cannot_take_are_refused_before_the_first_epoch(
     loss: str, activation: str, bad: float, wanted: str, split: Split
 ) -> None:
     """With the loss, the label, its place and what the loss takes; what is masked does not matter."""
@@ -204,7 +204,7 @@ def test_row_with_two_classes_is_an_error_in_training_and_in_metrics() -> None:
         Trainer(net, source, training()).fit()
 
 
-def test_row_without_a_class_is_learned_nothing_from_but_can_not_be_measured() -> None:
+def test_row_without_a_class_is_learned_nothing_from_but_cannot_be_measured() -> None:
     """In the test split it would end the run after its last epoch; with one output a 0 is the other class."""
     empty = classes_of([[1, 0], [0, 0]])
     for split, refused in (("test", True), ("train", False)):
@@ -311,7 +311,7 @@ def test_lanes_that_lose_a_row_are_an_error(tmp_path: Path) -> None:
 LSTM_ONE: list[dict[str, Any]] = [{"kind": "simple_rnn", "units": 1}, OUT]
 
 
-# --- Numbers that float32 can not tell apart ---------------------------------------------------------------------
+# --- Numbers that float32 cannot tell apart ---------------------------------------------------------------------
 
 
 def test_numbers_that_collapse_in_float32_are_refused(tmp_path: Path) -> None:
@@ -362,7 +362,7 @@ def test_unknown_key_is_told_with_the_nearest_one(setting: str, hint: str, tmp_p
     assert hint in str(caught.value)
 
 
-def test_text_that_can_not_be_used_is_told_with_file_and_line(tmp_path: Path) -> None:
+def test_text_that_cannot_be_used_is_told_with_file_and_line(tmp_path: Path) -> None:
     """A word without a vector; a label that training does not have."""
     (tmp_path / "w.txt").write_text("2 2\ngood 1 0\nbad 0 1\n")
     (tmp_path / "a.tsv").write_text("yes\tgood\nno\tbad\n")

@@ -133,7 +133,7 @@ def test_a_new_version_goes_live_under_load_and_drops_nothing(models: Path) -> N
 
 
 @pytest.mark.service
-def test_a_version_that_can_not_prove_itself_never_goes_live(models: Path) -> None:
+def test_a_version_that_cannot_prove_itself_never_goes_live(models: Path) -> None:
     """Another model's golden file, or a graph that was changed: version 1 stays live."""
     with serving(models) as client:
         for version, name in ((2, GOLDEN_FILE), (3, "model.onnx")):

@@ -41,7 +41,7 @@ def test_an_url_that_is_none_is_refused(url: str) -> None:
         Client(url)
 
 
-def test_a_key_can_not_smuggle_headers() -> None:
+def test_a_key_cannot_smuggle_headers() -> None:
     """A line end in a key never reaches the wire."""
     with pytest.raises(ValueError, match="key"), Client("http://h", "a\r\nx: y") as client:
         client.models()

@@ -1,4 +1,4 @@
-"""What can be known before the first epoch: labels a loss can not take, names a manifest can not hold."""
+"""What can be known before the first epoch: labels a loss cannot take, names a manifest cannot hold."""
 
 import torch
 from pydantic import ValidationError
@@ -36,7 +36,7 @@ def check_labels(network: Network, source: Source) -> None:
     Only losses that do not take every number, and classes, need the pass over the data.
 
     Raises:
-        ConfigError: one can not; with output, split, batch, row and step.
+        ConfigError: one cannot; with output, split, batch, row and step.
     """
     if network.head.loss.name not in TAKES and source.classes is None:
         return

@@ -100,12 +100,12 @@ class Config(_Strict):
 
 
 def _conflicts(placed: Sequence[Placed], training: TrainingConfig) -> Iterator[str]:
-    """What the layers and the way of training can not do together."""
+    """What the layers and the way of training cannot do together."""
     for one in placed:
         where = f"network[{one.index}]: {one.spec.kind}"
         summary = not one.shape.summary and one.spec.out_shape(one.shape).summary
         if training.backprop == "truncated" and (not one.spec.streams or summary):
-            yield f"{where} can not be trained truncated. Set training.backprop: standard."
+            yield f"{where} cannot be trained truncated. Set training.backprop: standard."
         if training.masked_steps == "zero" and one.spec.kind in RUN_BOUND:
             yield f"{where} has no meaning under masked_steps 'zero'"
 
@@ -124,7 +124,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     try:
         text = path.read_text()
     except OSError as error:
-        raise ConfigError(f"{path}: can not be read ({error.strerror})") from error
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
     try:
         tree = yaml.safe_load(text)
     except yaml.YAMLError as error:

@@ -61,7 +61,7 @@ def replay(stepper: Stepper, x: Floats, present: NDArray[np.bool_], states: Stat
 
 
 def whole(stepper: Stepper, x: Floats, present: NDArray[np.bool_]) -> Floats:
-    """One call for each row, over its present steps: for models that can not be stepped."""
+    """One call for each row, over its present steps: for models that cannot be stepped."""
     outputs = None
     for row in range(x.shape[0]):
         steps = x[row : row + 1, present[row]]

@@ -110,7 +110,7 @@ def describe(
 
 
 def state_tensors(network: Network) -> tuple[StateTensor, ...]:
-    """The graph's state tensors in the order of the layers; none if it can not be stepped."""
+    """The graph's state tensors in the order of the layers; none if it cannot be stepped."""
     return tuple(
         StateTensor(
             layer=layer,

@@ -79,7 +79,7 @@ class Network(nn.Module):
         return [self.observed, *self.layers]
 
     def states(self) -> dict[str, Mapping[str, tuple[int, ...]]]:
-        """Shapes per row of the state tensors, by layer and key; none if the network can not be stepped."""
+        """Shapes per row of the state tensors, by layer and key; none if the network cannot be stepped."""
         return {layer.name: shapes for layer in self.stack() if self.streaming and (shapes := layer.state_shapes())}
 
     def initial_state(self, rows: int) -> State:

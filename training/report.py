@@ -21,7 +21,7 @@ from .metrics import MOST_CLASSES, ClassificationResult, ClassResult, ColumnResu
 Result = ClassificationResult | RegressionResult
 COLUMN_FIELDS = ("rows", "mse", "mae", "rmse", "rse", "r2", "correlation")
 CLASS_FIELDS = ("rows", "precision", "recall", "f1", "roc_auc")
-MOST_STEPS = 500  # of a forecast; more can not be told apart on a page
+MOST_STEPS = 500  # of a forecast; more cannot be told apart on a page
 
 
 @dataclass(frozen=True)

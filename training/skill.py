@@ -2,7 +2,7 @@
 
 Measured on the exported model, one step at a time, every test hour of every series. Further ahead the model runs
 free as the service's rollout does: its answers come back as readings, the calendar is known, all else is missing. A
-model of a horizon beyond one step can not run free; it is measured at its horizon.
+model of a horizon beyond one step cannot run free; it is measured at its horizon.
 """
 
 import math

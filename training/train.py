@@ -91,7 +91,7 @@ class Trainer:
         """Train until the last epoch or until patience runs out, then take the best weights.
 
         Raises:
-            ConfigError: the data has no label to train on or one that the loss can not take, or the loss is not finite
+            ConfigError: the data has no label to train on or one that the loss cannot take, or the loss is not finite
                 from the first epoch on.
         """
         check_labels(self.network, self.source)

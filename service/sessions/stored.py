@@ -104,12 +104,12 @@ class Ledger:
         raise SessionBusy(f"session {address.session!r} was changed by others {_TRIES} times. Retry.")
 
     def decode(self, key: str, data: bytes) -> Record:
-        """A record from the store's bytes; SessionBusy where this server can not read them."""
+        """A record from the store's bytes; SessionBusy where this server cannot read them."""
         try:
             return decode(data)
         except BadRecord as error:
             log.error("session %s: %s", key, error)
-            raise SessionBusy(f"the stored session can not be read by this server: {error}") from error
+            raise SessionBusy(f"the stored session cannot be read by this server: {error}") from error
 
     def ttl_s(self, record: Record) -> float | None:
         """Seconds until the session is forgotten, None: never."""

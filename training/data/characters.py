@@ -41,7 +41,7 @@ class Characters:
         encoding: How a character goes in.
 
     Raises:
-        ConfigError: the file can not be read, or is too short to be cut.
+        ConfigError: the file cannot be read, or is too short to be cut.
     """
 
     task: Literal["regression", "classification"] = "classification"
@@ -108,4 +108,4 @@ def _read(path: Path | None) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: can not be read as text ({error})") from error
+        raise ConfigError(f"{path}: cannot be read as text ({error})") from error

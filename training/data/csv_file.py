@@ -37,7 +37,7 @@ def read_csv(
         classes: Whose names are read as their index; a number stays what it is.
 
     Raises:
-        ConfigError: the file can not be read, has no steps, rows of different length, or a field that is no finite
+        ConfigError: the file cannot be read, has no steps, rows of different length, or a field that is no finite
             float32 number and no class's name. The message has file, line and column, both counted from 1.
     """
     lines = _lines(path)[skip_rows:]
@@ -57,7 +57,7 @@ def _lines(path: Path) -> list[str]:
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such file") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: can not be read ({error})") from error
+        raise ConfigError(f"{path}: cannot be read ({error})") from error
     while lines and not lines[-1].strip():
         lines.pop()
     return lines

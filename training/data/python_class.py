@@ -30,7 +30,7 @@ class PythonConfig(BaseModel):
         """Import the class, make one, and see that it is a `Source`; see `SourceConfig.open`."""
         reserved = sorted({"batch", "seed", "root"} & self.options.keys())
         if reserved:
-            raise ConfigError(f"data.options.{reserved[0]}: is given by the trainer, it can not be an option")
+            raise ConfigError(f"data.options.{reserved[0]}: is given by the trainer, it cannot be an option")
         maker = self._import()
         arguments = {"batch": batch, "seed": seed, "root": root, **self.options}
         try:
@@ -50,4 +50,4 @@ class PythonConfig(BaseModel):
         try:
             return getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError) as error:
-            raise ConfigError(f"data.class: {self.class_!r} can not be imported ({error})") from error
+            raise ConfigError(f"data.class: {self.class_!r} cannot be imported ({error})") from error

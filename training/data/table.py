@@ -54,7 +54,7 @@ class ColumnConfig(_Strict):
     @model_validator(mode="after")
     def _direction(self) -> Self:
         if self.turn is not None and self.target:
-            raise ValueError("a direction (turn) can not be a target")
+            raise ValueError("a direction (turn) cannot be a target")
         return self
 
 
@@ -321,7 +321,7 @@ def _read(config: TableConfig, path: Path) -> Grid:
     try:
         frame = pd.read_csv(path, dtype=str, keep_default_na=False)
     except OSError as error:
-        raise ConfigError(f"{path}: can not be read ({error.strerror})") from error
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: no CSV ({error})") from error
     wanted = [config.time, *config.columns, *filter(None, [config.series, config.label])]

@@ -78,12 +78,12 @@ def read_lines(path: Path) -> list[Line]:
     """Labels and texts of a file.
 
     Raises:
-        ConfigError: the file can not be read, is empty, or a line has no label.
+        ConfigError: the file cannot be read, is empty, or a line has no label.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: can not be read as text ({error})") from error
+        raise ConfigError(f"{path}: cannot be read as text ({error})") from error
     pairs = [line.partition("\t") for line in lines]
     for number, (label, tab, _) in enumerate(pairs):
         if not (label and tab):

@@ -38,7 +38,7 @@ def read_word_vectors(path: Path, limit: int | None = None) -> WordVectors:
         limit: The first so many words only; files are sorted by frequency.
 
     Raises:
-        ConfigError: the file can not be read, or gensim is not installed.
+        ConfigError: the file cannot be read, or gensim is not installed.
     """
     models = _gensim()
     binary = path.name.removesuffix(".gz").endswith(".bin")
@@ -46,7 +46,7 @@ def read_word_vectors(path: Path, limit: int | None = None) -> WordVectors:
         loaded = models.KeyedVectors.load_word2vec_format(str(path), binary=binary, limit=limit)
     except (OSError, EOFError, ValueError) as error:
         kind = "binary" if binary else "text"
-        raise ConfigError(f"{path}: can not be read as word2vec's {kind} format ({error})") from error
+        raise ConfigError(f"{path}: cannot be read as word2vec's {kind} format ({error})") from error
     return WordVectors(tuple(loaded.index_to_key), np.asarray(loaded.vectors, np.float32))
 
 

@@ -33,7 +33,7 @@ class MovingShapes(InMemory):
         test: Films to test with.
         size: Pixels per side.
         frames: Fewest and most frames of a film.
-        hidden: Share of the frames in which the shape can not be seen.
+        hidden: Share of the frames in which the shape cannot be seen.
         noise: Standard deviation of every pixel; the shape itself has brightness 1.
     """
 

@@ -11,7 +11,7 @@ from .base import Layer, LayerState
 
 
 class Reverse(Layer):
-    """Each row's present steps in reverse. It can not be stepped: the first answer is made of the last step."""
+    """Each row's present steps in reverse. It cannot be stepped: the first answer is made of the last step."""
 
     streaming = False
 
@@ -23,7 +23,7 @@ class Reverse(Layer):
 
 
 class DuplicateToTimeSeries(Layer):
-    """The summary at each row's last present step, at every step. It can not be stepped for the same reason."""
+    """The summary at each row's last present step, at every step. It cannot be stepped for the same reason."""
 
     streaming = False
 

@@ -32,7 +32,7 @@ class Shape:
 
 
 class IllegalStack(ValueError):
-    """A layer can not stand where it stands; the caller adds the path."""
+    """A layer cannot stand where it stands; the caller adds the path."""
 
 
 class _Spec(BaseModel):
@@ -45,7 +45,7 @@ class _Spec(BaseModel):
         """The shape behind this layer, which stands on what it `wants`.
 
         Raises:
-            IllegalStack: this kind can not stand on `shape`.
+            IllegalStack: this kind cannot stand on `shape`.
         """
         return shape
 

@@ -53,7 +53,7 @@ def place(specs: Sequence[LayerSpec], shape: Shape) -> list[Placed]:
         shape: What the data gives; its size may still be unknown.
 
     Raises:
-        IllegalLayer: a layer can not stand where it stands.
+        IllegalLayer: a layer cannot stand where it stands.
     """
     placed: list[Placed] = []
     for index, (name, spec) in enumerate(zip(_names(specs), specs, strict=True)):

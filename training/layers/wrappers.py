@@ -17,7 +17,7 @@ from .specs import BidirectionalSpec, MaskZeroSpec
 class Bidirectional(Layer):
     """Two layers with weights of their own, the second over each row's valid steps in reverse.
 
-    It has no state and can not be stepped: its answers depend on steps to come. Outputs are concatenated, added,
+    It has no state and cannot be stepped: its answers depend on steps to come. Outputs are concatenated, added,
     multiplied or averaged.
     """
 
