@@ -1,5 +1,9 @@
-"""/docs and /redoc in a real browser that reaches no other server."""
+"""/docs and /redoc in a real browser that reaches no other server.
 
+STEPCAST_UPDATE_DOCS=1 takes the picture of docs/ anew.
+"""
+
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -65,6 +69,13 @@ def test_try_it_out_on_step_answers_200_without_any_network(weather: Running) ->
         answer.wait_for(timeout=30_000)
         assert answer.locator(".response-col_status").inner_text().strip() == "200"
         assert '"step": 1' in answer.inner_text()
+        if os.environ.get("STEPCAST_UPDATE_DOCS"):
+            page.set_viewport_size({"width": 900, "height": 900})
+            place = operation.bounding_box()
+            assert place is not None
+            top = place["y"] + page.evaluate("window.scrollY")
+            area = {"x": place["x"], "y": top, "width": place["width"], "height": 1640.0}
+            page.screenshot(path=ROOT / "docs" / "assets" / "try-it-out.png", full_page=True, clip=area)  # type: ignore[arg-type]
     assert wrong == []
     assert httpx.get(f"{weather.url}/v1/models/weather/sessions/kennedy").json()["step"] == 1
 
@@ -105,13 +116,18 @@ def test_a_key_given_to_the_page_is_sent(weather: Running) -> None:
         assert answer.locator(".response-col_status").inner_text().strip() == "200"
 
 
+def test_the_pages_bear_the_logo(http: httpx.Client) -> None:
+    """What browsers show in the tab is the site's logo."""
+    assert http.get("/favicon.ico").text == (ROOT / "docs" / "assets" / "logo.svg").read_text().strip()
+
+
 def test_the_pages_name_no_other_server(http: httpx.Client) -> None:
     """Scripts and styles come from this server, and are there."""
     for path in ("/docs", "/redoc"):
         page = http.get(path)
         assert page.status_code == 200
         assets = [part.split('"')[0] for part in page.text.split('src="')[1:] + page.text.split('href="')[1:]]
-        assert len([asset for asset in assets if asset.startswith("/docs/assets/")]) >= 2
+        assert any(asset.startswith("/docs/assets/") for asset in assets)
         assert [asset for asset in assets if not asset.startswith("/") and asset != "data:,"] == []
         for asset in assets:
             assert http.get(asset).status_code == 200, asset

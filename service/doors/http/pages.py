@@ -11,6 +11,11 @@ from ..bodies import JSON
 from . import asyncapi, openapi
 
 _ASSETS: Final = "/docs/assets"
+LOGO: Final = (  # docs/assets/logo.svg
+    '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32"><path d="M3 27h7v-7h7v-7h6" fill="none"'
+    ' stroke="#00897b" stroke-width="4" stroke-linejoin="round" stroke-linecap="round"/>'
+    '<circle cx="27" cy="6.5" r="3.2" fill="#ffa000"/></svg>'
+)
 # The browser asks nobody else, not even for the logo of ReDoc's credit. Both pages begin by a script of their own.
 _HERE_ALONE: Final = {
     "content-security-policy": "default-src 'self'; script-src 'self' 'unsafe-inline'; "
@@ -36,7 +41,7 @@ def install(api: FastAPI, guarded: bool) -> None:
             title=f"{api.title}: try it",
             swagger_js_url=f"{root}{_ASSETS}/swagger-ui-bundle.js",
             swagger_css_url=f"{root}{_ASSETS}/swagger-ui.css",
-            swagger_favicon_url=f"{root}{_ASSETS}/favicon.png",
+            swagger_favicon_url=f"{root}/favicon.ico",
         )
         page.headers.update(_HERE_ALONE)
         return page
@@ -47,12 +52,16 @@ def install(api: FastAPI, guarded: bool) -> None:
             openapi_url=f"{root}/openapi.json",
             title=f"{api.title}: reference",
             redoc_js_url=f"{root}{_ASSETS}/redoc.standalone.js",
-            redoc_favicon_url=f"{root}{_ASSETS}/favicon.png",
+            redoc_favicon_url=f"{root}/favicon.ico",
             with_google_fonts=False,
         )
         page.headers.update(_HERE_ALONE)
         return page
 
-    for path, handler in {"/docs": docs, "/redoc": redoc, **dict.fromkeys(documents, document)}.items():
+    async def favicon(_: Request) -> Response:
+        return Response(LOGO, media_type="image/svg+xml", headers={"cache-control": "max-age=86400"})
+
+    pages = {"/docs": docs, "/redoc": redoc, "/favicon.ico": favicon}
+    for path, handler in {**pages, **dict.fromkeys(documents, document)}.items():
         api.add_api_route(path, handler, include_in_schema=False)
     api.mount(_ASSETS, StaticFiles(packages=[("fastapi_offline", "static")]))
