@@ -407,8 +407,3 @@ def _on_grid(
     present = np.zeros((len(series), n_steps), dtype=np.bool_)
     grid[which, at], present[which, at] = values, True
     return Grid(tuple(map(str, series)), pd.date_range(first, periods=n_steps, freq=step), grid, present)
-
-
-def known_ahead(features: Mapping[str, slice], config: TableConfig) -> list[int]:
-    """Columns of `x` that are known for times to come: the calendar."""
-    return [features[name].start for name, _, column in feature_columns(config) if column is None]
