@@ -6,7 +6,7 @@ class that stands in the label column.
 """
 
 import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime
 from difflib import get_close_matches
