@@ -542,3 +542,22 @@ def test_an_answer_whose_version_is_gone_says_that_it_has_no_names(tmp_path: Pat
             assert socket.call("step", "a", inputs=record, seq=2)["outputs"] == second["outputs"]
         kept = answered(http.post(f"{at}/step", json={"inputs": [1, 2, 3], "seq": 1}))
         assert kept["outputs"] == list(first["outputs"]["probabilities"].values())
+
+
+def test_a_version_that_is_loaded_again_changed_answers_by_its_names(tmp_path: Path) -> None:
+    """Retired, replaced by one whose names are the other way round, loaded: the number alone says nothing."""
+    publish(tmp_path, 1, "lstm")
+    record = {"u": 1.0, "v": 2.0, "w": 3.0}
+    with (
+        running(store="memory://", models=tmp_path, repository_poll_s=0) as server,
+        httpx.Client(base_url=server.url, timeout=20) as http,
+    ):
+        version, at = "/v1/models/m/versions/1", "/v1/models/m/sessions"
+        assert list(answered(http.post(f"{at}/a/step", json={"inputs": record}))["outputs"]) == ["u", "v"]
+        assert http.delete(f"{version}?force=true").status_code == 200
+        shutil.rmtree(tmp_path / "m")
+        publish(tmp_path, 1, "lstm", turned)
+        assert http.post(f"{version}/load").status_code == 200
+        named = answered(http.post(f"{at}/b/step", json={"inputs": record}))["outputs"]
+        plain = answered(http.post(f"{at}/c/step", json={"inputs": [2, 1, 3]}))["outputs"]
+        assert named == dict(zip("vu", plain, strict=True))

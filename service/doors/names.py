@@ -161,7 +161,7 @@ class Names:
     def of(self, served: Served) -> Naming:
         """The names of a version."""
         naming = self.known.get(served.version)
-        if naming is None:
+        if naming is None or naming.features.manifest is not served.manifest:  # a version may be loaded again, changed
             naming = self.known[served.version] = Naming(served.manifest)
         return naming
 
