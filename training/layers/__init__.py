@@ -3,11 +3,12 @@
 from .base import Layer
 from .cells import GravesLstm, Gru, Lstm, SimpleRnn
 from .convolution import Conv1D, Conv2D, Pool2D, ToFrames, ToValues
-from .feedforward import Dense, Dropout, Embedding, Identity
+from .feedforward import Activation, Dense, Dropout, Embedding, Identity
 from .pooling import GlobalPooling
 from .recurrent import Recurrent
 from .sequence import DuplicateToTimeSeries, Mask, Reverse
 from .specs import (
+    ActivationSpec,
     BidirectionalSpec,
     CellSpec,
     CnnToRnnSpec,
@@ -51,6 +52,8 @@ def build(placed: Placed) -> Layer:
             return Dense(name, spec, size)
         case TimeDistributedSpec():
             return Dense(name, spec.layer, size)
+        case ActivationSpec():
+            return Activation(name, spec)
         case DropoutSpec():
             return Dropout(name, spec)
         case EmbeddingSpec():

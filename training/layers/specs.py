@@ -123,6 +123,13 @@ class DenseSpec(_Spec):
         return replace(shape, size=self.units, frame=None)
 
 
+class ActivationSpec(_Spec):
+    """An activation alone (DL4J: ActivationLayer)."""
+
+    kind: Literal["activation"]
+    activation: ActivationName
+
+
 class DropoutSpec(_Spec):
     """Zeroes values with probability `p` while training."""
 
@@ -432,6 +439,7 @@ LayerSpec = Annotated[
     | DuplicateToTimeSeriesSpec
     | MaskSpec
     | DenseSpec
+    | ActivationSpec
     | EmbeddingSpec
     | Conv1DSpec
     | Conv2DSpec
