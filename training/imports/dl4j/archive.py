@@ -100,12 +100,3 @@ class Archive:
             raise ManifestError(f"{self.file}: cannot be read ({error.strerror or error})") from error
         except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
             raise ManifestError(f"{self.file}: is no zip, or a damaged one ({error})") from error
-
-
-def is_dl4j(file: Path) -> bool:
-    """Whether a file is a zip with DL4J's configuration in it. Never raises."""
-    try:
-        with zipfile.ZipFile(file) as archive:
-            return CONFIGURATION in archive.namelist()
-    except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError):
-        return False

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from stepcast.errors import ManifestError
 
-from .dialect import Named, named
+from .dialect import named
 from .layers import Reading, Spec, read_layer
 
 MOST_LAYERS: Final = 1000

@@ -64,8 +64,9 @@ def read_layer(layer: Named) -> Reading:
         ManifestError: a class, an activation or a setting that Stepcast has no layer for.
     """
     if (reader := _READERS.get(layer.kind)) is None:
+        known = ", ".join(_READERS)
         raise ManifestError(
-            f"{layer.where}: is {layer.told or None!r}, which Stepcast has no layer for. It reads {', '.join(_READERS)}."
+            f"{layer.where}: is {layer.told or None!r}, which Stepcast has no layer for. It has {known}."
         )
     return reader(layer)
 
