@@ -107,7 +107,7 @@ class Measurement:
         outputs, kept = [], []
         for t in range(x.shape[1]):
             y, states = self.stepper.run(x[:, t : t + 1], present[:, t].astype(np.int32), states)
-            outputs.append(y[:, 0])
+            outputs.append(y[:, 0, : len(self.columns)])
             kept.append(states)
         stacked = {name: np.stack([s[name] for s in kept]) for name in states}
         first = stop - x.shape[1]
@@ -137,7 +137,7 @@ class Measurement:
             x = x.reshape(len(y), 1, n_features)
             x[:, 0, self.columns] = y
             out, states = self.stepper.run(x, lengths, states)
-            y = out[:, 0]
+            y = out[:, 0, : len(self.columns)]
             forecasts.append(y.reshape(n_steps, n_series, -1).transpose(1, 0, 2))
         return forecasts
 
