@@ -45,12 +45,18 @@ class Feature(_Strict):
 
 
 class Output(_Strict):
-    """One output; `mean` and `scale` are undone inside the graph, so that values are in `unit`."""
+    """One output; `mean` and `scale` are undone inside the graph, so that values are in `unit`.
+
+    A model of several horizons has an output for every target at each of them: `target` and `ahead` say which. The one
+    of a single step ahead is named as its target.
+    """
 
     name: Name
     unit: str = ""
     mean: float = 0.0
     scale: float = 1.0
+    target: Name | None = Field(default=None, description="what is forecast, of a model of several horizons")
+    ahead: int | None = Field(default=None, ge=1, description="how many steps ahead of the reading")
 
 
 class Distribution(_Strict):
