@@ -122,6 +122,7 @@ KINDS: dict[str, Kind] = {
             {"kind": "dropout", "p": 0.5},
             GRU,
             {"kind": "mask"},
+            {"kind": "activation", "activation": "softsign"},
             dense(3),
             OUT,
         ]

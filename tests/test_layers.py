@@ -51,6 +51,8 @@ def cases() -> dict[str, tuple[Layers, list[Feature]]]:
     for name in ("hardsigmoid", "softsign", "hardtanh"):
         for cell in ("lstm", "graves_lstm", "gru"):
             found[f"{cell}-gate_{name}"] = [{"kind": cell, "units": 3, "gate_activation": name}, OUT], plain()
+    alone = {"kind": "activation", "activation": "cube"}
+    found["activation"] = [{"kind": "dense", "units": 3}, alone, {"kind": "gru", "units": 3}, OUT], rich()
     for pooling in ("max", "avg", "sum", "pnorm"):
         layer = {"kind": "global_pooling", "pooling": pooling, "p": 3.0}
         found[f"pooling-{pooling}"] = [{"kind": "gru", "units": 4}, layer, {"kind": "dense", "units": 3}, OUT], rich()
