@@ -77,11 +77,11 @@ def _ports(given: Sequence[Any]) -> list[Port]:
 
 def check_signature(manifest: Manifest, session: Session) -> None:
     """Raises ManifestError where a graph has not what its manifest speaks of, or takes anything else."""
-    takes = {manifest.input.name: "float32", **{t.name: t.dtype for t in manifest.constants}}
+    takes = {manifest.input.name: manifest.input.dtype, **{t.name: t.dtype for t in manifest.constants}}
     takes |= {s.input: s.dtype for s in manifest.states}
     if manifest.lengths is not None:
         takes[manifest.lengths] = "int32"
-    gives = {manifest.output.name: "float32", **{s.output: s.dtype for s in manifest.states}}
+    gives = {manifest.output.name: manifest.output.dtype, **{s.output: s.dtype for s in manifest.states}}
     inputs, outputs = session.get_inputs(), session.get_outputs()
     for side, ports, wanted in (("input", inputs, takes), ("output", outputs, gives)):
         found = {port.name: port.dtype for port in _ports(ports)}
