@@ -211,6 +211,11 @@ class Manifest(_Strict):
         return sum(f.width for f in self.features)
 
     @property
+    def row_shape(self) -> tuple[int, ...]:
+        """The shape of one row's step in the graph."""
+        return (self.n_features,) if self.input.shape is None else self.input.shape
+
+    @property
     def n_outputs(self) -> int:
         """O: output values per row and step."""
         return len(self.outputs)

@@ -65,7 +65,7 @@ def step_ports(session: Any, manifest: Manifest, constants: Mapping[str, Array])
     """
     spec, y, states = manifest.input, manifest.output, manifest.states
     many = ROWS if manifest.rows == "many" else 1
-    x = _with_axes(spec.shape or (manifest.n_features,), {spec.batch_axis: many, spec.time_axis: 1})
+    x = _with_axes(manifest.row_shape, {spec.batch_axis: many, spec.time_axis: 1})
     inputs = {spec.name: x, **{s.input: _with_axes(s.shape, {s.batch_axis: many}) for s in states}}
     dtypes = {spec.name: spec.dtype, **{s.input: s.dtype for s in states}}
     with reading(MODEL_FILE):

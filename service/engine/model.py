@@ -201,7 +201,7 @@ class Runtime:
     def _run_graph(self, x: Floats, lengths: Lengths | None, states: Bytes) -> tuple[Floats, Bytes]:
         """One run of model.onnx; of rows of equal length, where it does not mix lengths."""
         spec, rows, steps = self.manifest, *x.shape[:2]
-        shape = spec.input.shape or (spec.n_features,)
+        shape = spec.row_shape
         fed = laid(x.reshape(rows, steps, *shape), self._into).astype(spec.input.dtype, copy=False)
         feeds = {spec.input.name: fed, **self._constants}
         tensors = rows_of(states, self._row)

@@ -33,15 +33,23 @@ class Port(NamedTuple):
 
 
 def open_session(
-    model: Path | bytes, device: str, threads: int = 1, profile: Path | None = None, name: str = "a graph made of it"
+    model: Path | bytes,
+    device: str,
+    threads: int = 1,
+    profile: Path | None = None,
+    name: str = "a graph made of it",
+    quiet: bool = False,
 ) -> Session:
-    """An onnxruntime session of a graph; the arguments are Runtime's, and so are the errors. `name` is of bytes."""
+    """An onnxruntime session of a graph; the arguments are Runtime's, and so are the errors.
+
+    `name` is of bytes. A quiet session does not log what it raises: it is there for trying.
+    """
     name, providers = name if isinstance(model, bytes) else str(model), _providers(device)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.log_severity_level = 3
+    options.log_severity_level = 4 if quiet else 3
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
