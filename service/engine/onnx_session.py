@@ -32,9 +32,11 @@ class Port(NamedTuple):
         return [at for at, size in enumerate(self.shape) if not isinstance(size, int)]
 
 
-def open_session(model: Path | bytes, device: str, threads: int = 1, profile: Path | None = None) -> Session:
-    """An onnxruntime session of a graph; the arguments are Runtime's, and so are the errors."""
-    name, providers = "a graph made of it" if isinstance(model, bytes) else model, _providers(device)
+def open_session(
+    model: Path | bytes, device: str, threads: int = 1, profile: Path | None = None, name: str = "a graph made of it"
+) -> Session:
+    """An onnxruntime session of a graph; the arguments are Runtime's, and so are the errors. `name` is of bytes."""
+    name, providers = name if isinstance(model, bytes) else str(model), _providers(device)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -65,9 +67,9 @@ def _providers(device: str) -> list[Any]:
     return [("CUDAExecutionProvider", {"use_tf32": "0"}), "CPUExecutionProvider"]
 
 
-def signature(path: Path) -> tuple[list[Port], list[Port]]:
-    """Inputs and outputs of a graph; raises ManifestError where onnxruntime cannot load it."""
-    session = open_session(path, "cpu")
+def signature(content: bytes, name: str) -> tuple[list[Port], list[Port]]:
+    """Inputs and outputs of a graph; raises ManifestError with its name where onnxruntime cannot load it."""
+    session = open_session(content, "cpu", name=name)
     return _ports(session.get_inputs()), _ports(session.get_outputs())
 
 
