@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from pydantic import ValidationError
 
@@ -23,11 +23,14 @@ from stepcast.errors import ManifestError
 from stepcast.manifest import MODEL_FILE, Manifest, write_manifest
 
 from ..onnx_session import RUNTIME_VERSION
-from .axes import layout_of
 from .graphs import Graph
+from .plain import plain
 from .proof import record
 from .questions import read_partial
-from .rewrites import Reading, rewritten
+from .rewrites import Reading, Rewrite, rewritten
+
+REWRITES: Final[tuple[Rewrite, ...]] = (plain,)
+"""In this order."""
 
 
 class Imported(NamedTuple):
@@ -45,11 +48,11 @@ def import_onnx(
     `partial` is JSON of manifest fields that are known; they win over guesses. Raises ManifestError where the graph
     cannot be served or can be read in more than one way; the message says which fields would help.
     """
-    reading, done = rewritten(Reading(Graph.load(file), read_partial(partial)))
-    graph, known, roles = reading.graph, reading.known, reading.roles
+    reading, done = rewritten(Reading(Graph.load(file), read_partial(partial)), REWRITES)
+    graph, known = reading.graph, reading.known
     number = version or _next_version(models / name)
-    made = {"task": "regression", "lengths": roles.lengths, "provenance": _provenance(file, done)}
-    fields = {**made, **known, **layout_of(roles, known), "name": name, "version": number}
+    made = {"task": "regression", "lengths": reading.roles.lengths, "provenance": _provenance(file, done)}
+    fields = {**made, **known, **reading.layout, "name": name, "version": number}
     fields["sha256"] = hashlib.sha256(graph.content).hexdigest()
     try:
         manifest = Manifest.model_validate(fields)
