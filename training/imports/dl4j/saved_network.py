@@ -130,12 +130,8 @@ def read_dl4j(file: Path, features: Sequence[Feature] = (), outputs: Sequence[st
 
 def _units(spec: Spec) -> int | None:
     """How many values a layer gives; None if as many as it takes."""
-    inner = spec.get("layer")
-    if isinstance(inner, dict):
-        units = _units(inner)
-        return units * 2 if units is not None and spec.get("mode") == "concat" else units
-    units: int | None = spec.get("units")
-    return units
+    units: int | None = _units(spec["layer"]) if "layer" in spec else spec.get("units")
+    return units * 2 if units is not None and spec.get("mode") == "concat" else units
 
 
 def _scaled(file: Path, features: list[Feature], size: int, scaling: Scaling | None) -> tuple[Feature, ...]:
