@@ -280,6 +280,18 @@ def test_fast_path_equals_the_written_formula(cell: str, lengths: tuple[int, ...
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_peepholes_begin_xavier_uniform_whatever_recurrent_init_says() -> None:
+    """Between -sqrt(6 / 2 H) and sqrt(6 / 2 H), with variance 1 / H, beside recurrent weights that begin at 0."""
+    torch.manual_seed(3)
+    spec = {"kind": "graves_lstm", "units": 400, "recurrent_init": "zero"}
+    layer = network([spec, OUT], plain(1), spread=0.0).layers[0]
+    assert isinstance(layer, GravesLstm)
+    drawn = layer.peephole.detach()
+    assert not layer.weight_hh.any()
+    assert float(drawn.abs().max()) <= (6 / 800) ** 0.5
+    assert float(drawn.square().mean()) == pytest.approx(1 / 400, rel=0.1)
+
+
 def test_peepholes_see_the_old_cell_and_the_new_one() -> None:
     """DL4J's formula, written out in NumPy: i and f with c_{t-1}, o with c_t."""
     layer = network([{"kind": "graves_lstm", "units": 2}, OUT], plain(1)).layers[0]

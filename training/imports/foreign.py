@@ -22,7 +22,7 @@ from ..export import manifest_of, next_version, publish, stage, state_tensors
 from ..golden import ROWS, STEPS
 from ..layers.specs import EmbeddingSpec, LayerSpec
 from ..network import Network
-from ..start import Weights, fill
+from ..weights import Weights, fill
 from ..stepper import Floats, Stepper
 
 _SPECS: TypeAdapter[tuple[LayerSpec, ...]] = TypeAdapter(tuple[LayerSpec, ...])

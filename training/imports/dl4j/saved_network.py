@@ -11,7 +11,7 @@ import torch
 from stepcast.errors import ManifestError
 from stepcast.manifest import Feature, Output
 
-from ...start import Weights
+from ...weights import Weights
 from ..foreign import Foreign
 from .archive import COEFFICIENTS, CONFIGURATION, JAVA_OBJECT, NORMALISER, PREPROCESSOR, Archive
 from .arrays import Stream, read_array
