@@ -22,8 +22,8 @@ from ..export import manifest_of, next_version, publish, stage, state_tensors
 from ..golden import ROWS, STEPS
 from ..layers.specs import EmbeddingSpec, LayerSpec
 from ..network import Network
-from ..weights import Weights, fill
 from ..stepper import Floats, Stepper
+from ..weights import Weights, fill
 
 _SPECS: TypeAdapter[tuple[LayerSpec, ...]] = TypeAdapter(tuple[LayerSpec, ...])
 
