@@ -53,6 +53,7 @@ class TrainingConfig(_Strict):
     epochs: int = Field(default=10, ge=1)
     batch: int = Field(default=32, ge=1, description="rows per update, over all processes together")
     patience: int | None = Field(default=None, ge=1, description="epochs without a better validation loss, then stop")
+    prefetch: int = Field(default=0, ge=0, le=64, description="batches read ahead, in a thread, during an update")
     threads: int | None = Field(default=None, ge=1, description="CPU threads; small networks are fastest with one")
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     precision: Literal["float32", "bfloat16", "float16"] = "float32"

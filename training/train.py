@@ -16,6 +16,7 @@ from .check import check_labels
 from .checkpoint import LAST_FILE, fitting, load_checkpoint, save_checkpoint
 from .config import TrainingConfig
 from .data.batch import Batch, check_lanes
+from .data.prefetch import prefetched
 from .data.source import Source, Split
 from .layers.base import State
 from .network import Network, detached, restarted, rows_of_state
@@ -176,7 +177,7 @@ class Trainer:
     def _batches(self, split: Split, epoch: int) -> Iterator[tuple[Batch, int]]:
         """This process's rows of each batch, ready to run, and how many rows all processes have of it."""
         reader = self.network.reads_tokens
-        for batch in self.source.batches(split, epoch):
+        for batch in prefetched(self.source.batches(split, epoch), self.config.prefetch):
             if reader:  # before rows are shared out, so that all processes stop, not one
                 check_tokens(batch, vocabulary=reader.vocabulary, feature=self.source.features[0])
             mine = to_device(self.world.share(batch), self.world.device)
