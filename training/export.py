@@ -7,6 +7,7 @@ whoever likes measures the staged model; `publish` adds the manifest and moves t
 import datetime
 import importlib.metadata
 import os
+import platform
 import shutil
 import tempfile
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import torch
 
 from stepcast.errors import ManifestError
 from stepcast.manifest import (
@@ -127,11 +129,22 @@ def manifest_of(
         feedback=source.feedback if network.streaming else (),
         provenance=Provenance(
             libraries={library: importlib.metadata.version(library) for library in LIBRARIES},
+            environment=environment(),
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             **provenance,
         ),
         sha256=sha256,
     )
+
+
+def environment() -> dict[str, str]:
+    """Where this runs."""
+    return {
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "processor": f"{platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+    }
 
 
 def state_tensors(network: Network) -> tuple[StateTensor, ...]:

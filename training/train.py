@@ -1,5 +1,6 @@
 """The training loop: carry the state, cut the gradient, masked loss, clip, step, validate."""
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -37,6 +38,20 @@ class History:
     best: float = float("inf")
     best_epoch: int = -1
     losses: list[tuple[float, float]] = field(default_factory=list)  # training, validation
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the manifest: how the loss went, to six digits; None where it is not finite."""
+        training, validation = ([_rounded(pair[side]) for pair in self.losses] for side in (0, 1))
+        return {
+            "updates": self.updates,
+            "best_epoch": self.best_epoch + 1,
+            "loss": training,
+            "validation_loss": validation,
+        }
+
+
+def _rounded(loss: float) -> float | None:
+    return float(f"{loss:.6g}") if math.isfinite(loss) else None
 
 
 class Objective(nn.Module):
