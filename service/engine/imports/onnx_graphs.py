@@ -24,12 +24,14 @@ from stepcast.manifest import MODEL_FILE, Manifest, write_manifest
 
 from ..onnx_session import RUNTIME_VERSION
 from .graphs import Graph
+from .lifting import lift
+from .newer import older
 from .plain import plain
 from .proof import record
 from .questions import read_partial
 from .rewrites import Reading, Rewrite, rewritten
 
-REWRITES: Final[tuple[Rewrite, ...]] = (plain,)
+REWRITES: Final[tuple[Rewrite, ...]] = (older, plain, lift)
 """In this order."""
 
 
