@@ -5,6 +5,7 @@ from functools import cached_property
 from typing import Any, Final, NamedTuple, TypeAlias
 
 from .graphs import Graph
+from .questions import joined
 from .roles import Roles, roles_of
 
 
@@ -46,11 +47,6 @@ def rewritten(reading: Reading) -> tuple[Reading, list[str]]:
     for rewrite in REWRITES:
         made = rewrite(reading)
         if made is not None:
-            reading = Reading(reading.graph.rewritten(made.model), _joined(reading.known, made.fields))
+            reading = Reading(reading.graph.rewritten(made.model), joined(reading.known, made.fields))
             done.append(made.done)
     return reading, done
-
-
-def _joined(known: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
-    lists = {name: [*known.get(name, ()), *fields[name]] for name in ("states", "constants") if name in fields}
-    return {**known, **fields, **lists}
