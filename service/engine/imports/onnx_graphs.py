@@ -9,14 +9,13 @@ lies), proof.py (whether that is true).
 """
 
 import hashlib
-import math
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from pydantic import ValidationError
 
@@ -24,12 +23,15 @@ from stepcast.errors import ManifestError
 from stepcast.manifest import MODEL_FILE, Manifest, write_manifest
 
 from ..onnx_session import RUNTIME_VERSION
-from .axes import layout_of
 from .graphs import Graph
+from .plain import plain
 from .proof import record
-from .questions import OpenQuestions, Question, joined, read_partial
-from .rewrites import Reading, rewritten
-from .roles import pairing_question
+from .questions import OpenQuestions, joined, read_partial
+from .reading import Reading
+from .rewrites import Rewrite, rewritten
+
+REWRITES: Final[tuple[Rewrite, ...]] = (plain,)
+"""In this order."""
 
 
 class Imported(NamedTuple):
@@ -57,88 +59,46 @@ def import_onnx(
         OpenQuestions: the graph does not say what some of its tensors are; all questions at once.
         ManifestError: the graph cannot be served.
     """
-    reading, done = rewritten(Reading(Graph.load(file), joined(read_partial(partial), answers or {})))
+    reading = Reading(Graph.load(file), joined(read_partial(partial), answers or {}))
     target = models / name / str(version or _next_version(models / name))
     if target.exists():
         raise ManifestError(f"{target} exists. Take another --version.")
-    made = {"name": name, "version": int(target.name), "provenance": _provenance(file, done)}
     with tempfile.TemporaryDirectory(prefix="stepcast-import-") as outside:
-        staged, manifest = _proved(Path(outside), reading, made)
+        pairings = reading.pairings()
+        proved, refused = [], []
+        for number, paired in enumerate(pairings):
+            try:
+                proved.append(_proved(Path(outside) / str(number), paired, target))
+            except OpenQuestions:
+                raise
+            except ManifestError as error:
+                refused.append(error)
+        if not proved:
+            raise refused[0]
+        staged, manifest = proved[0]
+        if len(pairings) > 1 and (len(proved) > 1 or manifest.input.time_axis is None):  # single steps prove no pairing
+            raise reading.asking([reading.roles.pairing])
         _publish(staged, target)
     return Imported(target, manifest)
 
 
-def _proved(folder: Path, reading: Reading, made: Mapping[str, Any]) -> tuple[Path, Manifest]:
-    """The model's files in a folder below this one, and its manifest, by the one reading that proves itself."""
-    roles = reading.roles
-    questions = list(roles.questions)
-    try:
-        layouts = [layout_of(roles._replace(states=states), reading.known) for states in (roles.states, *roles.others)]
-    except ManifestError as error:
-        if not questions:
-            raise
-        questions.append(Question(str(error), [], {}))
-        layouts = []
-    if roles.others and layouts and layouts[0]["input"].get("time_axis") is None:  # single steps prove no pairing
-        questions.append(pairing_question([(state.input, state.output) for state in roles.states]))
-    if questions:
-        raise OpenQuestions(reading.graph.file, questions, _draft(reading, questions))
-    proved, refused = [], []
-    for number, layout in enumerate(layouts):
-        try:
-            proved.append(_tried(folder / str(number), reading, {**made, **layout}))
-        except ManifestError as error:
-            refused.append(error)
-    if not proved:
-        raise refused[0]
-    if len(proved) > 1:
-        questions = [pairing_question([(state.input, state.output) for state in roles.states])]
-        raise OpenQuestions(reading.graph.file, questions, _draft(reading, questions))
-    return proved[0]
-
-
-def _tried(folder: Path, reading: Reading, made: Mapping[str, Any]) -> tuple[Path, Manifest]:
-    """The model's files in this folder, proved; raises ManifestError where this reading is wrong."""
-    graph, known, roles = reading.graph, reading.known, reading.roles
-    fields = {"task": "regression", "lengths": roles.lengths, **known, **made}
-    fields["provenance"] = known.get("provenance", made["provenance"])
-    fields["constants"] = _completed(known.get("constants", ()), graph)
-    fields["sha256"] = hashlib.sha256(graph.content).hexdigest()
+def _proved(folder: Path, reading: Reading, target: Path) -> tuple[Path, Manifest]:
+    """Write the model's files into this folder; raises ManifestError if the graph does not answer as it is read."""
+    file = reading.graph.file
+    reading, done = rewritten(reading, REWRITES)
+    made = {"task": "regression", "lengths": reading.roles.lengths, "provenance": _provenance(file, done)}
+    fields = {**made, **reading.known, **reading.layout, "name": target.parent.name, "version": int(target.name)}
+    fields["sha256"] = hashlib.sha256(reading.graph.content).hexdigest()
     try:
         manifest = Manifest.model_validate(fields)
     except ValidationError as error:
         lines = "; ".join(f"$.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise ManifestError(f"{graph.file}: the manifest would be wrong: {lines}") from error
+        raise ManifestError(f"{file}: the manifest would be wrong: {lines}") from error
     folder.mkdir()
-    (folder / MODEL_FILE).write_bytes(graph.content)
+    (folder / MODEL_FILE).write_bytes(reading.graph.content)
     write_manifest(folder, manifest)
     record(folder)
     return folder, manifest
-
-
-def _completed(constants: Sequence[Mapping[str, Any]], graph: Graph) -> list[dict[str, Any]]:
-    """Constants with the type and shape that the graph says; one value stands for all."""
-    ports = {port.name: port for port in graph.ports[0]}
-    made = []
-    for constant in constants:
-        port = ports[constant["name"]]
-        shape = constant.get("shape", [size if isinstance(size, int) else 1 for size in port.shape])
-        values = constant.get("values") or ()
-        if len(values) == 1:
-            values = values * math.prod(shape)
-        made.append({"dtype": port.dtype, "shape": shape, **constant, "values": values})
-    return made
-
-
-def _draft(reading: Reading, questions: Sequence[Question]) -> dict[str, Any]:
-    """A partial manifest with what is known, what was read, and the likeliest answers."""
-    roles = reading.roles
-    read: dict[str, Any] = {"input": {"name": roles.input.name}, "output": {"name": roles.output.name}}
-    states = [{**state.known, "input": state.input.name, "output": state.output.name} for state in roles.states]
-    draft = joined(read, reading.known) | {"states": states}
-    for question in questions:
-        draft = joined(draft, {name: value for name, value in question.fields.items() if name != "states"})
-    return draft
 
 
 def _next_version(versions: Path) -> int:

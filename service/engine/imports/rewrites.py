@@ -1,24 +1,10 @@
 """Rewrites of a graph before it is described: each makes a graph that answers the same and can be served better."""
 
-from collections.abc import Callable, Mapping
-from functools import cached_property
-from typing import Any, Final, NamedTuple, TypeAlias
+from collections.abc import Callable, Container, Iterable, Mapping
+from typing import Any, NamedTuple, TypeAlias
 
-from .graphs import Graph
 from .questions import joined
-from .roles import Roles, roles_of
-
-
-class Reading:
-    """A graph with what is known of it, as a rewrite is given them. `roles` are read when first asked for."""
-
-    def __init__(self, graph: Graph, known: Mapping[str, Any]) -> None:
-        self.graph, self.known = graph, known
-
-    @cached_property
-    def roles(self) -> Roles:
-        """What each tensor is, by the likeliest reading."""
-        return roles_of(self.graph, self.known)
+from .reading import Reading
 
 
 class Rewritten(NamedTuple):
@@ -37,16 +23,25 @@ class Rewritten(NamedTuple):
 
 Rewrite: TypeAlias = Callable[[Reading], Rewritten | None]
 
-REWRITES: Final[tuple[Rewrite, ...]] = ()
-"""In this order. Each is given a reading of the graph that those before it left; None: there is nothing to do."""
 
+def rewritten(reading: Reading, rewrites: Iterable[Rewrite]) -> tuple[Reading, list[str]]:
+    """The reading of a graph after these rewrites, in order, and what each of them did.
 
-def rewritten(reading: Reading) -> tuple[Reading, list[str]]:
-    """The reading of a graph after all rewrites, and what each of them did."""
+    Each is given a reading of the graph that those before it left; it gives None if there is nothing to do.
+    """
     done: list[str] = []
-    for rewrite in REWRITES:
+    for rewrite in rewrites:
         made = rewrite(reading)
         if made is not None:
-            reading = Reading(reading.graph.rewritten(made.model), joined(reading.known, made.fields))
+            graph = reading.graph.rewritten(made.model)
+            known = joined(reading.known, made.fields)
+            reading = Reading(graph, _remaining(known, {port.name for port in graph.ports[0]}))
             done.append(made.done)
     return reading, done
+
+
+def _remaining(known: dict[str, Any], inputs: Container[str]) -> dict[str, Any]:
+    """What is known of inputs that are still there."""
+    keys = {"states": "input", "constants": "name"}
+    lists = {name: [e for e in known[name] if e[key] in inputs] for name, key in keys.items() if name in known}
+    return {**known, **lists}

@@ -56,6 +56,12 @@ class Roles(NamedTuple):
     questions: Sequence[Question] = ()
     others: Sequence[list[StatePorts]] = ()
 
+    @property
+    def pairing(self) -> Question:
+        """Asks how those states go on that the other readings pair differently."""
+        open_pairs = [(s.input, s.output) for s in self.states if not all(s in other for other in self.others)]
+        return _pairing_question(open_pairs)
+
 
 def roles_of(graph: Graph, known: Mapping[str, Any]) -> Roles:
     """Find out what each tensor of a graph is; `known` are fields of a manifest, which win over guesses.
@@ -270,7 +276,7 @@ class _Roles:
             if rest:
                 pairs.append((port, rest[0]))
         if pairs:
-            self.questions.append(pairing_question(pairs))
+            self.questions.append(_pairing_question(pairs))
         return pairs
 
     def _ask_for_the_rest(self) -> None:
@@ -285,15 +291,6 @@ class _Roles:
             self.questions.append(Question(text, [answer], {"constants": [fields]}))
 
 
-def pairing_question(pairs: Pairs) -> Question:
-    """Asks how states go on, of which nothing says more than their order."""
-    inputs, outputs = (", ".join(str(pair[at]) for pair in pairs) for at in (0, 1))
-    text = f"which output continues which of the inputs {inputs}? Nothing tells apart {outputs}."
-    options = [f"--state {port.name}:{result.name}" for port, result in pairs]
-    fields = [{"input": port.name, "output": result.name} for port, result in pairs]
-    return Question(text, options, {"states": fields})
-
-
 def _is_array(port: Port) -> bool:
     """Whether it can have rows."""
     return bool(port.shape) and port.dtype in ITEM_BYTES
@@ -305,3 +302,12 @@ def _fits(port: Port, result: Port) -> bool:
         return False
     fixed = (pair for pair in zip(port.shape, result.shape, strict=True) if all(isinstance(size, int) for size in pair))
     return all(a == b for a, b in fixed)
+
+
+def _pairing_question(pairs: Pairs) -> Question:
+    """Asks how states go on, of which nothing says more than their order."""
+    inputs, outputs = (", ".join(str(pair[at]) for pair in pairs) for at in (0, 1))
+    text = f"which output continues which of the inputs {inputs}? Nothing tells apart {outputs}."
+    options = [f"--state {port.name}:{result.name}" for port, result in pairs]
+    fields = [{"input": port.name, "output": result.name} for port, result in pairs]
+    return Question(text, options, {"states": fields})
