@@ -97,7 +97,11 @@ def _proved(folder: Path, reading: Reading, target: Path) -> tuple[Path, Manifes
     folder.mkdir()
     (folder / MODEL_FILE).write_bytes(reading.graph.content)
     write_manifest(folder, manifest)
-    record(folder)
+    try:
+        record(folder)
+    except ManifestError as error:  # the folder means nothing to the user, and is soon gone
+        text = str(error).replace(str(folder / MODEL_FILE), str(file)).replace(str(folder), str(file))
+        raise ManifestError(text) from error
     return folder, manifest
 
 
