@@ -568,7 +568,7 @@ def test_a_zip_that_is_no_good_ends_in_one_line(what: str, tmp_path: Path, capsy
 def test_other_files_are_no_zips_of_dl4j(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A directory, an absent file, text, and a zip of something else."""
     (tmp_path / "text").write_text("PK")
-    for name, says in (("", "cannot be read"), ("none", "No such file"), ("text", "is no zip")):
+    for name, says in (("", "is a directory"), ("none", "no such file"), ("text", "is no zip")):
         assert main(["import", "dl4j", str(tmp_path / name), "--name", "n", "--models", str(tmp_path / "m")]) == 1
         assert says in capsys.readouterr().err
     other = raw(something__txt=b"x")(tmp_path / "other.zip")
