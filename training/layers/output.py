@@ -1,6 +1,6 @@
 """The last layer of every network: from hidden values to answers in the caller's units, and the loss on the way."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -12,7 +12,8 @@ from ..activations import ACTIVATIONS, write_activation
 from ..graph import Graph
 from ..losses import TAKES, Loss
 from .feedforward import write_linear
-from .specs import IllegalStack, RnnLossSpec, RnnOutputSpec
+from .spec import IllegalStack
+from .specs import RnnLossSpec, RnnOutputSpec
 from .weights import initialise
 
 
@@ -69,6 +70,15 @@ class Head(nn.Module):
             y = y * self.scale + self.mean
         return y if base is None else y + base
 
+    @property
+    def parts(self) -> int | Tensor:
+        """By how many the sum over a step's outputs is divided; see `Loss.parts`."""
+        return self.loss.parts(len(self.mean))
+
+    def tasks(self) -> Iterator[tuple["Head", list[int]]]:
+        """Each output layer, and the places of its outputs among the data's."""
+        yield self, list(range(len(self.mean)))
+
     def losses(self, z: Tensor, base: Tensor | None, y: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Sum and count of the losses of labels in the caller's units; see `Loss`."""
         total, count = self.loss(z, self.target(base, y), mask)
@@ -79,7 +89,7 @@ class Head(nn.Module):
         target = y if base is None else y - base
         return target if self.identity_scale else (target - self.mean) / self.scale
 
-    def write(self, graph: Graph, hidden: str, observed: str) -> str:
+    def write(self, graph: Graph, observed: str, hidden: str) -> str:
         """Add this layer to a graph: the answer's name."""
         z = hidden if self.linear is None else write_linear(graph, self.linear, hidden)
         y = write_activation(graph, self.activation, z)
