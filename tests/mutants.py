@@ -361,10 +361,10 @@ CATALOGUE: dict[tuple[str, tuple[str, ...]], list[tuple[str, ...]]] = {
     ("layers/output.py", HEAD): [
         ("y = y * self.scale + self.mean", "y = (y + self.mean) * self.scale"),
         ("target = y if base is None else y - base", "target = y if base is None else y + base"),
-        ("(target - self.mean) / self.scale", "target / self.scale - self.mean"),
+        ("(target - self.mean[points]) / self.scale[points]", "target / self.scale[points] - self.mean[points]"),
         ("return y if base is None else y + base", "return y"),
         ("* self.base_scale + self.base_mean if", "* self.base_scale if"),
-        ("nn.init.zeros_(self.linear.bias)", "nn.init.ones_(self.linear.bias)"),
+        ("if distribution else (0.0,))", "if distribution else (1.0,))"),
     ],
     ("layers/pooling.py", LAYERS): [
         ("total / count.clamp(min=1.0), after", "total / valid.shape[1], after"),
@@ -412,7 +412,7 @@ CATALOGUE: dict[tuple[str, tuple[str, ...]], list[tuple[str, ...]]] = {
     ("layers/tasks.py", GRAPHS): [
         ("return torch.stack(sums) * self.weights", "return torch.stack(sums)"),
         ("return torch.cat(answers, dim=-1)[..., self.order]", "return torch.cat(answers, dim=-1)"),
-        ("return torch.cat(filled, dim=-1)[..., self.order]", "return torch.cat(filled, dim=-1)"),
+        ("            start = stop\n", ""),
         ("seen = mask[..., places] if", "seen = mask[..., : len(places)] if"),
         ("head.losses(part, own, y[..., places], seen)", "head.losses(part, own, y[..., : len(places)], seen)"),
     ],

@@ -268,6 +268,33 @@ def test_residual_of_one_layer_leaves_the_others_alone() -> None:
     assert net(torch.tensor([[[3.0, 4.0], [5.0, 6.0]]]))[0].tolist() == [[[4.0, 7.0], [6.0, 7.0]]]
 
 
+def test_quantiles_of_several_layers_stand_behind_all_point_forecasts() -> None:
+    """In the graph's outputs, in the manifest's words, and in the answers; a loss per layer."""
+    quantiles = {"distribution": {"kind": "quantile", "levels": [0.1, 0.5, 0.9]}}
+    layers = [LSTM, {**OUT, "outputs": ["y2", "y0"], **quantiles}, {**OUT, "outputs": ["y1"], **quantiles}]
+    source = echo(outputs=3)
+    net = network(layers, source.features, outputs=3)
+    assert [output.name for output in net.head.outputs] == [
+        *("y0", "y1", "y2", "y2@0.1", "y0@0.1", "y2@0.9", "y0@0.9", "y1@0.1", "y1@0.9")
+    ]
+    described = net.head.described
+    assert described is not None
+    assert described.targets == {f"y{i}": (f"y{i}@0.1", f"y{i}", f"y{i}@0.9") for i in (2, 0, 1)}
+    x, y = torch.randn(2, 4, 2), torch.randn(2, 4, 3)
+    answer, _ = net(x)
+    low, median, high = answer[..., [4, 7, 3]], answer[..., :3], answer[..., [6, 8, 5]]
+    assert ((low < median) & (median < high)).all()
+    z, base, _ = net.train_pass(x, None, net.initial_state(2))
+    total, count = net.head.losses(z, base, y, None)
+    over = y[..., None] - torch.stack([low, median, high], dim=-1)  # (B, T, K, P)
+    levels = torch.tensor([0.1, 0.5, 0.9])
+    pinball = torch.maximum(levels * over, (levels - 1) * over).mean(dim=-1)
+    torch.testing.assert_close(total, torch.stack([pinball[..., [0, 2]].sum(), pinball[..., 1].sum()]))
+    assert count.tolist() == [16, 8]
+    with pytest.raises(ConfigError, match=r"network\[2\]\.distribution: it and 'rnn_output_0' have other"):
+        Network.of(layer_specs([*layers[:2], {**OUT, "outputs": ["y1"]}]), source)
+
+
 def test_change_needs_every_output_layer_to_be_residual(tmp_path: Path) -> None:
     """With the place of the one that is not."""
     table = {"kind": "table", "path": "a.csv", "time": "t", "every": "1h", "columns": {"a": {"target": True}}}

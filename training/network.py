@@ -202,8 +202,7 @@ class Network(nn.Module):
             for key, shape in self.states().get(layer.name, {}).items():
                 graph.output(after[key], f"{layer.name}.{key}.out", ["B", *shape])
         hidden = (self._written(graph, end.name, values) for end in self._ends)
-        answers = self.head.write(graph, values[INPUT], *hidden)
-        graph.output(answers, "y", ["B", "T", sum(len(places) for _, places in self.head.tasks())])
+        graph.output(self.head.write(graph, values[INPUT], *hidden), "y", ["B", "T", len(self.head.outputs)])
 
     def _written(self, graph: Graph, name: str, values: Mapping[str, str]) -> str:
         """`_input` in ONNX."""

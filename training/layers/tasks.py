@@ -3,11 +3,10 @@
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stepcast.manifest import Feature, Output
+from stepcast.manifest import Distribution, Feature, Output
 
 from ..graph import Graph
 from .output import Head
@@ -19,13 +18,18 @@ from .stack import IllegalLayer, Placed
 class Tasks(nn.Module):
     """Output layers side by side; for the trainer what one `Head` is.
 
-    Values before the activation stand in the order of the output layers, answers in that of the data's outputs. Sums
-    and counts of losses are vectors with a place for each layer: their means are added up, each times its weight.
+    Raw values, and what answers are relative to, stand in the order of the output layers. Answers stand in that of the
+    data's outputs, all point forecasts first. Sums and counts of losses are vectors with a place for each layer: their
+    means are added up, each times its weight.
 
     Args:
         heads: The output layers.
-        places: For each of them the places of its outputs among the data's.
+        places: For each of them the places of its targets among the data's outputs.
         weights: What each loss is multiplied with.
+
+    Attributes:
+        outputs: Of the graph.
+        described: The distribution in words of the manifest, None without one.
     """
 
     weights: Tensor
@@ -36,7 +40,11 @@ class Tasks(nn.Module):
         self.heads = nn.ModuleList(heads)
         self.places = [list(some) for some in places]
         self.register_buffer("weights", torch.tensor(weights), persistent=False)
-        self.register_buffer("order", torch.tensor(np.argsort(np.concatenate(self.places))), persistent=False)
+        order = _points_first(heads, self.places)
+        self.register_buffer("order", torch.tensor(order), persistent=False)
+        side_by_side = [output for head in heads for output in head.outputs]
+        self.outputs = tuple(side_by_side[at] for at in order)
+        self.described = _all_described(heads)
 
     def tasks(self) -> Iterator[tuple[Head, list[int]]]:
         """See `Head.tasks`."""
@@ -48,7 +56,7 @@ class Tasks(nn.Module):
         return torch.tensor([head.parts for head, _ in self.tasks()], device=self.weights.device)
 
     def forward(self, *hidden: Tensor) -> Tensor:
-        """What each output layer reads (B, T, F) to its values before the activation, side by side."""
+        """What each output layer reads, (B, T, F), to the raw values of all, (B, T, R)."""
         return torch.cat([head(h) for (head, _), h in zip(self.tasks(), hidden, strict=True)], dim=-1)
 
     def base(self, observed: Tensor) -> Tensor | None:
@@ -57,10 +65,10 @@ class Tasks(nn.Module):
         if all(base is None for base in bases):
             return None
         filled = [
-            observed.new_zeros(*observed.shape[:2], len(places)) if base is None else base
-            for base, places in zip(bases, self.places, strict=True)
+            observed.new_zeros(*observed.shape[:2], len(head.outputs)) if base is None else base
+            for base, (head, _) in zip(bases, self.tasks(), strict=True)
         ]
-        return torch.cat(filled, dim=-1)[..., self.order]
+        return torch.cat(filled, dim=-1)
 
     def answer(self, z: Tensor, base: Tensor | None) -> Tensor:
         """See `Head.answer`."""
@@ -79,14 +87,38 @@ class Tasks(nn.Module):
 
     def _each(self, z: Tensor, base: Tensor | None) -> Iterator[tuple[Head, Tensor, Tensor | None, list[int]]]:
         """Each output layer with its part of `z` and of `base`."""
-        parts = torch.split(z, [len(places) for places in self.places], dim=-1)
+        start = 0
+        parts = torch.split(z, [head.raw for head, _ in self.tasks()], dim=-1)
         for (head, places), part in zip(self.tasks(), parts, strict=True):
-            yield head, part, None if base is None else base[..., places], places
+            stop = start + len(head.outputs)
+            yield head, part, None if base is None else base[..., start:stop], places
+            start = stop
 
     def write(self, graph: Graph, observed: str, *hidden: str) -> str:
         """Add the output layers to a graph: the name of all answers."""
         answers = [head.write(graph, observed, h) for (head, _), h in zip(self.tasks(), hidden, strict=True)]
         return graph.add("Gather", graph.add("Concat", *answers, axis=-1), graph.ints(*self.order.tolist()), axis=2)
+
+
+def _points_first(heads: Sequence[Head], places: Sequence[Sequence[int]]) -> list[int]:
+    """The order of all layers' outputs: the point forecasts as the data has them, then all others."""
+    points: dict[int, int] = {}
+    others: list[int] = []
+    start = 0
+    for head, own in zip(heads, places, strict=True):
+        points |= {place: start + number for number, place in enumerate(own)}
+        others += range(start + head.targets, start + len(head.outputs))
+        start += len(head.outputs)
+    return [points[place] for place in sorted(points)] + others
+
+
+def _all_described(heads: Sequence[Head]) -> Distribution | None:
+    """The distributions of all layers as the one that a manifest has; see `heads_of` for what they have in common."""
+    described = [head.described for head in heads if head.described is not None]
+    if not described:
+        return None
+    targets = {name: outputs for one in described for name, outputs in one.targets.items()}
+    return described[0].model_copy(update={"targets": targets})
 
 
 def heads_of(
@@ -117,6 +149,11 @@ def heads_of(
         weights.append(spec.weight)
     if left := sorted(set(names) - {names[at] for own in places for at in own}):
         raise IllegalLayer(ends[-1].index, f"no output layer answers {', '.join(map(repr, left))}", "outputs")
+    kinds = [one.model_dump(exclude={"targets"}) if (one := head.described) else None for head in heads]
+    for end, kind in zip(ends, kinds, strict=True):
+        if kind != kinds[0]:
+            message = f"it and {ends[0].name!r} have other distributions. Give all output layers one, or none."
+            raise IllegalLayer(end.index, message, "distribution")
     if classification and len(ends) > 1:
         raise IllegalLayer(ends[1].index, "each step has one class, which one output layer has to tell from all others")
     if len(heads) == 1 and weights == [1.0] and places[0] == list(range(len(names))):
