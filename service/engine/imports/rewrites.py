@@ -20,6 +20,13 @@ class Reading:
         """What each tensor is, by the likeliest reading."""
         return roles_of(self.graph, self.known)
 
+    def settled(self) -> dict[str, Any]:
+        """What is known, with the roles that were found: a graph that is made of this one is read in the same way."""
+        roles, known = self.roles, self.known
+        main = {side: {**known.get(side, {}), "name": getattr(roles, side).name} for side in ("input", "output")}
+        states = [{**known, "input": port.name, "output": result.name} for port, result, known in roles.states]
+        return {**known, **main, "lengths": roles.lengths, "states": states}
+
     @cached_property
     def found(self) -> Found:
         """How the tensors lie, by trying."""
