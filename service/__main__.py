@@ -22,6 +22,7 @@ from .app import create_app
 from .doors.http.connection import HttpConnection
 from .doors.keys import ROLES, new_key
 from .doors.websocket.connection import WebSocketConnection
+from .engine.batch_invariance import try_batches
 from .engine.golden import placements
 from .engine.model import Runtime
 from .settings import PREFIX, Settings
@@ -110,10 +111,13 @@ def check(arguments: argparse.Namespace) -> int:
         runtime = Runtime(arguments.directory, device=arguments.device, profile=Path(folder) / "profile")
         proof = runtime.prove()
         places = placements(runtime.end_profile())
+    runtime.quicken()
     manifest = runtime.manifest
     print(f"{manifest.name} version {manifest.version}: fingerprint {manifest.fingerprint}, on {runtime.device}")
     print(f"golden.npz: {proof.rows} rows of {proof.steps} steps, outputs within {proof.output_error:.2e}, ", end="")
     print(f"states within {proof.state_error:.2e}, " + ("also step by step" if proof.stepped else "one call only"))
+    found = try_batches(runtime, Settings.model_fields["batch_rows"].default)
+    print(f"on this machine {found}")
     for node, provider in places.items():
         print(f"{node}: {provider}")
     return 0

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -44,12 +45,39 @@ class Feature(_Strict):
 
 
 class Output(_Strict):
-    """One output; `mean` and `scale` are undone inside the graph, so that values are in `unit`."""
+    """One output; `mean` and `scale` are undone inside the graph, so that values are in `unit`.
+
+    A model of several horizons has an output for every target at each of them: `target` and `ahead` say which. The one
+    of a single step ahead is named as its target.
+    """
 
     name: Name
     unit: str = ""
     mean: float = 0.0
     scale: float = 1.0
+    target: Name | None = Field(default=None, description="what is forecast, of a model of several horizons")
+    ahead: int | None = Field(default=None, ge=1, description="how many steps ahead of the reading")
+
+
+class Distribution(_Strict):
+    """Which outputs describe the distribution of which target.
+
+    A target's point forecast is the output that has the target's name. `targets` lists the outputs that hold its
+    parameters, in the caller's units and in the order of the kind: a quantile for each of `levels`.
+    """
+
+    kind: Literal["quantile"]
+    levels: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(default=(), description="of quantiles, ascending")
+    targets: dict[Name, tuple[Name, ...]] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if any(low >= high for low, high in pairwise(self.levels)):
+            raise ValueError(f"levels {list(self.levels)} do not ascend")
+        for target, names in self.targets.items():
+            if len(names) != len(self.levels) or not names:
+                raise ValueError(f"targets.{target} names {len(names)} outputs, there are {len(self.levels)} levels")
+        return self
 
 
 class StateTensor(_Strict):
@@ -158,6 +186,7 @@ class Manifest(_Strict):
     outputs: tuple[Output, ...] = Field(min_length=1)
     task: Literal["regression", "classification"]
     classes: tuple[str, ...] | None = None
+    distribution: Distribution | None = Field(default=None, description="None: outputs are point forecasts")
     readout: Literal["each", "last"] = Field(
         default="each", description="last: trained many-to-one, the answer is the output at the last valid step"
     )
@@ -186,16 +215,8 @@ class Manifest(_Strict):
             raise ValueError("'classes' belongs to task 'classification', and only to it")
         if self.classes is not None and len(self.classes) != len(self.outputs):
             raise ValueError(f"{len(self.classes)} classes, but {len(self.outputs)} outputs")
-        for what, tensor, size in (
-            ("input", self.input, self.n_features),
-            ("output", self.output, self.n_outputs),
-        ):
-            if tensor.shape is not None and math.prod(tensor.shape) != size:
-                raise ValueError(f"{what}.shape {list(tensor.shape)} does not hold {size} numbers")
-        without = [port.name for port in (self.input, self.output) if port.batch_axis is None]
-        without += [state.input for state in self.states if state.batch_axis is None]
-        if without and self.rows == "many":
-            raise ValueError(f"tensors {without} have no batch axis, so 'rows' is \"one\"")
+        self._check_distribution()
+        self._check_layout()
         features = {f.name for f in self.features}
         sources = {o.name for o in self.outputs} | ({"class"} if self.classes else set())
         for number, link in enumerate(self.feedback):
@@ -204,6 +225,31 @@ class Manifest(_Strict):
             if link.source not in sources:
                 raise ValueError(f"feedback[{number}].source {link.source!r} is not an output")
         return self
+
+    def _check_layout(self) -> None:
+        for what, tensor, size in (("input", self.input, self.n_features), ("output", self.output, self.n_outputs)):
+            if tensor.shape is not None and math.prod(tensor.shape) != size:
+                raise ValueError(f"{what}.shape {list(tensor.shape)} does not hold {size} numbers")
+        without = [port.name for port in (self.input, self.output) if port.batch_axis is None]
+        without += [state.input for state in self.states if state.batch_axis is None]
+        if without and self.rows == "many":
+            raise ValueError(f"tensors {without} have no batch axis, so 'rows' is \"one\"")
+
+    def _check_distribution(self) -> None:
+        if self.distribution is None:
+            return
+        if self.classes is not None:
+            raise ValueError("'distribution' belongs to task 'regression', and only to it")
+        outputs = {o.name for o in self.outputs}
+        for target, names in self.distribution.targets.items():
+            if absent := sorted({target, *names} - outputs):
+                raise ValueError(f"distribution.targets.{target}: {', '.join(map(repr, absent))} is not an output")
+
+    @property
+    def points(self) -> tuple[Output, ...]:
+        """The outputs that forecast one number for each target; without a distribution all of them."""
+        targets = self.distribution.targets if self.distribution else {o.name for o in self.outputs}
+        return tuple(o for o in self.outputs if o.name in targets)
 
     @cached_property
     def n_features(self) -> int:
