@@ -24,13 +24,14 @@ from stepcast.manifest import MODEL_FILE, Manifest, write_manifest
 
 from ..onnx_session import RUNTIME_VERSION
 from .batch import rebatched
+from .context import framed
 from .graphs import Graph
 from .plain import declared, plain
 from .proof import record
 from .questions import read_partial
 from .rewrites import Reading, Rewrite, rewritten
 
-REWRITES: Final[tuple[Rewrite, ...]] = (plain, declared, rebatched)
+REWRITES: Final[tuple[Rewrite, ...]] = (framed, plain, declared, rebatched)
 """In this order."""
 
 
