@@ -19,7 +19,7 @@ _END: Final = np.iinfo(np.int64).max
 
 
 def framed(reading: Reading) -> Rewritten | None:
-    """Keep the last values of an input as `input.context`, and the unfinished values of an output as `output.overlap`."""
+    """Keep the last values of an input, and those of an output to which later steps add, as states."""
     known = reading.known
     context, overlap = known.get("input", {}).get("context", 0), known.get("output", {}).get("overlap", 0)
     if not context and not overlap:
