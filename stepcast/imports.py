@@ -5,8 +5,9 @@ trainer builds a network and exports it. To add a kind, give it a place in KINDS
 
 - a docstring, whose first line is the command's description;
 - `options(parser)`, which adds the kind's own options; every option takes one value and may be repeated;
-- `run(arguments) -> int`, which is given `file`, `models`, `name`, `version` (or None) and the kind's own options. It
-  prints what was made and gives an exit status. What a user has caused it raises as ManifestError or ConfigError.
+- `run(arguments) -> int`, which is given `file`, `models`, `name`, `version` (or None), the kind's own options, and the
+  command line as it was `said`. It prints what was made and gives an exit status. What a user has caused it raises as
+  ManifestError or ConfigError.
 """
 
 import argparse
@@ -80,6 +81,7 @@ def run(arguments: Sequence[str], prog: str) -> int:
             found.name = _model_name(found.file.name.partition(".")[0])
         except argparse.ArgumentTypeError as error:
             parsed.error(f"{error}. Give --name.")
+    found.said = [*prog.split(), "import", *arguments]
     return int(_module(name).run(found))
 
 

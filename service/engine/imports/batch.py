@@ -19,7 +19,8 @@ from .. import onnx_door as onnx
 from ..arrays import Array
 from ..onnx_session import open_session
 from .axes import ROWS, Layout, Trial, Wrong, layouts
-from .rewrites import Reading, Rewritten
+from .reading import Reading
+from .rewrites import Rewritten
 
 _MOST_LAYOUTS: Final = 16
 _MOST_CHOICES: Final = 500  # of nodes that are written once more, since there was no way on

@@ -12,7 +12,8 @@ import numpy as np
 from stepcast.errors import ManifestError
 
 from .. import onnx_door as onnx
-from .rewrites import Reading, Rewritten
+from .reading import Reading
+from .rewrites import Rewritten
 
 _LEAST_OPSET: Final = 11
 _END: Final = np.iinfo(np.int64).max
