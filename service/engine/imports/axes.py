@@ -57,7 +57,7 @@ def found_layout(graph: Graph, roles: Roles, known: Mapping[str, Any]) -> Found:
     trial, why = Trial(graph, roles, known), ""
     for rows in ("many", "one") if "rows" not in known else (known["rows"],):
         found: list[Found] = []
-        for layout in _layouts(roles, known, features, rows):
+        for layout in layouts(roles, known, features, rows):
             try:
                 found.append(trial.many(layout) if rows == "many" else trial.one(layout))
             except Wrong as error:
@@ -122,7 +122,7 @@ def _features(port: Port, shape: tuple[int, ...]) -> list[dict[str, Any]]:
 # --- readings -------------------------------------------------------------------------------------------------------
 
 
-def _layouts(roles: Roles, known: Mapping[str, Any], features: int | None, rows: str) -> Iterator[Layout]:
+def layouts(roles: Roles, known: Mapping[str, Any], features: int | None, rows: str) -> Iterator[Layout]:
     """Every reading of the inputs that what is declared allows, the likeliest first."""
     names = {port.input.shape[axis] for port in roles.states for axis in port.input.dynamic} - {None, ""}
     given, x = known.get("input", {}), roles.input

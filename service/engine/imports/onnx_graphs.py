@@ -23,17 +23,21 @@ from stepcast.errors import ManifestError
 from stepcast.manifest import MODEL_FILE, Manifest, write_manifest
 
 from ..onnx_session import RUNTIME_VERSION
+from .batch import rebatched
+from .context import framed
 from .graphs import Graph
 from .lifting import lift
 from .newer import older
-from .plain import plain
+from .plain import declared, plain
 from .proof import record
 from .questions import OpenQuestions, joined, read_partial
 from .reading import Reading
 from .rewrites import Rewrite, rewritten
 
-REWRITES: Final[tuple[Rewrite, ...]] = (older, plain, lift)
-"""In this order."""
+FIRST: Final[tuple[Rewrite, ...]] = (older,)
+"""What onnxruntime must have before it can say anything of the graph."""
+REWRITES: Final[tuple[Rewrite, ...]] = (framed, plain, declared, rebatched, lift)
+"""Of each pairing that may be right, in this order."""
 
 
 class Imported(NamedTuple):
@@ -61,7 +65,8 @@ def import_onnx(
         OpenQuestions: the graph does not say what some of its tensors are; all questions at once.
         ManifestError: the graph cannot be served.
     """
-    reading = Reading(Graph.load(file), joined(read_partial(partial), answers or {}))
+    given = Reading(Graph.load(file), joined(read_partial(partial), answers or {}))
+    reading, done = rewritten(given, FIRST)
     target = models / name / str(version or _next_version(models / name))
     if target.exists():
         raise ManifestError(f"{target} exists. Take another --version.")
@@ -70,7 +75,7 @@ def import_onnx(
         proved, refused = [], []
         for number, paired in enumerate(pairings):
             try:
-                proved.append(_proved(Path(outside) / str(number), paired, target))
+                proved.append(_proved(Path(outside) / str(number), paired, done, target))
             except OpenQuestions:
                 raise
             except ManifestError as error:
@@ -84,11 +89,12 @@ def import_onnx(
     return Imported(target, manifest)
 
 
-def _proved(folder: Path, reading: Reading, target: Path) -> tuple[Path, Manifest]:
+def _proved(folder: Path, reading: Reading, before: Sequence[str], target: Path) -> tuple[Path, Manifest]:
     """Write the model's files into this folder; raises ManifestError if the graph does not answer as it is read."""
     file = reading.graph.file
     reading, done = rewritten(reading, REWRITES)
-    made = {"task": "regression", "lengths": reading.roles.lengths, "provenance": _provenance(file, done)}
+    provenance = _provenance(file, [*before, *done])
+    made = {"task": "regression", "lengths": reading.roles.lengths, "provenance": provenance}
     fields = {**made, **reading.known, **reading.layout, "name": target.parent.name, "version": int(target.name)}
     fields["sha256"] = hashlib.sha256(reading.graph.content).hexdigest()
     try:
