@@ -37,10 +37,11 @@ REWRITES: Final[tuple[Rewrite, ...]] = (framed, plain, declared, rebatched)
 
 
 class Imported(NamedTuple):
-    """A model that was taken in."""
+    """A model that was taken in, and what was done to its graph."""
 
     directory: Path
     manifest: Manifest
+    done: Sequence[str]
 
 
 def import_onnx(
@@ -61,7 +62,12 @@ def import_onnx(
         OpenQuestions: the graph does not say what some of its tensors are; all questions at once.
         ManifestError: the graph cannot be served.
     """
-    reading = Reading(Graph.load(file), joined(read_partial(partial), answers or {}))
+    return import_graph(Graph.load(file), models, name, version, joined(read_partial(partial), answers or {}))
+
+
+def import_graph(graph: Graph, models: Path, name: str, version: int | None, known: Mapping[str, Any]) -> Imported:
+    """The same for a graph that is in memory; `known` are fields of a manifest."""
+    reading = Reading(graph, known)
     target = models / name / str(version or _next_version(models / name))
     if target.exists():
         raise ManifestError(f"{target} exists. Take another --version.")
@@ -77,14 +83,14 @@ def import_onnx(
                 refused.append(error)
         if not proved:
             raise refused[0]
-        staged, manifest = proved[0]
+        staged, manifest, done = proved[0]
         if len(pairings) > 1 and (len(proved) > 1 or manifest.input.time_axis is None):  # single steps prove no pairing
             raise reading.asking([reading.roles.pairing])
         _publish(staged, target)
-    return Imported(target, manifest)
+    return Imported(target, manifest, done)
 
 
-def _proved(folder: Path, reading: Reading, target: Path) -> tuple[Path, Manifest]:
+def _proved(folder: Path, reading: Reading, target: Path) -> Imported:
     """Write the model's files into this folder; raises ManifestError if the graph does not answer as it is read."""
     file = reading.graph.file
     reading, done = rewritten(reading, REWRITES)
@@ -100,7 +106,7 @@ def _proved(folder: Path, reading: Reading, target: Path) -> tuple[Path, Manifes
     (folder / MODEL_FILE).write_bytes(reading.graph.content)
     write_manifest(folder, manifest)
     record(folder)
-    return folder, manifest
+    return Imported(folder, manifest, done)
 
 
 def _next_version(versions: Path) -> int:
