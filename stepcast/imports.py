@@ -78,6 +78,7 @@ def run(arguments: Sequence[str], prog: str) -> int:
     name, rest = _chosen(arguments)
     parsed = parser(name, prog)
     found = parsed.parse_args(rest)
+    _check_file(found.file)
     if found.name is None:
         try:
             found.name = _model_name(found.file.name.partition(".")[0])
@@ -104,6 +105,15 @@ def parser(name: str, prog: str) -> Parser:
 def _module(name: str) -> Any:
     kind = KINDS[name]
     return load(f"{module_of(kind.room)}.{kind.module}", kind.room)
+
+
+def _check_file(file: Path) -> None:
+    """Raises ManifestError where nothing can be read; whoever opened a pipe would wait forever."""
+    if not file.is_file():
+        what = "is a directory" if file.is_dir() else "is not a regular file" if file.exists() else "no such file"
+        raise ManifestError(f"{file}: {what}")
+    if not file.stat().st_size:
+        raise ManifestError(f"{file}: is empty")
 
 
 def _model_name(text: str) -> str:

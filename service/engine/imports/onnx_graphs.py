@@ -26,14 +26,16 @@ from ..onnx_session import RUNTIME_VERSION
 from .batch import rebatched
 from .context import framed
 from .graphs import Graph
+from .lifting import lift
+from .newer import older
 from .plain import declared, plain
 from .proof import record
 from .questions import OpenQuestions, joined, read_partial
 from .reading import Reading
 from .rewrites import Rewrite, rewritten
 
-REWRITES: Final[tuple[Rewrite, ...]] = (framed, plain, declared, rebatched)
-"""In this order."""
+REWRITES: Final[tuple[Rewrite, ...]] = (framed, plain, declared, rebatched, lift)
+"""In this order; `older` stands before them, since only then onnxruntime can say what the graph's tensors are."""
 
 
 class Imported(NamedTuple):
@@ -67,7 +69,7 @@ def import_onnx(
 
 def import_graph(graph: Graph, models: Path, name: str, version: int | None, known: Mapping[str, Any]) -> Imported:
     """The same for a graph that is in memory; `known` are fields of a manifest."""
-    reading = Reading(graph, known)
+    reading, first = rewritten(Reading(graph, known), (older,))
     target = models / name / str(version or _next_version(models / name))
     if target.exists():
         raise ManifestError(f"{target} exists. Take another --version.")
@@ -76,7 +78,7 @@ def import_graph(graph: Graph, models: Path, name: str, version: int | None, kno
         proved, refused = [], []
         for number, paired in enumerate(pairings):
             try:
-                proved.append(_proved(Path(outside) / str(number), paired, target))
+                proved.append(_proved(Path(outside) / str(number), paired, target, first))
             except OpenQuestions:
                 raise
             except ManifestError as error:
@@ -90,10 +92,11 @@ def import_graph(graph: Graph, models: Path, name: str, version: int | None, kno
     return Imported(target, manifest, done)
 
 
-def _proved(folder: Path, reading: Reading, target: Path) -> Imported:
+def _proved(folder: Path, reading: Reading, target: Path, first: Sequence[str]) -> Imported:
     """Write the model's files into this folder; raises ManifestError if the graph does not answer as it is read."""
     file = reading.graph.file
-    reading, done = rewritten(reading, REWRITES)
+    reading, then = rewritten(reading, REWRITES)
+    done = [*first, *then]
     made = {"task": "regression", "lengths": reading.roles.lengths, "provenance": _provenance(file, done)}
     fields = {**made, **reading.known, **reading.layout, "name": target.parent.name, "version": int(target.name)}
     fields["sha256"] = hashlib.sha256(reading.graph.content).hexdigest()
@@ -105,7 +108,11 @@ def _proved(folder: Path, reading: Reading, target: Path) -> Imported:
     folder.mkdir()
     (folder / MODEL_FILE).write_bytes(reading.graph.content)
     write_manifest(folder, manifest)
-    record(folder)
+    try:
+        record(folder)
+    except ManifestError as error:  # the folder means nothing to the user, and is soon gone
+        text = str(error).replace(str(folder / MODEL_FILE), str(file)).replace(str(folder), str(file))
+        raise ManifestError(text) from error
     return Imported(folder, manifest, done)
 
 

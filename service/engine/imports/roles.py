@@ -13,6 +13,7 @@ fewest matrix products in between; where several pairings are equally likely, th
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Final, NamedTuple, TypeAlias
@@ -27,6 +28,7 @@ from .names import Likeness, is_data, is_state, likeness
 from .questions import Question
 
 _TRIED: Final = 5  # states that are paired by trying all ways
+_MOST: Final = 2**28  # numbers in a tensor: what is tried must be in memory several times
 _FLOATS: Final = ("float32", "float64", "float16")
 
 Pairs: TypeAlias = list[tuple[Port, Port]]
@@ -124,6 +126,9 @@ class _Roles:
             if not ports:
                 raise ManifestError(f"{self.graph.file}: the graph has no {side}s")
             for port in ports.values():
+                numbers = math.prod(size for size in port.shape if isinstance(size, int))
+                if numbers > _MOST:
+                    raise ManifestError(f"{self.graph.file}: {side} {port} has {numbers} numbers, the limit is {_MOST}")
                 if side == "input" and port.dtype not in ITEM_BYTES:
                     raise ManifestError(f"{self.graph.file}: input {port}: no session can hold or send this type")
 
@@ -214,6 +219,8 @@ class _Roles:
         if not ports:
             every = ", ".join(map(str, self.sides["input"].values()))
             raise ManifestError(f"{self.graph.file}: none of the inputs {every} can carry data")
+        if len(ports) == 1:
+            return ports[0]
         for is_it in (self._is_called_data, self._cannot_be_a_state, lambda port: len(port.dynamic) > 1):
             found = [port for port in ports if is_it(port)]
             if len(found) == 1:
@@ -285,8 +292,10 @@ class _Roles:
             values = self.flow.compared_with(port.name)
             dims = [size if isinstance(size, int) else 1 for size in port.shape]
             fields = {"name": port.name, "dtype": port.dtype, "shape": dims, "values": values[:1] or None}
-            text = f"what is input {port}? Nothing says that it is data or a state; a constant, perhaps"
-            text += f": the graph compares it with {', '.join(f'{value:g}' for value in values)}." if values else "."
+            fits = any(_fits(port, result) for result in self.sides["output"].values())
+            text = f"what is input {port}? It is not the data, and "
+            text += "no output is surely its next value" if fits else "no output can be its next value"
+            text += f". The graph compares it with {', '.join(f'{value:g}' for value in values)}." if values else "."
             answer = f"--constant {port.name}={f'{values[0]:g}' if values else 'VALUE'}"
             self.questions.append(Question(text, [answer], {"constants": [fields]}))
 
