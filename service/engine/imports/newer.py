@@ -9,7 +9,8 @@ from typing import Any, Final
 from stepcast.errors import ManifestError
 
 from .. import onnx_door as onnx
-from .rewrites import Reading, Rewritten
+from .reading import Reading
+from .rewrites import Rewritten
 
 NEWEST: Final = 26  # that onnxruntime 1.31 is released for
 _THEIRS: Final = frozenset({"CausalConvWithState", "LinearAttention"})
