@@ -93,15 +93,16 @@ def test_an_lstm_steps_as_numpy_does_however_it_is_declared(tmp_path: Path, case
 
 
 def one_row(path: Path, rows: int | str = 1) -> Path:
-    """Exported for one row, as tracers do it: its axis is dropped and put back, shapes and zeros are constants.
+    """Exported for one row, as tracers do it: its axis is dropped and put back, shapes and a cell are constants.
 
-    h [1, 3] -> h' = lstm(x [1, 4], h, c = 0); y = [h', 7].
+    h [1, 3] -> h' = lstm(x [1, 4], h, c = 1/2); y = [h', 7].
     """
+    half = onnx.numpy_helper.from_array(np.array([0.5], np.float32))
     nodes = [
         node("Squeeze", ["x", "zero"], ["bare"]),  # [4]
         node("Reshape", ["bare", "as_rows"], ["again"]),  # [1, 1, 4]
         node("Reshape", ["h", "as_state"], ["h_layer"]),  # [1, 1, 3]
-        node("ConstantOfShape", ["as_state"], ["c_layer"]),
+        node("ConstantOfShape", ["as_state"], ["c_layer"], value=half),
         node("LSTM", ["again", "W", "R", "", "", "h_layer", "c_layer"], ["all", "h_last"], hidden_size=foreign.UNITS),
         node("Squeeze", ["h_last", "both"], ["flat"]),  # [3]
         node("Unsqueeze", ["flat", "zero"], ["h_next"]),
@@ -119,7 +120,7 @@ def one_row(path: Path, rows: int | str = 1) -> Path:
 
 @pytest.mark.parametrize("rows", [1, "batch"], ids=["said to be one", "said to be many"])
 def test_a_graph_of_one_row_takes_many(tmp_path: Path, rows: int | str) -> None:
-    """Reshape, Squeeze, Unsqueeze, Concat and a zero state are written for rows, also if a batch was declared."""
+    """Reshape, Squeeze, Unsqueeze, Concat and a constant state are written for rows, also if a batch was declared."""
     file = one_row(tmp_path / "one.onnx", rows)
     runtime, manifest = imported(file, states=[{"input": "h", "output": "h_next"}])
     assert manifest.rows == "many"

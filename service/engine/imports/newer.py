@@ -24,7 +24,7 @@ def older(reading: Reading) -> Rewritten | None:
         ManifestError: it has an operator that opset 26 lacks.
     """
     given = onnx.opset(reading.graph.model)
-    if given <= NEWEST or _runs(reading):
+    if not NEWEST < given <= onnx.defs.onnx_opset_version() or _runs(reading):
         return None
     if given > (known := onnx.defs.onnx_opset_version()):
         raise ManifestError(f"{reading.graph.file}: opset {given} is newer than {known}, the newest that onnx knows")
