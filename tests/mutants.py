@@ -42,6 +42,7 @@ LOSSES = ("test_network.py", "test_train_layers.py", "test_train.py")
 MASKS = ("test_network.py", "test_train_updates.py", "test_layers.py")
 METRICS = ("test_metrics.py", "test_train_checks.py")
 CHECKS = ("test_train_checks.py",)
+GRAPHS = ("test_graphs.py", "test_layers.py")
 LAYERS = ("test_train_layers.py", "test_network.py", "test_layers.py")
 HEAD = ("test_train_layers.py", "test_train_updates.py", "test_network.py")
 
@@ -99,7 +100,7 @@ CATALOGUE: dict[tuple[str, tuple[str, ...]], list[tuple[str, ...]]] = {
         ("self.scaler.step(self.optimiser)", "pass"),
         ("total * self.world.size / divisor", "total * self.world.size"),
         ('if self.config.average == "examples":', 'if self.config.average != "examples":'),
-        ("rows * self.network.head.loss.parts(segment.y.shape[2])", "rows"),
+        ("rows * self.network.head.parts", "rows"),
         (
             "losses.add(self.world.sum(total.detach()), everywhere)",
             "losses.add(self.world.sum(total.detach()), divisor)",
@@ -143,7 +144,7 @@ CATALOGUE: dict[tuple[str, tuple[str, ...]], list[tuple[str, ...]]] = {
         ("base, segment.y, segment.y_mask)", "base, segment.y, None)"),
         ("segment.x, segment.x_mask, state, backward)", "segment.x, None, state, backward)"),
         ("self.network.head.losses(z.float(), base, segment.y", "self.network.head.losses(z.float(), None, segment.y"),
-        ("self._count += count", "self._count += 1"),
+        ("self._count = self._count + count", "self._count = self._count + 1"),
         ("if losses.count == 0:", "if False:"),
         (
             "whole = not self.network.streaming or self.network.summary",
@@ -151,11 +152,12 @@ CATALOGUE: dict[tuple[str, tuple[str, ...]], list[tuple[str, ...]]] = {
             "a many-to-one network that streams gives the same answers in blocks; whole rows only save the copies",
         ),
     ],
+    ("train.py", GRAPHS): [("everywhere.clamp(min=1)", "everywhere")],
     ("train.py", PROCESSES): [
         ("total * self.world.size / divisor", "total / divisor"),
         ("everywhere = self.world.sum(count)", "everywhere = count"),
         ("losses.add(self.world.sum(total), self.world.sum(count))", "losses.add(total, count)"),
-        ("rows * self.network.head.loss.parts(", "segment.x.shape[0] * self.network.head.loss.parts("),
+        ("rows * self.network.head.parts", "segment.x.shape[0] * self.network.head.parts"),
     ],
     ("train.py", CHECKS): [
         ("        check_labels(self.network, self.source)\n", ""),
@@ -272,7 +274,7 @@ CATALOGUE: dict[tuple[str, tuple[str, ...]], list[tuple[str, ...]]] = {
         ("momentum=config.momentum, nesterov=True)", "momentum=config.momentum)"),
         ("math.pi * epoch / config.epochs", "math.pi * (epoch + 1) / config.epochs"),
         ("0.01 + 0.99 * 0.5 * (1 + math.cos", "0.5 * (1 + math.cos"),
-        ("return [*network.layers, network.head]", "return [*network.layers]"),
+        ("[*network.layers, *(head for head, _ in network.head.tasks())]", "[*network.layers]"),
         ('p.ndim > 1 and "bias" not in name', "p.ndim > 0"),
         (' and "gains" not in name', ""),
         ("if not (config.l1 or config.l2):", "if not (config.l1 and config.l2):"),
@@ -359,10 +361,10 @@ CATALOGUE: dict[tuple[str, tuple[str, ...]], list[tuple[str, ...]]] = {
     ("layers/output.py", HEAD): [
         ("y = y * self.scale + self.mean", "y = (y + self.mean) * self.scale"),
         ("target = y if base is None else y - base", "target = y if base is None else y + base"),
-        ("(target - self.mean) / self.scale", "target / self.scale - self.mean"),
+        ("(target - self.mean[points]) / self.scale[points]", "target / self.scale[points] - self.mean[points]"),
         ("return y if base is None else y + base", "return y"),
         ("* self.base_scale + self.base_mean if", "* self.base_scale if"),
-        ("nn.init.zeros_(self.linear.bias)", "nn.init.ones_(self.linear.bias)"),
+        ("if distribution else (0.0,))", "if distribution else (1.0,))"),
     ],
     ("layers/pooling.py", LAYERS): [
         ("total / count.clamp(min=1.0), after", "total / valid.shape[1], after"),
@@ -393,11 +395,26 @@ CATALOGUE: dict[tuple[str, tuple[str, ...]], list[tuple[str, ...]]] = {
         ("return seen[:, seen.shape[1] - self.reach :]", "return seen[:, : self.reach]"),
     ],
     ("layers/wrappers.py", LAYERS): [
-        ("return self._merge(ahead, reverse(back, lengths)), state", "return self._merge(ahead, back), state"),
+        (
+            "merge(self.spec.mode, [ahead, reverse(back, lengths)]), state",
+            "merge(self.spec.mode, [ahead, back]), state",
+        ),
         ("self.backwards(reverse(x, lengths), lengths, zeros)", "self.backwards(reverse(x, None), lengths, zeros)"),
-        ("return (a + b) / 2", "return a + b"),
         ("present = (x != self.value).any(dim=2)", "present = (x != self.value).all(dim=2)"),
         ("return packing.unpack(y), state", "return y, state"),
+    ],
+    ("layers/merging.py", GRAPHS): [
+        ("y / len(values) if", "y / 2 * len(values) if"),
+        ("return torch.cat(list(values), dim=-1)", "return torch.cat(list(values)[::-1], dim=-1)"),
+        ('"subtract": (torch.sub, "Sub")', '"subtract": (torch.sub, "Add")'),
+        ('"max": (torch.maximum, "Max")', '"max": (torch.minimum, "Min")'),
+    ],
+    ("layers/tasks.py", GRAPHS): [
+        ("return torch.stack(sums) * self.weights", "return torch.stack(sums)"),
+        ("return torch.cat(answers, dim=-1)[..., self.order]", "return torch.cat(answers, dim=-1)"),
+        ("            start = stop\n", ""),
+        ("seen = mask[..., places] if", "seen = mask[..., : len(places)] if"),
+        ("head.losses(part, own, y[..., places], seen)", "head.losses(part, own, y[..., : len(places)], seen)"),
     ],
     ("layers/weights.py", LAYERS): [
         ('"xavier": 2.0 / (fan_in + fan_out)', '"xavier": 2.0 / fan_in'),

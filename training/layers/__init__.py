@@ -1,36 +1,45 @@
 """One class per layer kind: how it runs, what state it carries, and how it is written in ONNX."""
 
 from .base import Layer
+from .cell_specs import (
+    BidirectionalSpec,
+    CellSpec,
+    GravesLstmSpec,
+    GruSpec,
+    LstmSpec,
+    MaskZeroSpec,
+    SimpleRnnSpec,
+)
 from .cells import GravesLstm, Gru, Lstm, SimpleRnn
 from .convolution import Conv1D, Conv2D, Pool2D, ToFrames, ToValues
-from .feedforward import Dense, Dropout, Embedding, Identity
+from .feedforward import Activation, Affine, Columns, Dense, Dropout, Embedding, Identity
 from .pooling import GlobalPooling
 from .recurrent import Recurrent
 from .sequence import DuplicateToTimeSeries, Mask, Reverse
 from .specs import (
-    BidirectionalSpec,
-    CellSpec,
+    ActivationSpec,
     CnnToRnnSpec,
+    ColumnsSpec,
     Conv1DSpec,
     Conv2DSpec,
     DenseSpec,
     DropoutSpec,
     DuplicateToTimeSeriesSpec,
+    ElementwiseSpec,
     EmbeddingSpec,
     GlobalPoolingSpec,
-    GravesLstmSpec,
-    GruSpec,
     IdentityAdapterSpec,
     LastTimeStepSpec,
-    LstmSpec,
     MaskSpec,
-    MaskZeroSpec,
+    MergeSpec,
     Pool2DSpec,
     ReverseSpec,
     RnnLossSpec,
     RnnOutputSpec,
     RnnToCnnSpec,
-    SimpleRnnSpec,
+    ScaleSpec,
+    ShiftSpec,
+    SubsetSpec,
     TimeDistributedSpec,
 )
 from .stack import Placed
@@ -51,6 +60,8 @@ def build(placed: Placed) -> Layer:
             return Dense(name, spec, size)
         case TimeDistributedSpec():
             return Dense(name, spec.layer, size)
+        case ActivationSpec():
+            return Activation(name, spec)
         case DropoutSpec():
             return Dropout(name, spec)
         case EmbeddingSpec():
@@ -73,7 +84,15 @@ def build(placed: Placed) -> Layer:
             return DuplicateToTimeSeries(name)
         case MaskSpec():
             return Mask(name, 3 if placed.shape.frame else 1)
-        case LastTimeStepSpec() | IdentityAdapterSpec():
+        case ColumnsSpec():
+            return Columns(name, spec.columns)
+        case SubsetSpec():
+            return Columns(name, range(spec.first, spec.last + 1))
+        case ScaleSpec():
+            return Affine(name, factor=spec.factor)
+        case ShiftSpec():
+            return Affine(name, amount=spec.amount)
+        case LastTimeStepSpec() | IdentityAdapterSpec() | MergeSpec() | ElementwiseSpec():
             return Identity(name)
         case RnnOutputSpec() | RnnLossSpec():
             raise TypeError(f"{spec.kind} is the head of a network, not a layer of its stack")

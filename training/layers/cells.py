@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from ..activations import ACTIVATIONS, write_activation
 from ..graph import Graph
+from .cell_specs import GravesLstmSpec, LstmSpec
 from .peephole import PeepholeLstm
 from .recurrent import AnyCellSpec, CellState, Recurrent, behind_last
-from .specs import GravesLstmSpec, LstmSpec
 from .weights import initialise
 
 

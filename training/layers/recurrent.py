@@ -20,7 +20,7 @@ from ..activations import RECURRENT_NODES
 from ..graph import Graph
 from ..masks import valid_steps
 from .base import Layer, LayerState, keep
-from .specs import GravesLstmSpec, GruSpec, LstmSpec, SimpleRnnSpec
+from .cell_specs import GravesLstmSpec, GruSpec, LstmSpec, SimpleRnnSpec
 from .weights import initialise
 
 AnyCellSpec = SimpleRnnSpec | LstmSpec | GravesLstmSpec | GruSpec
