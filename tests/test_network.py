@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from networks import CELLS, OUT, network, plain, readings, rich, same, some_state
+from networks import CELLS, LINEAR, OUT, network, plain, readings, rich, same, some_state
 from torch import Tensor
 
 from stepcast.errors import ConfigError
@@ -112,7 +112,7 @@ def test_absent_step_holds_the_state() -> None:
     assert not y[~GAPS].any()
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", [*CELLS, *LINEAR])
 def test_rule_zero_is_dl4js(cell: str) -> None:
     """h_t and c_t times the mask after every step: outputs 0 at a gap, and everything forgotten behind it."""
     net, x = network([{"kind": cell, "units": 3}, OUT]), readings(plain())

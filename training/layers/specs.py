@@ -10,7 +10,17 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from ..activations import ActivationName
-from .cell_specs import BidirectionalSpec, GravesLstmSpec, GruSpec, LstmSpec, MaskZeroSpec, SimpleRnnSpec
+from .cell_specs import (
+    BidirectionalSpec,
+    GravesLstmSpec,
+    GruSpec,
+    LstmSpec,
+    MaskZeroSpec,
+    MinGruSpec,
+    RgLruSpec,
+    SimpleRnnSpec,
+    SlstmSpec,
+)
 from .distribution_specs import DistributionSpec
 from .spec import IllegalStack, Merge, Pair, Shape, Size, Spec
 from .weights import WeightInit
@@ -364,6 +374,9 @@ LayerSpec = Annotated[
     | LstmSpec
     | GravesLstmSpec
     | GruSpec
+    | SlstmSpec
+    | MinGruSpec
+    | RgLruSpec
     | BidirectionalSpec
     | MaskZeroSpec
     | TimeDistributedSpec
