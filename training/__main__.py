@@ -16,6 +16,7 @@ from stepcast.manifest import MODEL_FILE, Feature, Manifest, Output, read_manife
 
 from .check import check_names
 from .checkpoint import BEST_FILE, load_weights
+from .comparison import as_dict
 from .config import Config, load
 from .data.source import Source
 from .data.table import TableSource
@@ -200,7 +201,7 @@ def _measure(job: Job, stepper: Stepper, streaming: bool, summary: bool, plot: P
         measurement = Measurement(stepper, job.source)
         skills = measurement.skills(DISTANCES)
         job.console.print(skill_table(job.source, skills))
-        metrics["skill"] = {f"{s.ahead} ahead": s.as_dict(job.source.targets) for s in skills}
+        metrics["skill"] = {f"{s.ahead} ahead": as_dict(s, job.source.targets) for s in skills}
         if plot is not None:
             measurement.plot_week(plot)
     return metrics

@@ -20,9 +20,9 @@ from .weights import initialise
 class Head(nn.Module):
     """y = base + mean + scale * activation(W h + b), at every step.
 
-    `base` is 0, or with `residual` the last reading of the feature that has the target's name: then the network only
-    has to say how much will change. RnnLoss has no W and b. A distribution takes the activation's place: it makes
-    several outputs of each target, of which the point forecasts come first.
+    `base` is 0, or with `residual` the last reading of the feature that has the name of the output, or of its target:
+    then the network only has to say how much will change. RnnLoss has no W and b. A distribution takes the activation's
+    place: it makes several outputs of each target, of which the point forecasts come first.
 
     Attributes:
         outputs: Of the graph.
@@ -139,7 +139,7 @@ def _check(
         raise IllegalStack("softmax over one output is always 1. Take activation sigmoid with loss xent.")
     if spec.residual and spec.loss in TAKES:
         raise IllegalStack(f"residual: loss {spec.loss} takes labels {TAKES[spec.loss][1]}, changes are of both signs")
-    if spec.residual and not {o.name for o in outputs} & {f.name for f in features if f.width == 1}:
+    if spec.residual and not {o.target or o.name for o in outputs} & {f.name for f in features if f.width == 1}:
         raise IllegalStack("residual: no output has the name of a feature")
 
 
@@ -152,5 +152,6 @@ def _bases(features: Sequence[Feature], moved: Sequence[Output | None]) -> tuple
     """
     starts = np.cumsum([0, *(f.width for f in features)])
     places = {f.name: (int(starts[i]), f.scale, f.mean) for i, f in enumerate(features) if f.width == 1}
-    columns, scales, means = zip(*(places.get(o.name if o else "", (0, 0.0, 0.0)) for o in moved), strict=True)
+    names = ((o.target or o.name) if o else "" for o in moved)
+    columns, scales, means = zip(*(places.get(name, (0, 0.0, 0.0)) for name in names), strict=True)
     return torch.tensor(columns), torch.tensor(scales), torch.tensor(means)
