@@ -1,5 +1,7 @@
 """Output layers that answer with a distribution: values, losses, units, what the manifest says, what is learned."""
 
+import io
+import json
 import math
 from pathlib import Path
 from statistics import NormalDist
@@ -11,19 +13,26 @@ import torch
 from make_models import Toy
 from networks import layer_specs, network, plain, training
 from pydantic import ValidationError
+from rich.console import Console
 from serving import running
 from torch import Tensor
 
 from stepcast import Client
-from stepcast.manifest import MODEL_FILE, Distribution, Feature, Manifest, Output, sha256_of
+from stepcast.manifest import MODEL_FILE, Distribution, Feature, Manifest, Output, read_manifest, sha256_of
 from training.config import Config
 from training.data.in_memory import Examples, InMemory
+from training.evaluate import evaluate
 from training.export import describe, publish, stage
+from training.metrics import RegressionResult
 from training.network import Network
+from training.probabilistic import DistributionMetrics
+from training.report import print_report, write_report
+from training.stepper import Stepper
 from training.train import Trainer
 
 LEVELS = (0.05, 0.25, 0.5, 0.75, 0.9)
 QUANTILE = {"kind": "quantile", "levels": LEVELS}
+FAN_LEVELS = (0.05, 0.25, 0.5, 0.9)
 SCALED = [Output(name="a", unit="°C", mean=10.0, scale=4.0), Output(name="b", mean=-3.0, scale=0.5)]
 
 
@@ -170,10 +179,13 @@ def test_distributions_that_do_not_fit_the_data_are_refused() -> None:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"targets": {"t": ["t@0.1", "t"]}}, "names 2 outputs, there are 3 levels"),
+        ({"targets": {"t": ["t@0.1", "t"]}}, "names 2 outputs, quantile has 3 parameters"),
         ({"targets": {"t": ["t@0.1", "t", "u"]}}, "'u' is not an output"),
         ({"targets": {"v": ["t@0.1", "t", "t@0.9"]}}, "'v' is not an output"),
         ({"levels": [0.5, 0.1, 0.9]}, "do not ascend"),
+        ({"kind": "student_t"}, "'levels' belongs to kind 'quantile'"),
+        ({"kind": "gaussian", "levels": []}, "names 3 outputs, gaussian has 2 parameters"),
+        ({"kind": "mixture", "levels": [], "targets": {"t": ["t", "t"]}}, "mixture has 3 parameters"),
     ],
 )
 def test_manifest_refuses_a_distribution_that_its_outputs_do_not_have(change: dict[str, Any], told: str) -> None:
@@ -277,37 +289,43 @@ def torch_fan(net: Network, before: Tensor, ahead: Tensor, paths: int, seed: int
     return np.stack(steps, axis=1)
 
 
-@torch.no_grad()
-def test_fan_of_the_service_is_torchs_from_the_same_seed(tmp_path: Path) -> None:
-    """A quantile model is trained, exported, served, and rolled out with 100 sample paths in one call."""
-    levels = (0.05, 0.25, 0.5, 0.9)
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Network, Toy, Path]:
+    """A quantile model, trained and exported: the network, its source, and the repository."""
     config = Config.model_validate(
         {
             "name": "fan",
             "data": {"kind": "python", "class": "make_models:Toy", "options": {"missing": True, "scaled": True}},
             "network": [
                 {"kind": "lstm", "units": 6},
-                out({"kind": "quantile", "levels": levels}, residual=True),
+                out({"kind": "quantile", "levels": FAN_LEVELS}, residual=True),
             ],
             "training": {"epochs": 2},
         }
     )
-    source = Toy(missing=True, scaled=True)
+    source, models = Toy(missing=True, scaled=True), tmp_path_factory.mktemp("models")
     torch.manual_seed(8)
     net = Network.of(config.network, source)
-    with torch.enable_grad():
-        Trainer(net, source, config.training).fit()
-    staged = stage(net, source, tmp_path)
+    Trainer(net, source, config.training).fit()
+    staged = stage(net, source, models)
     manifest = describe(net, source, config, sha256=sha256_of(staged / MODEL_FILE), version=1, metrics={})
-    publish(staged, manifest, tmp_path)
+    publish(staged, manifest, models)
+    return net, source, models
+
+
+@torch.no_grad()
+def test_fan_of_the_service_is_torchs_from_the_same_seed(exported: tuple[Network, Toy, Path]) -> None:
+    """A quantile model is trained, exported, served, and rolled out with 100 sample paths in one call."""
+    net, _, models = exported
+    torch.manual_seed(9)
     before, ahead = torch.randn(5, 3), torch.full((7, 3), torch.nan)
     ahead[:, 2] = torch.randn(7)
     ahead[3, 2] = torch.nan  # held
-    with running(models=tmp_path, store="memory://") as server, Client(server.url) as client:
+    with running(models=models, store="memory://") as server, Client(server.url) as client:
         session = client.session("fan", "a")
         session.step(before.numpy(), rows="steps")
         told = session.rollout(7, ahead.numpy(), paths=100, seed=11, keep_paths=True, levels=[0.1, 0.5, 0.8])
-    want = torch_fan(net, before, ahead, 100, 11, levels)
+    want = torch_fan(net, before, ahead, 100, 11, FAN_LEVELS)
     assert told.paths is not None
     assert told.quantiles is not None
     assert told.levels == (0.1, 0.5, 0.8)
@@ -316,3 +334,30 @@ def test_fan_of_the_service_is_torchs_from_the_same_seed(tmp_path: Path) -> None
         fan = np.quantile(want[..., k], told.levels, axis=0).T
         np.testing.assert_allclose(told.quantiles[name][0], fan, rtol=1e-4, atol=1e-4)
     assert told.paths["u"].std() > 0.5
+
+
+@torch.no_grad()
+def test_evaluation_scores_the_exported_distributions(exported: tuple[Network, Toy, Path], tmp_path: Path) -> None:
+    """As served: CRPS is twice the pinball loss of torch's quantiles; tables and metrics.json have it."""
+    net, source, models = exported
+    manifest = read_manifest(models / "fan" / "1")
+    assert manifest.distribution is not None
+    metrics = DistributionMetrics(manifest.outputs, manifest.distribution)
+    result = evaluate(Stepper.of(models / "fan" / "1", manifest), source, "test", distribution=metrics)
+    assert isinstance(result, RegressionResult)
+    assert result.distribution is not None
+    (batch,) = source.batches("test")
+    y = net(batch.x)[0].view(-1, 4, 2)[:, [1, 2, 0, 3]].numpy()  # (R, levels, targets); the labels are 0
+    levels = np.array(FAN_LEVELS)[:, None]
+    want = 2 * np.maximum(-levels * y, (1 - levels) * y).mean(axis=(0, 1))
+    assert [t.crps for t in result.distribution.targets] == pytest.approx(want, rel=1e-4)
+    assert result.distribution.targets[0].rows == 8 * 16
+    below = (y >= 0).mean(axis=0)
+    assert [*result.distribution.targets[1].calibration.values()] == pytest.approx(below[:, 1])
+    console = Console(width=160, record=True, file=io.StringIO())
+    print_report(result, console)
+    assert f"{want[0]:.4g}" in console.export_text()
+    metrics_file, page = write_report(tmp_path, result)
+    told = json.loads(metrics_file.read_text())["distribution"]
+    assert told["targets"][0]["crps"] == result.distribution.targets[0].crps
+    assert "Distribution: quantile" in page.read_text()

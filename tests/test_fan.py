@@ -16,7 +16,7 @@ from stepcast import Client
 from stepcast.__main__ import main
 from stepcast.errors import InvalidRequest, TooLarge
 from stepcast.manifest import Distribution, Manifest, read_manifest
-from stepcast.sampling import Sampler, between_quantiles
+from stepcast.predictive import Predictive, between_quantiles
 
 pytestmark = pytest.mark.service
 
@@ -47,8 +47,8 @@ def test_quantiles_are_interpolated_and_have_exponential_tails() -> None:
     assert (np.diff(fine) > 0).all()
 
 
-def sampler_of(kind: str, targets: dict[str, tuple[str, ...]], outputs: list[str], **more: Any) -> Sampler:
-    """A sampler of a model with these outputs."""
+def predictive_of(kind: str, targets: dict[str, tuple[str, ...]], outputs: list[str], **more: Any) -> Predictive:
+    """The predictive distributions of a model with these outputs."""
     manifest = Manifest.model_validate(
         {
             "name": "m",
@@ -61,15 +61,17 @@ def sampler_of(kind: str, targets: dict[str, tuple[str, ...]], outputs: list[str
         }
     )
     assert manifest.distribution is not None
-    return Sampler(manifest, manifest.distribution)
+    return Predictive(manifest.outputs, manifest.distribution)
 
 
 def test_draws_of_quantiles_are_below_each_as_often_as_its_level_says() -> None:
     """20,000 rows of two targets with quantiles of their own; targets are drawn apart."""
     targets = {"a": ("a@0.1", "a", "a@0.8"), "b": ("b@0.1", "b", "b@0.8")}
-    sampler = sampler_of("quantile", targets, ["b", "a", "a@0.1", "b@0.1", "a@0.8", "b@0.8"], levels=LEVELS.tolist())
+    predictive = predictive_of(
+        "quantile", targets, ["b", "a", "a@0.1", "b@0.1", "a@0.8", "b@0.8"], levels=LEVELS.tolist()
+    )
     row = np.array([-5.0, 1.0, 0.0, -9.0, 4.0, -4.0], np.float32)
-    drawn = sampler.draw(np.tile(row, (20_000, 1)), np.random.default_rng(1))
+    drawn = predictive.draw(np.tile(row, (20_000, 1)), np.random.default_rng(1))
     assert drawn.shape == (20_000, 2)
     for column, quantiles in zip(drawn.T, ([0.0, 1.0, 4.0], [-9.0, -5.0, -4.0]), strict=True):
         np.testing.assert_allclose([(column < q).mean() for q in quantiles], LEVELS, atol=0.01)

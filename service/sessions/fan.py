@@ -9,7 +9,7 @@ import numpy as np
 
 from stepcast.errors import InvalidRequest
 from stepcast.manifest import Manifest
-from stepcast.sampling import Sampler
+from stepcast.predictive import Predictive
 
 from ..engine.arrays import Floats
 
@@ -30,7 +30,7 @@ class Fan:
         if manifest.distribution is None:
             text = f"model {manifest.name!r} forecasts no distribution from which paths could be drawn"
             raise InvalidRequest(f"{text}. Leave out $.paths.")
-        self.sampler = Sampler(manifest, manifest.distribution)
+        self.predictive = Predictive(manifest.outputs, manifest.distribution)
         self.levels = levels or manifest.distribution.levels or LEVELS
         self.copies = 1 + paths
         self._values: list[Floats] = []
@@ -49,9 +49,9 @@ class Fan:
 
         The generator is asked for the rows of the paths only.
         """
-        values = outputs[:, self.sampler.points].reshape(-1, self.copies, len(self.sampler.targets))
+        values = outputs[:, self.predictive.points].reshape(-1, self.copies, len(self.predictive.targets))
         paths = outputs.reshape(len(values), self.copies, -1)[:, 1:]
-        drawn = self.sampler.draw(paths.reshape(-1, outputs.shape[1]), random)
+        drawn = self.predictive.draw(paths.reshape(-1, outputs.shape[1]), random)
         values[:, 1:] = drawn.reshape(values[:, 1:].shape)
         return values.reshape(len(outputs), -1)
 
@@ -63,8 +63,8 @@ class Fan:
         """Quantiles of the paths by target, [N,H,L]; `whole`: the paths themselves too, [N,P,H]."""
         paths = np.stack(self._values, axis=2)  # (N, P, H, K)
         quantiles = np.quantile(paths, self.levels, axis=1).astype(np.float32)  # (L, N, H, K)
-        by_target = {name: quantiles[..., k].transpose(1, 2, 0) for k, name in enumerate(self.sampler.targets)}
+        by_target = {name: quantiles[..., k].transpose(1, 2, 0) for k, name in enumerate(self.predictive.targets)}
         told: dict[str, Any] = {"levels": list(self.levels), "quantiles": by_target}
         if whole:
-            told["paths"] = {name: paths[..., k] for k, name in enumerate(self.sampler.targets)}
+            told["paths"] = {name: paths[..., k] for k, name in enumerate(self.predictive.targets)}
         return told

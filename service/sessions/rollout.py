@@ -145,10 +145,10 @@ class _Feed:
         return x
 
     def _fed(self, source: str, last: Floats, width: int) -> Floats:
-        if self.fan is not None and source in self.fan.sampler.targets:
+        if self.fan is not None and source in self.fan.predictive.targets:
             if self._values is None:
                 self._values = self.fan.values(last, self._first)
-            return np.repeat(self._values[:, self.fan.sampler.targets.index(source), None], width, axis=1)
+            return np.repeat(self._values[:, self.fan.predictive.targets.index(source), None], width, axis=1)
         if source != "class":
             return np.repeat(last[:, self._names.index(source), None], width, axis=1)
         chosen = self._draw(last, self._first) if self._chosen is None else self._chosen
