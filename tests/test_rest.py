@@ -104,6 +104,7 @@ def test_models_lists_what_is_served(http: httpx.Client) -> None:
         "streaming": True,
         "device": listed["lstm"]["device"],
         "description": "a tiny model for tests",
+        "batch_invariance": listed["lstm"]["batch_invariance"],
     }
     assert listed["lstm"]["device"] in ("cpu", "cuda")
     assert listed["characters"]["task"] == "classification"
@@ -116,6 +117,8 @@ def test_a_models_manifest_is_the_files_with_versions_and_fingerprint(http: http
     assert live.pop("versions") == [1]
     assert live == good(http.get(f"{LSTM}/versions/1"))
     assert live.pop("fingerprint") == manifest.fingerprint
+    listed = {model["name"]: model for model in good(http.get("/v1/models"))["models"]}
+    assert live.pop("batch_invariance") == listed["lstm"]["batch_invariance"]
     assert live == json.loads((MODELS / "lstm" / "1" / "manifest.json").read_text())
 
 

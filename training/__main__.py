@@ -172,7 +172,7 @@ def _check_fits(source: Source, manifest: Manifest) -> None:
     """
     for verb, wanted, given in (
         ("takes", manifest.features, source.features),
-        ("gives", manifest.outputs, source.outputs),
+        ("gives", manifest.points, source.outputs),
     ):
         took, got = (", ".join(_named(one) for one in some) for some in (wanted, given))
         if took != got:
@@ -189,7 +189,7 @@ def _forecast(job: Job, stepper: Stepper, manifest: Manifest) -> Forecast | None
         return None
     summary = manifest.readout == "last"
     found = answers(stepper, job.source, job.arguments.split, streaming=manifest.streaming, summary=summary)
-    return forecast_of(manifest.outputs, *next(found))
+    return forecast_of(manifest.points, *next(found))
 
 
 def _measure(job: Job, stepper: Stepper, streaming: bool, summary: bool, plot: Path | None = None) -> dict[str, Any]:

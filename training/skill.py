@@ -71,7 +71,7 @@ class Measurement:
         outputs, kept = [], []
         for t in range(x.shape[1]):
             y, states = self.stepper.run(x[:, t : t + 1], present[:, t].astype(np.int32), states)
-            outputs.append(y[:, 0])
+            outputs.append(y[:, 0, : len(self.columns)])
             kept.append(states)
         stacked = {name: np.stack([s[name] for s in kept]) for name in states}
         first = stop - x.shape[1]
