@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from networks import CELLS, LENGTHS, LINEAR, OUT, mask_of, network, plain, readings, rich, some_state
+from networks import CELLS, LENGTHS, LINEAR, OUT, mask_of, network, plain, readings, rich, some_state, trending
 from torch import Tensor
 
 from stepcast.manifest import Feature, Tolerance
@@ -80,6 +80,9 @@ def cases() -> dict[str, tuple[Layers, list[Feature]]]:
     dense = {"kind": "time_distributed", "layer": {"kind": "dense", "units": 3}}
     named = {"kind": "rnn_to_feed_forward"}, {"kind": "feed_forward_to_rnn"}
     found["time_distributed"] = [named[0], dense, named[1], OUT], rich()
+    found["changes"] = [{"kind": "lstm", "units": 4}, OUT], trending(rich())
+    found["changes-plain"] = [{"kind": "gru", "units": 3}, OUT], trending(plain())
+    found["changes-both"] = [both, OUT], trending(rich())
     embedding = {"kind": "embedding", "vocabulary": 7, "units": 5}
     found["embedding"] = [embedding, {"kind": "lstm", "units": 4}, OUT], TOKENS
     found["video"] = (
