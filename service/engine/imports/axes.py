@@ -17,7 +17,7 @@ from stepcast.manifest import Tolerance
 
 from ..arrays import Array
 from ..buffers import laid, taken
-from ..onnx_session import Port, open_session
+from ..onnx_session import Port, one_line, open_session
 from .graphs import Graph
 from .roles import Roles, StatePorts
 
@@ -231,7 +231,7 @@ class Trial:
         try:
             return list(self._session.run(outputs or self._outputs, self.feeds(layout, x, states)))
         except Exception as error:  # onnxruntime's exceptions have no common base but this
-            raise Wrong(f"the graph does not run as the manifest reads it: {error}") from error
+            raise Wrong(f"the graph does not run as the manifest reads it: {one_line(error)}") from error
 
     def feeds(self, layout: Layout, x: Array, states: Sequence[Array]) -> dict[str, Array]:
         """The graph's inputs for x (B, T, *shape) and states (B, *shape)."""

@@ -14,7 +14,8 @@ import numpy as np
 from .. import onnx_door as onnx
 from ..arrays import Array
 from .axes import Trial, Wrong
-from .rewrites import Reading, Rewritten
+from .reading import Reading
+from .rewrites import Rewritten
 
 _OPSET: Final = 17  # what an older graph is converted to; single_step_graph.py needs 13
 _OLD: Final = 13
