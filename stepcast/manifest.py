@@ -172,6 +172,7 @@ class Provenance(_Strict):
     seed: int | None = None
     metrics: dict[str, Any] = {}
     libraries: dict[str, str] = {}
+    environment: dict[str, str] = Field(default={}, description="where it was made: Python, system, processor, device")
     created: str = ""
 
 

@@ -15,7 +15,7 @@ from stepcast.errors import ConfigError, ManifestError
 from stepcast.manifest import MODEL_FILE, Feature, Manifest, Output, read_manifest, sha256_of
 
 from .check import check_names
-from .checkpoint import BEST_FILE, load_weights
+from .checkpoint import BEST_FILE, load_checkpoint, load_weights
 from .comparison import as_dict
 from .config import Config, load
 from .data.source import Source
@@ -29,7 +29,7 @@ from .report import Forecast, forecast_of, print_report, write_report
 from .segments import labelled
 from .skill import Measurement, skill_table
 from .stepper import Stepper
-from .train import Trainer
+from .train import History, Trainer
 
 DISTANCES = (1, 6, 24)
 PLOT_FILE = "test_week.png"
@@ -111,7 +111,7 @@ def train(job: Job) -> int:
     with Progress(config.training.epochs, console=job.console, tensorboard=tensorboard) as progress:
         history = trainer.fit(resume=job.arguments.resume, progress=progress)
     job.console.print(f"best epoch {history.best_epoch + 1}, {history.updates} updates", highlight=False)
-    return _export(job, network)
+    return _export(job, network, history)
 
 
 def export(job: Job) -> int:
@@ -122,16 +122,19 @@ def export(job: Job) -> int:
     if not path.exists():
         raise ConfigError(f"{path}: no such file. Train first.")
     load_weights(network, path)
-    return _export(job, network)
+    saved = load_checkpoint(job.run_directory, torch.device("cpu"))
+    return _export(job, network, History(**saved["history"]) if saved else None)
 
 
-def _export(job: Job, network: Network) -> int:
+def _export(job: Job, network: Network, history: History | None) -> int:
     """Stage, measure as served, publish."""
     out: Path = job.arguments.out
     staged = stage(network, job.source, out)
     try:
         stepper = Stepper(staged, state_tensors(network))
         metrics = _measure(job, stepper, network.streaming, network.summary, plot=staged / PLOT_FILE)
+        if history is not None:
+            metrics["training"] = history.as_dict()
         version = job.arguments.version or next_version(out, job.config.name)
         manifest = describe(
             network, job.source, job.config, sha256=sha256_of(staged / MODEL_FILE), version=version, metrics=metrics
@@ -160,7 +163,7 @@ def evaluate_model(job: Job) -> int:
         result = evaluate(stepper, job.source, job.arguments.split, streaming=manifest.streaming, summary=summary)
         print_report(result, job.console)
         if job.arguments.report:
-            write_report(job.arguments.report, result, _forecast(job, stepper, manifest))
+            write_report(job.arguments.report, result, _forecast(job, stepper, manifest), manifest.provenance)
     return 0
 
 

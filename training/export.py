@@ -7,6 +7,7 @@ whoever likes measures the staged model; `publish` adds the manifest and moves t
 import datetime
 import importlib.metadata
 import os
+import platform
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import torch
 
 from stepcast.errors import ManifestError
 from stepcast.manifest import (
@@ -94,11 +96,38 @@ def publish(staged: Path, manifest: Manifest, models: Path) -> Path:
 def describe(
     network: Network, source: Source, config: Config, *, sha256: str, version: int, metrics: dict[str, Any]
 ) -> Manifest:
-    """The manifest of a model whose graph has a digest."""
-    return Manifest(
+    """The manifest of a model that was trained, whose graph has a digest."""
+    return manifest_of(
+        network,
+        source,
         name=config.name,
         version=version,
         description=config.description,
+        provenance={
+            "data": source.description,
+            "config": config.model_dump(mode="json", by_alias=True, exclude_unset=True),
+            "seed": config.seed,
+            "metrics": metrics,
+        },
+        sha256=sha256,
+    )
+
+
+def manifest_of(
+    network: Network,
+    source: Source,
+    *,
+    name: str,
+    version: int,
+    description: str,
+    provenance: dict[str, Any],
+    sha256: str,
+) -> Manifest:
+    """The manifest of a network, wherever its weights come from; what it was made with is added to its provenance."""
+    return Manifest(
+        name=name,
+        version=version,
+        description=description,
         features=source.features,
         outputs=network.head.outputs,
         task=source.task,
@@ -109,15 +138,23 @@ def describe(
         streaming=network.streaming,
         feedback=source.feedback if network.streaming else (),
         provenance=Provenance(
-            data=source.description,
-            config=config.model_dump(mode="json", by_alias=True, exclude_unset=True),
-            seed=config.seed,
-            metrics=metrics,
-            libraries={name: importlib.metadata.version(name) for name in LIBRARIES},
+            libraries={library: importlib.metadata.version(library) for library in LIBRARIES},
+            environment=environment(),
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            **provenance,
         ),
         sha256=sha256,
     )
+
+
+def environment() -> dict[str, str]:
+    """Where this runs."""
+    return {
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "processor": f"{platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+    }
 
 
 def state_tensors(network: Network) -> tuple[StateTensor, ...]:
