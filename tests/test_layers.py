@@ -171,7 +171,7 @@ def test_layer_agrees_in_torch_and_onnx_however_it_is_stepped(case: str, tmp_pat
     assert np.isfinite(golden["y"]).all()
     assert net.streaming == WHOLE.isdisjoint(layer["kind"] for layer in layers)
     assert net.streaming or not state_tensors(net)
-    prove(tmp_path, state_tensors(net), golden, net.streaming, Tolerance())
+    prove(Stepper(tmp_path, state_tensors(net)), golden, net.streaming, Tolerance())
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -205,7 +205,7 @@ def test_whole_rows_of_one_step_and_of_none_agree(case: str, tmp_path: Path) -> 
         with torch.no_grad():
             y, _ = net(x, mask_of(lengths, 1))
         golden = {"x": x.numpy(), "lengths": np.array(lengths, np.int32), "y": y.numpy()}
-        prove(tmp_path, (), golden, net.streaming, Tolerance())
+        prove(Stepper(tmp_path, ()), golden, net.streaming, Tolerance())
         assert np.isfinite(Stepper(tmp_path, ()).run(golden["x"], golden["lengths"], {})[0]).all()
 
 
