@@ -95,6 +95,8 @@ def _print(made: Imported) -> None:
     for state in manifest.states:
         where = f"{list(state.shape)}, axis {state.batch_axis}"
         print(f"state {state.layer}.{state.key}: {state.input!r} -> {state.output!r}, {where}")
+    if made.unanswered:
+        print(f"not answered: {', '.join(map(repr, made.unanswered))}")
     print("golden.npz was recorded from this graph: compare it with your training framework before you trust it")
 
 

@@ -17,10 +17,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+import numpy as np
 from pydantic import ValidationError
 
 from stepcast.errors import ManifestError
-from stepcast.manifest import MODEL_FILE, Manifest, write_manifest
+from stepcast.manifest import GOLDEN_FILE, MODEL_FILE, Manifest, write_manifest
 
 from ..onnx_session import RUNTIME_VERSION
 from .graphs import Graph
@@ -37,10 +38,15 @@ REWRITES: Final[tuple[Rewrite, ...]] = (older, plain, lift)
 
 
 class Imported(NamedTuple):
-    """A model that was taken in."""
+    """A model that was taken in.
+
+    Attributes:
+        unanswered: Outputs of the graph that are neither the answer nor a state.
+    """
 
     directory: Path
     manifest: Manifest
+    unanswered: Sequence[str]
 
 
 def import_onnx(
@@ -78,10 +84,12 @@ def import_onnx(
         if not proved:
             raise refused[0]
         staged, manifest = proved[0]
-        if len(pairings) > 1 and (len(proved) > 1 or manifest.input.time_axis is None):  # single steps prove no pairing
+        single = len(pairings) > 1 and manifest.input.time_axis is None  # single steps prove no pairing
+        if (len(proved) > 1 or single) and not _same([folder for folder, _ in proved], len(pairings)):
             raise reading.asking([reading.roles.pairing])
         _publish(staged, target)
-    return Imported(target, manifest)
+    served = {manifest.output.name, *(state.output for state in manifest.states)}
+    return Imported(target, manifest, [port.name for port in reading.graph.ports[1] if port.name not in served])
 
 
 def _proved(folder: Path, reading: Reading, target: Path) -> tuple[Path, Manifest]:
@@ -105,6 +113,15 @@ def _proved(folder: Path, reading: Reading, target: Path) -> tuple[Path, Manifes
         text = str(error).replace(str(folder / MODEL_FILE), str(file)).replace(str(folder), str(file))
         raise ManifestError(text) from error
     return folder, manifest
+
+
+def _same(folders: Sequence[Path], many: int) -> bool:
+    """Whether all of so many readings were proved and answer the same: their outputs are copies of each other."""
+    recorded = [dict(np.load(folder / GOLDEN_FILE)) for folder in folders]
+    first, *others = ({name: array.ravel() for name, array in arrays.items()} for arrays in recorded)
+    return len(folders) == many and all(
+        np.array_equal(arrays[name], value) for arrays in others for name, value in first.items()
+    )
 
 
 def _next_version(versions: Path) -> int:
