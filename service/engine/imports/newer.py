@@ -26,6 +26,8 @@ def older(reading: Reading) -> Rewritten | None:
     given = onnx.opset(reading.graph.model)
     if not NEWEST < given <= onnx.defs.onnx_opset_version() or _runs(reading):
         return None
+    if given > (known := onnx.defs.onnx_opset_version()):
+        raise ManifestError(f"{reading.graph.file}: opset {given} is newer than {known}, the newest that onnx knows")
     model = onnx.ModelProto()
     model.CopyFrom(reading.graph.model)
     replaced = set()
