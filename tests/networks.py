@@ -22,7 +22,8 @@ from training.network import Network
 torch.set_num_threads(1)  # the networks here are tiny, and tests run side by side
 
 OUT: dict[str, Any] = {"kind": "rnn_output"}
-CELLS = ("simple_rnn", "lstm", "graves_lstm", "gru")
+CELLS = ("simple_rnn", "lstm", "graves_lstm", "gru", "slstm")
+LINEAR = ("min_gru", "rg_lru")  # recurrences without recurrent weights
 LENGTHS = (7, 6, 0, 3, 1, 7)  # of six rows of seven steps
 _SPECS: TypeAdapter[list[LayerSpec]] = TypeAdapter(list[LayerSpec])
 

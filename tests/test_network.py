@@ -5,14 +5,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from networks import CELLS, OUT, network, plain, readings, rich, same, some_state
+from networks import CELLS, LINEAR, OUT, network, plain, readings, rich, same, some_state
 from torch import Tensor
 
 from stepcast.errors import ConfigError
 from stepcast.manifest import Change, Feature, Output
 from training.data.batch import Batch
+from training.layers.cell_specs import LstmSpec
 from training.layers.observed import hold
-from training.layers.specs import LstmSpec, RnnOutputSpec
+from training.layers.specs import RnnOutputSpec
 from training.losses import FORMULAS, WHOLE_STEP_LOSSES, Loss
 from training.masks import Packing
 from training.network import Network, detached, restarted
@@ -111,7 +112,7 @@ def test_absent_step_holds_the_state() -> None:
     assert not y[~GAPS].any()
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", [*CELLS, *LINEAR])
 def test_rule_zero_is_dl4js(cell: str) -> None:
     """h_t and c_t times the mask after every step: outputs 0 at a gap, and everything forgotten behind it."""
     net, x = network([{"kind": cell, "units": 3}, OUT]), readings(plain())
@@ -241,9 +242,9 @@ def manual_gradients(
         state, total = detached(state), torch.zeros(())
         for t in range(start, stop):
             h = x[:, t : t + 1]
-            for index, layer in enumerate(net.stack()):
+            for layer in net.stack():
                 h, after = layer(h, mask[:, t].long(), state.get(layer.name, {}))
-                if t < begin and index <= net.top:  # this step is a constant for all recurrent layers and below
+                if t < begin and layer.name in net.lower:  # this step is a constant for all recurrent layers and below
                     h, after = h.detach(), {k: v.detach() for k, v in after.items()}
                 state = {**state, **({layer.name: after} if after else {})}
             total = total + net.head.losses(net.head(h), None, y[:, t : t + 1], y_mask[:, t : t + 1])[0]

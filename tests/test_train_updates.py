@@ -183,6 +183,20 @@ def test_optimiser_is_torchs_on_gradients_by_hand(optimiser: str, schedule: str,
     assert line(4, start, (batch,), **config) == near(*(float(leaf) for leaf in leaves))
 
 
+@pytest.mark.parametrize(("optimiser", "epsilon"), [("rmsprop", 1e-8), ("adagrad", 1e-6)])
+def test_rmsprop_and_adagrad_are_dl4js_for_gradients_that_their_epsilons_do_not_feel(
+    optimiser: str, epsilon: float
+) -> None:
+    """DL4J's squares start at epsilon, ours at 0: equal updates at gradients (8, 6), others at a millionth of them."""
+    decay, share = (0.95, 0.05) if optimiser == "rmsprop" else (1.0, 1.0)
+    for size, alike in ((1.0, True), (1e-6, False)):
+        gradient, start = size * np.array([8.0, 6.0]), size * np.array(START)
+        squares = decay * epsilon + share * gradient**2
+        dl4j = start - 0.1 * gradient / (np.sqrt(squares) + epsilon)
+        ours = line(1, start.tolist(), (Batch(LINE.x, size * LINE.y),), optimiser=optimiser, learning_rate=0.1)
+        assert (ours == near(*dl4j)) is alike
+
+
 @pytest.mark.parametrize("decay", [None, 0.0, 0.5])
 def test_adamw_decays_weights_by_a_setting_and_leaves_biases_alone(decay: float | None) -> None:
     """w (1 - rate * decay), then Adam's first step, the rate itself; b takes that step alone. The default is 0.01."""

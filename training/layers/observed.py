@@ -12,6 +12,7 @@ from ..graph import Graph
 from ..masks import valid_steps
 from .base import Layer, LayerState
 from .changes import Changes
+from .stack import INPUT
 
 
 class Observed(Layer):
@@ -30,13 +31,14 @@ class Observed(Layer):
     indicated: Tensor
 
     def __init__(self, features: Sequence[Feature]) -> None:
-        super().__init__("observed")
+        super().__init__(INPUT)
         widths = [f.width for f in features]
         mean = np.repeat([f.mean for f in features], widths)
         scale = np.repeat([f.scale for f in features], widths)
         policies = np.repeat([f.missing for f in features], widths)
         indicators = np.repeat([f.indicator for f in features], widths)
         self.n_features = sum(widths)
+        self.columns = _columns(features)
         self.normalises = bool((mean != 0).any() or (scale != 1).any())
         self.fills = any(f.missing != "refuse" or f.indicator for f in features)
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32), persistent=False)
@@ -120,6 +122,19 @@ class Observed(Layer):
         source[self.held.numpy()] = self.n_features + np.arange(len(self.held))
         both = graph.add("Concat", filled, held, axis=2)
         return graph.add("Gather", both, graph.ints(*source.tolist()), axis=2)
+
+
+def _columns(features: Sequence[Feature]) -> Mapping[str, Sequence[int]]:
+    """Where each feature stands in what is put out; indicators stand behind all values."""
+    columns: dict[str, list[int]] = {}
+    start, flag = 0, sum(f.width for f in features)
+    for feature in features:
+        columns[feature.name] = [*range(start, start + feature.width)]
+        start += feature.width
+        if feature.indicator:
+            columns[feature.name] += range(flag, flag + feature.width)
+            flag += feature.width
+    return columns
 
 
 def hold(readings: Tensor, lengths: Tensor | None, last: Tensor) -> tuple[Tensor, Tensor]:
