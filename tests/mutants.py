@@ -43,6 +43,7 @@ MASKS = ("test_network.py", "test_train_updates.py", "test_layers.py")
 METRICS = ("test_metrics.py", "test_train_checks.py")
 CHECKS = ("test_train_checks.py",)
 GRAPHS = ("test_graphs.py", "test_layers.py")
+RECURRENCES = ("test_recurrences.py", "test_layers.py")
 LAYERS = ("test_train_layers.py", "test_network.py", "test_layers.py")
 HEAD = ("test_train_layers.py", "test_train_updates.py", "test_network.py")
 
@@ -321,17 +322,49 @@ CATALOGUE: dict[tuple[str, tuple[str, ...]], list[tuple[str, ...]]] = {
         ('"linear_before_reset": 1', '"linear_before_reset": 0'),
         ("spec.forget_bias\n        self.bias_hh.requires_grad_(False)", "spec.forget_bias"),
     ],
-    ("layers/recurrent.py", LAYERS): [
+    ("layers/cells.py", RECURRENCES): [
+        ("F.logsigmoid(f) + m, -torch.inf)", "F.logsigmoid(f), -torch.inf)"),
+        ("F.logsigmoid(f) + m, -torch.inf)", "F.logsigmoid(f) + m, 0.0)"),
+        ("f, i = torch.exp(kept - m), torch.exp(i - m)", "f, i = torch.exp(kept - m), torch.exp(i)"),
+        ("return torch.sigmoid(o) * c / n, c, n, m", "return torch.sigmoid(o) * c, c, n, m"),
+    ],
+    ("layers/linear_recurrence.py", RECURRENCES): [
+        ("now.addcmul_(a, after)", "now.add_(after)"),
+        ("return slopes * hs[:, :-1], slopes", "return slopes * hs[:, 1:], slopes"),
+        ("slopes[:, 0] * decay[:, 0]", "slopes[:, 0]"),
+        ("        hs[:, 0] = h\n", "        hs[:, 0] = 0\n"),
+        ("return torch.sigmoid(-gate), torch", "return torch.sigmoid(gate), torch"),
+        ("torch.sigmoid(gate) * ACTIVATIONS[self.activation](candidate)", "ACTIVATIONS[self.activation](candidate)"),
+        ("(2 * w / (1 + w)).clamp(min=1e-6)", "(2 * w / (1 + w))"),
+        ("(2 * w / (1 + w)).clamp(min=1e-6)) * i * u", "w.clamp(min=1e-6)) * i * u"),
+        ("F.softplus(-self.memory) * r", "F.softplus(self.memory) * r"),
+        ("SHARPNESS = 8.0", "SHARPNESS = 4.0"),
+        ("uniform_(0.9, 0.999)", "uniform_(0.5, 0.999)"),
+    ],
+    ("layers/attention.py", ("test_attention.py", "test_layers.py")): [
+        ("(back >= 0) & (back <= self.reach)", "(back <= self.reach)"),
+        ("& (back <= self.reach) &", "&"),
+        (" & (valid[:, None] > 0.5)", ""),
+        ("scores / math.sqrt(self.units // self.heads) +", "scores +"),
+        ("scores / math.sqrt(self.units // self.heads)", "scores / math.sqrt(self.units)"),
+        (" + self.bias[:, back.clamp(0, self.reach)]", ""),
+        ("places = lengths[:, None] + torch", "places = 0 * lengths[:, None] + torch"),
+        ("return seen[:, seen.shape[1] - self.reach :]", "return seen[:, : self.reach]"),
+        ("nn.init.zeros_(self.combine.bias)", "nn.init.ones_(self.combine.bias)"),
+    ],
+    ("layers/stepwise.py", LAYERS): [
         (
             "y = torch.where(valid_steps(lengths, x.shape[1])[..., None], y, 0.0)",
             "pass",
             "no layer looks at padded steps; the zeros only keep activations without bounds from running away there",
         ),
+        ("last = (lengths - 1).clamp(min=0)", "last = (lengths - 2).clamp(min=0)"),
+        ("return tuple(s[:, -1] for s in states)", "return tuple(s[:, 0] for s in states)"),
+    ],
+    ("layers/recurrent.py", LAYERS): [
         ("self.gains[0], eps=EPSILON) + self.bias_ih", "self.gains[0], eps=EPSILON)"),
         ("self.gains[1], eps=EPSILON) + self.bias_hh", "self.gains[0], eps=EPSILON) + self.bias_hh"),
         ("EPSILON = 1e-5", "EPSILON = 1e-3"),
-        ("last = (lengths - 1).clamp(min=0)", "last = (lengths - 2).clamp(min=0)"),
-        ("return tuple(s[:, -1] for s in states)", "return tuple(s[:, 0] for s in states)"),
         (
             "initial: Any = tuple(s[None].contiguous() for s in before)",
             "initial: Any = tuple(0 * s[None] for s in before)",

@@ -68,6 +68,9 @@ class TrainingConfig(_Strict):
         "renormalize_l2_per_layer",
         "renormalize_l2_per_parameter",
     ] = "none"
+    weight_average: float = Field(
+        default=0.0, ge=0, lt=1, description="decay per update of the running average of the weights, which is exported"
+    )
     gradient_threshold: float = Field(default=1.0, gt=0)
     average: Literal["unmasked", "examples"] = Field(
         default="unmasked", description="what an update's summed loss is divided by; examples is DL4J's rule"

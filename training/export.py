@@ -10,6 +10,8 @@ import os
 import platform
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +51,7 @@ def stage(network: Network, source: Source, models: Path, tolerance: Tolerance |
     """
     network = network.to("cpu").eval()
     network.masked_steps = "hold"  # an absent step holds the state in the graph and the service, whatever training did
-    models.mkdir(parents=True, exist_ok=True)
-    directory = Path(tempfile.mkdtemp(prefix=".staged-", dir=models))
-    try:
+    with fresh(models) as directory:
         graph = Graph(network.observed.n_features)
         network.write(graph)
         onnx.save(
@@ -60,11 +60,21 @@ def stage(network: Network, source: Source, models: Path, tolerance: Tolerance |
         )
         golden = make_golden(network, source)
         np.savez_compressed(directory / GOLDEN_FILE, **golden)  # type: ignore[arg-type]
-        prove(directory, state_tensors(network), golden, network.streaming, tolerance or Tolerance())
+        stepper = Stepper(directory, state_tensors(network))
+        prove(stepper, golden, network.streaming, tolerance or Tolerance())
+    return directory
+
+
+@contextmanager
+def fresh(models: Path) -> Iterator[Path]:
+    """A directory of its own below `models`, which stays if all that is done inside succeeds."""
+    models.mkdir(parents=True, exist_ok=True)
+    directory = Path(tempfile.mkdtemp(prefix=".staged-", dir=models))
+    try:
+        yield directory
     except BaseException:
         shutil.rmtree(directory)
         raise
-    return directory
 
 
 def publish(staged: Path, manifest: Manifest, models: Path) -> Path:
@@ -168,19 +178,12 @@ def next_version(models: Path, name: str) -> int:
     return max(versions, default=0) + 1
 
 
-def prove(
-    directory: Path,
-    tensors: tuple[StateTensor, ...],
-    golden: dict[str, Floats],
-    streaming: bool,
-    tolerance: Tolerance,
-) -> None:
+def prove(stepper: Stepper, golden: dict[str, Floats], streaming: bool, tolerance: Tolerance) -> None:
     """Run the golden rows in one call, in blocks and one step at a time.
 
     Raises:
         ManifestError: an output at a valid step or a final state is not what torch computed.
     """
-    stepper = Stepper(directory, tensors)
     x, lengths = golden["x"], golden["lengths"].astype(np.int32)
     before = _states(golden, "state_in.")
     valid = np.arange(x.shape[1]) < lengths[:, None]

@@ -49,7 +49,7 @@ def take_weights(layer: Weighted, weights: Weights, where: str) -> None:
         parameter.copy_(weights[name])
 
 
-def fill(network: Network, weights: Sequence[Weights], where: str) -> None:
+def fill(network: Network, weights: Sequence[Weights]) -> None:
     """Fill every layer of a network.
 
     Raises:
@@ -57,6 +57,6 @@ def fill(network: Network, weights: Sequence[Weights], where: str) -> None:
     """
     layers = weighted(network)
     if len(layers) != len(weights):
-        raise ConfigError(f"{where}: has {len(weights)} layers with weights, the network has {len(layers)}")
+        raise ConfigError(f"{len(weights)} layers with weights, the network has {len(layers)}")
     for number, (layer, own) in enumerate(zip(layers, weights, strict=True)):
-        take_weights(layer, own, f"{where}: layer {number} of those with weights")
+        take_weights(layer, own, f"layer {number} of those with weights")

@@ -1,5 +1,6 @@
 """One class per layer kind: how it runs, what state it carries, and how it is written in ONNX."""
 
+from .attention import Attention
 from .base import Layer
 from .cell_specs import (
     BidirectionalSpec,
@@ -8,16 +9,20 @@ from .cell_specs import (
     GruSpec,
     LstmSpec,
     MaskZeroSpec,
+    MinGruSpec,
+    RgLruSpec,
     SimpleRnnSpec,
+    SlstmSpec,
 )
-from .cells import GravesLstm, Gru, Lstm, SimpleRnn
+from .cells import GravesLstm, Gru, Lstm, SimpleRnn, Slstm
 from .convolution import Conv1D, Conv2D, Pool2D, ToFrames, ToValues
 from .feedforward import Activation, Affine, Columns, Dense, Dropout, Embedding, Identity
+from .linear_recurrence import MinGru, RgLru
 from .pooling import GlobalPooling
-from .recurrent import Recurrent
 from .sequence import DuplicateToTimeSeries, Mask, Reverse
 from .specs import (
     ActivationSpec,
+    AttentionSpec,
     CnnToRnnSpec,
     ColumnsSpec,
     Conv1DSpec,
@@ -43,6 +48,7 @@ from .specs import (
     TimeDistributedSpec,
 )
 from .stack import Placed
+from .stepwise import Stepwise
 from .wrappers import Bidirectional, MaskZero
 
 
@@ -50,7 +56,7 @@ def build(placed: Placed) -> Layer:
     """The layer of a placed specification, with fresh weights."""
     name, spec, size = placed.name, placed.spec, placed.shape.size or 0
     match spec:
-        case SimpleRnnSpec() | LstmSpec() | GravesLstmSpec() | GruSpec():
+        case SimpleRnnSpec() | LstmSpec() | GravesLstmSpec() | GruSpec() | SlstmSpec() | MinGruSpec() | RgLruSpec():
             return _cell(name, spec, size)
         case BidirectionalSpec():
             return Bidirectional(name, spec, _cell("forwards", spec.layer, size), _cell("backwards", spec.layer, size))
@@ -68,6 +74,8 @@ def build(placed: Placed) -> Layer:
             return Embedding(name, spec)
         case GlobalPoolingSpec():
             return GlobalPooling(name, spec, size)
+        case AttentionSpec():
+            return Attention(name, spec, size)
         case Conv1DSpec():
             return Conv1D(name, spec, size)
         case Conv2DSpec():
@@ -98,7 +106,7 @@ def build(placed: Placed) -> Layer:
             raise TypeError(f"{spec.kind} is the head of a network, not a layer of its stack")
 
 
-def _cell(name: str, spec: CellSpec, size: int) -> Recurrent:
+def _cell(name: str, spec: CellSpec, size: int) -> Stepwise:
     match spec:
         case SimpleRnnSpec():
             return SimpleRnn(name, spec, size)
@@ -108,3 +116,9 @@ def _cell(name: str, spec: CellSpec, size: int) -> Recurrent:
             return GravesLstm(name, spec, size)
         case GruSpec():
             return Gru(name, spec, size)
+        case SlstmSpec():
+            return Slstm(name, spec, size)
+        case MinGruSpec():
+            return MinGru(name, spec, size)
+        case RgLruSpec():
+            return RgLru(name, spec, size)

@@ -10,12 +10,9 @@ from .spec import IllegalStack, Learns, Shape, Size, Spec
 from .weights import WeightInit
 
 
-class _Recurrent(Learns):
+class _Stepwise(Learns):
     units: Size
-    activation: ActivationName = "tanh"
     weight_init: WeightInit = "xavier_uniform"
-    recurrent_init: WeightInit = "orthogonal"
-    layer_norm: bool = False
 
     def out_shape(self, shape: Shape) -> Shape:
         if shape.summary:
@@ -25,6 +22,12 @@ class _Recurrent(Learns):
     @property
     def recurrent(self) -> bool:
         return True
+
+
+class _Recurrent(_Stepwise):
+    activation: ActivationName = "tanh"
+    recurrent_init: WeightInit = "orthogonal"
+    layer_norm: bool = False
 
 
 class SimpleRnnSpec(_Recurrent):
@@ -57,7 +60,30 @@ class GruSpec(_Gated):
     kind: Literal["gru"]
 
 
-CellSpec = Annotated[SimpleRnnSpec | LstmSpec | GravesLstmSpec | GruSpec, Field(discriminator="kind")]
+class SlstmSpec(_Recurrent):
+    """LSTM with exponential input gate, normaliser and stabiliser (Beck et al. 2024: xLSTM's sLSTM, one head)."""
+
+    kind: Literal["slstm"]
+    forget_bias: float = 1.0
+
+
+class MinGruSpec(_Stepwise):
+    """GRU whose gate and candidate do not see the state (Feng et al. 2024: minGRU)."""
+
+    kind: Literal["min_gru"]
+    activation: ActivationName = Field(default="identity", description="of the candidate")
+
+
+class RgLruSpec(_Stepwise):
+    """Real-gated linear recurrent unit behind a linear layer (De et al. 2024: Griffin's RG-LRU)."""
+
+    kind: Literal["rg_lru"]
+
+
+CellSpec = Annotated[
+    SimpleRnnSpec | LstmSpec | GravesLstmSpec | GruSpec | SlstmSpec | MinGruSpec | RgLruSpec,
+    Field(discriminator="kind"),
+]
 
 
 class BidirectionalSpec(Spec):

@@ -10,8 +10,8 @@ from ..masks import Packing, valid_steps
 from .base import Layer, LayerState
 from .cell_specs import BidirectionalSpec, MaskZeroSpec
 from .merging import merge, write_merge
-from .recurrent import Recurrent
 from .sequence import reverse, write_reverse
+from .stepwise import Stepwise
 
 
 class Bidirectional(Layer):
@@ -23,7 +23,7 @@ class Bidirectional(Layer):
 
     streaming = False
 
-    def __init__(self, name: str, spec: BidirectionalSpec, forwards: Recurrent, backwards: Recurrent) -> None:
+    def __init__(self, name: str, spec: BidirectionalSpec, forwards: Stepwise, backwards: Stepwise) -> None:
         super().__init__(name)
         self.spec, self.forwards, self.backwards = spec, forwards, backwards
 
@@ -61,7 +61,7 @@ class MaskZero(Layer):
     The outputs at skipped steps are 0.
     """
 
-    def __init__(self, name: str, spec: MaskZeroSpec, inner: Recurrent) -> None:
+    def __init__(self, name: str, spec: MaskZeroSpec, inner: Stepwise) -> None:
         super().__init__(name)
         self.value, self.inner = spec.value, inner
 
