@@ -13,7 +13,7 @@ from datetime import datetime
 from difflib import get_close_matches
 from itertools import pairwise, product
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import pandas as pd
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from stepcast.errors import ConfigError
-from stepcast.manifest import Feature, Feedback, Output
+from stepcast.manifest import Change, Feature, Feedback, Output
 
 from .batch import Batch
 from .moments import check_resolution
@@ -52,9 +52,14 @@ class ColumnConfig(_Strict):
     turn: float | None = Field(default=None, gt=0, description="a direction: this much is one full turn")
     missing: Literal["refuse", "mean", "zero", "hold"] = "hold"
     indicator: bool = False
+    changes: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        default=(), description="steps: a channel for each says how much the reading has changed over so many"
+    )
 
     @model_validator(mode="after")
     def _direction(self) -> Self:
+        if self.turn is not None and self.changes:
+            raise ValueError("a direction (turn) has no changes")
         if self.turn is not None and self.target:
             raise ValueError("a direction (turn) cannot be a target")
         return self
@@ -200,6 +205,7 @@ class TableSource:
                         scale=scale,
                         missing=column.missing,
                         indicator=column.indicator,
+                        changes=tuple(_usual_change(rows[..., index], steps, name) for steps in column.changes),
                     )
                 )
         return tuple(features)
@@ -329,6 +335,13 @@ def _one_hot(indices: Floats, count: int) -> Floats:
 
 def _listed(numbers: Sequence[int]) -> str:
     return f"[{', '.join(map(str, numbers))}]"
+
+
+def _usual_change(rows: Floats, steps: int, name: str) -> Change:
+    """How much a reading (S, L) deviates from the one so many steps before."""
+    if steps >= rows.shape[1]:
+        raise ConfigError(f"data.columns.{name}.changes: {steps} steps, the training rows are {rows.shape[1]}")
+    return Change(steps=steps, scale=_statistics(rows[:, steps:] - rows[:, :-steps], name)[1])
 
 
 def _statistics(values: Floats, name: str) -> tuple[float, float]:
