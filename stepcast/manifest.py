@@ -28,6 +28,13 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
 
+class Change(_Strict):
+    """A channel that the graph adds: how much a reading has changed over some steps, divided by `scale`."""
+
+    steps: int = Field(ge=1)
+    scale: float = Field(default=1.0, gt=0, description="in the feature's unit")
+
+
 class Feature(_Strict):
     """One input, or a block of `width` inputs that belong together (the pixels of a frame, a one-hot character).
 
@@ -42,6 +49,7 @@ class Feature(_Strict):
     scale: float = 1.0
     missing: Literal["refuse", "mean", "zero", "hold"] = "refuse"
     indicator: bool = Field(default=False, description="the graph adds a 1/0 channel that says: was missing")
+    changes: tuple[Change, ...] = Field(default=(), description="of a feature of width 1")
 
 
 class Output(_Strict):
@@ -180,6 +188,7 @@ class Provenance(_Strict):
     seed: int | None = None
     metrics: dict[str, Any] = {}
     libraries: dict[str, str] = {}
+    environment: dict[str, str] = Field(default={}, description="where it was made: Python, system, processor, device")
     created: str = ""
 
 

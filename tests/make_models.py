@@ -53,6 +53,7 @@ UNBOUNDED = (
     *("identity", "cube", "leakyrelu", "elu", "selu", "gelu", "swish", "mish", "softplus", "relu"),
     "thresholdedrelu",
 )
+PLACE_BY_PLACE = ("subtract", "mul", "average", "max", "min")
 QUIET = -0.25  # what the layers see where Toy's `quiet` reads 0
 
 
@@ -122,6 +123,7 @@ KINDS: dict[str, Kind] = {
             {"kind": "dropout", "p": 0.5},
             GRU,
             {"kind": "mask"},
+            {"kind": "activation", "activation": "softsign"},
             dense(3),
             OUT,
         ]
@@ -187,6 +189,22 @@ KINDS: dict[str, Kind] = {
             OUT,
         ],
         spread=0.6,
+    ),
+    "graph": Kind(  # a skip connection, a feature by its name, every vertex, two output layers
+        [
+            {**dense(3), "name": "left"},
+            {**LSTM, "units": 3, "name": "memory"},
+            {"kind": "add", "from": ["left", "memory"], "name": "both"},
+            {**GRU, "from": ["v"], "name": "right"},
+            *({"kind": kind, "from": ["both", "right"]} for kind in PLACE_BY_PLACE),
+            {"kind": "merge", "from": [f"{kind}_0" for kind in PLACE_BY_PLACE]},
+            {"kind": "subset", "first": 1, "last": 13},
+            {"kind": "scale", "factor": -1.5},
+            {"kind": "shift", "amount": 0.5},
+            {**OUT, "outputs": ["v"]},
+            {**OUT, "from": ["both", "u"], "outputs": ["u"], "loss": "mae", "weight": 2},
+        ],
+        {"missing": True},
     ),
     "scan_activations": Kind(  # no ONNX node knows them
         [

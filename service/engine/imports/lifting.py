@@ -17,7 +17,8 @@ from stepcast.manifest import Tolerance
 
 from .. import onnx_door as onnx
 from ..arrays import Array
-from .rewrites import Reading, Rewritten
+from .reading import Reading
+from .rewrites import Rewritten
 from .sizes import Axis, Part, Parts, Sizes, keep
 
 _CELLS: Final = frozenset({"LSTM", "GRU", "RNN"})

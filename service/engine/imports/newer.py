@@ -9,7 +9,8 @@ from typing import Any, Final
 from stepcast.errors import ManifestError
 
 from .. import onnx_door as onnx
-from .rewrites import Reading, Rewritten
+from .reading import Reading
+from .rewrites import Rewritten
 
 NEWEST: Final = 26  # that onnxruntime 1.31 is released for
 _THEIRS: Final = frozenset({"CausalConvWithState", "LinearAttention"})
@@ -23,8 +24,10 @@ def older(reading: Reading) -> Rewritten | None:
         ManifestError: it has an operator that opset 26 lacks.
     """
     given = onnx.opset(reading.graph.model)
-    if given <= NEWEST or _runs(reading):
+    if not NEWEST < given <= onnx.defs.onnx_opset_version() or _runs(reading):
         return None
+    if given > (known := onnx.defs.onnx_opset_version()):
+        raise ManifestError(f"{reading.graph.file}: opset {given} is newer than {known}, the newest that onnx knows")
     model = onnx.ModelProto()
     model.CopyFrom(reading.graph.model)
     replaced = set()

@@ -8,6 +8,7 @@ from typing import Any
 
 from stepcast.errors import ManifestError
 
+from .axes import numbered
 from .onnx_graphs import Imported, import_onnx
 from .questions import OpenQuestions, joined
 
@@ -24,6 +25,9 @@ def options(parser: argparse.ArgumentParser) -> None:
     add("--constant", action="append", default=[], metavar="NAME=VALUE", help=constant)
     add("--features", metavar="N|NAMES", help="how many features a step has, or their names between commas")
     add("--outputs", metavar="N|NAMES", help="how many outputs a step has, or their names between commas")
+    kept = "values of a step that the session keeps"
+    add("--context", metavar="[INPUT:]N", help=f"{kept}, to stand before the next step's")
+    add("--overlap", metavar="[OUTPUT:]N", help=f"{kept}, to be added to the next step's")
     at = "axis: 1 of input and output, or input=1, output=1"
     add("--batch-axis", action="append", default=[], metavar="AXIS", help=f"batch {at}, or STATE=1; may repeat")
     add(
@@ -39,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Take a foreign graph into the repository, and say how it was read."""
     try:
         where = arguments.models, arguments.name, arguments.version, arguments.manifest
-        _print(import_onnx(arguments.file, *where, _answers(arguments)))
+        say(import_onnx(arguments.file, *where, _answers(arguments)))
     except OpenQuestions as asked:
         hints = _hints(asked, arguments)
         raise ManifestError("\n".join([str(asked), *hints])) from asked
@@ -66,8 +70,16 @@ def _answers(arguments: argparse.Namespace) -> dict[str, Any]:
     for field, letter in (("features", "x"), ("outputs", "y")):
         text = getattr(arguments, field)
         if text is not None:
-            names = [f"{letter}{n}" for n in range(int(text))] if text.isdigit() else text.split(",")
-            known[field] = [{"name": name} for name in names]
+            known[field] = (
+                numbered(letter, int(text), letter == "x") if text.isdigit() else [{"name": n} for n in text.split(",")]
+            )
+    for option, side in (("context", "input"), ("overlap", "output")):
+        text = getattr(arguments, option)
+        if text is not None:
+            name, _, values = text.rpartition(":")
+            if not values.isdigit():
+                raise ManifestError(f"--{option} {text!r} is not a number of values, such as {side}:64")
+            known = joined(known, {side: {option: int(values), **({"name": name} if name else {})}})
     for axis in ("batch_axis", "time_axis"):
         for text in getattr(arguments, axis):
             known = joined(known, _axis(axis, text))
@@ -87,14 +99,20 @@ def _axis(axis: str, text: str) -> dict[str, Any]:
     return {"states": [{"input": name, **value}]}
 
 
-def _print(made: Imported) -> None:
+def say(made: Imported) -> None:
+    """Print how a graph was read, and what was done to it."""
     manifest = made.manifest
     print(f"{made.directory}: {manifest.n_features} features, {manifest.n_outputs} outputs")
     for what, tensor in (("input", manifest.input), ("output", manifest.output)):
-        print(f"{what} {tensor.name!r}: batch axis {tensor.batch_axis}, time axis {tensor.time_axis}")
+        shape = "" if tensor.shape is None else f", each step {list(tensor.shape)}"
+        print(f"{what} {tensor.name!r}: batch axis {tensor.batch_axis}, time axis {tensor.time_axis}{shape}")
     for state in manifest.states:
         where = f"{list(state.shape)}, axis {state.batch_axis}"
         print(f"state {state.layer}.{state.key}: {state.input!r} -> {state.output!r}, {where}")
+    for done in made.done:
+        print(f"note: {done}")
+    if made.unanswered:
+        print(f"not answered: {', '.join(map(repr, made.unanswered))}")
     print("golden.npz was recorded from this graph: compare it with your training framework before you trust it")
 
 

@@ -17,30 +17,40 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+import numpy as np
 from pydantic import ValidationError
 
 from stepcast.errors import ManifestError
-from stepcast.manifest import MODEL_FILE, Manifest, write_manifest
+from stepcast.manifest import GOLDEN_FILE, MODEL_FILE, Manifest, write_manifest
 
 from ..onnx_session import RUNTIME_VERSION
+from .batch import rebatched
+from .context import framed
 from .graphs import Graph
 from .lifting import lift
 from .newer import older
-from .plain import plain
+from .plain import declared, plain
 from .proof import record
 from .questions import OpenQuestions, joined, read_partial
 from .reading import Reading
 from .rewrites import Rewrite, rewritten
 
-REWRITES: Final[tuple[Rewrite, ...]] = (older, plain, lift)
-"""In this order."""
+REWRITES: Final[tuple[Rewrite, ...]] = (framed, plain, declared, rebatched, lift)
+"""In this order; `older` stands before them, since only then onnxruntime can say what the graph's tensors are."""
 
 
 class Imported(NamedTuple):
-    """A model that was taken in."""
+    """A model that was taken in.
+
+    Attributes:
+        done: What was done to its graph.
+        unanswered: Outputs of the graph that are neither the answer nor a state.
+    """
 
     directory: Path
     manifest: Manifest
+    done: Sequence[str]
+    unanswered: Sequence[str]
 
 
 def import_onnx(
@@ -61,7 +71,12 @@ def import_onnx(
         OpenQuestions: the graph does not say what some of its tensors are; all questions at once.
         ManifestError: the graph cannot be served.
     """
-    reading = Reading(Graph.load(file), joined(read_partial(partial), answers or {}))
+    return import_graph(Graph.load(file), models, name, version, joined(read_partial(partial), answers or {}))
+
+
+def import_graph(graph: Graph, models: Path, name: str, version: int | None, known: Mapping[str, Any]) -> Imported:
+    """The same for a graph that is in memory; `known` are fields of a manifest."""
+    reading, first = rewritten(Reading(graph, known), (older,))
     target = models / name / str(version or _next_version(models / name))
     if target.exists():
         raise ManifestError(f"{target} exists. Take another --version.")
@@ -70,24 +85,26 @@ def import_onnx(
         proved, refused = [], []
         for number, paired in enumerate(pairings):
             try:
-                proved.append(_proved(Path(outside) / str(number), paired, target))
+                proved.append(_proved(Path(outside) / str(number), paired, target, first))
             except OpenQuestions:
                 raise
             except ManifestError as error:
                 refused.append(error)
         if not proved:
             raise refused[0]
-        staged, manifest = proved[0]
-        if len(pairings) > 1 and (len(proved) > 1 or manifest.input.time_axis is None):  # single steps prove no pairing
+        best = proved[0]
+        single = len(pairings) > 1 and best.manifest.input.time_axis is None  # single steps prove no pairing
+        if (len(proved) > 1 or single) and not _same([one.directory for one in proved], len(pairings)):
             raise reading.asking([reading.roles.pairing])
-        _publish(staged, target)
-    return Imported(target, manifest)
+        _publish(best.directory, target)
+    return best._replace(directory=target)
 
 
-def _proved(folder: Path, reading: Reading, target: Path) -> tuple[Path, Manifest]:
+def _proved(folder: Path, reading: Reading, target: Path, first: Sequence[str]) -> Imported:
     """Write the model's files into this folder; raises ManifestError if the graph does not answer as it is read."""
-    file = reading.graph.file
-    reading, done = rewritten(reading, REWRITES)
+    file, outputs = reading.graph.file, reading.graph.ports[1]
+    reading, then = rewritten(reading, REWRITES)
+    done = [*first, *then]
     made = {"task": "regression", "lengths": reading.roles.lengths, "provenance": _provenance(file, done)}
     fields = {**made, **reading.known, **reading.layout, "name": target.parent.name, "version": int(target.name)}
     fields["sha256"] = hashlib.sha256(reading.graph.content).hexdigest()
@@ -104,7 +121,17 @@ def _proved(folder: Path, reading: Reading, target: Path) -> tuple[Path, Manifes
     except ManifestError as error:  # the folder means nothing to the user, and is soon gone
         text = str(error).replace(str(folder / MODEL_FILE), str(file)).replace(str(folder), str(file))
         raise ManifestError(text) from error
-    return folder, manifest
+    served = {manifest.output.name, *(state.output for state in manifest.states)}
+    return Imported(folder, manifest, done, [port.name for port in outputs if port.name not in served])
+
+
+def _same(folders: Sequence[Path], many: int) -> bool:
+    """Whether all of so many readings were proved and answer the same: their outputs are copies of each other."""
+    recorded = [dict(np.load(folder / GOLDEN_FILE)) for folder in folders]
+    first, *others = ({name: array.ravel() for name, array in arrays.items()} for arrays in recorded)
+    return len(folders) == many and all(
+        np.array_equal(arrays[name], value) for arrays in others for name, value in first.items()
+    )
 
 
 def _next_version(versions: Path) -> int:

@@ -45,6 +45,19 @@ class Reading:
         """The same as fields of a manifest: see `layout_fields`."""
         return layout_fields(self.roles, self.known, self.found)
 
+    def settled(self) -> dict[str, Any]:
+        """What is known, with the roles that were found: a graph that is made of this one is read in the same way.
+
+        Raises:
+            OpenQuestions: it is not sure what each tensor is.
+        """
+        roles, known = self.roles, self.known
+        if roles.questions:
+            raise self.asking([*roles.questions, *self._pairing()])
+        main = {side: {**known.get(side, {}), "name": getattr(roles, side).name} for side in ("input", "output")}
+        states = [{**given, "input": port.name, "output": result.name} for port, result, given in roles.states]
+        return {**known, **main, "lengths": roles.lengths, "states": states}
+
     def pairings(self) -> list["Reading"]:
         """Readings with all pairings of the states that are equally likely; this one if there is but one."""
         return [self, *(self._paired(states) for states in self.roles.others)] if self.roles.others else [self]
