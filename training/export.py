@@ -96,6 +96,7 @@ def describe(
         readout="last" if network.summary else source.readout,
         states=state_tensors(network),
         streaming=network.streaming,
+        every_s=getattr(source, "every_s", None),  # sequences need not have a clock
         feedback=source.feedback if network.streaming else (),
         provenance=Provenance(
             data=source.description,

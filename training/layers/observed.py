@@ -1,20 +1,21 @@
 """The first layer of every network: readings in the caller's units become numbers a network can live with."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stepcast.manifest import Feature
 
 from ..graph import Graph
 from ..masks import valid_steps
 from .base import Layer, LayerState
+from .feedforward import write_look_up
 
 
 class Observed(Layer):
-    """Normalises, and puts something sensible where a reading is missing (NaN).
+    """Normalises, puts something sensible where a reading is missing (NaN), and gives categories their vectors.
 
     What stands in for a missing reading is the feature's policy: its mean, zero (in the caller's unit), or the last
     reading (`hold`). The memory of `hold` is a state tensor like any other, layer "observed", key "last", in
@@ -27,6 +28,7 @@ class Observed(Layer):
     filler: Tensor
     held: Tensor
     indicated: Tensor
+    numeric: Tensor
 
     def __init__(self, features: Sequence[Feature]) -> None:
         super().__init__("observed")
@@ -44,11 +46,16 @@ class Observed(Layer):
         self.register_buffer("filler", torch.tensor(filler, dtype=torch.float32), persistent=False)
         self.register_buffer("held", torch.tensor(np.flatnonzero(policies == "hold")), persistent=False)
         self.register_buffer("indicated", torch.tensor(np.flatnonzero(indicators)), persistent=False)
+        starts = np.cumsum([0, *widths])
+        self._embedded = [(int(starts[i]), f) for i, f in enumerate(features) if f.embedding is not None]
+        numeric = np.setdiff1d(np.arange(self.n_features), [column for column, _ in self._embedded])
+        self.register_buffer("numeric", torch.tensor(numeric), persistent=False)
+        self.tables = nn.ModuleList(_table(f) for _, f in self._embedded)
 
     @property
     def size(self) -> int:
         """Channels put out."""
-        return self.n_features + len(self.indicated)
+        return len(self.numeric) + len(self.indicated) + sum(f.embedding or 0 for _, f in self._embedded)
 
     def state_shapes(self) -> Mapping[str, tuple[int, ...]]:
         return {"last": (len(self.held),)} if len(self.held) else {}
@@ -58,7 +65,7 @@ class Observed(Layer):
             x = torch.where(valid_steps(lengths, x.shape[1])[..., None], x, 0.0)
         z = (x - self.mean) / self.scale if self.normalises else x  # (B, T, F)
         if not self.fills:
-            return z, state
+            return self._embed(z, []), state
         missing = torch.isnan(x)
         filled = torch.where(missing, self.filler, z)
         if len(self.held):
@@ -66,15 +73,30 @@ class Observed(Layer):
             held, last = hold(readings, lengths, state["last"])
             filled = filled.index_copy(2, self.held, held)
             state = {"last": last}
-        if len(self.indicated):
-            filled = torch.cat([filled, missing[..., self.indicated].to(filled.dtype)], dim=2)
-        return filled, state
+        flags = [missing[..., self.indicated].to(filled.dtype)] if len(self.indicated) else []
+        return self._embed(filled, flags), state
+
+    def _columns_embedded(self) -> Iterator[tuple[int, nn.Embedding]]:
+        for (column, _), table in zip(self._embedded, self.tables, strict=True):
+            assert isinstance(table, nn.Embedding)
+            yield column, table
+
+    def _embed(self, filled: Tensor, flags: list[Tensor]) -> Tensor:
+        """(B, T, size): readings, flags, vectors."""
+        if not self._embedded:
+            return torch.cat([filled, *flags], dim=2) if flags else filled
+        vectors = []
+        for column, table in self._columns_embedded():
+            x = filled[..., column]  # (B, T)
+            inside = (x > -0.5) & (x < table.num_embeddings - 0.5)  # NaN is not
+            vectors.append(table(torch.where(inside, x, 0.0).round().long()))
+        return torch.cat([filled[..., self.numeric], *flags, *vectors], dim=2)
 
     def write(self, graph: Graph, x: str, state: Mapping[str, str]) -> tuple[str, dict[str, str]]:
         centred = graph.add("Sub", x, graph.constant(self.mean.numpy()))
         z = graph.add("Div", centred, graph.constant(self.scale.numpy()))
         if not self.fills:
-            return z, dict(state)
+            return self._write_embed(graph, z, []), dict(state)
         missing = graph.add("IsNaN", x)
         filled = graph.add("Where", missing, graph.constant(self.filler.numpy()), z)
         after = dict(state)
@@ -87,10 +109,25 @@ class Observed(Layer):
                 state["last"],
             )
             filled = self._merge(graph, filled, held)
+        flags = []
         if len(self.indicated):
-            flags = graph.add("Gather", missing, graph.ints(*self.indicated.tolist()), axis=2)
-            filled = graph.add("Concat", filled, graph.add("Cast", flags, to=1), axis=2)
-        return filled, after
+            gathered = graph.add("Gather", missing, graph.ints(*self.indicated.tolist()), axis=2)
+            flags = [graph.add("Cast", gathered, to=1)]
+        return self._write_embed(graph, filled, flags), after
+
+    def _write_embed(self, graph: Graph, filled: str, flags: list[str]) -> str:
+        """`_embed` in ONNX."""
+        if not self._embedded:
+            return graph.add("Concat", filled, *flags, axis=2) if flags else filled
+        vectors = []
+        for column, table in self._columns_embedded():
+            x = graph.add("Gather", filled, graph.ints(column), axis=2)  # (B, T, 1)
+            above = graph.add("Greater", x, graph.constant(-0.5))
+            below = graph.add("Less", x, graph.constant(table.num_embeddings - 0.5))
+            index = graph.add("Where", graph.add("And", above, below), x, graph.constant(0.0))
+            vectors.append(write_look_up(graph, table, index))
+        numeric = graph.add("Gather", filled, graph.ints(*self.numeric.tolist()), axis=2)
+        return graph.add("Concat", numeric, *flags, *vectors, axis=2)
 
     def _merge(self, graph: Graph, filled: str, held: str) -> str:
         """Put the held columns back in their places."""
@@ -98,6 +135,14 @@ class Observed(Layer):
         source[self.held.numpy()] = self.n_features + np.arange(len(self.held))
         both = graph.add("Concat", filled, held, axis=2)
         return graph.add("Gather", both, graph.ints(*source.tolist()), axis=2)
+
+
+def _table(feature: Feature) -> nn.Embedding:
+    """The vectors of a feature's categories behind that of none of them."""
+    table = nn.Embedding(1 + len(feature.categories or ()), feature.embedding or 0)
+    with torch.no_grad():
+        table.weight[0] = 0.0
+    return table
 
 
 def hold(readings: Tensor, lengths: Tensor | None, last: Tensor) -> tuple[Tensor, Tensor]:

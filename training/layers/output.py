@@ -115,13 +115,14 @@ def _check(
         raise IllegalStack("softmax over one output is always 1. Take activation sigmoid with loss xent.")
     if spec.residual and spec.loss in TAKES:
         raise IllegalStack(f"residual: loss {spec.loss} takes labels {TAKES[spec.loss][1]}, changes are of both signs")
-    if spec.residual and not {o.name for o in outputs} & {f.name for f in features if f.width == 1}:
+    if spec.residual and not {o.name for o in outputs} & {f.name for f in features if f.width == 1 and not f.embedding}:
         raise IllegalStack("residual: no output has the name of a feature")
 
 
 def _bases(features: Sequence[Feature], outputs: Sequence[Output]) -> tuple[Tensor, Tensor, Tensor]:
     """Column, scale and mean of the feature each output is named after; scale and mean 0 where there is none."""
-    starts = np.cumsum([0, *(f.width for f in features)])
-    places = {f.name: (int(starts[i]), f.scale, f.mean) for i, f in enumerate(features) if f.width == 1}
+    starts = np.cumsum([0, *(0 if f.embedding else f.width for f in features)])  # vectors stand behind the readings
+    readings = [(i, f) for i, f in enumerate(features) if f.width == 1 and not f.embedding]
+    places = {f.name: (int(starts[i]), f.scale, f.mean) for i, f in readings}
     columns, scales, means = zip(*(places.get(o.name, (0, 0.0, 0.0)) for o in outputs), strict=True)
     return torch.tensor(columns), torch.tensor(scales), torch.tensor(means)
