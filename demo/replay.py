@@ -201,7 +201,8 @@ def forecasts(stream: Stream, month: Month) -> Iterator[tuple[int, Floats]]:
     """The warm-up in one call, then hour by hour: the hour's index, and the forecast (S, O) of the hour after it."""
     stream.step(month.inputs[:, :WARM_UP_HOURS], mask=month.present[:, :WARM_UP_HOURS])
     for hour in range(WARM_UP_HOURS, len(month.hours)):
-        yield hour, stream.step(month.inputs[:, hour], mask=month.present[:, hour]).outputs
+        answer = stream.step(month.inputs[:, hour], mask=month.present[:, hour])
+        yield hour, answer.outputs[:, : len(month.targets)]  # behind them are quantiles, if the model has any
 
 
 def hour_table(month: Month, hour: int, forecast: Floats) -> Group:

@@ -13,6 +13,7 @@ from pathlib import Path
 import uvicorn
 from uvicorn.supervisors import Multiprocess
 
+from stepcast import imports
 from stepcast.arguments import Parser
 from stepcast.errors import ConfigError, ManifestError, StepcastError
 from stepcast.rooms import example_models
@@ -21,8 +22,8 @@ from .app import create_app
 from .doors.http.connection import HttpConnection
 from .doors.keys import ROLES, new_key
 from .doors.websocket.connection import WebSocketConnection
+from .engine.batch_invariance import try_batches
 from .engine.golden import placements
-from .engine.imports.onnx_graphs import import_onnx
 from .engine.model import Runtime
 from .settings import PREFIX, Settings
 from .telemetry import WORKERS
@@ -110,26 +111,15 @@ def check(arguments: argparse.Namespace) -> int:
         runtime = Runtime(arguments.directory, device=arguments.device, profile=Path(folder) / "profile")
         proof = runtime.prove()
         places = placements(runtime.end_profile())
+    runtime.quicken()
     manifest = runtime.manifest
     print(f"{manifest.name} version {manifest.version}: fingerprint {manifest.fingerprint}, on {runtime.device}")
     print(f"golden.npz: {proof.rows} rows of {proof.steps} steps, outputs within {proof.output_error:.2e}, ", end="")
     print(f"states within {proof.state_error:.2e}, " + ("also step by step" if proof.stepped else "one call only"))
+    found = try_batches(runtime, Settings.model_fields["batch_rows"].default)
+    print(f"on this machine {found}")
     for node, provider in places.items():
         print(f"{node}: {provider}")
-    return 0
-
-
-def take_in(arguments: argparse.Namespace) -> int:
-    """Take a foreign graph into the repository, and say how it was read."""
-    made = import_onnx(arguments.file, arguments.models, arguments.name, arguments.version, arguments.manifest)
-    manifest = made.manifest
-    print(f"{made.directory}: {manifest.n_features} features, {manifest.n_outputs} outputs")
-    for what, tensor in (("input", manifest.input), ("output", manifest.output)):
-        print(f"{what} {tensor.name!r}: batch axis {tensor.batch_axis}, time axis {tensor.time_axis}")
-    for state in manifest.states:
-        where = f"{list(state.shape)}, axis {state.batch_axis}"
-        print(f"state {state.layer}.{state.key}: {state.input!r} -> {state.output!r}, {where}")
-    print("golden.npz was recorded from this graph: compare it with your training framework before you trust it")
     return 0
 
 
@@ -156,13 +146,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     prove.add_argument("directory", type=Path, metavar="MODEL_DIR")
     prove.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     prove.set_defaults(run=check)
-    take = commands.add_parser("import", aliases=["import-onnx"], help="take in a recurrent ONNX graph made by others")
-    take.add_argument("file", type=Path, metavar="FILE")
-    take.add_argument("--name", required=True, help="the model's name")
-    take.add_argument("--version", type=int, help="default: the next free one")
-    take.add_argument("--models", type=Path, default=fields["models"].default, help="model repository to write to")
-    take.add_argument("--manifest", type=Path, help="JSON of manifest fields that cannot be guessed")
-    take.set_defaults(run=take_in)
+    commands.add_parser("import", aliases=["import-onnx"], add_help=False, help="take in a model made by others")
     make = commands.add_parser("key", help="make an API key, and its line for STEPCAST_API_KEYS_FILE")
     make.add_argument("name", metavar="NAME", help="whose key it is: logs show it")
     make.add_argument("--role", default="step", choices=ROLES, help="default: step")
@@ -173,8 +157,11 @@ def _parser(prog: str) -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m service") -> int:
     """Run a command; its exit status: 2 for a wrong setting, 1 for a failure."""
-    arguments = _parser(prog).parse_args(argv)
+    given = sys.argv[1:] if argv is None else list(argv)
     try:
+        if given[:1] in (["import"], ["import-onnx"]):
+            return imports.run(given[1:], prog)
+        arguments = _parser(prog).parse_args(given)
         return int(arguments.run(arguments))
     except (ConfigError, ManifestError, StepcastError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)

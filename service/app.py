@@ -40,7 +40,11 @@ class Server:
         self._scrape = Scrape(self.metrics, self._gauge, os.environ.get(WORKERS))
         keys = self._keys = Keys(settings.api_keys, settings.api_keys_file)
         self.repository = Repository(
-            settings.models, device=settings.device, threads=settings.threads, resident_bytes=settings.resident_bytes
+            settings.models,
+            device=settings.device,
+            threads=settings.threads,
+            resident_bytes=settings.resident_bytes,
+            batch_rows=settings.batch_rows,
         )
         timeout = settings.store_timeout_s
         options = StoreOptions(

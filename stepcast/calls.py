@@ -44,6 +44,21 @@ class Pause(NamedTuple):
 Steps = Generator[Call | Pause, Reply | Broken | None, T]
 
 
+class Trial(TypedDict):
+    """Rows alone against the same rows in batches of up to `rows`: bit-equal, or the largest absolute difference."""
+
+    exact: bool
+    rows: int
+    difference: float
+
+
+class BatchInvariance(TypedDict):
+    """What a server found when it loaded a version; None for steps of a model without them, or if nothing was found."""
+
+    steps: Trial | None
+    calls: Trial | None
+
+
 class ModelInfo(TypedDict):
     """A served model, as a list of models has it."""
 
@@ -54,6 +69,7 @@ class ModelInfo(TypedDict):
     streaming: bool
     device: str
     description: str
+    batch_invariance: BatchInvariance
 
 
 @dataclass(frozen=True, slots=True)

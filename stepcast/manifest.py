@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
@@ -94,12 +95,39 @@ class Feature(_Strict):
 
 
 class Output(_Strict):
-    """One output; `mean` and `scale` are undone inside the graph, so that values are in `unit`."""
+    """One output; `mean` and `scale` are undone inside the graph, so that values are in `unit`.
+
+    A model of several horizons has an output for every target at each of them: `target` and `ahead` say which. The one
+    of a single step ahead is named as its target.
+    """
 
     name: Name
     unit: str = ""
     mean: float = 0.0
     scale: float = 1.0
+    target: Name | None = Field(default=None, description="what is forecast, of a model of several horizons")
+    ahead: int | None = Field(default=None, ge=1, description="how many steps ahead of the reading")
+
+
+class Distribution(_Strict):
+    """Which outputs describe the distribution of which target.
+
+    A target's point forecast is the output that has the target's name. `targets` lists the outputs that hold its
+    parameters, in the caller's units and in the order of the kind: a quantile for each of `levels`.
+    """
+
+    kind: Literal["quantile"]
+    levels: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(default=(), description="of quantiles, ascending")
+    targets: dict[Name, tuple[Name, ...]] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if any(low >= high for low, high in pairwise(self.levels)):
+            raise ValueError(f"levels {list(self.levels)} do not ascend")
+        for target, names in self.targets.items():
+            if len(names) != len(self.levels) or not names:
+                raise ValueError(f"targets.{target} names {len(names)} outputs, there are {len(self.levels)} levels")
+        return self
 
 
 class StateTensor(_Strict):
@@ -111,7 +139,9 @@ class StateTensor(_Strict):
     output: Name
     dtype: DType = "float32"
     shape: tuple[Annotated[int, Field(ge=1)], ...] = Field(description="per row, the batch axis left out")
-    batch_axis: int = Field(default=0, ge=0, description="where the graph has the batch axis")
+    batch_axis: int | None = Field(
+        default=0, ge=0, description="where the graph has the batch axis; None: nowhere, it takes one row"
+    )
     initial: float = Field(default=0.0, description="every element's value when there is no stored state")
 
     @property
@@ -125,20 +155,37 @@ class StateTensor(_Strict):
         return self.size * ITEM_BYTES[self.dtype]
 
 
-class InputTensor(_Strict):
-    """The graph's main input. Ours is `x` float32 [B,T,F]; graphs made by others may differ."""
+class _DataTensor(_Strict):
+    """Where one row's step lies in a tensor of the graph; the numbers of the wire are its elements in C order."""
+
+    batch_axis: int | None = Field(default=0, ge=0, description="None: nowhere, the graph takes one row")
+    time_axis: int | None = Field(default=1, ge=0, description="None: the graph takes one step at a time")
+    dtype: DType = Field(default="float32", description="the graph's own; the numbers of the wire are float32")
+    shape: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
+        default=None, description="of one row's step, the batch and the time axis left out; None: one axis"
+    )
+
+
+class InputTensor(_DataTensor):
+    """The graph's main input. Ours is `x` float32 [B,T,F]; graphs made by others may differ.
+
+    Whoever exported a graph may have put the last values of a chunk before the next chunk. Then the import writes this
+    into the graph, so that a caller sends new values only, and `context` says how many the session's state keeps.
+    """
 
     name: Name = "x"
-    batch_axis: int = Field(default=0, ge=0)
-    time_axis: int | None = Field(default=1, ge=0, description="None: the graph takes one step at a time")
+    context: int = Field(default=0, ge=0, description="values of the last step that stand before a step's own")
 
 
-class OutputTensor(_Strict):
-    """The graph's main output. Ours is `y` float32 [B,T,O]."""
+class OutputTensor(_DataTensor):
+    """The graph's main output. Ours is `y` float32 [B,T,O].
+
+    Chunks may overlap; then the import writes their sum into the graph, so that a step's answer is final, and `overlap`
+    says how many values, to which later chunks add, the session's state keeps.
+    """
 
     name: Name = "y"
-    batch_axis: int = Field(default=0, ge=0)
-    time_axis: int | None = Field(default=1, ge=0)
+    overlap: int = Field(default=0, ge=0, description="values of a step to which the next steps add theirs")
 
 
 class Constant(_Strict):
@@ -189,6 +236,7 @@ class Manifest(_Strict):
     outputs: tuple[Output, ...] = Field(min_length=1)
     task: Literal["regression", "classification"]
     classes: tuple[str, ...] | None = None
+    distribution: Distribution | None = Field(default=None, description="None: outputs are point forecasts")
     readout: Literal["each", "last"] = Field(
         default="each", description="last: trained many-to-one, the answer is the output at the last valid step"
     )
@@ -197,6 +245,9 @@ class Manifest(_Strict):
     output: OutputTensor = OutputTensor()
     constants: tuple[Constant, ...] = ()
     states: tuple[StateTensor, ...] = ()
+    rows: Literal["many", "one"] = Field(
+        default="many", description="one: the graph takes one row a run, so the server runs it row by row"
+    )
     streaming: bool = True
     every_s: float | None = Field(default=None, gt=0, description="seconds from one step to the next")
     feedback: tuple[Feedback, ...] = ()
@@ -216,6 +267,8 @@ class Manifest(_Strict):
             raise ValueError("'classes' belongs to task 'classification', and only to it")
         if self.classes is not None and len(self.classes) != len(self.outputs):
             raise ValueError(f"{len(self.classes)} classes, but {len(self.outputs)} outputs")
+        self._check_distribution()
+        self._check_layout()
         features = {f.name for f in self.features}
         sources = {o.name for o in self.outputs} | ({"class"} if self.classes else set())
         for number, link in enumerate(self.feedback):
@@ -232,10 +285,40 @@ class Manifest(_Strict):
         if self.every_s is None and (ahead := [f.name for f in calendar if f.ahead]):
             raise ValueError(f"feature {ahead[0]!r} is of a moment ahead, which needs every_s")
 
+    def _check_layout(self) -> None:
+        for what, tensor, size in (("input", self.input, self.n_features), ("output", self.output, self.n_outputs)):
+            if tensor.shape is not None and math.prod(tensor.shape) != size:
+                raise ValueError(f"{what}.shape {list(tensor.shape)} does not hold {size} numbers")
+        without = [port.name for port in (self.input, self.output) if port.batch_axis is None]
+        without += [state.input for state in self.states if state.batch_axis is None]
+        if without and self.rows == "many":
+            raise ValueError(f"tensors {without} have no batch axis, so 'rows' is \"one\"")
+
+    def _check_distribution(self) -> None:
+        if self.distribution is None:
+            return
+        if self.classes is not None:
+            raise ValueError("'distribution' belongs to task 'regression', and only to it")
+        outputs = {o.name for o in self.outputs}
+        for target, names in self.distribution.targets.items():
+            if absent := sorted({target, *names} - outputs):
+                raise ValueError(f"distribution.targets.{target}: {', '.join(map(repr, absent))} is not an output")
+
+    @property
+    def points(self) -> tuple[Output, ...]:
+        """The outputs that forecast one number for each target; without a distribution all of them."""
+        targets = self.distribution.targets if self.distribution else {o.name for o in self.outputs}
+        return tuple(o for o in self.outputs if o.name in targets)
+
     @cached_property
     def n_features(self) -> int:
         """F: input values per row and step."""
         return sum(f.width for f in self.features)
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """The shape of one row's step in the graph."""
+        return (self.n_features,) if self.input.shape is None else self.input.shape
 
     @property
     def n_outputs(self) -> int:

@@ -179,6 +179,10 @@ KINDS: dict[str, Kind] = {
     "rnn_loss": Kind([{**LSTM, "units": 2}, {"kind": "rnn_loss"}]),
     "rnn_loss_classes": Kind([{**LSTM, "units": 3}, {"kind": "rnn_loss", "loss": "mcxent"}], {"classes": THREE}),
     "residual": Kind([GRU, {**OUT, "residual": True}], {"missing": True, "scaled": True}),
+    "quantile": Kind(
+        [GRU, {**OUT, "residual": True, "distribution": {"kind": "quantile", "levels": [0.05, 0.1, 0.5, 0.8]}}],
+        {"missing": True, "scaled": True},
+    ),
     "binary": Kind([GRU, {**OUT, "loss": "xent", "activation": "sigmoid"}]),
     "covariates": Kind([LSTM, {**OUT, "residual": True}], {"reads": "covariates"}),
     "policies": Kind([LSTM, OUT], {"policies": ["mean", "zero", "hold"]}),

@@ -17,6 +17,7 @@ from pydantic import TypeAdapter
 from serving import ROOT
 
 from service.__main__ import _parser as service_parser
+from stepcast import imports
 from stepcast.cli.app import app
 from training.__main__ import _parser as training_parser
 from training.config import Config, TrainingConfig
@@ -73,6 +74,8 @@ def options() -> dict[str, set[str]]:
         (rooms,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
         for name, room in rooms.choices.items():
             found.setdefault(name, set()).update(room._option_string_actions)
+    for kind in imports.KINDS:
+        found["import"].update(imports.parser(kind, "x")._option_string_actions)
     return found
 
 

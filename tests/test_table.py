@@ -64,7 +64,7 @@ def test_labels_are_the_targets_one_step_later_and_masked_where_unknown(tmp_path
     """Never across the end of a split, never at an absent step, never where the reading is missing."""
     source = table(tmp_path)
     np.testing.assert_array_equal(source.y[..., 0], [[NAN, 14, 12, 20, NAN], [2, NAN, NAN, 5, NAN]])
-    batch = source._cut(slice(None), 0, 4)
+    batch = source._cut(0, 4, 4)
     assert batch.x_mask is not None
     assert batch.y_mask is not None
     assert batch.x_mask.tolist() == [[True] * 4, [True, True, False, True]]

@@ -110,8 +110,8 @@ def test_day_before_is_a_day_before_on_every_grid(minutes: int, day: int, tmp_pa
     for ahead in (1, day, day + 2):
         (skill,) = measurement.skills([ahead])
         lag = day if ahead <= day else 2 * day
-        assert float(skill.day_before[0]) == pytest.approx(rmse_of_lag(source, ahead, lag), rel=1e-4)
-        assert float(skill.persistence[0]) == pytest.approx(rmse_of_lag(source, ahead, ahead), rel=1e-4)
+        assert float(skill.rmse("day_before")[0]) == pytest.approx(rmse_of_lag(source, ahead, lag), rel=1e-4)
+        assert float(skill.rmse("persistence")[0]) == pytest.approx(rmse_of_lag(source, ahead, ahead), rel=1e-4)
 
 
 def test_model_of_a_longer_horizon_is_measured_against_its_baselines(tmp_path: Path) -> None:
@@ -122,8 +122,8 @@ def test_model_of_a_longer_horizon_is_measured_against_its_baselines(tmp_path: P
     assert (tmp_path / "m" / "heat" / "1" / "test_week.png").exists()
     (skill,) = measurement.skills([1, 6, 24])
     assert skill.ahead == 6
-    assert float(skill.persistence[0]) == pytest.approx(rmse_of_lag(source, 6, 6), rel=1e-4)
-    assert float(skill.model[0]) == pytest.approx(metrics["test"]["average"]["rmse"], rel=1e-3)
+    assert float(skill.rmse("persistence")[0]) == pytest.approx(rmse_of_lag(source, 6, 6), rel=1e-4)
+    assert float(skill.rmse("model")[0]) == pytest.approx(metrics["test"]["average"]["rmse"], rel=1e-3)
 
 
 def test_target_scaled_by_its_change_needs_residual(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from stepcast.manifest import MODEL_FILE, Feature, Manifest, Output, read_manife
 
 from .check import check_names
 from .checkpoint import BEST_FILE, load_weights
+from .comparison import as_dict
 from .config import Config, load
 from .data.source import Source
 from .data.table import TableSource
@@ -171,7 +172,7 @@ def _check_fits(source: Source, manifest: Manifest) -> None:
     """
     for verb, wanted, given in (
         ("takes", manifest.features, source.features),
-        ("gives", manifest.outputs, source.outputs),
+        ("gives", manifest.points, source.outputs),
     ):
         took, got = (", ".join(_named(one) for one in some) for some in (wanted, given))
         if took != got:
@@ -188,7 +189,7 @@ def _forecast(job: Job, stepper: Stepper, manifest: Manifest) -> Forecast | None
         return None
     summary = manifest.readout == "last"
     found = answers(stepper, job.source, job.arguments.split, streaming=manifest.streaming, summary=summary)
-    return forecast_of(manifest.outputs, *next(found))
+    return forecast_of(manifest.points, *next(found))
 
 
 def _measure(job: Job, stepper: Stepper, streaming: bool, summary: bool, plot: Path | None = None) -> dict[str, Any]:
@@ -200,7 +201,7 @@ def _measure(job: Job, stepper: Stepper, streaming: bool, summary: bool, plot: P
         measurement = Measurement(stepper, job.source)
         skills = measurement.skills(DISTANCES)
         job.console.print(skill_table(job.source, skills))
-        metrics["skill"] = {f"{s.ahead} ahead": s.as_dict(job.source.targets) for s in skills}
+        metrics["skill"] = {f"{s.ahead} ahead": as_dict(s, job.source.targets) for s in skills}
         if plot is not None:
             measurement.plot_week(plot)
     return metrics

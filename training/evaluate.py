@@ -28,7 +28,7 @@ def evaluate(
     metrics = metrics_for(source.outputs, source.classes)
     for batch, y in answers(stepper, source, split, streaming=streaming, summary=summary):
         mask = None if batch.y_mask is None else batch.y_mask.numpy()
-        metrics.update(y, batch.y.numpy(), mask)
+        metrics.update(y[..., : len(source.outputs)], batch.y.numpy(), mask)
     return metrics.result()
 
 

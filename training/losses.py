@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from stepcast.errors import ConfigError
 
 from .activations import ACTIVATIONS
+from .distributions import Distribution
 from .layers.specs import CLASS_LOSSES
 
 # These average over outputs as well as steps; the others sum over the outputs of a step, then average over steps.
-MEAN_LOSSES = ("mse", "squared_loss", "mae", "huber", "mape", "msle", "wasserstein")
+MEAN_LOSSES = ("mse", "squared_loss", "mae", "huber", "mape", "msle", "wasserstein", "quantile")
 # These look at all outputs of a step together, so a mask per output means nothing to them.
 WHOLE_STEP_LOSSES = (*CLASS_LOSSES, "cosine_proximity", "kl_divergence")
 
@@ -79,13 +80,20 @@ class Loss(nn.Module):
         name: One of DL4J's names.
         activation: The output activation; softmax and sigmoid are fused with their cross entropies.
         weights: One factor per output, None for ones.
+        distribution: What has the loss of this name, in place of an activation.
     """
 
     weights: Tensor | None
 
-    def __init__(self, name: str, activation: str, weights: Sequence[float] | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        activation: str,
+        weights: Sequence[float] | None = None,
+        distribution: Distribution | None = None,
+    ) -> None:
         super().__init__()
-        self.name, self.activation = ALIASES.get(name, name), activation
+        self.name, self.activation, self.distribution = ALIASES.get(name, name), activation, distribution
         self.register_buffer("weights", None if weights is None else torch.tensor(weights), persistent=False)
 
     def parts(self, outputs: int) -> int:
@@ -93,8 +101,10 @@ class Loss(nn.Module):
         return outputs if self.name in MEAN_LOSSES else 1
 
     def entries(self, z: Tensor, target: Tensor) -> Tensor:
-        """Loss of every entry (B, T, O) for the values `z` before the activation."""
-        if self.name == "mcxent" and self.activation == "softmax":
+        """Loss of every entry (B, T, O) for the values `z` before the activation, or a distribution's raw values."""
+        if self.distribution is not None:
+            losses = self.distribution.losses(z, target)
+        elif self.name == "mcxent" and self.activation == "softmax":
             losses = -target * torch.log_softmax(z, dim=-1)
         elif self.name == "xent" and self.activation == "sigmoid":
             losses = F.binary_cross_entropy_with_logits(z, target, reduction="none")
@@ -106,7 +116,7 @@ class Loss(nn.Module):
         """Sum of the unmasked losses and how many there were.
 
         Args:
-            z: (B, T, O) before the activation.
+            z: (B, T, O) before the activation; (B, T, R * O) raw values of a distribution.
             target: (B, T, O); may be NaN under the mask.
             mask: bool, (B, T) or (B, T, O); None: everything counts.
 

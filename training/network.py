@@ -175,7 +175,7 @@ class Network(nn.Module):
             observed = observed or value
             for key, shape in self.states().get(layer.name, {}).items():
                 graph.output(after[key], f"{layer.name}.{key}.out", ["B", *shape])
-        graph.output(self.head.write(graph, value, observed), "y", ["B", "T", len(self.head.mean)])
+        graph.output(self.head.write(graph, value, observed), "y", ["B", "T", len(self.head.outputs)])
 
 
 def _run(layer: Any, x: Tensor, lengths: Tensor | None, state: State) -> Tensor:

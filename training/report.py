@@ -43,15 +43,16 @@ def forecast_of(outputs: Sequence[Output], batch: Batch, predicted: NDArray[np.f
     """The stretch of a batch's longest row, at most `MOST_STEPS` of it, with gaps where nothing counts.
 
     Args:
-        outputs: For their names and units.
+        outputs: The targets, for their names and units.
         batch: As the source gave it.
-        predicted: (B, T, O).
+        predicted: (B, T, O), the targets first.
     """
     shape = (*batch.y.shape[:2], 1)
     present = np.ones(shape, np.bool_) if batch.y_mask is None else batch.y_mask.numpy().reshape(*shape[:2], -1)
     row = int(present.any(axis=2).sum(axis=1).argmax())
     names = tuple(f"{output.name} [{output.unit}]" if output.unit else output.name for output in outputs)
-    both = (np.where(present[row], values[row], np.nan)[:MOST_STEPS] for values in (predicted, batch.y.numpy()))
+    points = predicted[..., : len(outputs)]
+    both = (np.where(present[row], values[row], np.nan)[:MOST_STEPS] for values in (points, batch.y.numpy()))
     return Forecast(names, *(values.astype(np.float64) for values in both))
 
 

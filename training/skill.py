@@ -1,15 +1,15 @@
 """How much a forecast of a table's series is worth: against persistence, and against the last known day.
 
-Measured on the exported model, one step at a time, every test hour of every series. Further ahead the model runs
-free as the service's rollout does: its answers come back as readings, the calendar is known, all else is missing. A
-model of a horizon beyond one step cannot run free; it is measured at its horizon.
+Measured on the exported model, one step at a time, every test hour of every series. At a horizon that the model has an
+output for, that output is its forecast. Further ahead the model runs free as the service's rollout does: its answers of
+one step ahead come back as readings, the calendar is known, all else is missing. A model of several horizons is
+measured in both ways, and one that says nothing of the next step in the first alone.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,46 +17,10 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from rich.table import Table
 
+from .comparison import Comparison
 from .data.table import TableSource, feature_columns
 from .evaluate import present_steps
 from .stepper import Floats, States, Stepper
-
-
-@dataclass(frozen=True)
-class Skill:
-    """Root mean square errors at one distance, per target.
-
-    Attributes:
-        ahead: Steps.
-        rows: How many forecasts were compared.
-        model: (O,) of the forecast.
-        persistence: (O,) of the last observed value.
-        day_before: (O,) of the value at the same time of the last day that was known.
-    """
-
-    ahead: int
-    rows: NDArray[np.int64]
-    model: NDArray[np.float64]
-    persistence: NDArray[np.float64]
-    day_before: NDArray[np.float64]
-
-    @property
-    def ratio(self) -> NDArray[np.float64]:
-        """Model over persistence, (O,); NaN where that has no error."""
-        return np.divide(self.model, self.persistence, out=np.full_like(self.model, np.nan), where=self.persistence > 0)
-
-    def as_dict(self, names: Sequence[str]) -> dict[str, Any]:
-        """Plain numbers by target, for the manifest."""
-        return {
-            name: {
-                "rmse": _rounded(self.model[k]),
-                "persistence": _rounded(self.persistence[k]),
-                "day_before": _rounded(self.day_before[k]),
-                "ratio": _rounded(self.ratio[k]),
-                "rows": int(self.rows[k]),
-            }
-            for k, name in enumerate(names)
-        }
 
 
 @dataclass(frozen=True)
@@ -67,7 +31,7 @@ class Replay:
         start: Grid step of the first column.
         x: (S, T, F) readings, the warm-up included.
         present: (S, T).
-        y: (S, T, O) forecasts of one step ahead.
+        y: (S, T, O) answers: the targets' forecasts at the first horizon, then those at the next.
         states: By name, (T, S, ...): the states behind every step.
         scored: Columns before this one are warm-up.
     """
@@ -89,7 +53,7 @@ class Measurement:
     """
 
     def __init__(self, stepper: Stepper, source: TableSource) -> None:
-        self.stepper, self.source, self.horizon = stepper, source, source.config.horizon
+        self.stepper, self.source = stepper, source
         # On a grid that does not divide the day, the first step that is at least a day away.
         self.day = math.ceil(pd.Timedelta(days=1) / pd.Timedelta(source.config.every))
         names = [f.name for f in source.features]
@@ -107,29 +71,48 @@ class Measurement:
         outputs, kept = [], []
         for t in range(x.shape[1]):
             y, states = self.stepper.run(x[:, t : t + 1], present[:, t].astype(np.int32), states)
-            outputs.append(y[:, 0])
+            outputs.append(y[:, 0, : len(self.columns)])
             kept.append(states)
         stacked = {name: np.stack([s[name] for s in kept]) for name in states}
         first = stop - x.shape[1]
         return Replay(first, x, present, np.stack(outputs, axis=1), stacked, start - first)
 
-    def skills(self, distances: Sequence[int]) -> list[Skill]:
-        """Skill at each distance in steps that the test rows reach; with a longer horizon, at that alone."""
-        if self.horizon > 1:
-            return [self._skill(self.horizon, self.replay.y)]
-        tested = self.replay.x.shape[1] - self.replay.scored
+    def skills(self, distances: Sequence[int]) -> list[Comparison]:
+        """The model and its rivals at each of its horizons; of a model of one step at any distance.
+
+        Args:
+            distances: Steps ahead, for a model of one step. What the test rows do not reach is left out.
+        """
+        tested, horizons = self.replay.x.shape[1] - self.replay.scored, self.source.horizons
         reached = [ahead for ahead in distances if ahead < tested]
-        forecasts = self._rollout(max(reached, default=1))
-        return [self._skill(ahead, forecasts[ahead - 1]) for ahead in reached]
+        if horizons != (1,):
+            reached = [ahead for ahead in horizons if ahead < tested]
+        free = reached if self.source.feedback else []
+        rolled = self._rollout(max(free, default=1))
+        return [
+            self._skill(
+                ahead,
+                self.direct(ahead) if ahead in horizons else None,
+                rolled[ahead - 1] if ahead in free else None,
+            )
+            for ahead in reached
+        ]
+
+    def direct(self, ahead: int) -> Floats:
+        """The answers (S, T, O) of the outputs of one horizon."""
+        first = self.source.horizons.index(ahead) * len(self.columns)
+        return self.replay.y[..., first : first + len(self.columns)]
 
     def _rollout(self, steps: int) -> list[Floats]:
         """Forecasts 1..steps ahead of every step, each (S, T, O); every (step, series) pair is one row."""
         replay, source = self.replay, self.source
+        if not source.feedback:
+            return []
         n_series, n_steps, n_features = replay.x.shape
         states = {k: s.reshape(n_steps * n_series, *s.shape[2:]) for k, s in replay.states.items()}
-        y = replay.y.transpose(1, 0, 2).reshape(n_steps * n_series, -1)
+        y = self.direct(1).transpose(1, 0, 2).reshape(n_steps * n_series, -1)
         lengths = np.ones(len(y), np.int32)
-        forecasts = [replay.y]
+        forecasts = [self.direct(1)]
         for ahead in range(1, steps):
             x = np.full((n_steps, n_series, n_features), np.nan, np.float32)
             at = np.minimum(replay.start + np.arange(n_steps) + ahead, source.x.shape[1] - 1)
@@ -137,30 +120,42 @@ class Measurement:
             x = x.reshape(len(y), 1, n_features)
             x[:, 0, self.columns] = y
             out, states = self.stepper.run(x, lengths, states)
-            y = out[:, 0]
+            y = out[:, 0, : len(self.columns)]
             forecasts.append(y.reshape(n_steps, n_series, -1).transpose(1, 0, 2))
         return forecasts
 
-    def _skill(self, ahead: int, forecast: Floats) -> Skill:
+    def _skill(self, ahead: int, direct: Floats | None, rolled: Floats | None) -> Comparison:
         """Compare where the forecast's origin is a step and truth, persistence and the day before are all known."""
         replay, stop = self.replay, self.truth.shape[1]
-        origin = np.arange(replay.start + replay.scored, stop - ahead)  # (R,)
-        truth = self.truth[:, origin + ahead].astype(np.float64)
+        first = replay.start + replay.scored
+        origin = np.arange(first, min(self.source.bounds["test"][1], stop - ahead))  # (R,)
+        model = direct if rolled is None or direct is not None else rolled
+        forecasts = {"model": model, **({"rollout": rolled} if direct is not None and ahead > 1 else {})}
+        rivals = {n: self._at(f, origin - replay.start) for n, f in forecasts.items() if f is not None}
         # The same time of the last known day, or where that is missing the last value before it.
+        rivals["persistence"] = self.last[:, origin].astype(np.float64)
         day_before = origin + ahead - self.day * math.ceil(ahead / self.day)
-        rivals = {
-            "model": forecast[:, origin - replay.start],
-            "persistence": self.last[:, origin],
-            "day_before": np.where(day_before[:, None] >= 0, self.last[:, np.maximum(day_before, 0)], np.nan),
-        }
-        there = replay.present[:, origin - replay.start, None] & ~np.isnan(truth)
-        there = there & ~np.isnan(rivals["persistence"]) & ~np.isnan(rivals["day_before"])
-        errors = {name: _rmse(values - truth, there) for name, values in rivals.items()}
-        return Skill(ahead, there.sum(axis=(0, 1)), **errors)
+        known = (day_before >= 0)[:, None]
+        rivals["day_before"] = np.where(known, self.last[:, np.maximum(day_before, 0)], np.nan)
+        return Comparison(ahead, self.truth[:, origin + ahead].astype(np.float64), rivals, self._season())
+
+    def _at(self, forecast: Floats, columns: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Forecasts (S, R, O) of some of the replayed steps, NaN of absent ones."""
+        there = self.replay.present[:, columns, None]
+        return np.where(there, forecast[:, columns].astype(np.float64), np.nan)
+
+    def _season(self) -> NDArray[np.float64]:
+        """(S, O) mean absolute change over a day of each series' training rows: the scale of MASE."""
+        start, stop = self.source.bounds["train"]
+        rows = self.truth[:, start:stop].astype(np.float64)
+        changes = np.abs(rows[:, self.day :] - rows[:, : -self.day])
+        there = ~np.isnan(changes)
+        total, count = np.where(there, changes, 0.0).sum(axis=1), there.sum(axis=1)
+        return np.asarray(np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0))
 
     def plot_week(self, path: Path) -> None:
         """Draw a week in the middle of the test steps, or all of fewer: truth, forecast, persistence of each target."""
-        replay, source, ahead = self.replay, self.source, self.horizon
+        replay, source, ahead = self.replay, self.source, self.source.horizons[0]
         stop = replay.x.shape[1] - ahead  # what is forecast behind it is not known
         steps = min(7 * self.day, stop - replay.scored)
         middle = (replay.scored + stop - steps) // 2
@@ -185,31 +180,24 @@ def _carried(values: Floats) -> Floats:
     return np.take_along_axis(values, latest, axis=1)
 
 
-def _rmse(errors: NDArray[np.float64], there: NDArray[np.bool_]) -> NDArray[np.float64]:
-    squares = np.where(there, np.square(errors, where=there, out=np.zeros_like(errors)), 0.0)
-    total, count = squares.sum(axis=(0, 1)), there.sum(axis=(0, 1))
-    return np.asarray(np.sqrt(np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)))
-
-
-def _rounded(value: float) -> float | None:
-    """For the manifest: four places, None for what could not be measured."""
-    return round(float(value), 4) if np.isfinite(value) else None
-
-
-def skill_table(source: TableSource, skills: Sequence[Skill]) -> Table:
+def skill_table(source: TableSource, skills: Sequence[Comparison]) -> Table:
     """Errors of every target at every distance, for the terminal."""
     every = source.config.every
     table = Table(title="RMSE on the test rows, exported model stepped one by one", title_justify="left")
-    for name in ("target", "ahead", "model", "persistence", "day before", "model / persistence"):
-        table.add_column(name, justify="left" if name == "target" else "right")
+    rolled = any("rollout" in skill.forecasts for skill in skills)
+    forecasters = ["model", *(["rollout"] if rolled else []), "persistence", "day_before"]
+    for name in ("target", "ahead", *forecasters, "model / persistence"):
+        table.add_column(name.replace("_", " "), justify="left" if name == "target" else "right")
     for skill in skills:
-        rows = zip(source.targets, skill.model, skill.persistence, skill.day_before, skill.ratio, strict=True)
-        for name, model, persistence, day_before, ratio in rows:
+        errors = [skill.rmse(n) if n in skill.forecasts else None for n in forecasters]
+        ratio = skill.ratio("model")
+        for k, name in enumerate(source.targets):
             unit = source.config.columns[name].unit
-            numbers = [f"{v:.3f}" for v in (model, persistence, day_before, ratio)]
-            table.add_row(f"{name} [{unit}]".replace("[", r"\["), f"{skill.ahead} x {every}", *numbers)
-        known = skill.ratio[~np.isnan(skill.ratio)]
+            numbers = ["" if error is None else f"{error[k]:.3f}" for error in errors]
+            label = f"{name} [{unit}]".replace("[", r"\[")
+            table.add_row(label, f"{skill.ahead} x {every}", *numbers, f"{ratio[k]:.3f}")
+        known = ratio[~np.isnan(ratio)]
         mean = f"{known.mean():.3f}" if known.size else "-"
-        table.add_row("mean of ratios", f"{skill.ahead} x {every}", "", "", "", mean)
+        table.add_row("mean of ratios", f"{skill.ahead} x {every}", *[""] * len(forecasters), mean)
         table.add_section()
     return table

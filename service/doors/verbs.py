@@ -16,7 +16,7 @@ from stepcast.manifest import Manifest
 
 from ..engine import arrays
 from ..engine.arrays import Floats
-from ..engine.repository import Repository
+from ..engine.repository import Repository, Served
 from ..records.record import Record
 from ..sessions.core import Address
 from ..sessions.edits import NewState, States, check_id, new_address
@@ -78,22 +78,25 @@ def _listed(repository: Repository, name: str) -> dict[str, Any]:
         "streaming": live.manifest.streaming,
         "device": live.runtime.device,
         "description": live.manifest.description,
+        "batch_invariance": live.batch_invariance.document(),
     }
 
 
 async def model(states: States, call: Call) -> Done:
     """The live version's manifest, with the versions there are."""
-    manifest = states.repository.live(call.model).manifest
-    return Done({**_plain(manifest), "versions": states.repository.versions(call.model)})
+    live = states.repository.live(call.model)
+    return Done({**_plain(live), "versions": states.repository.versions(call.model)})
 
 
 async def version(states: States, call: Call) -> Done:
     """One version's manifest."""
-    return Done(_plain(states.repository.require(call.model, call.asked.version).manifest))
+    return Done(_plain(states.repository.require(call.model, call.asked.version)))
 
 
-def _plain(manifest: Manifest) -> dict[str, Any]:
-    return {**manifest.model_dump(mode="json"), "fingerprint": manifest.fingerprint}
+def _plain(served: Served) -> dict[str, Any]:
+    """Its manifest, and what was found out about it here."""
+    found = {"fingerprint": served.manifest.fingerprint, "batch_invariance": served.batch_invariance.document()}
+    return {**served.manifest.model_dump(mode="json"), **found}
 
 
 async def retire(states: States, call: Call) -> Done:

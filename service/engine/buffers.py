@@ -11,7 +11,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from stepcast.errors import ManifestError, NonFinite
-from stepcast.manifest import MODEL_FILE, Manifest
+from stepcast.manifest import ITEM_BYTES, MODEL_FILE, Manifest
 
 from .arrays import Array, Bytes, Floats, Lengths
 from .onnx_session import reading
@@ -43,40 +43,57 @@ def blank_rows(rows: int, row: np.dtype[Any]) -> tuple[Bytes, dict[str, Array]]:
     return packed, rows_of(packed, row)
 
 
+def laid(rows: Array, axes: Sequence[int | None]) -> Array:
+    """A tensor as a graph takes it: its leading axes at these places; those of None, of size 1, are left out."""
+    places = [axis for axis in axes if axis is not None]
+    kept = [size for size, axis in zip(rows.shape, axes, strict=False) if axis is not None]
+    rows = rows.reshape(*kept, *rows.shape[len(axes) :])
+    return np.ascontiguousarray(np.moveaxis(rows, range(len(places)), places))
+
+
+def taken(tensor: Array, axes: Sequence[int | None]) -> Array:
+    """The inverse of `laid`, as a view."""
+    places = [axis for axis in axes if axis is not None]
+    rows = np.moveaxis(tensor, places, range(len(places)))
+    return np.expand_dims(rows, [at for at, axis in enumerate(axes) if axis is None])
+
+
 def step_ports(session: Any, manifest: Manifest, constants: Mapping[str, Array]) -> Ports:
     """The ports of model.onnx for one step, or ManifestError where it does not run with these shapes.
 
     The output's is learned from a run: exporters forget sizes of outputs.
     """
     spec, y, states = manifest.input, manifest.output, manifest.states
-    fixed = {spec.batch_axis: ROWS, **({} if spec.time_axis is None else {spec.time_axis: 1})}
-    x = tuple(fixed.get(axis, manifest.n_features) for axis in range(len(fixed) + 1))
-    inputs = {spec.name: x, **{s.input: _with_rows(s.shape, s.batch_axis) for s in states}}
-    dtypes = {spec.name: "float32", **{s.input: s.dtype for s in states}}
+    many = ROWS if manifest.rows == "many" else 1
+    x = _with_axes(manifest.row_shape, {spec.batch_axis: many, spec.time_axis: 1})
+    inputs = {spec.name: x, **{s.input: _with_axes(s.shape, {s.batch_axis: many}) for s in states}}
+    dtypes = {spec.name: spec.dtype, **{s.input: s.dtype for s in states}}
     with reading(MODEL_FILE):
         feeds = {name: np.zeros([abs(size) for size in shape], dtypes[name]) for name, shape in inputs.items()}
         if manifest.lengths is not None:
             feeds[manifest.lengths] = np.ones(1, np.int32)
         (found,) = session.run([y.name], {**feeds, **constants})
-        left = np.delete(found.shape, y.batch_axis)
+        left = found.shape if y.batch_axis is None else np.delete(found.shape, y.batch_axis).tolist()
     if found.size != manifest.n_outputs:
         raise ManifestError(f"output {y.name!r} is {found.shape} for one step, not {manifest.n_outputs} numbers")
-    outputs = {s.output: inputs[s.input] for s in states} | {y.name: _with_rows(left.tolist(), y.batch_axis)}
+    outputs = {s.output: inputs[s.input] for s in states} | {y.name: _with_axes(left, {y.batch_axis: many})}
     return {name: [(name, shape)] for name, shape in {**inputs, **outputs}.items()}
 
 
-def _with_rows(shape: Sequence[int], axis: int) -> Shape:
-    return (*shape[:axis], ROWS, *shape[axis:])
+def _with_axes(shape: Sequence[int], sizes: Mapping[int | None, int]) -> Shape:
+    """A shape with axes of these sizes put in at these places."""
+    rest, rank = iter(shape), len(shape) + len(sizes.keys() - {None})
+    return tuple(sizes[axis] if axis in sizes else next(rest) for axis in range(rank))
 
 
 class Buffers(NamedTuple):
     """The buffers for B rows, and the graph bound to them."""
 
     binding: Any
-    x: Floats  # (B, F)
+    x: Array  # (B, ...)
     before: list[Array]  # (B, *shape) of each state tensor
     after: list[Array]
-    y: Floats  # (B, ...)
+    y: Array  # (B, ...)
     floats: list[Array]  # all numbers that the graph writes and that may be infinite
 
 
@@ -90,6 +107,7 @@ class BoundSteps:
         self._names = self._row.names or ()
         self._lengths_port = manifest.lengths if manifest.lengths in {p.name for p in session.get_inputs()} else None
         places = (self._row.fields or {}).values()
+        self._alone = manifest.rows == "one"
         self._aligned = all(offset % dtype.base.itemsize == 0 for dtype, offset, *_ in places)
         self._lock = threading.Lock()  # the batcher's thread and the event loop may both want one step
         self._grow(_LEAST_ROWS)
@@ -101,9 +119,12 @@ class BoundSteps:
 
     def step(self, x: Floats, before: Sequence[Bytes], after: Sequence[Bytes]) -> Floats:
         """`Runtime.step`; where it raises NonFinite, `after` has been written all the same."""
+        if self._alone and len(x) > 1:
+            each = zip(x[:, None], _one_by_one(before, len(x)), _one_by_one(after, len(x)), strict=True)
+            return np.concatenate([self.step(*row) for row in each])
         with self._lock:
             bound = self._bound.get(len(x)) or self._bind(len(x))
-            bound.x[:] = x
+            bound.x[:] = x.reshape(bound.x.shape)
             for packed, buffer in self._in_pairs(before, bound.before):
                 buffer[...] = packed
             self._session.run_with_iobinding(bound.binding)
@@ -121,7 +142,7 @@ class BoundSteps:
             return y, after.tobytes()
         with self._lock:
             bound = self._bound.get(1) or self._bind(1)  # its tensors lie as a packed row does
-            bound.x[0] = np.frombuffer(x, np.float32)
+            bound.x[0] = np.frombuffer(x, np.float32).reshape(bound.x.shape[1:])
             self._read[:size] = np.frombuffer(record, np.uint8, size, at)
             self._session.run_with_iobinding(bound.binding)
             return _sound(bound), self._written[:size].tobytes()
@@ -144,9 +165,12 @@ class BoundSteps:
         self._most = rows = 1 << (rows - 1).bit_length()
         pad = 8 * (len(self._names) + 1)  # where a tensor must not begin behind another at once
         self._lengths = np.ones(rows, np.int32)
-        self._x = np.zeros(rows * 4 * self._manifest.n_features, np.uint8)
+        spec = self._manifest
+        x_bytes = ITEM_BYTES[spec.input.dtype] * spec.n_features
+        y_bytes = ITEM_BYTES[spec.output.dtype] * spec.n_outputs
+        self._x = np.zeros(rows * x_bytes, np.uint8)
         self._read = np.zeros(rows * self._row.itemsize + pad, np.uint8)
-        self._written = np.zeros(rows * (self._row.itemsize + 4 * self._manifest.n_outputs) + pad, np.uint8)
+        self._written = np.zeros(rows * (self._row.itemsize + y_bytes) + pad, np.uint8)
         self._bound: dict[int, Buffers] = {}
 
     def _bind(self, rows: int) -> Buffers:
@@ -154,10 +178,10 @@ class BoundSteps:
         if rows > self._most:
             self._grow(rows)
         spec, binding = self._manifest, self._session.io_binding()
-        (x,) = self._laid(binding.bind_input, self._x, {spec.input.name: "float32"}, rows).values()
+        (x,) = self._laid(binding.bind_input, self._x, {spec.input.name: spec.input.dtype}, rows).values()
         before = self._laid(binding.bind_input, self._read, {s.input: s.dtype for s in spec.states}, rows)
         # The output may be a state's as well: then it is there once.
-        dtypes = {s.output: s.dtype for s in spec.states} | {spec.output.name: "float32"}
+        dtypes = {s.output: s.dtype for s in spec.states} | {spec.output.name: spec.output.dtype}
         made = self._laid(binding.bind_output, self._written, dtypes, rows)
         floats = [tensor for tensor in made.values() if tensor.dtype.kind == "f"]
         if all(tensor.dtype == np.float32 for tensor in made.values()):  # most models: then they are one piece
@@ -168,7 +192,7 @@ class BoundSteps:
             binding.bind_cpu_input(name, value)
         old = [before[s.input].reshape(rows, *s.shape) for s in spec.states]
         new = [made[s.output].reshape(rows, *s.shape) for s in spec.states]
-        bound = Buffers(binding, x.reshape(rows, -1), old, new, made[spec.output.name], floats)
+        bound = Buffers(binding, x, old, new, made[spec.output.name], floats)
         if len(self._bound) >= _MOST_BOUND:
             self._bound.clear()
         self._bound[rows] = bound
@@ -185,14 +209,31 @@ class BoundSteps:
             tensor = memory[start:end].view(dtype).reshape(shape)
             for (port, _), part in zip(ports, tensor if len(ports) > 1 else [tensor], strict=True):
                 bind(port, "cpu", 0, part.dtype, part.shape, part.ctypes.data)
-            by_row[name] = np.moveaxis(tensor, whole.index(ROWS), 0)
+            by_row[name] = np.moveaxis(tensor, whole.index(ROWS), 0) if ROWS in whole else tensor[None]
         return by_row
+
+
+def _one_by_one(parts: Sequence[Bytes], rows: int) -> Iterator[Sequence[Bytes]]:
+    """Packed states of `rows` rows in any cuts, row by row; views."""
+    sessions = [session for part in parts for session in part]
+    each = rows // len(sessions)
+    return ([row[None]] for session in sessions for row in session.reshape(each, -1))
 
 
 def _sound(bound: Buffers) -> Floats:
     """The outputs of a run (B, O)."""
     _check_finite(bound.floats)
-    return bound.y.copy().reshape(len(bound.y), -1)
+    if bound.y.dtype == np.float32:
+        return bound.y.copy().reshape(len(bound.y), -1)
+    y = narrowed(bound.y).reshape(len(bound.y), -1)
+    _check_finite([y])
+    return y
+
+
+def narrowed(values: Array) -> Floats:
+    """Numbers of a graph as float32, as the wire has them; those that are too large for it become infinite."""
+    with np.errstate(over="ignore"):
+        return values.astype(np.float32, order="C", copy=False)
 
 
 def check_run(y: Floats, lengths: Lengths | None, states: Iterable[Array]) -> None:

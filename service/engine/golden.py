@@ -62,6 +62,11 @@ class Golden:
         """The same by single steps alone; the largest errors of outputs and states."""
         return self._compare("one step at a time", lambda: self._one_by_one(run))
 
+    def samples(self) -> tuple[Floats, Bytes]:
+        """Numbers such as the model gets: readings of single steps (M, F), and packed states (2 B, row_bytes)."""
+        there = np.arange(self._x.shape[1]) < self._lengths[:, None]  # (B, T)
+        return self._x[there], np.concatenate([self._before, self._after])
+
     def _states(self, arrays: Mapping[str, Array], side: str) -> Bytes:
         """Packed states (B, row_bytes)."""
         packed, tensors = blank_rows(len(self._x), self._row)

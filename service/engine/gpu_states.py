@@ -223,6 +223,9 @@ def _check_manifest(m: Manifest) -> None:
         "it takes no lengths": m.lengths is None,
         "it takes constants": bool(m.constants),
         "its states are not all float32": any(s.dtype != "float32" for s in m.states),
+        "it takes one row a run": m.rows == "one",
+        "its inputs or outputs are not all float32": {m.input.dtype, m.output.dtype} != {"float32"},
+        "its inputs or outputs are no vectors": any(len(port.shape or (1,)) != 1 for port in (m.input, m.output)),
         "its axes are not batch, then time": axes != {(0, 1)} or any(s.batch_axis for s in m.states),
     }
     if reasons := [reason for reason, applies in why.items() if applies]:

@@ -15,7 +15,7 @@ from stepcast.errors import ManifestError
 from stepcast.manifest import MODEL_FILE, Manifest, read_manifest
 
 from .arrays import Array, Bytes, Floats, Ints, Lengths, RunGraph, State
-from .buffers import BoundSteps, blank_rows, check_run, row_type, rows_of, step_ports
+from .buffers import BoundSteps, blank_rows, check_run, laid, narrowed, row_type, rows_of, step_ports, taken
 from .golden import Golden, Proof
 from .gpu_states import CannotReside, ResidentStates, StatesOf
 from .onnx_session import check_signature, open_session
@@ -42,9 +42,9 @@ class Runtime:
         self._constants = {c.name: np.array(c.values, dtype=c.dtype).reshape(c.shape) for c in self.manifest.constants}
         self._initial_row = b"".join(np.full(s.shape, s.initial, dtype=s.dtype).tobytes() for s in self.manifest.states)
         ports = self.manifest.input, self.manifest.output
-        # Where the graph has the rows, and the steps if it has steps.
-        self._into, self._out_of = ([a for a in (p.batch_axis, p.time_axis) if a is not None] for p in ports)
-        self._mixes_lengths = self.manifest.lengths is not None and self._into == self._out_of == [0, 1]
+        self._into, self._out_of = ((port.batch_axis, port.time_axis) for port in ports)
+        mixes_lengths = self.manifest.lengths is not None and self._into == self._out_of == (0, 1)
+        self._runs_by_length = self.manifest.rows == "one" or not mixes_lengths
         self.resident: ResidentStates | None = None
         self.quick = False  # whether single steps have a graph of their own
         self._bound: BoundSteps | None = None
@@ -69,7 +69,7 @@ class Runtime:
         single = self._bound if x.shape[1] == 1 else None
         if single is not None and len(x) and (lengths is None or lengths.all()):
             return single.run(x, states)
-        by_length = single is not None or not self._mixes_lengths
+        by_length = single is not None or self._runs_by_length
         y, new = (self._run_by_length if by_length else self._run_graph)(x, lengths, states)
         check_run(y, lengths, rows_of(new, self._row).values())
         return y, new
@@ -143,7 +143,7 @@ class Runtime:
         False where there is none, or it does not reproduce golden.npz (the log says why): steps go as before.
         """
         plain = self._bound
-        if plain is None or not self.manifest.streaming:
+        if plain is None or not self.manifest.streaming or self.manifest.rows == "one":
             return False
         with self._trying("single steps have no graph of their own"):
             made = single_step_graph(self.directory / MODEL_FILE, plain.ports, self.manifest.lengths)
@@ -187,31 +187,33 @@ class Runtime:
         if self.manifest.input.time_axis is None or self.manifest.output.time_axis is None:
             spans = [(t, t + 1, each > t) for t in range(each.max(initial=0))]
         else:
-            spans = [(0, int(length), each == length) for length in np.unique(each[each > 0])]
+            groups = range(rows) if self.manifest.rows == "one" else np.unique(each)
+            of = np.arange(rows) if self.manifest.rows == "one" else each
+            spans = [(0, int(each[of == group][0]), of == group) for group in groups]
         for start, end, there in spans:
             pick, cut = np.flatnonzero(there), slice(start, end)
             if self._bound is not None and end - start == 1:
                 y[pick, cut], new[pick] = self._bound.run(x[pick, cut], new[pick])
-            else:
+            elif end > start:
                 y[pick, cut], new[pick] = self._run_graph(x[pick, cut], None, new[pick])
         return y, new
 
     def _run_graph(self, x: Floats, lengths: Lengths | None, states: Bytes) -> tuple[Floats, Bytes]:
         """One run of model.onnx; of rows of equal length, where it does not mix lengths."""
         spec, rows, steps = self.manifest, *x.shape[:2]
-        moved = np.moveaxis(x if len(self._into) > 1 else x[:, 0], range(len(self._into)), self._into)
-        feeds = {spec.input.name: np.ascontiguousarray(moved), **self._constants}
+        shape = spec.row_shape
+        fed = laid(x.reshape(rows, steps, *shape), self._into).astype(spec.input.dtype, copy=False)
+        feeds = {spec.input.name: fed, **self._constants}
         tensors = rows_of(states, self._row)
         for state in spec.states:
-            feeds[state.input] = np.ascontiguousarray(np.moveaxis(tensors[state.input], 0, state.batch_axis))
+            feeds[state.input] = laid(tensors[state.input], (state.batch_axis,))
         if spec.lengths is not None:
             feeds[spec.lengths] = np.full(rows, steps, np.int32) if lengths is None else lengths
         y, *values = self._session.run(self._outputs, feeds)
         new, tensors = blank_rows(rows, self._row)
         for state, value in zip(spec.states, values, strict=True):
-            tensors[state.input][:] = np.moveaxis(value, state.batch_axis, 0)
-        y = np.moveaxis(y, self._out_of, range(len(self._out_of)))
-        return y.reshape(rows, steps, spec.n_outputs), new
+            tensors[state.input][:] = taken(value, (state.batch_axis,))
+        return narrowed(taken(y, self._out_of)).reshape(rows, steps, spec.n_outputs), new
 
     def _run_tagged(self) -> RunGraph:
         """`run` by way of the table, for one batch after the other with the same rows, in which each goes on."""

@@ -32,14 +32,24 @@ class Port(NamedTuple):
         return [at for at, size in enumerate(self.shape) if not isinstance(size, int)]
 
 
-def open_session(model: Path | bytes, device: str, threads: int = 1, profile: Path | None = None) -> Session:
-    """An onnxruntime session of a graph; the arguments are Runtime's, and so are the errors."""
-    name, providers = "a graph made of it" if isinstance(model, bytes) else model, _providers(device)
+def open_session(
+    model: Path | bytes,
+    device: str,
+    threads: int = 1,
+    profile: Path | None = None,
+    name: str = "a graph made of it",
+    quiet: bool = False,
+) -> Session:
+    """An onnxruntime session of a graph; the arguments are Runtime's, and so are the errors.
+
+    `name` is of bytes. A quiet session does not log what it raises: it is there for trying.
+    """
+    name, providers = name if isinstance(model, bytes) else str(model), _providers(device)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.log_severity_level = 3
+    options.log_severity_level = 4 if quiet else 3
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
@@ -65,9 +75,9 @@ def _providers(device: str) -> list[Any]:
     return [("CUDAExecutionProvider", {"use_tf32": "0"}), "CPUExecutionProvider"]
 
 
-def signature(path: Path) -> tuple[list[Port], list[Port]]:
-    """Inputs and outputs of a graph; raises ManifestError where onnxruntime cannot load it."""
-    session = open_session(path, "cpu")
+def signature(content: bytes, name: str) -> tuple[list[Port], list[Port]]:
+    """Inputs and outputs of a graph; raises ManifestError with its name where onnxruntime cannot load it."""
+    session = open_session(content, "cpu", name=name)
     return _ports(session.get_inputs()), _ports(session.get_outputs())
 
 
@@ -77,11 +87,11 @@ def _ports(given: Sequence[Any]) -> list[Port]:
 
 def check_signature(manifest: Manifest, session: Session) -> None:
     """Raises ManifestError where a graph has not what its manifest speaks of, or takes anything else."""
-    takes = {manifest.input.name: "float32", **{t.name: t.dtype for t in manifest.constants}}
+    takes = {manifest.input.name: manifest.input.dtype, **{t.name: t.dtype for t in manifest.constants}}
     takes |= {s.input: s.dtype for s in manifest.states}
     if manifest.lengths is not None:
         takes[manifest.lengths] = "int32"
-    gives = {manifest.output.name: "float32", **{s.output: s.dtype for s in manifest.states}}
+    gives = {manifest.output.name: manifest.output.dtype, **{s.output: s.dtype for s in manifest.states}}
     inputs, outputs = session.get_inputs(), session.get_outputs()
     for side, ports, wanted in (("input", inputs, takes), ("output", outputs, gives)):
         found = {port.name: port.dtype for port in _ports(ports)}

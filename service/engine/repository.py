@@ -9,6 +9,7 @@ from stepcast.calendars import check_calendar
 from stepcast.errors import ManifestError, ModelNotFound, VersionFailed
 from stepcast.manifest import GOLDEN_FILE, MANIFEST_FILE, MODEL_FILE
 
+from .batch_invariance import try_batches
 from .model import Runtime
 
 log = logging.getLogger("stepcast.repository")
@@ -18,10 +19,11 @@ Stamp = dict[str, tuple[int, int, int]]
 
 
 class Served:
-    """One model version that has proved its golden file."""
+    """One model version that has proved its golden file; batches of up to `batch_rows` rows were tried."""
 
-    def __init__(self, runtime: Runtime) -> None:
+    def __init__(self, runtime: Runtime, batch_rows: int) -> None:
         self.runtime, self.manifest = runtime, runtime.manifest
+        self.batch_invariance = try_batches(runtime, batch_rows)
         self.name, self.version, self.n_features = self.manifest.name, self.manifest.version, self.manifest.n_features
         self.fingerprint = bytes.fromhex(self.manifest.fingerprint)
         self.input_bytes = 4 * self.n_features  # of one row's inputs by one step
@@ -35,9 +37,12 @@ class Repository:
     Every version that reproduces its golden.npz is served, the others are reported; the highest one is live.
     """
 
-    def __init__(self, root: Path, *, device: str, threads: int, resident_bytes: int = 0) -> None:
+    def __init__(
+        self, root: Path, *, device: str, threads: int, resident_bytes: int = 0, batch_rows: int = 256
+    ) -> None:
         self.root = root
         self._device, self._threads, self._resident_bytes = device, threads, resident_bytes
+        self._batch_rows = batch_rows
         self._served: dict[str, dict[int, Served]] = {}
         self._live: dict[str, Served] = {}
         self.changes = 0  # of what is live
@@ -94,6 +99,7 @@ class Repository:
         if served is not None:
             self._served.setdefault(served.name, {})[served.version] = served
             self._look(served.name)
+            self.failures.pop(str(directory), None)
         return served
 
     def _look(self, name: str) -> None:
@@ -127,9 +133,9 @@ class Repository:
         runtime.quicken()
         if runtime.device == "cuda" and self._resident_bytes:
             runtime.reside(self._resident_bytes)
-        self.failures.pop(str(directory), None)
-        log.info("serving %s version %s on %s", name, version, runtime.device)
-        return Served(runtime)
+        served = Served(runtime, self._batch_rows)
+        log.info("serving %s version %s on %s: %s", name, version, runtime.device, served.batch_invariance)
+        return served
 
     def names(self) -> list[str]:
         """Models with at least one served version, sorted."""

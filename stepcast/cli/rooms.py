@@ -7,12 +7,12 @@ from typing import Any, Final
 
 import typer
 
+from .. import imports
 from ..rooms import Room, load, module_of
 
 _COMMANDS: Final[dict[str, tuple[Room, str]]] = {
     "serve": ("service", "Serve models until SIGTERM; --example serves the model that comes with Stepcast."),
     "check": ("service", "Prove a model directory, and say where each recurrent node runs."),
-    "import": ("service", "Take in a recurrent graph made by others."),
     "key": ("service", "Make an API key, and its line for the key file."),
     "train": ("training", "Train a network by a recipe, measure it, and write models/<name>/<version>/."),
     "evaluate": ("training", "Measure an exported model one step at a time."),
@@ -26,6 +26,13 @@ def install(app: typer.Typer) -> None:
     settings: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
     for name, (room, text) in _COMMANDS.items():
         app.command(name, help=text, context_settings=settings, rich_help_panel=PANELS[room])(_passed(name, room))
+    text = "Take in a model made by others: " + ", ".join(imports.KINDS) + "."
+    app.command("import", help=text, context_settings=settings, rich_help_panel=PANELS["service"])(take_in)
+
+
+def take_in(context: typer.Context) -> int:
+    """Import a file by its kind, in the room that knows it."""
+    return imports.run(context.args, "stepcast")
 
 
 def _passed(name: str, room: Room) -> Callable[[typer.Context], int]:

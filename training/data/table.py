@@ -1,15 +1,17 @@
 """One long CSV with a series key and a time column, such as hourly weather of three airports.
 
 Every series is put on a regular grid of time. A grid step without a row is absent (mask 0); an empty cell is a
-missing reading (NaN); nothing is invented. The label of a step is the target columns `horizon` steps later, or the
-class that stands in the label column.
+missing reading (NaN); nothing is invented. The label of a step is the target columns `horizon` steps later (of several
+horizons: of each one in turn), or the class that stands in the label column.
 """
 
 import importlib.util
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from difflib import get_close_matches
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -78,7 +80,9 @@ class TableConfig(_Strict):
     classes: tuple[str, ...] | None = Field(
         default=None, min_length=2, description="the classes that `label` may name; default: those it has, sorted"
     )
-    horizon: int = Field(default=1, ge=0, description="how many steps ahead the label of a step is; of a class 0")
+    horizon: int | tuple[int, ...] = Field(
+        default=1, description="how many steps ahead the label of a step is (of a class 0), or a list: a label for each"
+    )
     target_scale: Literal["value", "change"] = Field(
         default="value",
         description="what outputs are scaled by; change belongs to `residual: true` in the network",
@@ -98,14 +102,24 @@ class TableConfig(_Strict):
         targets = [name for name, column in self.columns.items() if column.target]
         if self.label is None and not targets:
             raise ValueError("columns: none of them has target: true, and there is no label")
-        if self.label is None and (self.classes is not None or not self.horizon):
+        ahead = self.horizons
+        if not ahead or ahead[0] < 0 or any(b <= a for a, b in pairwise(ahead)):
+            raise ValueError(f"horizon: got {_listed(ahead)}, wanted steps ahead, each more than the one before")
+        if self.label is None and (self.classes is not None or not ahead[0]):
             raise ValueError("classes, and a horizon of 0, belong to a label")
+        if self.label is not None and isinstance(self.horizon, tuple):
+            raise ValueError(f"horizon: got {_listed(ahead)}, but a label has one. Give a number.")
         if self.label is not None and (targets or self.label in self.columns or self.target_scale == "change"):
             raise ValueError(f"label: {self.label!r} stands alone: it is no column, and there are no targets beside it")
         names = [name for name, _, _ in feature_columns(self)]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"columns: {', '.join(map(repr, twice))} is also a channel of a turn or of the calendar")
         return self
+
+    @property
+    def horizons(self) -> tuple[int, ...]:
+        """Steps ahead of the labels, ascending."""
+        return self.horizon if isinstance(self.horizon, tuple) else (self.horizon,)
 
     def open(self, *, batch: int, seed: int, root: Path) -> "TableSource":
         """Read the file; see `SourceConfig.open`."""
@@ -141,13 +155,16 @@ class TableSource:
         self.classes = self.grid.classes
         self.task: Literal["regression", "classification"] = "classification" if self.classes else "regression"
         labels = [names.index(t) for t in self.targets] if self.classes is None else [len(names)]
-        self.y = _ahead(self.grid.values[..., labels], config.horizon)  # (S, L, O)
+        self.horizons = config.horizons
+        values = self.grid.values[..., labels]
+        self.y = np.concatenate([_ahead(values, ahead) for ahead in self.horizons], axis=-1)  # (S, L, O)
         if self.classes is not None:
             self.y = _one_hot(self.y[..., 0], len(self.classes))
+        self.ahead = np.repeat(self.horizons, self.y.shape[-1] // len(self.horizons))  # (O,) steps, of every label
         self.description = f"{path.name}: {len(self.series)} series, {len(self.times)} steps of {config.every}"
         self.features = self._describe_features()
         self.outputs = self._describe_outputs()
-        self.feedback = tuple(Feedback(source=t, feature=t) for t in self.targets if config.horizon == 1)
+        self.feedback = tuple(Feedback(source=t, feature=t) for t in self.targets if 1 in self.horizons)
 
     def _bounds(self) -> dict[Split, tuple[int, int]]:
         """First and last + 1 grid step of each split."""
@@ -190,29 +207,35 @@ class TableSource:
     def _describe_outputs(self) -> tuple[Output, ...]:
         if self.classes is not None:
             return tuple(Output(name=name) for name in self.classes)
-        stop = self.bounds["train"][1] - self.config.horizon  # the last labels of training are training rows themselves
+        names, changes = [f.name for f in self.features], self.config.target_scale == "change"
         outputs = []
-        for index, name in enumerate(self.targets):
-            values = self.y[:, :stop, index]
-            if self.config.target_scale == "change":
-                now = self.x[:, :stop, [f.name for f in self.features].index(name)]
-                mean, scale = 0.0, _statistics(values - now, name)[1]
-            else:
-                mean, scale = _statistics(values, name)
-            outputs.append(Output(name=name, unit=self.config.columns[name].unit, mean=mean, scale=scale))
+        for index, (ahead, target) in enumerate(product(self.horizons, self.targets)):
+            stop = max(0, self.bounds["train"][1] - ahead)  # the last labels of training are training rows themselves
+            labels = self.y[:, :stop, index]
+            mean, scale = _statistics(labels - self.x[:, :stop, names.index(target)] if changes else labels, target)
+            outputs.append(
+                Output(
+                    name=output_name(self.config, target, ahead),
+                    unit=self.config.columns[target].unit,
+                    mean=0.0 if changes else mean,
+                    scale=scale,
+                    target=None if isinstance(self.config.horizon, int) else target,
+                    ahead=None if isinstance(self.config.horizon, int) else ahead,
+                )
+            )
         return tuple(outputs)
 
     def batches(self, split: Split, epoch: int = 0) -> Iterator[Batch]:
         """One batch: the lanes of the training rows, or one row per series behind a warm-up without labels."""
         start, stop = self.bounds[split]
-        if stop - start <= self.config.horizon:
+        if stop - start <= self.horizons[0]:
             return
         yield self._lanes(start, stop, epoch) if split == "train" else self.window(start, stop)
 
     def window(self, start: int, stop: int) -> Batch:
         """Grid steps [start, stop) of every series, the warm-up before them; labels beyond `stop` are not used."""
         first = max(0, start - self.config.warm_up)
-        batch = self._cut(slice(None), first, stop)
+        batch = self._cut(first, stop, stop)
         assert batch.y_mask is not None
         batch.y_mask[:, : start - first] = False
         return batch
@@ -222,7 +245,7 @@ class TableSource:
         steps = (stop - start) // self.lanes
         shift = int(np.random.default_rng([self.seed, epoch]).integers(0, max(1, steps // 4)))
         steps = (stop - start - shift) // self.lanes
-        cuts = [self._cut(slice(None), at, at + steps) for at in range(start + shift, stop - steps + 1, steps)]
+        cuts = [self._cut(at, at + steps, stop) for at in range(start + shift, stop - steps + 1, steps)]
         return Batch(
             torch.cat([c.x for c in cuts]),
             torch.cat([c.y for c in cuts]),
@@ -230,13 +253,15 @@ class TableSource:
             torch.cat([c.y_mask for c in cuts if c.y_mask is not None]),
         )
 
-    def _cut(self, rows: slice, start: int, stop: int) -> Batch:
-        y = torch.from_numpy(self.y[rows, start:stop].copy())
-        y[:, max(0, stop - start - self.config.horizon) :] = torch.nan  # these labels belong to the next split
-        present = torch.from_numpy(self.grid.present[rows, start:stop].copy())
+    def _cut(self, start: int, stop: int, end: int) -> Batch:
+        """Grid steps [start, stop) of every series; labels at or behind step `end` are of the next split."""
+        y = torch.from_numpy(self.y[:, start:stop].copy())  # (S, T, O)
+        beyond = np.arange(start, stop)[:, None] + self.ahead >= end  # (T, O)
+        y[:, torch.from_numpy(beyond)] = torch.nan
+        present = torch.from_numpy(self.grid.present[:, start:stop].copy())
         known = ~torch.isnan(y) & present[..., None]
         mask = known if self.classes is None else known[..., 0]  # of a class all outputs are known, or none
-        return Batch(torch.from_numpy(self.x[rows, start:stop].copy()), y, present, mask)
+        return Batch(torch.from_numpy(self.x[:, start:stop].copy()), y, present, mask)
 
 
 def feature_columns(config: TableConfig) -> list[tuple[str, str, ColumnConfig | None]]:
@@ -250,6 +275,14 @@ def feature_columns(config: TableConfig) -> list[tuple[str, str, ColumnConfig | 
     for period in config.calendar:
         columns += [(f"{period}_{f}", unit, None) for f, unit in CALENDAR[period].items()]
     return columns
+
+
+def output_name(config: TableConfig, target: str, ahead: int) -> str:
+    """What a forecast is called: as its target, unless it is a further one of several, as `temp+6h` is."""
+    if isinstance(config.horizon, int) or ahead == 1:
+        return target
+    step = re.fullmatch(r"(\d+)([A-Za-z]+)", config.every)
+    return f"{target}+{ahead * int(step[1])}{step[2]}" if step else f"{target}+{ahead}x{config.every}"
 
 
 def calendar_angles(times: pd.DatetimeIndex, period: Calendar) -> NDArray[np.float64]:
@@ -292,6 +325,10 @@ def _one_hot(indices: Floats, count: int) -> Floats:
     known = ~np.isnan(indices)
     rows = np.eye(count, dtype=np.float32)[np.where(known, indices, 0).astype(np.int64)]
     return np.where(known[..., None], rows, np.float32(np.nan))
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return f"[{', '.join(map(str, numbers))}]"
 
 
 def _statistics(values: Floats, name: str) -> tuple[float, float]:

@@ -20,7 +20,11 @@ class Observed(Layer):
     What stands in for a missing reading is the feature's policy: its mean, zero (in the caller's unit), or the last
     reading (`hold`). The memory of `hold` is a state tensor like any other, layer "observed", key "last", in
     normalised units; before the first reading it is 0, the mean. Features with an indicator get one more channel per
-    column, behind all others: 1 where the reading was missing.
+    column, behind the readings: 1 where the reading was missing.
+
+    A feature with an embedding becomes a learned vector: its first value stands where the index stood, the others
+    behind all else. Index 0, and whatever is no index, is none of its categories: its vector begins as zero, and
+    learns only where training rows have it.
     """
 
     mean: Tensor
@@ -28,7 +32,6 @@ class Observed(Layer):
     filler: Tensor
     held: Tensor
     indicated: Tensor
-    numeric: Tensor
 
     def __init__(self, features: Sequence[Feature]) -> None:
         super().__init__("observed")
@@ -48,14 +51,17 @@ class Observed(Layer):
         self.register_buffer("indicated", torch.tensor(np.flatnonzero(indicators)), persistent=False)
         starts = np.cumsum([0, *widths])
         self._embedded = [(int(starts[i]), f) for i, f in enumerate(features) if f.embedding is not None]
-        numeric = np.setdiff1d(np.arange(self.n_features), [column for column, _ in self._embedded])
-        self.register_buffer("numeric", torch.tensor(numeric), persistent=False)
         self.tables = nn.ModuleList(_table(f) for _, f in self._embedded)
 
     @property
     def size(self) -> int:
         """Channels put out."""
-        return len(self.numeric) + len(self.indicated) + sum(f.embedding or 0 for _, f in self._embedded)
+        return self._before_vectors + sum((f.embedding or 0) - 1 for _, f in self._embedded)
+
+    @property
+    def _before_vectors(self) -> int:
+        """Channels of readings and flags."""
+        return self.n_features + len(self.indicated)
 
     def state_shapes(self) -> Mapping[str, tuple[int, ...]]:
         return {"last": (len(self.held),)} if len(self.held) else {}
@@ -64,8 +70,12 @@ class Observed(Layer):
         if lengths is not None:  # whatever stands in the padding must not reach a gradient, not even as 0 * NaN
             x = torch.where(valid_steps(lengths, x.shape[1])[..., None], x, 0.0)
         z = (x - self.mean) / self.scale if self.normalises else x  # (B, T, F)
-        if not self.fills:
-            return self._embed(z, []), state
+        if self.fills:
+            z, state = self._filled(x, z, lengths, state)
+        return self._embed(z), state
+
+    def _filled(self, x: Tensor, z: Tensor, lengths: Tensor | None, state: LayerState) -> tuple[Tensor, LayerState]:
+        """Readings `x` in normalised units `z`, with something in place of the missing ones, and the indicators."""
         missing = torch.isnan(x)
         filled = torch.where(missing, self.filler, z)
         if len(self.held):
@@ -73,30 +83,45 @@ class Observed(Layer):
             held, last = hold(readings, lengths, state["last"])
             filled = filled.index_copy(2, self.held, held)
             state = {"last": last}
-        flags = [missing[..., self.indicated].to(filled.dtype)] if len(self.indicated) else []
-        return self._embed(filled, flags), state
+        if len(self.indicated):
+            filled = torch.cat([filled, missing[..., self.indicated].to(filled.dtype)], dim=2)
+        return filled, state
 
     def _columns_embedded(self) -> Iterator[tuple[int, nn.Embedding]]:
         for (column, _), table in zip(self._embedded, self.tables, strict=True):
             assert isinstance(table, nn.Embedding)
             yield column, table
 
-    def _embed(self, filled: Tensor, flags: list[Tensor]) -> Tensor:
-        """(B, T, size): readings, flags, vectors."""
+    def _embed(self, z: Tensor) -> Tensor:
+        """Vectors in place of indices, (B, T, size)."""
         if not self._embedded:
-            return torch.cat([filled, *flags], dim=2) if flags else filled
+            return z
         vectors = []
         for column, table in self._columns_embedded():
-            x = filled[..., column]  # (B, T)
+            x = z[..., column]  # (B, T)
             inside = (x > -0.5) & (x < table.num_embeddings - 0.5)  # NaN is not
             vectors.append(table(torch.where(inside, x, 0.0).round().long()))
-        return torch.cat([filled[..., self.numeric], *flags, *vectors], dim=2)
+        return torch.cat([z, *vectors], dim=2)[..., self._order()]
+
+    def _order(self) -> list[int]:
+        """Where each channel that is put out stands when the vectors were put behind all else."""
+        order, behind, at = [*range(self._before_vectors)], [], self._before_vectors
+        for column, table in self._columns_embedded():
+            order[column] = at
+            behind += range(at + 1, at + table.embedding_dim)
+            at += table.embedding_dim
+        return order + behind
 
     def write(self, graph: Graph, x: str, state: Mapping[str, str]) -> tuple[str, dict[str, str]]:
         centred = graph.add("Sub", x, graph.constant(self.mean.numpy()))
         z = graph.add("Div", centred, graph.constant(self.scale.numpy()))
-        if not self.fills:
-            return self._write_embed(graph, z, []), dict(state)
+        after = dict(state)
+        if self.fills:
+            z, after = self._write_filled(graph, x, z, state)
+        return self._write_embed(graph, z), after
+
+    def _write_filled(self, graph: Graph, x: str, z: str, state: Mapping[str, str]) -> tuple[str, dict[str, str]]:
+        """`_filled` in ONNX."""
         missing = graph.add("IsNaN", x)
         filled = graph.add("Where", missing, graph.constant(self.filler.numpy()), z)
         after = dict(state)
@@ -109,25 +134,23 @@ class Observed(Layer):
                 state["last"],
             )
             filled = self._merge(graph, filled, held)
-        flags = []
         if len(self.indicated):
-            gathered = graph.add("Gather", missing, graph.ints(*self.indicated.tolist()), axis=2)
-            flags = [graph.add("Cast", gathered, to=1)]
-        return self._write_embed(graph, filled, flags), after
+            flags = graph.add("Gather", missing, graph.ints(*self.indicated.tolist()), axis=2)
+            filled = graph.add("Concat", filled, graph.add("Cast", flags, to=1), axis=2)
+        return filled, after
 
-    def _write_embed(self, graph: Graph, filled: str, flags: list[str]) -> str:
+    def _write_embed(self, graph: Graph, z: str) -> str:
         """`_embed` in ONNX."""
         if not self._embedded:
-            return graph.add("Concat", filled, *flags, axis=2) if flags else filled
+            return z
         vectors = []
         for column, table in self._columns_embedded():
-            x = graph.add("Gather", filled, graph.ints(column), axis=2)  # (B, T, 1)
+            x = graph.add("Gather", z, graph.ints(column), axis=2)  # (B, T, 1)
             above = graph.add("Greater", x, graph.constant(-0.5))
             below = graph.add("Less", x, graph.constant(table.num_embeddings - 0.5))
             index = graph.add("Where", graph.add("And", above, below), x, graph.constant(0.0))
             vectors.append(write_look_up(graph, table, index))
-        numeric = graph.add("Gather", filled, graph.ints(*self.numeric.tolist()), axis=2)
-        return graph.add("Concat", numeric, *flags, *vectors, axis=2)
+        return graph.add("Gather", graph.add("Concat", z, *vectors, axis=2), graph.ints(*self._order()), axis=2)
 
     def _merge(self, graph: Graph, filled: str, held: str) -> str:
         """Put the held columns back in their places."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from stepcast.manifest import Feature, Output
 
 from ..activations import ACTIVATIONS, write_activation
+from ..distributions import distribution_of
 from ..graph import Graph
 from ..losses import TAKES, Loss
 from .feedforward import write_linear
@@ -19,8 +20,13 @@ from .weights import initialise
 class Head(nn.Module):
     """y = base + mean + scale * activation(W h + b), at every step.
 
-    `base` is 0, or with `residual` the last reading of the feature that has the output's name: then the network only
-    has to say how much will change. RnnLoss has no W and b.
+    `base` is 0, or with `residual` the last reading of the feature that has the name of the output, or of its target:
+    then the network only has to say how much will change. RnnLoss has no W and b. A distribution takes the activation's
+    place: it makes several outputs of each target, of which the point forecasts come first.
+
+    Attributes:
+        outputs: Of the graph.
+        described: The distribution in words of the manifest, None without one.
     """
 
     mean: Tensor
@@ -34,28 +40,35 @@ class Head(nn.Module):
         spec: RnnOutputSpec | RnnLossSpec,
         size: int,
         features: Sequence[Feature],
-        outputs: Sequence[Output],
+        targets: Sequence[Output],
         classification: bool,
     ) -> None:
         super().__init__()
-        _check(spec, size, features, outputs, classification)
+        distribution = distribution_of(spec.distribution) if spec.distribution else None
+        raw = len(distribution.begin) * len(targets) if distribution else len(targets)
+        _check(spec, size, features, targets, classification, raw)
+        self.targets = len(targets)
+        self.outputs = distribution.outputs(targets) if distribution else tuple(targets)
+        self.described = distribution.describe(targets) if distribution else None
         self.activation = spec.activation or ("softmax" if classification else "identity")
-        self.loss = Loss(spec.loss or ("mcxent" if classification else "mse"), self.activation, spec.loss_weights)
-        self.linear = nn.Linear(size, len(outputs)) if isinstance(spec, RnnOutputSpec) else None
+        loss = self.described.kind if self.described else spec.loss or ("mcxent" if classification else "mse")
+        self.loss = Loss(loss, self.activation, spec.loss_weights, distribution)
+        self.linear = nn.Linear(size, raw) if isinstance(spec, RnnOutputSpec) else None
         if self.linear is not None and isinstance(spec, RnnOutputSpec):
-            initialise(self.linear.weight, spec.weight_init, size, len(outputs))
-            nn.init.zeros_(self.linear.bias)
-        self.register_buffer("mean", torch.tensor([o.mean for o in outputs]), persistent=False)
-        self.register_buffer("scale", torch.tensor([o.scale for o in outputs]), persistent=False)
-        self.identity_scale = all(o.mean == 0 and o.scale == 1 for o in outputs)
+            initialise(self.linear.weight, spec.weight_init, size, raw)
+            begin = torch.tensor(distribution.begin if distribution else (0.0,))
+            self.linear.bias.data = begin.repeat_interleave(raw // len(begin))
+        self.register_buffer("mean", torch.tensor([o.mean for o in self.outputs]), persistent=False)
+        self.register_buffer("scale", torch.tensor([o.scale for o in self.outputs]), persistent=False)
+        self.identity_scale = all(o.mean == 0 and o.scale == 1 for o in self.outputs)
         self.residual = spec.residual
-        columns, base_scale, base_mean = _bases(features, outputs)
+        columns, base_scale, base_mean = _bases(features, distribution.moved(targets) if distribution else targets)
         self.register_buffer("columns", columns, persistent=False)
         self.register_buffer("base_scale", base_scale, persistent=False)
         self.register_buffer("base_mean", base_mean, persistent=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Values before the activation, (B, T, O)."""
+        """Values before the activation, (B, T, O), or raw values of a distribution."""
         return hidden if self.linear is None else self.linear(hidden)
 
     def base(self, observed: Tensor) -> Tensor | None:
@@ -64,7 +77,8 @@ class Head(nn.Module):
 
     def answer(self, z: Tensor, base: Tensor | None) -> Tensor:
         """The answer in the caller's units, (B, T, O)."""
-        y = ACTIVATIONS[self.activation](z)
+        distribution = self.loss.distribution
+        y = ACTIVATIONS[self.activation](z) if distribution is None else distribution(z)
         if not self.identity_scale:
             y = y * self.scale + self.mean
         return y if base is None else y + base
@@ -75,14 +89,19 @@ class Head(nn.Module):
         return total, count
 
     def target(self, base: Tensor | None, y: Tensor) -> Tensor:
-        """Labels in the network's scale, relative to `base`."""
-        target = y if base is None else y - base
-        return target if self.identity_scale else (target - self.mean) / self.scale
+        """Labels (B, T, K) in the network's scale, relative to `base`."""
+        points = slice(self.targets)
+        target = y if base is None else y - base[..., points]
+        return target if self.identity_scale else (target - self.mean[points]) / self.scale[points]
 
     def write(self, graph: Graph, hidden: str, observed: str) -> str:
         """Add this layer to a graph: the answer's name."""
         z = hidden if self.linear is None else write_linear(graph, self.linear, hidden)
-        y = write_activation(graph, self.activation, z)
+        distribution = self.loss.distribution
+        if distribution is None:
+            y = write_activation(graph, self.activation, z)
+        else:
+            y = distribution.write(graph, z, self.targets)
         if not self.identity_scale:
             scaled = graph.add("Mul", y, graph.constant(self.scale.cpu().numpy()))
             y = graph.add("Add", scaled, graph.constant(self.mean.cpu().numpy()))
@@ -99,6 +118,7 @@ def _check(
     features: Sequence[Feature],
     outputs: Sequence[Output],
     classification: bool,
+    raw: int,
 ) -> None:
     """What only shows when the data is known.
 
@@ -106,23 +126,37 @@ def _check(
         IllegalStack: the layer does not fit the data's outputs.
     """
     count = len(outputs)
-    units = size if isinstance(spec, RnnLossSpec) else spec.units
-    if units not in (None, count):
-        raise IllegalStack(f"{spec.kind} has {units} units, the data has {count} outputs")
+    if spec.distribution is not None and classification:
+        raise IllegalStack(f"distribution {spec.distribution.kind} is one of numbers, the data has classes")
+    if isinstance(spec, RnnLossSpec) and size != raw:
+        each = f", {raw // count} numbers for each" if spec.distribution else ""
+        raise IllegalStack(f"{spec.kind} has {size} units, the data has {count} outputs{each}")
+    if isinstance(spec, RnnOutputSpec) and spec.units not in (None, count):
+        raise IllegalStack(f"{spec.kind} has {spec.units} units, the data has {count} outputs")
     if spec.loss_weights is not None and len(spec.loss_weights) != count:
         raise IllegalStack(f"loss_weights has {len(spec.loss_weights)} numbers, the data has {count} outputs")
     if (spec.activation or ("softmax" if classification else "identity")) == "softmax" and count == 1:
         raise IllegalStack("softmax over one output is always 1. Take activation sigmoid with loss xent.")
     if spec.residual and spec.loss in TAKES:
         raise IllegalStack(f"residual: loss {spec.loss} takes labels {TAKES[spec.loss][1]}, changes are of both signs")
-    if spec.residual and not {o.name for o in outputs} & {f.name for f in features if f.width == 1 and not f.embedding}:
+    if spec.residual and not {o.target or o.name for o in outputs} & {f.name for f in features if _moves(f)}:
         raise IllegalStack("residual: no output has the name of a feature")
 
 
-def _bases(features: Sequence[Feature], outputs: Sequence[Output]) -> tuple[Tensor, Tensor, Tensor]:
-    """Column, scale and mean of the feature each output is named after; scale and mean 0 where there is none."""
-    starts = np.cumsum([0, *(0 if f.embedding else f.width for f in features)])  # vectors stand behind the readings
-    readings = [(i, f) for i, f in enumerate(features) if f.width == 1 and not f.embedding]
-    places = {f.name: (int(starts[i]), f.scale, f.mean) for i, f in readings}
-    columns, scales, means = zip(*(places.get(o.name, (0, 0.0, 0.0)) for o in outputs), strict=True)
+def _bases(features: Sequence[Feature], moved: Sequence[Output | None]) -> tuple[Tensor, Tensor, Tensor]:
+    """Column, scale and mean of the feature that each output moves with; scale and mean 0 where there is none.
+
+    Args:
+        features: Of the data.
+        moved: Each output's target; None for an output that does not move.
+    """
+    starts = np.cumsum([0, *(f.width for f in features)])
+    places = {f.name: (int(starts[i]), f.scale, f.mean) for i, f in enumerate(features) if _moves(f)}
+    names = ((o.target or o.name) if o else "" for o in moved)
+    columns, scales, means = zip(*(places.get(name, (0, 0.0, 0.0)) for name in names), strict=True)
     return torch.tensor(columns), torch.tensor(scales), torch.tensor(means)
+
+
+def _moves(feature: Feature) -> bool:
+    """Whether an output can move with a feature: it is a number."""
+    return feature.width == 1 and feature.embedding is None

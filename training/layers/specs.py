@@ -10,6 +10,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..activations import ActivationName
+from .distribution_specs import DistributionSpec
 from .weights import WeightInit
 
 Size = Annotated[int, Field(ge=1)]
@@ -389,11 +390,14 @@ class _Output(_Spec):
     residual: bool = Field(
         default=False, description="outputs named as a feature are added to that feature's last reading"
     )
+    distribution: DistributionSpec | None = Field(default=None, description="instead of a loss and an activation")
 
     @model_validator(mode="after")
     def _sensible(self) -> Self:
         """DL4J's output validation: a probability loss wants probabilities."""
         name = self.loss or ""
+        if self.distribution is not None and (self.loss or self.activation):
+            raise ValueError(f"distribution {self.distribution.kind} has its own loss and activation. Leave them out.")
         bounded = {None: True, "softmax": True, "sigmoid": True, "hardsigmoid": True}
         if name in CLASS_LOSSES and self.activation not in (None, "softmax"):
             raise ValueError(f"loss {name} wants activation softmax, got {self.activation}")

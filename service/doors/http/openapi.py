@@ -56,6 +56,8 @@ _CLASSES: Final = Annotated[list[list[str]], Meta(description="[N,H]")]
 _SESSION: Final[Schema] = {"session": str, "model": str, "version": Positive, "step": Count}
 _TIMES: Final[Schema] = {"created_at": _TIME, "used_at": _TIME, "expires_at": _EXPIRY}
 _INFO: Final = _answer("Info", **_SESSION, examples=Positive | None, bytes=int, **_TIMES)
+_TRIAL: Final = _answer("Trial", exact=bool, rows=Positive, difference=float)
+_BATCHES: Final = _answer("BatchInvariance", steps=_TRIAL | None, calls=_TRIAL | None)
 _MODEL: Final = _answer(
     "Model",
     name=str,
@@ -65,6 +67,7 @@ _MODEL: Final = _answer(
     streaming=bool,
     device=str,
     description=str,
+    batch_invariance=_BATCHES,
 )
 _FAILED: Final = _answer("FailedVersion", name=str, version=Count, reason=str)
 _MODELS: Final = _answer("Models", models=list[_MODEL], failed=list[_FAILED])  # type: ignore[valid-type]
@@ -140,6 +143,7 @@ def _manifest() -> Schema:
     parts: Schema = schema.pop("$defs")
     versions = {"type": "array", "items": {"type": "integer"}, "description": "served ones; not of a single version"}
     schema["properties"] |= {"fingerprint": {"type": "string"}, "versions": versions}
+    schema["properties"]["batch_invariance"] = component(_BATCHES.__name__)
     return {**parts, "Manifest": schema}
 
 
