@@ -2,8 +2,8 @@
 
 Measured on the exported model, one step at a time, every test hour of every series. At a horizon that the model has an
 output for, that output is its forecast. Further ahead the model runs free as the service's rollout does: its answers of
-one step ahead come back as readings, the calendar is known, all else is missing. A model of several horizons is
-measured in both ways, and one that says nothing of the next step in the first alone.
+one step ahead come back as readings, the calendar, what is known and what is static are given, all else is missing. A
+model of several horizons is measured in both ways, and one that says nothing of the next step in the first alone.
 """
 
 import math
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from .comparison import Comparison
-from .data.table import TableSource, feature_columns
+from .data.table import TableSource
 from .evaluate import present_steps
 from .stepper import Floats, States, Stepper
 
@@ -58,7 +58,7 @@ class Measurement:
         self.day = math.ceil(pd.Timedelta(days=1) / pd.Timedelta(source.config.every))
         names = [f.name for f in source.features]
         self.columns = [names.index(t) for t in source.targets]
-        self.calendar = [i for i, (_, _, column) in enumerate(feature_columns(source.config)) if column is None]
+        self.foreseen = [place for place, channel in enumerate(source.channels) if channel.foreseen]
         self.truth = source.x[..., self.columns]  # (S, L, O), NaN where missing
         self.last = _carried(self.truth)  # the last observed values
         self.replay = self._replay()
@@ -116,7 +116,7 @@ class Measurement:
         for ahead in range(1, steps):
             x = np.full((n_steps, n_series, n_features), np.nan, np.float32)
             at = np.minimum(replay.start + np.arange(n_steps) + ahead, source.x.shape[1] - 1)
-            x[..., self.calendar] = source.x[:, at][..., self.calendar].transpose(1, 0, 2)
+            x[..., self.foreseen] = source.x[:, at][..., self.foreseen].transpose(1, 0, 2)
             x = x.reshape(len(y), 1, n_features)
             x[:, 0, self.columns] = y
             out, states = self.stepper.run(x, lengths, states)

@@ -105,7 +105,8 @@ class Observed(Layer):
 
     def _order(self) -> list[int]:
         """Where each channel that is put out stands when the vectors were put behind all else."""
-        order, behind, at = [*range(self._before_vectors)], [], self._before_vectors
+        order, at = [*range(self._before_vectors)], self._before_vectors
+        behind: list[int] = []
         for column, table in self._columns_embedded():
             order[column] = at
             behind += range(at + 1, at + table.embedding_dim)
