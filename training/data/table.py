@@ -5,6 +5,7 @@ missing reading (NaN); nothing is invented. The label of a step is the target co
 horizons: of each one in turn), or the class that stands in the label column.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
@@ -177,7 +178,7 @@ class TableSource:
 
 def usual_size(categories: int) -> int:
     """Values of a category's vector: fastai's rule, round(1.6 n^0.56) and at most 100, of n with the unknown one."""
-    return min(100, round(1.6 * float(categories + 1) ** 0.56))
+    return min(100, round(1.6 * math.pow(categories + 1, 0.56)))
 
 
 def _features(config: TableConfig, grid: Grid, features: tuple[Channel, ...], every_s: float) -> Floats:
