@@ -67,6 +67,7 @@ COVARIATES = (
     ),
 )
 STATION = 0
+PLACE_BY_PLACE = ("subtract", "mul", "average", "max", "min")
 QUIET = -0.25  # what the layers see where Toy's `quiet` reads 0
 
 
@@ -136,6 +137,7 @@ KINDS: dict[str, Kind] = {
             {"kind": "dropout", "p": 0.5},
             GRU,
             {"kind": "mask"},
+            {"kind": "activation", "activation": "softsign"},
             dense(3),
             OUT,
         ]
@@ -183,6 +185,11 @@ KINDS: dict[str, Kind] = {
         [GRU, {**OUT, "residual": True, "distribution": {"kind": "quantile", "levels": [0.05, 0.1, 0.5, 0.8]}}],
         {"missing": True, "scaled": True},
     ),
+    **{
+        kind: Kind([GRU, {**OUT, "residual": True, "distribution": {"kind": kind}}], {"missing": True, "scaled": True})
+        for kind in ("gaussian", "student_t", "mixture")
+    },
+    "negative_binomial": Kind([GRU, {**OUT, "distribution": {"kind": "negative_binomial"}}], {"scaled": True}),
     "binary": Kind([GRU, {**OUT, "loss": "xent", "activation": "sigmoid"}]),
     "covariates": Kind([LSTM, {**OUT, "residual": True}], {"reads": "covariates"}),
     "policies": Kind([LSTM, OUT], {"policies": ["mean", "zero", "hold"]}),
@@ -197,6 +204,22 @@ KINDS: dict[str, Kind] = {
             OUT,
         ],
         spread=0.6,
+    ),
+    "graph": Kind(  # a skip connection, a feature by its name, every vertex, two output layers
+        [
+            {**dense(3), "name": "left"},
+            {**LSTM, "units": 3, "name": "memory"},
+            {"kind": "add", "from": ["left", "memory"], "name": "both"},
+            {**GRU, "from": ["v"], "name": "right"},
+            *({"kind": kind, "from": ["both", "right"]} for kind in PLACE_BY_PLACE),
+            {"kind": "merge", "from": [f"{kind}_0" for kind in PLACE_BY_PLACE]},
+            {"kind": "subset", "first": 1, "last": 13},
+            {"kind": "scale", "factor": -1.5},
+            {"kind": "shift", "amount": 0.5},
+            {**OUT, "outputs": ["v"]},
+            {**OUT, "from": ["both", "u"], "outputs": ["u"], "loss": "mae", "weight": 2},
+        ],
+        {"missing": True},
     ),
     "scan_activations": Kind(  # no ONNX node knows them
         [

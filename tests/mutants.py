@@ -42,6 +42,8 @@ LOSSES = ("test_network.py", "test_train_layers.py", "test_train.py")
 MASKS = ("test_network.py", "test_train_updates.py", "test_layers.py")
 METRICS = ("test_metrics.py", "test_train_checks.py")
 CHECKS = ("test_train_checks.py",)
+GRAPHS = ("test_graphs.py", "test_layers.py")
+RECURRENCES = ("test_recurrences.py", "test_layers.py")
 LAYERS = ("test_train_layers.py", "test_network.py", "test_layers.py")
 HEAD = ("test_train_layers.py", "test_train_updates.py", "test_network.py")
 
@@ -99,7 +101,7 @@ CATALOGUE: dict[tuple[str, tuple[str, ...]], list[tuple[str, ...]]] = {
         ("self.scaler.step(self.optimiser)", "pass"),
         ("total * self.world.size / divisor", "total * self.world.size"),
         ('if self.config.average == "examples":', 'if self.config.average != "examples":'),
-        ("rows * self.network.head.loss.parts(segment.y.shape[2])", "rows"),
+        ("rows * self.network.head.parts", "rows"),
         (
             "losses.add(self.world.sum(total.detach()), everywhere)",
             "losses.add(self.world.sum(total.detach()), divisor)",
@@ -143,7 +145,7 @@ CATALOGUE: dict[tuple[str, tuple[str, ...]], list[tuple[str, ...]]] = {
         ("base, segment.y, segment.y_mask)", "base, segment.y, None)"),
         ("segment.x, segment.x_mask, state, backward)", "segment.x, None, state, backward)"),
         ("self.network.head.losses(z.float(), base, segment.y", "self.network.head.losses(z.float(), None, segment.y"),
-        ("self._count += count", "self._count += 1"),
+        ("self._count = self._count + count", "self._count = self._count + 1"),
         ("if losses.count == 0:", "if False:"),
         (
             "whole = not self.network.streaming or self.network.summary",
@@ -151,11 +153,12 @@ CATALOGUE: dict[tuple[str, tuple[str, ...]], list[tuple[str, ...]]] = {
             "a many-to-one network that streams gives the same answers in blocks; whole rows only save the copies",
         ),
     ],
+    ("train.py", GRAPHS): [("everywhere.clamp(min=1)", "everywhere")],
     ("train.py", PROCESSES): [
         ("total * self.world.size / divisor", "total / divisor"),
         ("everywhere = self.world.sum(count)", "everywhere = count"),
         ("losses.add(self.world.sum(total), self.world.sum(count))", "losses.add(total, count)"),
-        ("rows * self.network.head.loss.parts(", "segment.x.shape[0] * self.network.head.loss.parts("),
+        ("rows * self.network.head.parts", "segment.x.shape[0] * self.network.head.parts"),
     ],
     ("train.py", CHECKS): [
         ("        check_labels(self.network, self.source)\n", ""),
@@ -272,7 +275,7 @@ CATALOGUE: dict[tuple[str, tuple[str, ...]], list[tuple[str, ...]]] = {
         ("momentum=config.momentum, nesterov=True)", "momentum=config.momentum)"),
         ("math.pi * epoch / config.epochs", "math.pi * (epoch + 1) / config.epochs"),
         ("0.01 + 0.99 * 0.5 * (1 + math.cos", "0.5 * (1 + math.cos"),
-        ("return [*network.layers, network.head]", "return [*network.layers]"),
+        ("[*network.stack(), *(head for head, _ in network.head.tasks())]", "[*network.stack()]"),
         ('p.ndim > 1 and "bias" not in name', "p.ndim > 0"),
         (' and "gains" not in name', ""),
         ("if not (config.l1 or config.l2):", "if not (config.l1 and config.l2):"),
@@ -319,17 +322,38 @@ CATALOGUE: dict[tuple[str, tuple[str, ...]], list[tuple[str, ...]]] = {
         ('"linear_before_reset": 1', '"linear_before_reset": 0'),
         ("spec.forget_bias\n        self.bias_hh.requires_grad_(False)", "spec.forget_bias"),
     ],
-    ("layers/recurrent.py", LAYERS): [
+    ("layers/cells.py", RECURRENCES): [
+        ("F.logsigmoid(f) + m, -torch.inf)", "F.logsigmoid(f), -torch.inf)"),
+        ("F.logsigmoid(f) + m, -torch.inf)", "F.logsigmoid(f) + m, 0.0)"),
+        ("f, i = torch.exp(kept - m), torch.exp(i - m)", "f, i = torch.exp(kept - m), torch.exp(i)"),
+        ("return torch.sigmoid(o) * c / n, c, n, m", "return torch.sigmoid(o) * c, c, n, m"),
+    ],
+    ("layers/linear_recurrence.py", RECURRENCES): [
+        ("now.addcmul_(a, after)", "now.add_(after)"),
+        ("return slopes * hs[:, :-1], slopes", "return slopes * hs[:, 1:], slopes"),
+        ("slopes[:, 0] * decay[:, 0]", "slopes[:, 0]"),
+        ("        hs[:, 0] = h\n", "        hs[:, 0] = 0\n"),
+        ("return torch.sigmoid(-gate), torch", "return torch.sigmoid(gate), torch"),
+        ("torch.sigmoid(gate) * ACTIVATIONS[self.activation](candidate)", "ACTIVATIONS[self.activation](candidate)"),
+        ("(2 * w / (1 + w)).clamp(min=1e-6)", "(2 * w / (1 + w))"),
+        ("(2 * w / (1 + w)).clamp(min=1e-6)) * i * u", "w.clamp(min=1e-6)) * i * u"),
+        ("F.softplus(-self.memory) * r", "F.softplus(self.memory) * r"),
+        ("SHARPNESS = 8.0", "SHARPNESS = 4.0"),
+        ("uniform_(0.9, 0.999)", "uniform_(0.5, 0.999)"),
+    ],
+    ("layers/stepwise.py", LAYERS): [
         (
             "y = torch.where(valid_steps(lengths, x.shape[1])[..., None], y, 0.0)",
             "pass",
             "no layer looks at padded steps; the zeros only keep activations without bounds from running away there",
         ),
+        ("last = (lengths - 1).clamp(min=0)", "last = (lengths - 2).clamp(min=0)"),
+        ("return tuple(s[:, -1] for s in states)", "return tuple(s[:, 0] for s in states)"),
+    ],
+    ("layers/recurrent.py", LAYERS): [
         ("self.gains[0], eps=EPSILON) + self.bias_ih", "self.gains[0], eps=EPSILON)"),
         ("self.gains[1], eps=EPSILON) + self.bias_hh", "self.gains[0], eps=EPSILON) + self.bias_hh"),
         ("EPSILON = 1e-5", "EPSILON = 1e-3"),
-        ("last = (lengths - 1).clamp(min=0)", "last = (lengths - 2).clamp(min=0)"),
-        ("return tuple(s[:, -1] for s in states)", "return tuple(s[:, 0] for s in states)"),
         (
             "initial: Any = tuple(s[None].contiguous() for s in before)",
             "initial: Any = tuple(0 * s[None] for s in before)",
@@ -356,13 +380,19 @@ CATALOGUE: dict[tuple[str, tuple[str, ...]], list[tuple[str, ...]]] = {
         ("x = torch.where(valid_steps(lengths, x.shape[1])[..., None], x, 0.0)", "pass"),
         ("missing[..., self.indicated].to(filled.dtype)", "(~missing)[..., self.indicated].to(filled.dtype)"),
     ],
+    ("layers/vectors.py", ("test_table_covariates.py",)): [
+        ("inside = (x > -0.5) & (x < table.num_embeddings - 0.5)", "inside = ~torch.isnan(x)"),
+        ("table.weight[0] = 0.0", "pass"),
+        ("self._order[column] = at", "pass"),
+        ("behind += range(at + 1, at + size)", "behind += range(at, at + size - 1)"),
+    ],
     ("layers/output.py", HEAD): [
         ("y = y * self.scale + self.mean", "y = (y + self.mean) * self.scale"),
         ("target = y if base is None else y - base", "target = y if base is None else y + base"),
-        ("(target - self.mean) / self.scale", "target / self.scale - self.mean"),
+        ("(target - self.mean[points]) / self.scale[points]", "target / self.scale[points] - self.mean[points]"),
         ("return y if base is None else y + base", "return y"),
         ("* self.base_scale + self.base_mean if", "* self.base_scale if"),
-        ("nn.init.zeros_(self.linear.bias)", "nn.init.ones_(self.linear.bias)"),
+        ("if distribution else (0.0,))", "if distribution else (1.0,))"),
     ],
     ("layers/pooling.py", LAYERS): [
         ("total / count.clamp(min=1.0), after", "total / valid.shape[1], after"),
@@ -393,11 +423,26 @@ CATALOGUE: dict[tuple[str, tuple[str, ...]], list[tuple[str, ...]]] = {
         ("return seen[:, seen.shape[1] - self.reach :]", "return seen[:, : self.reach]"),
     ],
     ("layers/wrappers.py", LAYERS): [
-        ("return self._merge(ahead, reverse(back, lengths)), state", "return self._merge(ahead, back), state"),
+        (
+            "merge(self.spec.mode, [ahead, reverse(back, lengths)]), state",
+            "merge(self.spec.mode, [ahead, back]), state",
+        ),
         ("self.backwards(reverse(x, lengths), lengths, zeros)", "self.backwards(reverse(x, None), lengths, zeros)"),
-        ("return (a + b) / 2", "return a + b"),
         ("present = (x != self.value).any(dim=2)", "present = (x != self.value).all(dim=2)"),
         ("return packing.unpack(y), state", "return y, state"),
+    ],
+    ("layers/merging.py", GRAPHS): [
+        ("y / len(values) if", "y / 2 * len(values) if"),
+        ("return torch.cat(list(values), dim=-1)", "return torch.cat(list(values)[::-1], dim=-1)"),
+        ('"subtract": (torch.sub, "Sub")', '"subtract": (torch.sub, "Add")'),
+        ('"max": (torch.maximum, "Max")', '"max": (torch.minimum, "Min")'),
+    ],
+    ("layers/tasks.py", GRAPHS): [
+        ("return torch.stack(sums) * self.weights", "return torch.stack(sums)"),
+        ("return torch.cat(answers, dim=-1)[..., self.order]", "return torch.cat(answers, dim=-1)"),
+        ("            start = stop\n", ""),
+        ("seen = mask[..., places] if", "seen = mask[..., : len(places)] if"),
+        ("head.losses(part, own, y[..., places], seen)", "head.losses(part, own, y[..., : len(places)], seen)"),
     ],
     ("layers/weights.py", LAYERS): [
         ('"xavier": 2.0 / (fan_in + fan_out)', '"xavier": 2.0 / fan_in'),

@@ -9,7 +9,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from stepcast.manifest import Feature, Output
+from stepcast.manifest import Change, Feature, Output
 from training.config import TrainingConfig
 from training.data.batch import Batch
 from training.data.in_memory import Examples, InMemory
@@ -22,7 +22,8 @@ from training.network import Network
 torch.set_num_threads(1)  # the networks here are tiny, and tests run side by side
 
 OUT: dict[str, Any] = {"kind": "rnn_output"}
-CELLS = ("simple_rnn", "lstm", "graves_lstm", "gru")
+CELLS = ("simple_rnn", "lstm", "graves_lstm", "gru", "slstm")
+LINEAR = ("min_gru", "rg_lru")  # recurrences without recurrent weights
 LENGTHS = (7, 6, 0, 3, 1, 7)  # of six rows of seven steps
 _SPECS: TypeAdapter[list[LayerSpec]] = TypeAdapter(list[LayerSpec])
 
@@ -38,6 +39,15 @@ def rich(count: int = 4) -> list[Feature]:
     return [
         Feature(name=f"f{i}", mean=0.3 * i, scale=1.0 + i, missing=policies[i % 4], indicator=i == 1)
         for i in range(count)
+    ]
+
+
+def trending(features: Sequence[Feature]) -> list[Feature]:
+    """The same with changes over one, two or three steps, but of the third."""
+    changes = [((1, 0.5), (3, 2.0)), ((2, 1.5),), (), ((1, 1.0),)]
+    return [
+        f.model_copy(update={"changes": tuple(Change(steps=k, scale=s) for k, s in changes[i % 4])})
+        for i, f in enumerate(features)
     ]
 
 

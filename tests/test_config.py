@@ -13,7 +13,8 @@ from stepcast.manifest import Feature, Feedback, Output
 from training.activations import ACTIVATIONS
 from training.config import Config, TrainingConfig, load
 from training.data.in_memory import Examples, InMemory
-from training.layers.specs import LayerSpec, LossName, Shape
+from training.layers.spec import Shape
+from training.layers.specs import LayerSpec, LossName
 from training.layers.stack import TokenReader, place
 from training.network import Network
 
@@ -46,7 +47,7 @@ def test_every_recipe_is_a_legal_configuration(recipe: Path) -> None:
     ("parts", "message"),
     [
         ({"network": [LSTM]}, "network[0]: the last layer must be rnn_output or rnn_loss"),
-        ({"network": [OUT, LSTM, OUT]}, "network[0]: rnn_output must be the last layer"),
+        ({"network": [OUT, LSTM, OUT]}, "network[0].outputs: one of 2 output layers has to say which of the data's"),
         ({"network": [LSTM, {"kind": "lstm", "unit": 3}, OUT]}, "network[1].units: Field required"),
         ({"network": [{"kind": "lstn", "units": 3}, OUT]}, "network[0]: Input tag 'lstn'"),
         ({"network": [{**LSTM, "name": "a"}, {**LSTM, "name": "a"}, OUT]}, "network[1]: layer name 'a' is taken"),
@@ -180,14 +181,14 @@ def test_embedding_knows_every_class_that_is_fed_back(below: list[dict[str, Any]
         "Set vocabulary: 6."
     )
     for fine in (source(1, classes=6), replace(source(1, classes=5), feedback=feedback)):
-        assert Network.of(specs, fine).reads_tokens == TokenReader(len(below), 5)
+        assert Network.of(specs, fine).reads_tokens == (TokenReader(len(below), 5),)
 
 
 def test_only_an_embedding_of_the_data_itself_reads_tokens() -> None:
     """Behind a layer that computes something, what comes in is no token of the data."""
     embedding = {"kind": "embedding", "vocabulary": 5, "units": 2}
     specs = Config.model_validate(configuration(network=[{"kind": "dense", "units": 1}, embedding, OUT])).network
-    assert Network.of(specs, source(1)).reads_tokens is None
+    assert Network.of(specs, source(1)).reads_tokens == ()
 
 
 def test_overrides_reach_into_lists_and_are_checked(tmp_path: Path) -> None:

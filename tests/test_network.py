@@ -5,14 +5,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from networks import CELLS, OUT, network, plain, readings, rich, same, some_state
+from networks import CELLS, LINEAR, OUT, network, plain, readings, rich, same, some_state
 from torch import Tensor
 
 from stepcast.errors import ConfigError
-from stepcast.manifest import Feature, Output
+from stepcast.manifest import Change, Feature, Output
 from training.data.batch import Batch
+from training.layers.cell_specs import LstmSpec
 from training.layers.observed import hold
-from training.layers.specs import LstmSpec, RnnOutputSpec
+from training.layers.specs import RnnOutputSpec
 from training.losses import FORMULAS, WHOLE_STEP_LOSSES, Loss
 from training.masks import Packing
 from training.network import Network, detached, restarted
@@ -111,7 +112,7 @@ def test_absent_step_holds_the_state() -> None:
     assert not y[~GAPS].any()
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", [*CELLS, *LINEAR])
 def test_rule_zero_is_dl4js(cell: str) -> None:
     """h_t and c_t times the mask after every step: outputs 0 at a gap, and everything forgotten behind it."""
     net, x = network([{"kind": cell, "units": 3}, OUT]), readings(plain())
@@ -176,6 +177,27 @@ def test_missing_readings_become_what_their_policy_says() -> None:
     assert state["last"].tolist() == [[3]]
 
 
+def test_changes_are_in_units_of_usual_ones_and_0_until_there_were_enough_steps() -> None:
+    """Literal numbers over two calls: held readings count, an indicator lies before them, far ones are cut."""
+    changes = (Change(steps=1, scale=4.0), Change(steps=3, scale=8.0))
+    features = [
+        Feature(name="a", mean=10, scale=2, missing="hold", indicator=True, changes=changes),
+        Feature(name="b"),
+        Feature(name="c", scale=10, changes=(Change(steps=1),)),
+    ]
+    net = network([{"kind": "lstm", "units": 2}, OUT], features)
+    x = torch.tensor([[[12, 0, 1], [16, 0, 2], [torch.nan, 0, 2], [20, 0, 0], [20, 0, 90], [4, 0, 88]]])
+    z, state = net.observed(x[:, :2], torch.tensor([2]), net.initial_state(1)["observed"])
+    assert state["seen"].tolist() == [[2]]
+    assert z[0, :, 3:].tolist() == [[0, 0, 0, 0], [0, 1, 1, 0]]
+    z, state = net.observed(x[:, 2:], None, state)
+    expected = [[0, 0, 0], [1, -2, 1], [0, 5, 0.5], [-4, -2, -1.5]]
+    torch.testing.assert_close(z[0, :, 4:], torch.tensor(expected, dtype=torch.float32))
+    assert z[0, :, 3].tolist() == [1, 0, 0, 0]
+    assert state["seen"].tolist() == [[3]]
+    torch.testing.assert_close(state["before"], torch.tensor([[[5, 0.0], [5, 9], [-3, 8.8]]]))
+
+
 def test_residual_is_what_the_answer_is_added_to() -> None:
     """The last reading of the feature with the output's name, in its unit; other outputs stand alone."""
     features = [Feature(name="a", mean=10, scale=2, missing="hold"), Feature(name="b")]
@@ -220,9 +242,9 @@ def manual_gradients(
         state, total = detached(state), torch.zeros(())
         for t in range(start, stop):
             h = x[:, t : t + 1]
-            for index, layer in enumerate(net.stack()):
+            for layer in net.stack():
                 h, after = layer(h, mask[:, t].long(), state.get(layer.name, {}))
-                if t < begin and index <= net.top:  # this step is a constant for all recurrent layers and below
+                if t < begin and layer.name in net.lower:  # this step is a constant for all recurrent layers and below
                     h, after = h.detach(), {k: v.detach() for k, v in after.items()}
                 state = {**state, **({layer.name: after} if after else {})}
             total = total + net.head.losses(net.head(h), None, y[:, t : t + 1], y_mask[:, t : t + 1])[0]

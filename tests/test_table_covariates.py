@@ -299,7 +299,7 @@ CATEGORIES = [
 def test_a_vector_stands_for_each_category() -> None:
     """Its first value where the index stood, the others behind the flags; whatever is no index is unknown."""
     observed = Observed(CATEGORIES)
-    kind, place = (table.weight.detach() for table in observed.tables)  # type: ignore[union-attr]
+    kind, place = (table.weight.detach() for table in observed.vectors.tables)  # type: ignore[union-attr]
     assert (kind.shape, place.shape, observed.size) == ((3, 3), (4, 1), 1 + 1 + 1 + 1 + 2)
     assert kind[0].tolist() == [0, 0, 0]
     x = torch.tensor([[[1, 5, 3], [NAN, NAN, 0], [2, 3, 7], [-1, 3, NAN], [1.4, 1, 3.6]]])
@@ -311,9 +311,10 @@ def test_a_vector_stands_for_each_category() -> None:
     ]
     torch.testing.assert_close(y[0], torch.stack(wanted), rtol=0, atol=0)
     assert state["last"].shape == (1, 1)
+    assert observed.columns == {"kind": [0, 4, 5], "u": [1, 3], "place": [2]}
     (loss,) = [y[0, :, 0].sum()]
     loss.backward()
-    assert observed.tables[0].weight.grad[:, 0].tolist() == [1, 3, 1]  # type: ignore[union-attr,index]
+    assert observed.vectors.tables[0].weight.grad[:, 0].tolist() == [1, 3, 1]  # type: ignore[union-attr,index]
 
 
 @pytest.mark.parametrize("features", [CATEGORIES, CATEGORIES[2:], CATEGORIES[:1]], ids=["mixed", "alone", "held"])

@@ -15,21 +15,22 @@ from stepcast.errors import ConfigError, ManifestError
 from stepcast.manifest import MODEL_FILE, Feature, Manifest, Output, read_manifest, sha256_of
 
 from .check import check_names
-from .checkpoint import BEST_FILE, load_weights
+from .checkpoint import BEST_FILE, load_checkpoint, load_weights
 from .comparison import as_dict
 from .config import Config, load
-from .data.source import Source
+from .data.source import Source, Split
 from .data.table import TableSource
 from .evaluate import answers, evaluate
 from .export import describe, next_version, publish, stage, state_tensors
 from .network import Network
 from .parallel import join, leading, leave
+from .probabilistic import DistributionMetrics
 from .progress import Progress
-from .report import Forecast, forecast_of, print_report, write_report
+from .report import Forecast, Result, forecast_of, print_report, write_report
 from .segments import labelled
 from .skill import Measurement, skill_table
 from .stepper import Stepper
-from .train import Trainer
+from .train import History, Trainer
 
 DISTANCES = (1, 6, 24)
 PLOT_FILE = "test_week.png"
@@ -111,7 +112,7 @@ def train(job: Job) -> int:
     with Progress(config.training.epochs, console=job.console, tensorboard=tensorboard) as progress:
         history = trainer.fit(resume=job.arguments.resume, progress=progress)
     job.console.print(f"best epoch {history.best_epoch + 1}, {history.updates} updates", highlight=False)
-    return _export(job, network)
+    return _export(job, network, history)
 
 
 def export(job: Job) -> int:
@@ -122,21 +123,25 @@ def export(job: Job) -> int:
     if not path.exists():
         raise ConfigError(f"{path}: no such file. Train first.")
     load_weights(network, path)
-    return _export(job, network)
+    saved = load_checkpoint(job.run_directory, torch.device("cpu"))
+    return _export(job, network, History(**saved["history"]) if saved else None)
 
 
-def _export(job: Job, network: Network) -> int:
+def _export(job: Job, network: Network, history: History | None) -> int:
     """Stage, measure as served, publish."""
     out: Path = job.arguments.out
     staged = stage(network, job.source, out)
     try:
         stepper = Stepper(staged, state_tensors(network))
-        metrics = _measure(job, stepper, network.streaming, network.summary, plot=staged / PLOT_FILE)
         version = job.arguments.version or next_version(out, job.config.name)
         manifest = describe(
-            network, job.source, job.config, sha256=sha256_of(staged / MODEL_FILE), version=version, metrics=metrics
+            network, job.source, job.config, sha256=sha256_of(staged / MODEL_FILE), version=version, metrics={}
         )
-        final = publish(staged, manifest, out)
+        metrics = _measure(job, stepper, manifest, plot=staged / PLOT_FILE)
+        if history is not None:
+            metrics["training"] = history.as_dict()
+        provenance = manifest.provenance.model_copy(update={"metrics": metrics})
+        final = publish(staged, manifest.model_copy(update={"provenance": provenance}), out)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
     job.console.print(f"wrote {final}", highlight=False)
@@ -153,14 +158,14 @@ def evaluate_model(job: Job) -> int:
     split = job.arguments.split
     if not any(labelled(batch) for batch in job.source.batches(split)):
         raise ConfigError(f"data: no label in the {split} split, nothing could be measured")
-    stepper, summary = Stepper.of(directory, manifest), manifest.readout == "last"
+    stepper = Stepper.of(directory, manifest)
     if job.arguments.split == "test":
-        _measure(job, stepper, manifest.streaming, summary)
+        _measure(job, stepper, manifest)
     if job.arguments.split != "test" or job.arguments.report:
-        result = evaluate(stepper, job.source, job.arguments.split, streaming=manifest.streaming, summary=summary)
+        result = _evaluate(job, stepper, manifest, job.arguments.split)
         print_report(result, job.console)
         if job.arguments.report:
-            write_report(job.arguments.report, result, _forecast(job, stepper, manifest))
+            write_report(job.arguments.report, result, _forecast(job, stepper, manifest), manifest.provenance)
     return 0
 
 
@@ -192,12 +197,25 @@ def _forecast(job: Job, stepper: Stepper, manifest: Manifest) -> Forecast | None
     return forecast_of(manifest.points, *next(found))
 
 
-def _measure(job: Job, stepper: Stepper, streaming: bool, summary: bool, plot: Path | None = None) -> dict[str, Any]:
+def _evaluate(job: Job, stepper: Stepper, manifest: Manifest, split: Split) -> Result:
+    """The masked metrics of a split."""
+    forecast = manifest.distribution
+    return evaluate(
+        stepper,
+        job.source,
+        split,
+        streaming=manifest.streaming,
+        summary=manifest.readout == "last",
+        distribution=None if forecast is None else DistributionMetrics(manifest.outputs, forecast),
+    )
+
+
+def _measure(job: Job, stepper: Stepper, manifest: Manifest, plot: Path | None = None) -> dict[str, Any]:
     """Test metrics; for a table of series also what they are worth."""
-    result = evaluate(stepper, job.source, "test", streaming=streaming, summary=summary)
+    result = _evaluate(job, stepper, manifest, "test")
     print_report(result, job.console)
     metrics: dict[str, Any] = {"test": result.summary()}
-    if isinstance(job.source, TableSource) and job.source.targets and streaming:
+    if isinstance(job.source, TableSource) and job.source.targets and manifest.streaming:
         measurement = Measurement(stepper, job.source)
         skills = measurement.skills(DISTANCES)
         job.console.print(skill_table(job.source, skills))

@@ -1,5 +1,7 @@
 """What can be known before the first epoch: labels a loss cannot take, names a manifest cannot hold."""
 
+from collections.abc import Sequence
+
 import torch
 from pydantic import ValidationError
 from torch import Tensor
@@ -9,6 +11,7 @@ from stepcast.errors import ConfigError
 from .config import Config
 from .data.source import SPLITS, Source
 from .export import describe
+from .layers.output import Head
 from .losses import TAKES
 from .network import Network
 from .segments import settle
@@ -38,7 +41,8 @@ def check_labels(network: Network, source: Source) -> None:
     Raises:
         ConfigError: one cannot; with output, split, batch, row and step.
     """
-    if network.head.loss.name not in TAKES and source.classes is None:
+    picky = [(head, places) for head, places in network.head.tasks() if head.loss.name in TAKES]
+    if not picky and source.classes is None:
         return
     fillable = torch.zeros(sum(feature.width for feature in source.features), dtype=torch.bool)
     for split in SPLITS:
@@ -49,8 +53,9 @@ def check_labels(network: Network, source: Source) -> None:
             where = f"batch {number} of {split}"
             if source.classes is not None:
                 _check_classes(settled.y, counts, where, measured=split == "test")
-            if network.head.loss.name in TAKES and split != "test":
-                _check_numbers(network, source, settled.y, counts, where)
+            for head, places in picky if split != "test" else ():
+                names = [source.outputs[place].name for place in places]
+                _check_numbers(head, names, settled.y[..., places], counts[..., places], where)
 
 
 def _check_classes(y: Tensor, counts: Tensor, where: str, *, measured: bool) -> None:
@@ -65,18 +70,18 @@ def _check_classes(y: Tensor, counts: Tensor, where: str, *, measured: bool) -> 
         raise ConfigError(f"data: {int(found[row, step])} classes at step {step} of row {row} of {where}, wanted one")
 
 
-def _check_numbers(network: Network, source: Source, y: Tensor, counts: Tensor, where: str) -> None:
+def _check_numbers(head: Head, names: Sequence[str], y: Tensor, counts: Tensor, where: str) -> None:
     """Labels for which the loss is defined."""
-    takes, wanted = TAKES[network.head.loss.name]
-    target = network.head.target(None, y.to(network.head.mean.device)).cpu()
+    takes, wanted = TAKES[head.loss.name]
+    target = head.target(None, y.to(head.mean.device)).cpu()
     if (place := _first(counts & ~takes(target))) is None:
         return
     row, step, column = place
     got, given = float(target[row, step, column]), float(y[row, step, column])
-    scaled = "" if network.head.identity_scale else f" ({given:g} in the data)"
-    advice = "" if network.head.identity_scale else " Take labels as they are (data.normalise_labels: none)."
+    scaled = "" if head.identity_scale else f" ({given:g} in the data)"
+    advice = "" if head.identity_scale else " Take labels as they are (data.normalise_labels: none)."
     raise ConfigError(
-        f"data: loss {network.head.loss.name} takes labels {wanted}, output {source.outputs[column].name!r} is "
+        f"data: loss {head.loss.name} takes labels {wanted}, output {names[column]!r} is "
         f"{got:g}{scaled} at step {step} of row {row} of {where}.{advice}"
     )
 

@@ -20,7 +20,7 @@ def save_checkpoint(directory: Path, everything: dict[str, Any], *, best: bool) 
     directory.mkdir(parents=True, exist_ok=True)
     _write(directory / LAST_FILE, everything)
     if best:
-        _write(directory / BEST_FILE, everything["network"])
+        _write(directory / BEST_FILE, everything["best"])
 
 
 def _write(path: Path, content: Any) -> None:

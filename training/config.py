@@ -14,7 +14,8 @@ from stepcast.manifest import ModelName
 from .data.csv_sequences import CsvSequencesConfig
 from .data.python_class import PythonConfig
 from .data.table_config import TableConfig
-from .layers.specs import LayerSpec, RnnLossSpec, RnnOutputSpec, Shape
+from .layers.spec import Shape
+from .layers.specs import LayerSpec, RnnLossSpec, RnnOutputSpec
 from .layers.stack import IllegalLayer, Placed, place
 
 DataConfig = Annotated[TableConfig | CsvSequencesConfig | PythonConfig, Field(discriminator="kind")]
@@ -46,6 +47,9 @@ class TrainingConfig(_Strict):
         "renormalize_l2_per_layer",
         "renormalize_l2_per_parameter",
     ] = "none"
+    weight_average: float = Field(
+        default=0.0, ge=0, lt=1, description="decay per update of the running average of the weights, which is exported"
+    )
     gradient_threshold: float = Field(default=1.0, gt=0)
     average: Literal["unmasked", "examples"] = Field(
         default="unmasked", description="what an update's summed loss is divided by; examples is DL4J's rule"
@@ -53,6 +57,7 @@ class TrainingConfig(_Strict):
     epochs: int = Field(default=10, ge=1)
     batch: int = Field(default=32, ge=1, description="rows per update, over all processes together")
     patience: int | None = Field(default=None, ge=1, description="epochs without a better validation loss, then stop")
+    prefetch: int = Field(default=0, ge=0, le=64, description="batches read ahead, in a thread, during an update")
     threads: int | None = Field(default=None, ge=1, description="CPU threads; small networks are fastest with one")
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -88,14 +93,14 @@ class Config(_Strict):
         try:
             placed = place(self.network, Shape())
         except IllegalLayer as error:
-            raise ValueError(f"network[{error.index}]: {error}") from error
+            raise ValueError(f"{error.where}: {error}") from error
         for problem in _conflicts(placed, self.training):
             raise ValueError(problem)
-        head = self.network[-1]
-        residual = isinstance(head, RnnOutputSpec | RnnLossSpec) and head.residual
-        if isinstance(self.data, TableConfig) and self.data.target_scale == "change" and not residual:
-            where = f"network[{len(self.network) - 1}]"
-            raise ValueError(f"data.target_scale is 'change', {where} says whole values. Set residual: true there.")
+        if isinstance(self.data, TableConfig) and self.data.target_scale == "change":
+            for index, spec in enumerate(self.network):
+                if isinstance(spec, RnnOutputSpec | RnnLossSpec) and not spec.residual:
+                    where = f"network[{index}]"
+                    raise ValueError(f"data.target_scale is 'change', {where} says whole values. Set residual: true.")
         return self
 
 
@@ -103,7 +108,7 @@ def _conflicts(placed: Sequence[Placed], training: TrainingConfig) -> Iterator[s
     """What the layers and the way of training cannot do together."""
     for one in placed:
         where = f"network[{one.index}]: {one.spec.kind}"
-        summary = not one.shape.summary and one.spec.out_shape(one.shape).summary
+        summary = not one.shape.summary and one.out.summary
         if training.backprop == "truncated" and (not one.spec.streams or summary):
             yield f"{where} cannot be trained truncated. Set training.backprop: standard."
         if training.masked_steps == "zero" and one.spec.kind in RUN_BOUND:

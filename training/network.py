@@ -1,7 +1,6 @@
 """The whole network: readings in, answers out, state carried in the open."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,17 +12,27 @@ from .data.source import Source
 from .graph import Graph
 from .layers import build
 from .layers.base import Layer, LayerState, State
+from .layers.merging import merge, write_merge
 from .layers.observed import Observed
-from .layers.output import Head
-from .layers.specs import IllegalStack, LayerSpec, RnnLossSpec, RnnOutputSpec, Shape
-from .layers.stack import IllegalLayer, place, token_reader
+from .layers.spec import Shape
+from .layers.specs import LayerSpec, OutputSpec
+from .layers.stack import INPUT, IllegalLayer, Placed, place, token_readers
+from .layers.tasks import heads_of
 from .masks import MaskedSteps, moves_of
+
+Values = dict[str, Tensor]  # by layer name, each (B, T, ...)
 
 
 class Network(nn.Module):
-    """A stack of layers between `Observed` and `Head`.
+    """Layers between `Observed` and the outputs, each reading what its `from` names: a chain, or a graph.
 
     Values are raw on both sides: normalisation is part of the network, as it is part of the exported graph.
+
+    Attributes:
+        layers: In the order of the `network:` list, which is one they can run in.
+        head: The output layer, or all of them as one.
+        lower: Names of the layers that a recurrent layer depends on, itself included. Truncated backpropagation cuts
+            there, never above.
     """
 
     def __init__(
@@ -36,16 +45,17 @@ class Network(nn.Module):
         super().__init__()
         self.masked_steps: MaskedSteps = "hold"
         self.observed = Observed(features)
-        placed = place(specs, Shape(size=self.observed.size))
-        self.layers = nn.ModuleList(build(p) for p in placed[:-1])
-        head, below = placed[-1].spec, placed[-1].shape
-        assert isinstance(head, RnnOutputSpec | RnnLossSpec)
-        self.head = Head(head, below.size or 0, features, outputs, classification)
-        self.summary = below.summary
-        self.reads_tokens = token_reader(placed)
+        placed = place(specs, Shape(size=self.observed.size), self.observed.columns)
+        self._placed = {p.name: p for p in placed}
+        self._ends = [p for p in placed if isinstance(p.spec, OutputSpec)]
+        self.layers = nn.ModuleList(build(p) for p in placed if not isinstance(p.spec, OutputSpec))
+        self.head = heads_of(self._ends, features, outputs, classification)
+        self.summary = self._ends[0].shape.summary
+        self.reads_tokens = token_readers(placed)
         self.streaming = all(p.spec.streams for p in placed)
-        # Truncated backpropagation cuts below and inside the topmost recurrent layer, never above it.
-        self.top = max((i + 1 for i, p in enumerate(placed[:-1]) if p.spec.recurrent), default=0)
+        self.lower = _needed([p.name for p in placed if p.spec.recurrent], self._placed) | {INPUT}
+        above = (p for p in placed if p.name not in self.lower)
+        self._crossing = {source for p in above for source in p.sources} & self.lower  # what the layers above read
 
     @classmethod
     def of(cls, specs: Sequence[LayerSpec], source: Source) -> "Network":
@@ -58,21 +68,20 @@ class Network(nn.Module):
             network = cls(specs, source.features, source.outputs, source.task == "classification")
             network._check_feedback(source)
         except IllegalLayer as error:
-            raise ConfigError(f"network[{error.index}]: {error}") from error
-        except IllegalStack as error:
-            raise ConfigError(f"network[{len(specs) - 1}]: {error}") from error
+            raise ConfigError(f"{error.where}: {error}") from error
         return network
 
     def _check_feedback(self, source: Source) -> None:
         """In a rollout a class becomes the next token: an embedding has to know all of them."""
-        reader, classes = self.reads_tokens, source.classes or ()
+        classes = source.classes or ()
         fed = [f.feature for f in source.feedback if f.source == "class"]
-        if reader and fed and len(classes) > reader.vocabulary:
-            raise IllegalLayer(
-                reader.index,
-                f"embedding has a vocabulary of {reader.vocabulary}, the data feeds {len(classes)} classes back as "
-                f"{fed[0]!r}. Set vocabulary: {len(classes)}.",
-            )
+        for reader in self.reads_tokens:
+            if (reader.feature is None or reader.feature in fed) and fed and len(classes) > reader.vocabulary:
+                raise IllegalLayer(
+                    reader.index,
+                    f"embedding has a vocabulary of {reader.vocabulary}, the data feeds {len(classes)} classes back as "
+                    f"{reader.feature or fed[0]!r}. Set vocabulary: {len(classes)}.",
+                )
 
     def stack(self) -> list[Layer]:
         """All layers that may carry state, from below."""
@@ -101,8 +110,8 @@ class Network(nn.Module):
         """
         state = self.initial_state(x.shape[0]) if state is None else state
         moves = moves_of(mask, self.masked_steps)
-        hidden, base, after = self._lower(moves.pack(x), moves.lengths, moves.enter(state))
-        z, after = self._upper(hidden, moves.lengths, after)
+        values, base, after = self._lower(moves.pack(x), moves.lengths, moves.enter(state))
+        z, after = self._upper(values, moves.lengths, after)
         return moves.unpack(self.head.answer(z, base)), moves.leave(after, state)
 
     def train_pass(
@@ -117,74 +126,100 @@ class Network(nn.Module):
             backward: The recurrent layers, and all below them, get gradients from the last `backward` steps only;
                 the layers above from all. None: no limit.
         """
-        cut = 0 if backward is None or self.top == 0 else max(0, x.shape[1] - backward)
+        cut = 0 if backward is None or self.lower == {INPUT} else max(0, x.shape[1] - backward)
         if cut == 0:
-            hidden, base, state = self._lower_masked(x, mask, state)
+            values, base, state = self._lower_masked(x, mask, state)
         else:
             with torch.no_grad():
                 early, early_base, state = self._lower_masked(x[:, :cut], _part(mask, 0, cut), state)
             late, late_base, state = self._lower_masked(x[:, cut:], _part(mask, cut, x.shape[1]), state)
-            hidden = torch.cat([early, late], dim=1)
+            values = {name: torch.cat([early[name], late[name]], dim=1) for name in late}
             base = None if early_base is None or late_base is None else torch.cat([early_base, late_base], dim=1)
-        z, state = self._upper_masked(hidden, mask, state)
+        z, state = self._upper_masked(values, mask, state)
         return z, base, state
 
-    def _lower(self, x: Tensor, lengths: Tensor | None, state: State) -> tuple[Tensor, Tensor | None, State]:
-        """Up to and including the topmost recurrent layer."""
+    def _lower(self, x: Tensor, lengths: Tensor | None, state: State) -> tuple[Values, Tensor | None, State]:
+        """Up to and including the topmost recurrent layers: what the layers above read of it."""
         after = dict(state)
-        observed = _run(self.observed, x, lengths, after)
-        hidden = observed
-        for layer in self.layers[: self.top]:
-            hidden = _run(layer, hidden, lengths, after)
-        return hidden, self.head.base(observed), after
+        values = {INPUT: self._run(self.observed, x, lengths, after)}
+        base = self.head.base(values[INPUT])
+        self._run_all((layer for layer in self.stack()[1:] if layer.name in self.lower), values, lengths, after)
+        return {name: values[name] for name in self._crossing}, base, after
 
-    def _lower_masked(self, x: Tensor, mask: Tensor | None, state: State) -> tuple[Tensor, Tensor | None, State]:
+    def _lower_masked(self, x: Tensor, mask: Tensor | None, state: State) -> tuple[Values, Tensor | None, State]:
         lower, upper = self._split(state)
         moves = moves_of(mask, self.masked_steps)
-        hidden, base, after = self._lower(moves.pack(x), moves.lengths, moves.enter(lower))
+        values, base, after = self._lower(moves.pack(x), moves.lengths, moves.enter(lower))
         base = None if base is None else moves.unpack(base)
-        return moves.unpack(hidden), base, {**moves.leave(after, lower), **upper}
+        unpacked = {name: moves.unpack(value) for name, value in values.items()}
+        return unpacked, base, {**moves.leave(after, lower), **upper}
 
-    def _upper_masked(self, hidden: Tensor, mask: Tensor | None, state: State) -> tuple[Tensor, State]:
+    def _upper_masked(self, values: Values, mask: Tensor | None, state: State) -> tuple[Tensor, State]:
         lower, upper = self._split(state)
         moves = moves_of(mask, self.masked_steps)
-        z, after = self._upper(moves.pack(hidden), moves.lengths, moves.enter(upper))
+        packed = {name: moves.pack(value) for name, value in values.items()}
+        z, after = self._upper(packed, moves.lengths, moves.enter(upper))
         return moves.unpack(z), {**lower, **moves.leave(after, upper)}
 
     def _split(self, state: State) -> tuple[State, State]:
-        """The states of the layers up to the topmost recurrent one, and of those above."""
-        above = {layer.name for layer in self.stack()[self.top + 1 :]}
-        lower = {name: layer for name, layer in state.items() if name not in above}
-        return lower, {name: layer for name, layer in state.items() if name in above}
+        """The states of the layers up to the topmost recurrent ones, and of those above."""
+        lower = {name: layer for name, layer in state.items() if name in self.lower}
+        return lower, {name: layer for name, layer in state.items() if name not in self.lower}
 
-    def _upper(self, hidden: Tensor, lengths: Tensor | None, state: State) -> tuple[Tensor, State]:
-        """Above the topmost recurrent layer, up to the output activation."""
-        after = dict(state)
-        for layer in self.layers[self.top :]:
-            hidden = _run(layer, hidden, lengths, after)
-        return self.head(hidden), after
+    def _upper(self, values: Values, lengths: Tensor | None, state: State) -> tuple[Tensor, State]:
+        """Above the topmost recurrent layers, up to the output activation."""
+        after, values = dict(state), dict(values)
+        self._run_all((layer for layer in self.stack() if layer.name not in self.lower), values, lengths, after)
+        return self.head(*(self._input(end.name, values) for end in self._ends)), after
+
+    def _run_all(self, layers: Iterable[Layer], values: Values, lengths: Tensor | None, state: State) -> None:
+        """Run layers one after the other; their outputs and states are put in place."""
+        for layer in layers:
+            values[layer.name] = self._run(layer, self._input(layer.name, values), lengths, state)
+
+    def _input(self, name: str, values: Values) -> Tensor:
+        """What a layer reads, (B, T, F)."""
+        placed = self._placed[name]
+        return merge(placed.spec.merges, [values[source] for source in placed.sources])
+
+    def _run(self, layer: Layer, x: Tensor, lengths: Tensor | None, state: State) -> Tensor:
+        """Run one layer and replace its state in place."""
+        own: LayerState = state.get(layer.name, {})
+        y, after = layer(x, lengths, own)
+        if after:
+            state[layer.name] = after
+        return y  # type: ignore[no-any-return]
 
     def write(self, graph: Graph) -> None:
         """Write the network into a graph, with one input and one output for each state tensor."""
-        value, observed = graph.x, ""
+        values: dict[str, str] = {}
         for layer in self.stack():
             shapes = layer.state_shapes()
             begin = graph.state_input if self.streaming else graph.zeros
             before = {key: begin(f"{layer.name}.{key}", shape) for key, shape in shapes.items()}
-            value, after = layer.write(graph, value, before)
-            observed = observed or value
+            x = self._written(graph, layer.name, values) if values else graph.x
+            values[layer.name], after = layer.write(graph, x, before)
             for key, shape in self.states().get(layer.name, {}).items():
                 graph.output(after[key], f"{layer.name}.{key}.out", ["B", *shape])
-        graph.output(self.head.write(graph, value, observed), "y", ["B", "T", len(self.head.outputs)])
+        hidden = (self._written(graph, end.name, values) for end in self._ends)
+        graph.output(self.head.write(graph, values[INPUT], *hidden), "y", ["B", "T", len(self.head.outputs)])
+
+    def _written(self, graph: Graph, name: str, values: Mapping[str, str]) -> str:
+        """`_input` in ONNX."""
+        placed = self._placed[name]
+        return write_merge(graph, placed.spec.merges, [values[source] for source in placed.sources])
 
 
-def _run(layer: Any, x: Tensor, lengths: Tensor | None, state: State) -> Tensor:
-    """Run one layer and replace its state in place."""
-    own: LayerState = state.get(layer.name, {})
-    y, after = layer(x, lengths, own)
-    if after:
-        state[layer.name] = after
-    return y  # type: ignore[no-any-return]
+def _needed(names: Iterable[str], placed: Mapping[str, Placed]) -> set[str]:
+    """These layers and all that they depend on."""
+    found: set[str] = set()
+    left = [*names]
+    while left:
+        name = left.pop()
+        if name not in found:
+            found.add(name)
+            left += placed[name].sources if name in placed else ()
+    return found
 
 
 def _part(mask: Tensor | None, start: int, stop: int) -> Tensor | None:

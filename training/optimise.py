@@ -42,7 +42,7 @@ def rate_factor(config: TrainingConfig, epoch: int) -> float:
 
 def layers_of(network: Network) -> list[nn.Module]:
     """What counts as one layer for penalties and per-layer clipping."""
-    return [*network.stack(), network.head]
+    return [*network.stack(), *(head for head, _ in network.head.tasks())]
 
 
 def decayed(network: Network) -> list[nn.Parameter]:

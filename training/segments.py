@@ -53,21 +53,22 @@ def settle(batch: Batch, *, fillable: Tensor, summary: bool) -> Batch:
     return replace(batch, x=x, x_mask=x_mask, y_mask=y_mask)
 
 
-def check_tokens(batch: Batch, *, vocabulary: int, feature: Feature) -> None:
+def check_tokens(batch: Batch, *, vocabulary: int, feature: Feature, column: int = 0) -> None:
     """See that every token that is there is one the embedding has a vector for.
 
     The network itself takes the nearest token, so that no request can make it fail; in training data another number
     is a mistake.
 
     Args:
-        batch: As the source gave it; its only feature is the token.
+        batch: As the source gave it.
         vocabulary: Tokens are 0 to `vocabulary` - 1.
         feature: The manifest's description of the token.
+        column: Where it stands among the features.
 
     Raises:
         ConfigError: a token of a present step is none, with row and step.
     """
-    given = batch.x[..., 0]
+    given = batch.x[..., column]
     token = ((given - feature.mean) / feature.scale).round()
     wrong = ~((token >= 0) & (token < vocabulary))  # NaN too
     if feature.missing != "refuse":

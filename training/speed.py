@@ -17,7 +17,8 @@ from stepcast.manifest import Feature, Output
 
 from .config import TrainingConfig
 from .data.in_memory import Examples, InMemory
-from .layers.specs import GravesLstmSpec, LstmSpec, RnnOutputSpec
+from .layers.cell_specs import GravesLstmSpec, LstmSpec
+from .layers.specs import RnnOutputSpec
 from .network import Network
 from .progress import Progress
 from .train import Trainer

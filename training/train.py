@@ -1,5 +1,6 @@
 """The training loop: carry the state, cut the gradient, masked loss, clip, step, validate."""
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -12,10 +13,12 @@ from torch import Tensor, nn
 
 from stepcast.errors import ConfigError
 
+from .averaging import AveragedWeights
 from .check import check_labels
 from .checkpoint import LAST_FILE, fitting, load_checkpoint, save_checkpoint
 from .config import TrainingConfig
 from .data.batch import Batch, check_lanes
+from .data.prefetch import prefetched
 from .data.source import Source, Split
 from .layers.base import State
 from .network import Network, detached, restarted, rows_of_state
@@ -36,6 +39,20 @@ class History:
     best: float = float("inf")
     best_epoch: int = -1
     losses: list[tuple[float, float]] = field(default_factory=list)  # training, validation
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the manifest: how the loss went, to six digits; None where it is not finite."""
+        training, validation = ([_rounded(pair[side]) for pair in self.losses] for side in (0, 1))
+        return {
+            "updates": self.updates,
+            "best_epoch": self.best_epoch + 1,
+            "loss": training,
+            "validation_loss": validation,
+        }
+
+
+def _rounded(loss: float) -> float | None:
+    return float(f"{loss:.6g}") if math.isfinite(loss) else None
 
 
 class Objective(nn.Module):
@@ -82,6 +99,7 @@ class Trainer:
         self.objective = self.world.wrap(Objective(self.network))
         self.optimiser = make_optimiser(self.network, config)
         self.scaler = torch.amp.GradScaler(enabled=config.precision == "float16")
+        self.averaged = AveragedWeights(self.network, config.weight_average) if config.weight_average else None
         self.history = History()
         widths = [f.width for f in source.features]
         may_miss = torch.tensor([f.missing != "refuse" for f in source.features])
@@ -101,7 +119,8 @@ class Trainer:
         while self.history.epoch < self.config.epochs and not self._out_of_patience():
             started = time.monotonic()
             train_loss = self.epoch(self.history.epoch, progress)
-            validation_loss = self.validate("validation")
+            with self.averaged.in_place() if self.averaged else nullcontext():
+                validation_loss = self.validate("validation")
             self._note(train_loss, train_loss if validation_loss is None else validation_loss)
             progress.epoch(self.history.epoch, train_loss, validation_loss, time.monotonic() - started)
         self._take_best()
@@ -140,16 +159,18 @@ class Trainer:
         with self._autocast():
             total, count, state = self.objective(segment, state, self.config.tbptt_backward)
         everywhere = self.world.sum(count)
-        divisor = everywhere
+        divisor = everywhere.clamp(min=1)  # an output layer without a label here has a sum of 0
         if self.config.average == "examples":
-            divisor = torch.full_like(everywhere, rows * self.network.head.loss.parts(segment.y.shape[2]))
+            divisor = torch.zeros_like(everywhere) + rows * self.network.head.parts
         # The mean over all processes: their gradients are averaged, so each one's share is taken `size` times.
-        self.scaler.scale(total * self.world.size / divisor).backward()
+        self.scaler.scale((total * self.world.size / divisor).sum()).backward()
         self.scaler.unscale_(self.optimiser)
         normalise_gradients(self.network, self.config)
         penalise(self.network, self.config)
         self.scaler.step(self.optimiser)
         self.scaler.update()
+        if self.averaged:
+            self.averaged.update()
         losses.add(self.world.sum(total.detach()), everywhere)
         self.history.updates += 1
         return detached(state)
@@ -175,10 +196,11 @@ class Trainer:
 
     def _batches(self, split: Split, epoch: int) -> Iterator[tuple[Batch, int]]:
         """This process's rows of each batch, ready to run, and how many rows all processes have of it."""
-        reader = self.network.reads_tokens
-        for batch in self.source.batches(split, epoch):
-            if reader:  # before rows are shared out, so that all processes stop, not one
-                check_tokens(batch, vocabulary=reader.vocabulary, feature=self.source.features[0])
+        features, columns = self.source.features, self.network.observed.columns
+        for batch in prefetched(self.source.batches(split, epoch), self.config.prefetch):
+            for reader in self.network.reads_tokens:  # before rows are shared out, so that all processes stop, not one
+                feature = next(f for f in features if reader.feature in (None, f.name))
+                check_tokens(batch, vocabulary=reader.vocabulary, feature=feature, column=columns[feature.name][0])
             mine = to_device(self.world.share(batch), self.world.device)
             yield settle(mine, fillable=self.fillable, summary=self.network.summary), batch.x.shape[0]
 
@@ -211,7 +233,8 @@ class Trainer:
             )
         if better:
             history.best, history.best_epoch = validation_loss, history.epoch
-            self.best_weights = {k: v.detach().clone() for k, v in self.network.state_dict().items()}
+            weights = self.averaged.weights if self.averaged else self.network.state_dict()
+            self.best_weights = {k: v.detach().clone() for k, v in weights.items()}
         history.epoch += 1
         if self.directory is not None and self.world.leads:
             save_checkpoint(self.directory, self._everything(), best=better)
@@ -223,6 +246,7 @@ class Trainer:
             "kind": self.config.optimiser,
             "optimiser": self.optimiser.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "averaged": self.averaged.state() if self.averaged else None,
             "history": asdict(self.history),
         }
 
@@ -238,6 +262,10 @@ class Trainer:
             self.optimiser.load_state_dict(saved["optimiser"])
             self.scaler.load_state_dict(saved["scaler"])
             self.history = History(**saved["history"])
+            if self.averaged:
+                if saved.get("averaged") is None:
+                    raise ValueError("weights without their average")
+                self.averaged.load(saved["averaged"])
 
     def _take_best(self) -> None:
         if self.history.best_epoch >= 0:
@@ -246,7 +274,7 @@ class Trainer:
 
 
 class Mean:
-    """A running mean that stays on the device until it is read."""
+    """A running mean that stays on the device until it is read; of several output layers the sum of their means."""
 
     def __init__(self, device: torch.device) -> None:
         self._sum = torch.zeros((), dtype=torch.float64, device=device)
@@ -254,15 +282,15 @@ class Mean:
 
     def add(self, total: Tensor, count: Tensor) -> None:
         """Add a sum and its count."""
-        self._sum += total
-        self._count += count
+        self._sum = self._sum + total
+        self._count = self._count + count
 
     @property
     def count(self) -> int:
         """How many entries so far."""
-        return int(self._count)
+        return int(self._count.sum())
 
     @property
     def value(self) -> float:
         """The mean, NaN if there is nothing yet."""
-        return float(self._sum / self._count)
+        return float((self._sum / self._count.clamp(min=1)).sum()) if self.count else float("nan")

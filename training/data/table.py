@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from stepcast.calendars import Calendar
 from stepcast.errors import ConfigError
-from stepcast.manifest import CalendarChannel, Feature, Feedback, Output
+from stepcast.manifest import CalendarChannel, Change, Feature, Feedback, Output
 
 from .batch import Batch
 from .moments import check_resolution
@@ -112,8 +112,10 @@ class TableSource:
             there = exact[~np.isnan(exact)]
             if there.size:
                 check_resolution(f"feature {name!r}", float(there.mean()), float(there.std()))
-            mean, scale = _statistics(self.x[:, :stop, place], name)
-            given |= {"mean": mean, "scale": scale, "indicator": column.indicator}
+            rows = self.x[:, :stop, place]
+            mean, scale = _statistics(rows, name)
+            changes = tuple(_usual_change(rows, steps, name) for steps in column.changes)
+            given |= {"mean": mean, "scale": scale, "indicator": column.indicator, "changes": changes}
         return Feature(**given)
 
     def _describe_outputs(self) -> tuple[Output, ...]:
@@ -221,6 +223,13 @@ def _one_hot(indices: Floats, count: int) -> Floats:
     known = ~np.isnan(indices)
     rows = np.eye(count, dtype=np.float32)[np.where(known, indices, 0).astype(np.int64)]
     return np.where(known[..., None], rows, np.float32(np.nan))
+
+
+def _usual_change(rows: Floats, steps: int, name: str) -> Change:
+    """How much a reading (S, L) deviates from the one so many steps before."""
+    if steps >= rows.shape[1]:
+        raise ConfigError(f"data.columns.{name}.changes: {steps} steps, the training rows are {rows.shape[1]}")
+    return Change(steps=steps, scale=_statistics(rows[:, steps:] - rows[:, :-steps], name)[1])
 
 
 def _statistics(values: Floats, name: str) -> tuple[float, float]:

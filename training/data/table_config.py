@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -38,6 +38,9 @@ class ColumnConfig(_Strict):
     turn: float | None = Field(default=None, gt=0, description="a direction: this much is one full turn")
     missing: Literal["refuse", "mean", "zero", "hold"] = "hold"
     indicator: bool = False
+    changes: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        default=(), description="steps: a channel for each says how much the reading has changed over so many"
+    )
     known: bool = Field(
         default=False, description="known of the future, as a price is: a step has the value of the moment it forecasts"
     )
@@ -60,6 +63,8 @@ class ColumnConfig(_Strict):
 
     @model_validator(mode="after")
     def _of_one_kind(self) -> Self:
+        if self.changes and (self.turn is not None or self.named):
+            raise ValueError("a direction (turn), or a category, has no changes")
         if self.turn is not None and self.target:
             raise ValueError("a direction (turn) cannot be a target")
         if self.target and (self.known or self.static or self.named):

@@ -1,15 +1,18 @@
-"""The four recurrent cells: their formulas, and what their ONNX nodes want."""
+"""The recurrent cells: their formulas, and what their ONNX nodes want."""
 
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..activations import ACTIVATIONS, write_activation
 from ..graph import Graph
+from .cell_specs import GravesLstmSpec, LstmSpec, SlstmSpec
 from .peephole import PeepholeLstm
-from .recurrent import AnyCellSpec, CellState, Recurrent, behind_last
-from .specs import GravesLstmSpec, LstmSpec
+from .recurrent import AnyCellSpec, Recurrent
+from .stepwise import CellState, behind_last
 from .weights import initialise
 
 
@@ -33,11 +36,12 @@ class SimpleRnn(Recurrent):
 class Lstm(Recurrent):
     """i, f, o = s(W x_t + R h_{t-1} + b), g = a(...), c_t = f c_{t-1} + i g, h_t = o a(c_t)."""
 
-    KEYS, GATES, NODE, ORDER, KERNEL = ("h", "c"), 4, "LSTM", (0, 3, 1, 2), nn.LSTM
+    KEYS: ClassVar[tuple[str, ...]] = ("h", "c")
+    GATES, NODE, ORDER, KERNEL = 4, "LSTM", (0, 3, 1, 2), nn.LSTM
 
     def _initialise(self, spec: AnyCellSpec, size: int) -> None:
         super()._initialise(spec, size)
-        assert isinstance(spec, LstmSpec | GravesLstmSpec)
+        assert isinstance(spec, LstmSpec | GravesLstmSpec | SlstmSpec)
         self.bias_ih.data[self.units : 2 * self.units] = spec.forget_bias
         self.bias_hh.requires_grad_(False)
 
@@ -132,3 +136,48 @@ class Gru(Recurrent):
 
     def node_attributes(self) -> dict[str, Any]:
         return {**super().node_attributes(), "linear_before_reset": 1}
+
+
+class Slstm(Lstm):
+    """LSTM with an exponential input gate, a normaliser n and a stabiliser m: xLSTM's sLSTM, with one head.
+
+    Beck et al., "xLSTM: Extended Long Short-Term Memory" (2024), equations 8 to 17, with a sigmoid forget gate:
+    m_t = max(log s(f) + m_{t-1}, i), i' = exp(i - m_t), f' = exp(log s(f) + m_{t-1} - m_t),
+    c_t = f' c_{t-1} + i' a(z), n_t = f' n_{t-1} + i', h_t = s(o) c_t / n_t.
+
+    All states begin as zeros. n is at least 1 behind the first step, so n of 0 tells a sequence that has not begun; its
+    first step forgets everything: m = i.
+    """
+
+    KEYS = ("h", "c", "n", "m")
+
+    @property
+    def standard(self) -> bool:
+        return False
+
+    @property
+    def one_node(self) -> bool:
+        return False
+
+    def step(self, projected: Tensor, state: CellState) -> CellState:
+        h, c, n, m = state
+        i, f, z, o = (projected + self.project_state(h)).chunk(4, dim=1)
+        kept = torch.where(n > 0, F.logsigmoid(f) + m, -torch.inf)
+        m = torch.maximum(kept, i)
+        f, i = torch.exp(kept - m), torch.exp(i - m)
+        c, n = f * c + i * ACTIVATIONS[self.activation](z), f * n + i
+        return torch.sigmoid(o) * c / n, c, n, m
+
+    def write_step(self, graph: Graph, projected: str, state: list[str]) -> list[str]:
+        h, c, n, m = state
+        total = graph.add("Add", projected, self.write_recurrent(graph, h))
+        i, f, z, o = graph.add_many("Split", 4, total, graph.ints(*[self.units] * 4), axis=1)
+        begun = graph.add("Greater", n, graph.constant(0.0))
+        kept = graph.add("Sub", m, graph.add("Softplus", graph.add("Neg", f)))
+        kept = graph.add("Where", begun, kept, graph.constant(-np.inf))
+        m = graph.add("Max", kept, i)
+        f, i = (graph.add("Exp", graph.add("Sub", gate, m)) for gate in (kept, i))
+        z = write_activation(graph, self.activation, z)
+        c = graph.add("Add", graph.add("Mul", f, c), graph.add("Mul", i, z))
+        n = graph.add("Add", graph.add("Mul", f, n), i)
+        return [graph.add("Mul", graph.add("Sigmoid", o), graph.add("Div", c, n)), c, n, m]

@@ -1,6 +1,6 @@
 """Layers without memory that act on each step alone."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..activations import ACTIVATIONS, write_activation
 from ..graph import Graph
 from .base import Layer, LayerState
-from .specs import DenseSpec, DropoutSpec, EmbeddingSpec
+from .specs import ActivationSpec, DenseSpec, DropoutSpec, EmbeddingSpec
 from .weights import initialise
 
 
@@ -45,6 +45,20 @@ class Dense(Layer):
         return write_activation(graph, self.activation, write_linear(graph, self.linear, x)), {}
 
 
+class Activation(Layer):
+    """An activation alone."""
+
+    def __init__(self, name: str, spec: ActivationSpec) -> None:
+        super().__init__(name)
+        self.activation = spec.activation
+
+    def forward(self, x: Tensor, lengths: Tensor | None, state: LayerState) -> tuple[Tensor, LayerState]:
+        return ACTIVATIONS[self.activation](x), state
+
+    def write(self, graph: Graph, x: str, state: Mapping[str, str]) -> tuple[str, dict[str, str]]:
+        return write_activation(graph, self.activation, x), {}
+
+
 class Dropout(Layer):
     """Zeroes values while training; nothing at all in the exported graph."""
 
@@ -60,13 +74,43 @@ class Dropout(Layer):
 
 
 class Identity(Layer):
-    """What is only a name: adapters without work, and the many-to-one readout, which values pass unchanged."""
+    """What is only a name: adapters without work, the many-to-one readout, and vertices, whose inputs are merged."""
 
     def forward(self, x: Tensor, lengths: Tensor | None, state: LayerState) -> tuple[Tensor, LayerState]:
         return x, state
 
     def write(self, graph: Graph, x: str, state: Mapping[str, str]) -> tuple[str, dict[str, str]]:
         return x, {}
+
+
+class Columns(Layer):
+    """Some of the values at every step."""
+
+    places: Tensor
+
+    def __init__(self, name: str, places: Sequence[int]) -> None:
+        super().__init__(name)
+        self.register_buffer("places", torch.tensor(list(places)), persistent=False)
+
+    def forward(self, x: Tensor, lengths: Tensor | None, state: LayerState) -> tuple[Tensor, LayerState]:
+        return x[..., self.places], state
+
+    def write(self, graph: Graph, x: str, state: Mapping[str, str]) -> tuple[str, dict[str, str]]:
+        return graph.add("Gather", x, graph.ints(*self.places.tolist()), axis=2), {}
+
+
+class Affine(Layer):
+    """factor x + amount: fixed numbers, nothing learns."""
+
+    def __init__(self, name: str, *, factor: float = 1.0, amount: float = 0.0) -> None:
+        super().__init__(name)
+        self.factor, self.amount = factor, amount
+
+    def forward(self, x: Tensor, lengths: Tensor | None, state: LayerState) -> tuple[Tensor, LayerState]:
+        return self.factor * x + self.amount, state
+
+    def write(self, graph: Graph, x: str, state: Mapping[str, str]) -> tuple[str, dict[str, str]]:
+        return graph.add("Add", graph.add("Mul", x, graph.constant(self.factor)), graph.constant(self.amount)), {}
 
 
 class Embedding(Layer):

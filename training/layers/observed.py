@@ -1,30 +1,29 @@
 """The first layer of every network: readings in the caller's units become numbers a network can live with."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stepcast.manifest import Feature
 
 from ..graph import Graph
 from ..masks import valid_steps
 from .base import Layer, LayerState
-from .feedforward import write_look_up
+from .changes import Changes
+from .stack import INPUT
+from .vectors import Vectors
 
 
 class Observed(Layer):
-    """Normalises, puts something sensible where a reading is missing (NaN), and gives categories their vectors.
+    """Normalises, and puts something sensible where a reading is missing (NaN).
 
     What stands in for a missing reading is the feature's policy: its mean, zero (in the caller's unit), or the last
     reading (`hold`). The memory of `hold` is a state tensor like any other, layer "observed", key "last", in
     normalised units; before the first reading it is 0, the mean. Features with an indicator get one more channel per
-    column, behind the readings: 1 where the reading was missing.
-
-    A feature with an embedding becomes a learned vector: its first value stands where the index stood, the others
-    behind all else. Index 0, and whatever is no index, is none of its categories: its vector begins as zero, and
-    learns only where training rows have it.
+    column, behind all others: 1 where the reading was missing. Behind these come the channels of `Changes`, and
+    the vectors of categories (`Vectors`).
     """
 
     mean: Tensor
@@ -34,7 +33,7 @@ class Observed(Layer):
     indicated: Tensor
 
     def __init__(self, features: Sequence[Feature]) -> None:
-        super().__init__("observed")
+        super().__init__(INPUT)
         widths = [f.width for f in features]
         mean = np.repeat([f.mean for f in features], widths)
         scale = np.repeat([f.scale for f in features], widths)
@@ -49,22 +48,18 @@ class Observed(Layer):
         self.register_buffer("filler", torch.tensor(filler, dtype=torch.float32), persistent=False)
         self.register_buffer("held", torch.tensor(np.flatnonzero(policies == "hold")), persistent=False)
         self.register_buffer("indicated", torch.tensor(np.flatnonzero(indicators)), persistent=False)
-        starts = np.cumsum([0, *widths])
-        self._embedded = [(int(starts[i]), f) for i, f in enumerate(features) if f.embedding is not None]
-        self.tables = nn.ModuleList(_table(f) for _, f in self._embedded)
+        self.changes = Changes(features)
+        self.vectors = Vectors(features, self.n_features + len(self.indicated) + self.changes.size)
+        self.columns = _columns(features, self.vectors.places)
 
     @property
     def size(self) -> int:
         """Channels put out."""
-        return self._before_vectors + sum((f.embedding or 0) - 1 for _, f in self._embedded)
-
-    @property
-    def _before_vectors(self) -> int:
-        """Channels of readings and flags."""
-        return self.n_features + len(self.indicated)
+        return self.n_features + len(self.indicated) + self.changes.size + self.vectors.size
 
     def state_shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return {"last": (len(self.held),)} if len(self.held) else {}
+        held = {"last": (len(self.held),)} if len(self.held) else {}
+        return {**held, **self.changes.state_shapes()}
 
     def forward(self, x: Tensor, lengths: Tensor | None, state: LayerState) -> tuple[Tensor, LayerState]:
         if lengths is not None:  # whatever stands in the padding must not reach a gradient, not even as 0 * NaN
@@ -72,7 +67,10 @@ class Observed(Layer):
         z = (x - self.mean) / self.scale if self.normalises else x  # (B, T, F)
         if self.fills:
             z, state = self._filled(x, z, lengths, state)
-        return self._embed(z), state
+        if self.changes.size:
+            changes, after = self.changes(z[..., : self.n_features], lengths, state)
+            z, state = torch.cat([z, changes], dim=2), {**state, **after}
+        return self.vectors(z), state
 
     def _filled(self, x: Tensor, z: Tensor, lengths: Tensor | None, state: LayerState) -> tuple[Tensor, LayerState]:
         """Readings `x` in normalised units `z`, with something in place of the missing ones, and the indicators."""
@@ -82,36 +80,10 @@ class Observed(Layer):
             readings = torch.where(missing, torch.nan, z)[..., self.held]
             held, last = hold(readings, lengths, state["last"])
             filled = filled.index_copy(2, self.held, held)
-            state = {"last": last}
+            state = {**state, "last": last}
         if len(self.indicated):
             filled = torch.cat([filled, missing[..., self.indicated].to(filled.dtype)], dim=2)
         return filled, state
-
-    def _columns_embedded(self) -> Iterator[tuple[int, nn.Embedding]]:
-        for (column, _), table in zip(self._embedded, self.tables, strict=True):
-            assert isinstance(table, nn.Embedding)
-            yield column, table
-
-    def _embed(self, z: Tensor) -> Tensor:
-        """Vectors in place of indices, (B, T, size)."""
-        if not self._embedded:
-            return z
-        vectors = []
-        for column, table in self._columns_embedded():
-            x = z[..., column]  # (B, T)
-            inside = (x > -0.5) & (x < table.num_embeddings - 0.5)  # NaN is not
-            vectors.append(table(torch.where(inside, x, 0.0).round().long()))
-        return torch.cat([z, *vectors], dim=2)[..., self._order()]
-
-    def _order(self) -> list[int]:
-        """Where each channel that is put out stands when the vectors were put behind all else."""
-        order, at = [*range(self._before_vectors)], self._before_vectors
-        behind: list[int] = []
-        for column, table in self._columns_embedded():
-            order[column] = at
-            behind += range(at + 1, at + table.embedding_dim)
-            at += table.embedding_dim
-        return order + behind
 
     def write(self, graph: Graph, x: str, state: Mapping[str, str]) -> tuple[str, dict[str, str]]:
         centred = graph.add("Sub", x, graph.constant(self.mean.numpy()))
@@ -119,7 +91,14 @@ class Observed(Layer):
         after = dict(state)
         if self.fills:
             z, after = self._write_filled(graph, x, z, state)
-        return self._write_embed(graph, z), after
+        if self.changes.size:
+            changes, behind = self.changes.write(graph, self._readings(graph, z), state)
+            z, after = graph.add("Concat", z, changes, axis=2), {**after, **behind}
+        return self.vectors.write(graph, z), after
+
+    def _readings(self, graph: Graph, z: str) -> str:
+        """The channels before the indicators."""
+        return graph.add("Slice", z, graph.ints(0), graph.ints(self.n_features), graph.ints(2))
 
     def _write_filled(self, graph: Graph, x: str, z: str, state: Mapping[str, str]) -> tuple[str, dict[str, str]]:
         """`_filled` in ONNX."""
@@ -140,19 +119,6 @@ class Observed(Layer):
             filled = graph.add("Concat", filled, graph.add("Cast", flags, to=1), axis=2)
         return filled, after
 
-    def _write_embed(self, graph: Graph, z: str) -> str:
-        """`_embed` in ONNX."""
-        if not self._embedded:
-            return z
-        vectors = []
-        for column, table in self._columns_embedded():
-            x = graph.add("Gather", z, graph.ints(column), axis=2)  # (B, T, 1)
-            above = graph.add("Greater", x, graph.constant(-0.5))
-            below = graph.add("Less", x, graph.constant(table.num_embeddings - 0.5))
-            index = graph.add("Where", graph.add("And", above, below), x, graph.constant(0.0))
-            vectors.append(write_look_up(graph, table, index))
-        return graph.add("Gather", graph.add("Concat", z, *vectors, axis=2), graph.ints(*self._order()), axis=2)
-
     def _merge(self, graph: Graph, filled: str, held: str) -> str:
         """Put the held columns back in their places."""
         source = np.arange(self.n_features)
@@ -161,12 +127,17 @@ class Observed(Layer):
         return graph.add("Gather", both, graph.ints(*source.tolist()), axis=2)
 
 
-def _table(feature: Feature) -> nn.Embedding:
-    """The vectors of a feature's categories behind that of none of them."""
-    table = nn.Embedding(1 + len(feature.categories or ()), feature.embedding or 0)
-    with torch.no_grad():
-        table.weight[0] = 0.0
-    return table
+def _columns(features: Sequence[Feature], vectors: Mapping[str, Sequence[int]]) -> Mapping[str, Sequence[int]]:
+    """Where each feature stands in what is put out; indicators stand behind all values."""
+    columns: dict[str, list[int]] = {}
+    start, flag = 0, sum(f.width for f in features)
+    for feature in features:
+        columns[feature.name] = [*vectors.get(feature.name, range(start, start + feature.width))]
+        start += feature.width
+        if feature.indicator:
+            columns[feature.name] += range(flag, flag + feature.width)
+            flag += feature.width
+    return columns
 
 
 def hold(readings: Tensor, lengths: Tensor | None, last: Tensor) -> tuple[Tensor, Tensor]:

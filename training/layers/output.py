@@ -1,6 +1,6 @@
 """The last layer of every network: from hidden values to answers in the caller's units, and the loss on the way."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -13,7 +13,8 @@ from ..distributions import distribution_of
 from ..graph import Graph
 from ..losses import TAKES, Loss
 from .feedforward import write_linear
-from .specs import IllegalStack, RnnLossSpec, RnnOutputSpec
+from .spec import IllegalStack
+from .specs import RnnLossSpec, RnnOutputSpec
 from .weights import initialise
 
 
@@ -25,7 +26,9 @@ class Head(nn.Module):
     place: it makes several outputs of each target, of which the point forecasts come first.
 
     Attributes:
-        outputs: Of the graph.
+        targets: How many of the data's outputs it answers.
+        raw: Values that `forward` gives.
+        outputs: Of the graph, the point forecasts first.
         described: The distribution in words of the manifest, None without one.
     """
 
@@ -44,10 +47,10 @@ class Head(nn.Module):
         classification: bool,
     ) -> None:
         super().__init__()
-        distribution = distribution_of(spec.distribution) if spec.distribution else None
+        distribution = distribution_of(spec.distribution, targets) if spec.distribution else None
         raw = len(distribution.begin) * len(targets) if distribution else len(targets)
         _check(spec, size, features, targets, classification, raw)
-        self.targets = len(targets)
+        self.targets, self.raw = len(targets), raw
         self.outputs = distribution.outputs(targets) if distribution else tuple(targets)
         self.described = distribution.describe(targets) if distribution else None
         self.activation = spec.activation or ("softmax" if classification else "identity")
@@ -83,6 +86,15 @@ class Head(nn.Module):
             y = y * self.scale + self.mean
         return y if base is None else y + base
 
+    @property
+    def parts(self) -> int | Tensor:
+        """By how many the sum over a step's outputs is divided; see `Loss.parts`."""
+        return self.loss.parts(self.targets)
+
+    def tasks(self) -> Iterator[tuple["Head", list[int]]]:
+        """Each output layer, and the places of its targets among the data's outputs."""
+        yield self, list(range(self.targets))
+
     def losses(self, z: Tensor, base: Tensor | None, y: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Sum and count of the losses of labels in the caller's units; see `Loss`."""
         total, count = self.loss(z, self.target(base, y), mask)
@@ -94,7 +106,7 @@ class Head(nn.Module):
         target = y if base is None else y - base[..., points]
         return target if self.identity_scale else (target - self.mean[points]) / self.scale[points]
 
-    def write(self, graph: Graph, hidden: str, observed: str) -> str:
+    def write(self, graph: Graph, observed: str, hidden: str) -> str:
         """Add this layer to a graph: the answer's name."""
         z = hidden if self.linear is None else write_linear(graph, self.linear, hidden)
         distribution = self.loss.distribution
@@ -137,8 +149,9 @@ def _check(
         raise IllegalStack(f"loss_weights has {len(spec.loss_weights)} numbers, the data has {count} outputs")
     if (spec.activation or ("softmax" if classification else "identity")) == "softmax" and count == 1:
         raise IllegalStack("softmax over one output is always 1. Take activation sigmoid with loss xent.")
-    if spec.residual and spec.loss in TAKES:
-        raise IllegalStack(f"residual: loss {spec.loss} takes labels {TAKES[spec.loss][1]}, changes are of both signs")
+    loss = spec.distribution.kind if spec.distribution else spec.loss
+    if spec.residual and loss in TAKES:
+        raise IllegalStack(f"residual: loss {loss} takes labels {TAKES[loss][1]}, changes are of both signs")
     if spec.residual and not {o.target or o.name for o in outputs} & {f.name for f in features if _moves(f)}:
         raise IllegalStack("residual: no output has the name of a feature")
 

@@ -6,7 +6,6 @@ time. In ONNX a layer is one LSTM, GRU or RNN node; only what these nodes do not
 is a Scan.
 """
 
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -18,28 +17,24 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from ..activations import RECURRENT_NODES
 from ..graph import Graph
-from ..masks import valid_steps
-from .base import Layer, LayerState, keep
-from .specs import GravesLstmSpec, GruSpec, LstmSpec, SimpleRnnSpec
+from .cell_specs import GravesLstmSpec, GruSpec, LstmSpec, SimpleRnnSpec, SlstmSpec
+from .stepwise import CellState, Stepwise, behind_last
 from .weights import initialise
 
-AnyCellSpec = SimpleRnnSpec | LstmSpec | GravesLstmSpec | GruSpec
-CellState = tuple[Tensor, ...]  # h first, each (B, H)
+AnyCellSpec = SimpleRnnSpec | LstmSpec | GravesLstmSpec | GruSpec | SlstmSpec
 EPSILON = 1e-5  # of layer norm
 
 
-class Recurrent(Layer):
+class Recurrent(Stepwise):
     """A cell run over time. Subclasses give the cell's formula and its ONNX node.
 
     Class attributes:
-        KEYS: The state's keys, `h` first.
         GATES: Blocks of H rows in the weights, in torch's order.
         NODE: The ONNX operator.
         ORDER: For each of the operator's gate blocks the number of torch's block.
         KERNEL: The torch module that holds the parameters and runs the standard configuration.
     """
 
-    KEYS: ClassVar[tuple[str, ...]] = ("h",)
     GATES: ClassVar[int] = 1
     NODE: ClassVar[str]
     ORDER: ClassVar[tuple[int, ...]] = (0,)
@@ -48,7 +43,7 @@ class Recurrent(Layer):
     def __init__(self, name: str, spec: AnyCellSpec, size: int) -> None:
         super().__init__(name)
         self.activation, self.units = spec.activation, spec.units
-        self.gate_activation = "sigmoid" if isinstance(spec, SimpleRnnSpec) else spec.gate_activation
+        self.gate_activation = "sigmoid" if isinstance(spec, SimpleRnnSpec | SlstmSpec) else spec.gate_activation
         self.kernel = self.KERNEL(size, spec.units, batch_first=True)
         self.gains: nn.Parameter | None = None
         if spec.layer_norm:  # of the input's part and of the state's part
@@ -83,9 +78,6 @@ class Recurrent(Layer):
         """(gates * H,); learns only where it is not the same as bias_ih."""
         return self.kernel.bias_hh_l0  # type: ignore[return-value]
 
-    def state_shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return dict.fromkeys(self.KEYS, (self.units,))
-
     @property
     def standard(self) -> bool:
         """Does torch have a kernel for this configuration?"""
@@ -96,16 +88,7 @@ class Recurrent(Layer):
         """Does ONNX have a node for this configuration?"""
         return self.gains is None and {self.activation, self.gate_activation} <= RECURRENT_NODES.keys()
 
-    def forward(self, x: Tensor, lengths: Tensor | None, state: LayerState) -> tuple[Tensor, LayerState]:
-        before = tuple(state[key] for key in self.KEYS)
-        y, after = self.unroll(x, lengths, before)
-        if lengths is not None:
-            y = torch.where(valid_steps(lengths, x.shape[1])[..., None], y, 0.0)
-        kept = (keep(lengths, new, old) for new, old in zip(after, before, strict=True))
-        return y, dict(zip(self.KEYS, kept, strict=True))
-
     def unroll(self, x: Tensor, lengths: Tensor | None, before: CellState) -> tuple[Tensor, CellState]:
-        """Outputs (B, T, H) and the state behind each row's last valid step; anything at padding and in empty rows."""
         return self._kernel(x, lengths, before) if self.standard else self._loop(x, lengths, before)
 
     def _kernel(self, x: Tensor, lengths: Tensor | None, before: CellState) -> tuple[Tensor, CellState]:
@@ -160,12 +143,9 @@ class Recurrent(Layer):
         """Inputs of the ONNX node behind the states."""
         return []
 
-    def write(self, graph: Graph, x: str, state: Mapping[str, str]) -> tuple[str, dict[str, str]]:
-        before = [state[key] for key in self.KEYS]
-        y, after = self._write_node(graph, x, before) if self.one_node else self._write_scan(graph, x, before)
-        # onnxruntime gives a row of length 0 a zero state, not the one that went in.
-        kept = [graph.keep(new, old) for new, old in zip(after, before, strict=True)]
-        return y, dict(zip(self.KEYS, kept, strict=True))
+    def write_unroll(self, graph: Graph, x: str, before: list[str]) -> tuple[str, list[str]]:
+        # onnxruntime's nodes give a row of length 0 a zero state, not the one that went in; the caller takes it back.
+        return self._write_node(graph, x, before) if self.one_node else self._write_scan(graph, x, before)
 
     def _write_node(self, graph: Graph, x: str, before: list[str]) -> tuple[str, list[str]]:
         one, zero = graph.ints(1), graph.ints(0)
@@ -220,11 +200,3 @@ class Recurrent(Layer):
             gain = graph.constant(self.gains[part].detach().cpu().numpy())
             y = graph.add("LayerNormalization", y, gain, axis=-1, epsilon=EPSILON)
         return graph.add("Add", y, graph.constant(bias.detach().cpu().numpy()))
-
-
-def behind_last(states: CellState, lengths: Tensor | None) -> CellState:
-    """The states behind each row's last valid step, of states at every step (B, T, H)."""
-    if lengths is None:
-        return tuple(s[:, -1] for s in states)
-    last = (lengths - 1).clamp(min=0)[:, None, None]
-    return tuple(s.gather(1, last.expand(-1, 1, s.shape[2]))[:, 0] for s in states)

@@ -4,114 +4,29 @@ Each class says what its kind may stand on (`out_shape`), without knowing torch,
 when the configuration is read. DL4J's names are used where DL4J has one.
 """
 
-from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar, Literal, Self
+from dataclasses import replace
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from ..activations import ActivationName
+from .cell_specs import (
+    BidirectionalSpec,
+    GravesLstmSpec,
+    GruSpec,
+    LstmSpec,
+    MaskZeroSpec,
+    MinGruSpec,
+    RgLruSpec,
+    SimpleRnnSpec,
+    SlstmSpec,
+)
 from .distribution_specs import DistributionSpec
+from .spec import IllegalStack, Merge, Pair, Shape, Size, Spec
 from .weights import WeightInit
 
-Size = Annotated[int, Field(ge=1)]
-Pair = tuple[Size, Size]
 
-
-@dataclass(frozen=True)
-class Shape:
-    """What flows from one layer to the next.
-
-    Attributes:
-        size: Values per step; None while the data is not open yet.
-        frame: (channels, height, width) where each step is a frame, else None.
-        summary: The many-to-one readout is behind us: one answer per sequence (at every step: of the steps so far).
-    """
-
-    size: int | None = None
-    frame: tuple[int, int, int] | None = None
-    summary: bool = False
-
-
-class IllegalStack(ValueError):
-    """A layer cannot stand where it stands; the caller adds the path."""
-
-
-class _Spec(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    name: str | None = Field(default=None, pattern=r"^[A-Za-z][A-Za-z0-9_]{0,63}$", description="default: kind_number")
-
-    wants: ClassVar[Literal["values", "frames", "either"]] = "values"
-
-    def out_shape(self, shape: Shape) -> Shape:
-        """The shape behind this layer, which stands on what it `wants`.
-
-        Raises:
-            IllegalStack: this kind cannot stand on `shape`.
-        """
-        return shape
-
-    @property
-    def streams(self) -> bool:
-        """Can it be stepped? False if an output depends on later steps."""
-        return True
-
-    @property
-    def recurrent(self) -> bool:
-        """Does truncated backpropagation cut here?"""
-        return False
-
-
-class _Recurrent(_Spec):
-    units: Size
-    activation: ActivationName = "tanh"
-    weight_init: WeightInit = "xavier_uniform"
-    recurrent_init: WeightInit = "orthogonal"
-    layer_norm: bool = False
-
-    def out_shape(self, shape: Shape) -> Shape:
-        if shape.summary:
-            raise IllegalStack("a recurrent layer behind the many-to-one readout has no steps left to run over")
-        return replace(shape, size=self.units, frame=None)
-
-    @property
-    def recurrent(self) -> bool:
-        return True
-
-
-class SimpleRnnSpec(_Recurrent):
-    """h_t = activation(W x_t + R h_{t-1} + b)."""
-
-    kind: Literal["simple_rnn"]
-
-
-class _Gated(_Recurrent):
-    gate_activation: ActivationName = "sigmoid"
-
-
-class LstmSpec(_Gated):
-    """Long short-term memory without peepholes."""
-
-    kind: Literal["lstm"]
-    forget_bias: float = 1.0
-
-
-class GravesLstmSpec(_Gated):
-    """LSTM with peepholes: input and forget gate also see the old cell state, the output gate the new one."""
-
-    kind: Literal["graves_lstm"]
-    forget_bias: float = 1.0
-
-
-class GruSpec(_Gated):
-    """Gated recurrent unit, the reset gate behind the recurrent product (cuDNN's and ONNX's linear_before_reset)."""
-
-    kind: Literal["gru"]
-
-
-CellSpec = Annotated[SimpleRnnSpec | LstmSpec | GravesLstmSpec | GruSpec, Field(discriminator="kind")]
-
-
-class DenseSpec(_Spec):
+class DenseSpec(Spec):
     """activation(W x + b), at every step."""
 
     kind: Literal["dense"]
@@ -124,7 +39,14 @@ class DenseSpec(_Spec):
         return replace(shape, size=self.units, frame=None)
 
 
-class DropoutSpec(_Spec):
+class ActivationSpec(Spec):
+    """An activation alone (DL4J: ActivationLayer)."""
+
+    kind: Literal["activation"]
+    activation: ActivationName
+
+
+class DropoutSpec(Spec):
     """Zeroes values with probability `p` while training."""
 
     wants = "either"
@@ -132,49 +54,7 @@ class DropoutSpec(_Spec):
     p: float = Field(ge=0, lt=1)
 
 
-class BidirectionalSpec(_Spec):
-    """A recurrent layer and its twin that reads each sequence backwards, from its last valid step.
-
-    DL4J's GravesBidirectionalLSTM is mode add around graves_lstm.
-    """
-
-    kind: Literal["bidirectional"]
-    layer: CellSpec
-    mode: Literal["concat", "add", "mul", "average"] = "concat"
-    last: bool = Field(
-        default=False,
-        description="many-to-one: each direction's own last output (Bidirectional around LastTimeStep)",
-    )
-
-    def out_shape(self, shape: Shape) -> Shape:
-        size = self.layer.units * (2 if self.mode == "concat" else 1)
-        return replace(self.layer.out_shape(shape), size=size, summary=self.last)
-
-    @property
-    def streams(self) -> bool:
-        return False
-
-    @property
-    def recurrent(self) -> bool:
-        return True
-
-
-class MaskZeroSpec(_Spec):
-    """A recurrent layer that skips the steps where every input is `value`."""
-
-    kind: Literal["mask_zero"]
-    layer: CellSpec
-    value: float = 0.0
-
-    def out_shape(self, shape: Shape) -> Shape:
-        return self.layer.out_shape(shape)
-
-    @property
-    def recurrent(self) -> bool:
-        return True
-
-
-class TimeDistributedSpec(_Spec):
+class TimeDistributedSpec(Spec):
     """Says that a dense layer acts on each step alone. All of ours do; DL4J's name is welcome all the same."""
 
     kind: Literal["time_distributed"]
@@ -184,7 +64,7 @@ class TimeDistributedSpec(_Spec):
         return self.layer.out_shape(shape)
 
 
-class LastTimeStepSpec(_Spec):
+class LastTimeStepSpec(Spec):
     """Many-to-one: the answer is the one at the last valid step.
 
     Values pass through: at every step stands the answer for the sequence so far, so that the model can be stepped.
@@ -198,7 +78,7 @@ class LastTimeStepSpec(_Spec):
         return replace(shape, summary=True)
 
 
-class GlobalPoolingSpec(_Spec):
+class GlobalPoolingSpec(Spec):
     """Many-to-one: maximum, mean, sum or p-norm over the steps so far."""
 
     kind: Literal["global_pooling"]
@@ -211,7 +91,7 @@ class GlobalPoolingSpec(_Spec):
         return replace(shape, summary=True)
 
 
-class ReverseSpec(_Spec):
+class ReverseSpec(Spec):
     """Each row's present steps in reverse (DL4J: ReverseTimeSeriesVertex)."""
 
     wants = "either"
@@ -227,7 +107,7 @@ class ReverseSpec(_Spec):
         return False
 
 
-class DuplicateToTimeSeriesSpec(_Spec):
+class DuplicateToTimeSeriesSpec(Spec):
     """The many-to-one readout's answer to the whole row, copied to every present step: what a decoder reads."""
 
     wants = "either"
@@ -246,14 +126,75 @@ class DuplicateToTimeSeriesSpec(_Spec):
         return False
 
 
-class MaskSpec(_Spec):
+class MaskSpec(Spec):
     """Zeros at absent steps (DL4J: MaskLayer). Layers see present steps only, so it changes no answer."""
 
     wants = "either"
     kind: Literal["mask"]
 
 
-class EmbeddingSpec(_Spec):
+class MergeSpec(Spec):
+    """The values of all inputs side by side (DL4J: MergeVertex)."""
+
+    kind: Literal["merge"]
+
+
+class ElementwiseSpec(Spec):
+    """Inputs of one size, place by place (DL4J: ElementWiseVertex). `add` makes a skip connection, `mul` a gate."""
+
+    kind: Literal["add", "subtract", "mul", "average", "max", "min"]
+
+    @property
+    def merges(self) -> Merge:
+        return self.kind
+
+
+class SubsetSpec(Spec):
+    """The values from `first` to `last`, both included (DL4J: SubsetVertex)."""
+
+    kind: Literal["subset"]
+    first: int = Field(ge=0)
+    last: int = Field(ge=0)
+
+    @model_validator(mode="after")
+    def _forwards(self) -> Self:
+        if self.first > self.last:
+            raise ValueError(f"first {self.first} is behind last {self.last}")
+        return self
+
+    def out_shape(self, shape: Shape) -> Shape:
+        if shape.size is not None and self.last >= shape.size:
+            raise IllegalStack(f"subset goes up to value {self.last}, there are 0 to {shape.size - 1}")
+        return replace(shape, size=self.last - self.first + 1)
+
+
+class ColumnsSpec(Spec):
+    """Some of the values: how a feature is taken out of the input. Never in a file, always put in."""
+
+    kind: Literal["columns"] = "columns"
+    columns: tuple[int, ...]
+
+    def out_shape(self, shape: Shape) -> Shape:
+        return replace(shape, size=len(self.columns))
+
+
+class ScaleSpec(Spec):
+    """Every value times `factor` (DL4J: ScaleVertex)."""
+
+    wants = "either"
+    kind: Literal["scale"]
+    factor: float
+
+
+class ShiftSpec(Spec):
+    """Every value plus `amount` (DL4J: ShiftVertex)."""
+
+    wants = "either"
+    kind: Literal["shift"]
+    amount: float
+
+
+class EmbeddingSpec(Spec):
     """A learned vector for each of `vocabulary` tokens; the input is one token's number per step."""
 
     kind: Literal["embedding"]
@@ -267,7 +208,7 @@ class EmbeddingSpec(_Spec):
         return replace(shape, size=self.units)
 
 
-class Conv1DSpec(_Spec):
+class Conv1DSpec(Spec):
     """Convolution over time that looks back only: the steps it needs from before are its state."""
 
     kind: Literal["conv1d"]
@@ -283,7 +224,7 @@ class Conv1DSpec(_Spec):
         return replace(shape, size=self.units)
 
 
-class _Frames(_Spec):
+class _Frames(Spec):
     wants = "frames"
     kernel: Pair
     stride: Pair = (1, 1)
@@ -325,7 +266,7 @@ class Pool2DSpec(_Frames):
         return self._window(shape, shape.frame[0])
 
 
-class RnnToCnnSpec(_Spec):
+class RnnToCnnSpec(Spec):
     """Values to frames: channels * height * width of them, in this order."""
 
     kind: Literal["rnn_to_cnn"]
@@ -342,7 +283,7 @@ class RnnToCnnSpec(_Spec):
         return replace(shape, size=size, frame=(self.channels, self.height, self.width))
 
 
-class CnnToRnnSpec(_Spec):
+class CnnToRnnSpec(Spec):
     """Frames to values, channels * height * width; put in by itself where it is needed."""
 
     wants = "frames"
@@ -352,7 +293,7 @@ class CnnToRnnSpec(_Spec):
         return replace(shape, frame=None)
 
 
-class IdentityAdapterSpec(_Spec):
+class IdentityAdapterSpec(Spec):
     """DL4J's adapters between steps as rows and steps as an axis; here values always have their time axis."""
 
     kind: Literal["rnn_to_feed_forward", "feed_forward_to_rnn"]
@@ -383,7 +324,13 @@ LossName = Literal[
 CLASS_LOSSES = ("mcxent", "negativeloglikelihood", "sparse_mcxent")
 
 
-class _Output(_Spec):
+class OutputSpec(Spec):
+    """What output layers have in common."""
+
+    outputs: tuple[str, ...] | None = Field(
+        default=None, min_length=1, description="which of the data's outputs it answers; default: all"
+    )
+    weight: float = Field(default=1.0, gt=0, description="what its loss is multiplied with")
     loss: LossName | None = Field(default=None, description="default: mcxent for classes, mse for numbers")
     activation: ActivationName | None = Field(default=None, description="default: softmax for classes, else identity")
     loss_weights: tuple[float, ...] | None = Field(default=None, description="one per output")
@@ -408,7 +355,7 @@ class _Output(_Spec):
         return self
 
 
-class RnnOutputSpec(_Output):
+class RnnOutputSpec(OutputSpec):
     """Dense and loss at every step; as many units as the data has outputs."""
 
     kind: Literal["rnn_output"]
@@ -416,7 +363,7 @@ class RnnOutputSpec(_Output):
     weight_init: WeightInit = "xavier_uniform"
 
 
-class RnnLossSpec(_Output):
+class RnnLossSpec(OutputSpec):
     """Activation and loss without parameters: the layer below has as many units as the data has outputs."""
 
     kind: Literal["rnn_loss"]
@@ -427,6 +374,9 @@ LayerSpec = Annotated[
     | LstmSpec
     | GravesLstmSpec
     | GruSpec
+    | SlstmSpec
+    | MinGruSpec
+    | RgLruSpec
     | BidirectionalSpec
     | MaskZeroSpec
     | TimeDistributedSpec
@@ -435,7 +385,13 @@ LayerSpec = Annotated[
     | ReverseSpec
     | DuplicateToTimeSeriesSpec
     | MaskSpec
+    | MergeSpec
+    | ElementwiseSpec
+    | SubsetSpec
+    | ScaleSpec
+    | ShiftSpec
     | DenseSpec
+    | ActivationSpec
     | EmbeddingSpec
     | Conv1DSpec
     | Conv2DSpec

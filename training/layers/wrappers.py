@@ -3,15 +3,15 @@
 from collections.abc import Mapping
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ..graph import Graph
 from ..masks import Packing, valid_steps
 from .base import Layer, LayerState
-from .recurrent import Recurrent
+from .cell_specs import BidirectionalSpec, MaskZeroSpec
+from .merging import merge, write_merge
 from .sequence import reverse, write_reverse
-from .specs import BidirectionalSpec, MaskZeroSpec
+from .stepwise import Stepwise
 
 
 class Bidirectional(Layer):
@@ -23,7 +23,7 @@ class Bidirectional(Layer):
 
     streaming = False
 
-    def __init__(self, name: str, spec: BidirectionalSpec, forwards: Recurrent, backwards: Recurrent) -> None:
+    def __init__(self, name: str, spec: BidirectionalSpec, forwards: Stepwise, backwards: Stepwise) -> None:
         super().__init__(name)
         self.spec, self.forwards, self.backwards = spec, forwards, backwards
 
@@ -32,41 +32,21 @@ class Bidirectional(Layer):
         ahead, ahead_state = self.forwards(x, lengths, zeros)
         back, back_state = self.backwards(reverse(x, lengths), lengths, zeros)
         if self.spec.last:  # each direction's last output, the same at every step
-            y = self._merge(ahead_state["h"], back_state["h"])
+            y = merge(self.spec.mode, [ahead_state["h"], back_state["h"]])
             return y[:, None].expand(-1, x.shape[1], -1), state
-        return self._merge(ahead, reverse(back, lengths)), state
-
-    def _merge(self, a: Tensor, b: Tensor) -> Tensor:
-        match self.spec.mode:
-            case "concat":
-                return torch.cat([a, b], dim=-1)
-            case "add":
-                return a + b
-            case "mul":
-                return a * b
-            case "average":
-                return (a + b) / 2
+        return merge(self.spec.mode, [ahead, reverse(back, lengths)]), state
 
     def write(self, graph: Graph, x: str, state: Mapping[str, str]) -> tuple[str, dict[str, str]]:
         before = {key: graph.zeros(key, shape) for key, shape in self.forwards.state_shapes().items()}
         ahead, ahead_state = self.forwards.write(graph, x, before)
         back, back_state = self.backwards.write(graph, write_reverse(graph, x), before)
         if self.spec.last:
-            y = graph.add("Unsqueeze", self._write_merge(graph, ahead_state["h"], back_state["h"]), graph.ints(1))
+            y = graph.add(
+                "Unsqueeze", write_merge(graph, self.spec.mode, [ahead_state["h"], back_state["h"]]), graph.ints(1)
+            )
             steps = graph.add("Concat", graph.ints(1), graph.add("Shape", x, start=1, end=2), graph.ints(1), axis=0)
             return graph.add("Expand", y, steps), {}
-        return self._write_merge(graph, ahead, write_reverse(graph, back)), {}
-
-    def _write_merge(self, graph: Graph, a: str, b: str) -> str:
-        match self.spec.mode:
-            case "concat":
-                return graph.add("Concat", a, b, axis=-1)
-            case "add":
-                return graph.add("Add", a, b)
-            case "mul":
-                return graph.add("Mul", a, b)
-            case "average":
-                return graph.add("Mul", graph.add("Add", a, b), graph.constant(0.5))
+        return write_merge(graph, self.spec.mode, [ahead, write_reverse(graph, back)]), {}
 
 
 def _write_gather(graph: Graph, x: str, order: str) -> str:
@@ -81,7 +61,7 @@ class MaskZero(Layer):
     The outputs at skipped steps are 0.
     """
 
-    def __init__(self, name: str, spec: MaskZeroSpec, inner: Recurrent) -> None:
+    def __init__(self, name: str, spec: MaskZeroSpec, inner: Stepwise) -> None:
         super().__init__(name)
         self.value, self.inner = spec.value, inner
 

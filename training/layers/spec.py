@@ -1,0 +1,77 @@
+"""What the specification of every layer kind has, and the shapes that flow between layers."""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+Size = Annotated[int, Field(ge=1)]
+Pair = tuple[Size, Size]
+Merge = Literal["concat", "add", "subtract", "mul", "average", "max", "min"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What flows from one layer to the next.
+
+    Attributes:
+        size: Values per step; None while the data is not open yet.
+        frame: (channels, height, width) where each step is a frame, else None.
+        summary: The many-to-one readout is behind us: one answer per sequence (at every step: of the steps so far).
+    """
+
+    size: int | None = None
+    frame: tuple[int, int, int] | None = None
+    summary: bool = False
+
+
+class IllegalStack(ValueError):
+    """A layer cannot stand where it stands; the caller adds the path."""
+
+
+class Spec(BaseModel):
+    """A layer in the `network:` list.
+
+    Class attributes:
+        wants: What it stands on.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    name: str | None = Field(default=None, pattern=r"^[A-Za-z][A-Za-z0-9_]{0,63}$", description="default: kind_number")
+    sources: tuple[str, ...] | None = Field(
+        default=None,
+        alias="from",
+        min_length=1,
+        description="names of layers below or of features; default: the layer before",
+    )
+
+    wants: ClassVar[Literal["values", "frames", "either"]] = "values"
+
+    @field_validator("sources", mode="before")
+    @classmethod
+    def _listed(cls, given: Any) -> Any:
+        """A single name may stand without its list."""
+        return (given,) if isinstance(given, str) else given
+
+    def out_shape(self, shape: Shape) -> Shape:
+        """The shape behind this layer, which stands on what it `wants`.
+
+        Raises:
+            IllegalStack: this kind cannot stand on `shape`.
+        """
+        return shape
+
+    @property
+    def merges(self) -> Merge:
+        """How several inputs become the one that it reads."""
+        return "concat"
+
+    @property
+    def streams(self) -> bool:
+        """Can it be stepped? False if an output depends on later steps."""
+        return True
+
+    @property
+    def recurrent(self) -> bool:
+        """Does truncated backpropagation cut here?"""
+        return False
