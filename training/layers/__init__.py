@@ -16,7 +16,7 @@ from .cell_specs import (
 )
 from .cells import GravesLstm, Gru, Lstm, SimpleRnn, Slstm
 from .convolution import Conv1D, Conv2D, Pool2D, ToFrames, ToValues
-from .feedforward import Affine, Columns, Dense, Dropout, Embedding, Identity
+from .feedforward import Affine, Columns, Dense, Dropout, Embedding, Identity, LayerNorm
 from .linear_recurrence import MinGru, RgLru
 from .pooling import GlobalPooling
 from .sequence import DuplicateToTimeSeries, Mask, Reverse
@@ -34,6 +34,7 @@ from .specs import (
     GlobalPoolingSpec,
     IdentityAdapterSpec,
     LastTimeStepSpec,
+    LayerNormSpec,
     MaskSpec,
     MergeSpec,
     Pool2DSpec,
@@ -65,6 +66,8 @@ def build(placed: Placed) -> Layer:
             return Dense(name, spec, size)
         case TimeDistributedSpec():
             return Dense(name, spec.layer, size)
+        case LayerNormSpec():
+            return LayerNorm(name, size)
         case DropoutSpec():
             return Dropout(name, spec)
         case EmbeddingSpec():

@@ -39,6 +39,12 @@ class DenseSpec(Spec):
         return replace(shape, size=self.units, frame=None)
 
 
+class LayerNormSpec(Spec):
+    """Each step's values, normalised over themselves, with a gain and a bias that learn."""
+
+    kind: Literal["layer_norm"]
+
+
 class DropoutSpec(Spec):
     """Zeroes values with probability `p` while training."""
 
@@ -411,6 +417,7 @@ LayerSpec = Annotated[
     | Conv2DSpec
     | Pool2DSpec
     | DropoutSpec
+    | LayerNormSpec
     | RnnToCnnSpec
     | CnnToRnnSpec
     | IdentityAdapterSpec
