@@ -24,7 +24,7 @@ from stepcast.manifest import Distribution, Output
 from stepcast.predictive import Predictive
 
 from .baselines import Baselines, Fitted
-from .comparison import Comparison, joined, rounded
+from .comparison import Comparison, Floats, joined, rounded
 from .config import Config
 from .data.source import Split
 from .data.table import TableSource
@@ -144,7 +144,7 @@ def backtest(
         measurement = Measurement(stepper, fold, predictive, baselines)
         for skill in measurement.skills(distances):
             at = measurement.origins(skill.ahead)
-            more: dict[str, Any] = {kind: baselines.fitted(kind, skill.ahead)[:, at] for kind in fitted}
+            more: dict[str, Floats] = {kind: baselines.fitted(kind, skill.ahead)[:, at] for kind in fitted}
             parts.setdefault(skill.ahead, []).append(skill.beside(more))
     if not parts:
         raise ConfigError("backtest: no horizon of the model lies within the test rows of an origin")
