@@ -331,14 +331,14 @@ def test_crps_of_samples_is_that_of_their_steps() -> None:
 def test_metrics_count_what_is_present() -> None:
     """By value, over two batches with masks by output: CRPS, calibration, coverage and width."""
     outputs = [Output(name=name) for name in ("t", "u", "t@0.1", "u@0.1", "t@0.9", "u@0.9")]
-    targets = {name: (f"{name}@0.1", name, f"{name}@0.9") for name in "tu"}
+    targets = {name: (f"{name}@0.1", name, f"{name}@0.9") for name in "ut"}  # in another order than the labels
     metrics = DistributionMetrics(outputs, Distribution(kind="quantile", levels=(0.1, 0.5, 0.9), targets=targets))
     y = np.array([[0.0, 5.0], [1.0, 9.0], [3.0, 0.0], [2.0, 5.0]])
     present = np.array([[True, False], [True, True], [True, True], [False, False]])
     forecast = np.tile([1.0, 5.0, 0.5, 4.0, 2.5, 6.0], (4, 1))
     metrics.update(forecast[:1], y[:1], present[:1])
     metrics.update(forecast[1:], y[1:], present[1:])
-    t, u = metrics.result().targets
+    u, t = metrics.result().targets
     costs = pinball(np.array([0.5, 1.0, 2.5]), (0.1, 0.5, 0.9), np.array([0.0, 1.0, 3.0]))
     assert (t.name, t.rows, u.rows) == ("t", 3, 2)
     assert t.crps == pytest.approx(2 * costs.mean())

@@ -254,12 +254,12 @@ class DistributionMetrics:
         self._width = np.zeros((targets, len(self.intervals)))
 
     def update(self, outputs: ArrayLike, labels: ArrayLike, present: NDArray[np.bool_]) -> None:
-        """Take in outputs (..., O) and labels (..., K), where present (..., K)."""
+        """Take in outputs (..., O) and labels (..., K), where present (..., K); labels lie as the point forecasts do."""
         parameters = self.predictive.parameters(np.asarray(outputs))  # (..., K, P)
         y = np.asarray(labels, np.float64)
-        for k in range(len(self._rows)):
-            there = present[..., k]
-            self._score(k, parameters[..., k, :][there], y[..., k][there])
+        for k, place in enumerate(self.predictive.points):
+            there = present[..., place]
+            self._score(k, parameters[..., k, :][there], y[..., place][there])
 
     def _score(self, k: int, parameters: Floats, truth: Floats) -> None:
         distribution = self.predictive.distribution
