@@ -13,6 +13,7 @@ from rich.console import Console
 from stepcast.arguments import Parser
 from stepcast.errors import ConfigError, ManifestError
 from stepcast.manifest import MODEL_FILE, Feature, Manifest, Output, read_manifest, sha256_of
+from stepcast.predictive import Predictive
 
 from .backtest import FITTED, Forecaster, backtest, predictive_of, tables, trained, write_json, write_page
 from .check import check_names
@@ -211,7 +212,9 @@ def _forecast(job: Job, stepper: Stepper, manifest: Manifest) -> Forecast | None
         return None
     summary = manifest.readout == "last"
     found = answers(stepper, job.source, job.arguments.split, streaming=manifest.streaming, summary=summary)
-    return forecast_of(manifest.points, *next(found))
+    forecast = manifest.distribution
+    predictive = None if forecast is None else Predictive(manifest.outputs, forecast)
+    return forecast_of(manifest.points, *next(found), predictive)
 
 
 def _evaluate(job: Job, stepper: Stepper, manifest: Manifest, split: Split) -> Result:
