@@ -341,6 +341,17 @@ CATALOGUE: dict[tuple[str, tuple[str, ...]], list[tuple[str, ...]]] = {
         ("SHARPNESS = 8.0", "SHARPNESS = 4.0"),
         ("uniform_(0.9, 0.999)", "uniform_(0.5, 0.999)"),
     ],
+    ("layers/attention.py", ("test_attention.py", "test_layers.py")): [
+        ("(back >= 0) & (back <= self.reach)", "(back <= self.reach)"),
+        ("& (back <= self.reach) &", "&"),
+        (" & (valid[:, None] > 0.5)", ""),
+        ("scores / math.sqrt(self.units // self.heads) +", "scores +"),
+        ("scores / math.sqrt(self.units // self.heads)", "scores / math.sqrt(self.units)"),
+        (" + self.bias[:, back.clamp(0, self.reach)]", ""),
+        ("places = lengths[:, None] + torch", "places = 0 * lengths[:, None] + torch"),
+        ("return seen[:, seen.shape[1] - self.reach :]", "return seen[:, : self.reach]"),
+        ("nn.init.zeros_(self.combine.bias)", "nn.init.ones_(self.combine.bias)"),
+    ],
     ("layers/stepwise.py", LAYERS): [
         (
             "y = torch.where(valid_steps(lengths, x.shape[1])[..., None], y, 0.0)",

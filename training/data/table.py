@@ -8,6 +8,7 @@ horizons: of each one in turn), or the class that stands in the label column.
 import importlib.util
 import re
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from datetime import datetime
 from difflib import get_close_matches
@@ -171,6 +172,14 @@ class TableSource:
         self.outputs = self._describe_outputs()
         self.feedback = tuple(Feedback(source=t, feature=t) for t in self.targets if 1 in self.horizons)
 
+    def between(self, bounds: dict[Split, tuple[int, int]]) -> "TableSource":
+        """The same table with other splits, and what is described by its training rows described anew."""
+        other = copy(self)
+        other.bounds = bounds
+        other.features = other._describe_features()
+        other.outputs = other._describe_outputs()
+        return other
+
     def _bounds(self) -> dict[Split, tuple[int, int]]:
         """First and last + 1 grid step of each split."""
         validation, test = (
@@ -185,14 +194,15 @@ class TableSource:
 
     def _describe_features(self) -> tuple[Feature, ...]:
         """Features with statistics of the training rows."""
-        rows = self.x[:, : self.bounds["train"][1]]
+        start, stop = self.bounds["train"]
+        rows = self.x[:, start:stop]
         features = []
         for index, (name, unit, column) in enumerate(feature_columns(self.config)):
             if column is None or column.turn is not None:  # sines and cosines stay as they are
                 missing: Literal["refuse", "mean", "zero", "hold"] = "refuse" if column is None else column.missing
                 features.append(Feature(name=name, unit=unit, missing=missing))
             else:
-                exact = self.grid.values[:, : rows.shape[1], list(self.config.columns).index(name)]
+                exact = self.grid.values[:, start:stop, list(self.config.columns).index(name)]
                 there = exact[~np.isnan(exact)]
                 if there.size:
                     check_resolution(f"feature {name!r}", float(there.mean()), float(there.std()))
@@ -216,9 +226,11 @@ class TableSource:
         names, changes = [f.name for f in self.features], self.config.target_scale == "change"
         outputs = []
         for index, (ahead, target) in enumerate(product(self.horizons, self.targets)):
-            stop = max(0, self.bounds["train"][1] - ahead)  # the last labels of training are training rows themselves
-            labels = self.y[:, :stop, index]
-            mean, scale = _statistics(labels - self.x[:, :stop, names.index(target)] if changes else labels, target)
+            start, stop = self.bounds["train"]
+            stop = max(start, stop - ahead)  # the last labels of training are training rows themselves
+            labels = self.y[:, start:stop, index]
+            now = self.x[:, start:stop, names.index(target)]
+            mean, scale = _statistics(labels - now if changes else labels, target)
             outputs.append(
                 Output(
                     name=output_name(self.config, target, ahead),

@@ -38,7 +38,10 @@ class Changes(nn.Module):
             for change in feature.changes:
                 by_steps.setdefault(change.steps, []).append((place, change.scale / feature.scale))
         # Steps, which of `columns`, and the usual change of each in normalised units.
-        self.lags = [(steps, *zip(*entries, strict=True)) for steps, entries in sorted(by_steps.items())]
+        self.lags = [
+            (steps, tuple(place for place, _ in entries), tuple(scale for _, scale in entries))
+            for steps, entries in sorted(by_steps.items())
+        ]
         self.size = sum(len(places) for _, places, _ in self.lags)
 
     def state_shapes(self) -> Mapping[str, tuple[int, ...]]:

@@ -208,6 +208,27 @@ class EmbeddingSpec(Spec):
         return replace(shape, size=self.units)
 
 
+class AttentionSpec(Spec):
+    """Attention of each step over itself and those before it, `window` in all: keys and values are its state."""
+
+    kind: Literal["attention"]
+    units: Size
+    window: Annotated[int, Field(ge=2)]
+    heads: Size = 1
+    weight_init: WeightInit = "xavier_uniform"
+
+    @model_validator(mode="after")
+    def _even(self) -> Self:
+        if self.units % self.heads:
+            raise ValueError(f"{self.units} units cannot be shared by {self.heads} heads")
+        return self
+
+    def out_shape(self, shape: Shape) -> Shape:
+        if shape.summary:
+            raise IllegalStack("attention behind the many-to-one readout has no steps left to look back on")
+        return replace(shape, size=self.units)
+
+
 class Conv1DSpec(Spec):
     """Convolution over time that looks back only: the steps it needs from before are its state."""
 
@@ -393,6 +414,7 @@ LayerSpec = Annotated[
     | DenseSpec
     | ActivationSpec
     | EmbeddingSpec
+    | AttentionSpec
     | Conv1DSpec
     | Conv2DSpec
     | Pool2DSpec

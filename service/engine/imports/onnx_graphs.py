@@ -43,7 +43,7 @@ class Imported(NamedTuple):
     """A model that was taken in.
 
     Attributes:
-        done: What was done to its graph, sentence by sentence.
+        done: What was done to its graph.
         unanswered: Outputs of the graph that are neither the answer nor a state.
     """
 
@@ -92,17 +92,17 @@ def import_graph(graph: Graph, models: Path, name: str, version: int | None, kno
                 refused.append(error)
         if not proved:
             raise refused[0]
-        found = proved[0]
-        single = len(pairings) > 1 and found.manifest.input.time_axis is None  # single steps prove no pairing
+        best = proved[0]
+        single = len(pairings) > 1 and best.manifest.input.time_axis is None  # single steps prove no pairing
         if (len(proved) > 1 or single) and not _same([one.directory for one in proved], len(pairings)):
             raise reading.asking([reading.roles.pairing])
-        _publish(found.directory, target)
-    return found._replace(directory=target)
+        _publish(best.directory, target)
+    return best._replace(directory=target)
 
 
 def _proved(folder: Path, reading: Reading, target: Path, first: Sequence[str]) -> Imported:
     """Write the model's files into this folder; raises ManifestError if the graph does not answer as it is read."""
-    file = reading.graph.file
+    file, outputs = reading.graph.file, reading.graph.ports[1]
     reading, then = rewritten(reading, REWRITES)
     done = [*first, *then]
     made = {"task": "regression", "lengths": reading.roles.lengths, "provenance": _provenance(file, done)}
@@ -122,7 +122,7 @@ def _proved(folder: Path, reading: Reading, target: Path, first: Sequence[str]) 
         text = str(error).replace(str(folder / MODEL_FILE), str(file)).replace(str(folder), str(file))
         raise ManifestError(text) from error
     served = {manifest.output.name, *(state.output for state in manifest.states)}
-    return Imported(folder, manifest, done, [port.name for port in reading.graph.ports[1] if port.name not in served])
+    return Imported(folder, manifest, done, [port.name for port in outputs if port.name not in served])
 
 
 def _same(folders: Sequence[Path], many: int) -> bool:
