@@ -84,7 +84,7 @@ def _unfixed(roles: Roles, features: int | None) -> str:
             many = f"{len(state.input.dynamic)} dynamic axes"
             return f"state input {state.input} has {many}. Give $.states with batch_axis and shape."
     if features is None:
-        return f"{roles.input}: how many features there are is not fixed in the graph. Give $.features."
+        return f"{roles.input}: how many features there are is not fixed in the graph. Give --features N."
     return f"input {roles.input} has no step of {features} numbers, as $.features says. Correct $.features."
 
 
