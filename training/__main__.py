@@ -14,6 +14,7 @@ from stepcast.arguments import Parser
 from stepcast.errors import ConfigError, ManifestError
 from stepcast.manifest import MODEL_FILE, Feature, Manifest, Output, read_manifest, sha256_of
 
+from .backtest import FITTED, Forecaster, backtest, tables, trained, write_json, write_page
 from .check import check_names
 from .checkpoint import BEST_FILE, load_checkpoint, load_weights
 from .comparison import as_dict
@@ -29,6 +30,7 @@ from .progress import Progress
 from .report import Forecast, Result, forecast_of, print_report, write_report
 from .segments import labelled
 from .skill import Measurement, skill_table
+from .start import begin
 from .stepper import Stepper
 from .train import History, Trainer
 
@@ -71,6 +73,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         ("train", "train a network, measure it on the test split, and write models/<name>/<version>/"),
         ("evaluate", "measure an exported model one step at a time"),
         ("export", "write a model from the best checkpoint of a run"),
+        ("backtest", "compare a model with its baselines, on the test rows or from several origins"),
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("config", type=Path, help="YAML file")
@@ -84,7 +87,20 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         if name == "evaluate":
             command.add_argument("--split", choices=("train", "validation", "test"), default="test")
             command.add_argument("--report", type=Path, help="directory for metrics.json, plots and report.html")
+        if name == "backtest":
+            _backtest_arguments(command)
     return parser
+
+
+def _backtest_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--origins", type=int, help="train before each of so many; default: measure the exported model"
+    )
+    command.add_argument("--no-refit", action="store_true", help="train before the first origin alone")
+    command.add_argument("--window", choices=("expanding", "sliding"), default="expanding", help="of the training rows")
+    command.add_argument("--without", action="append", default=[], choices=FITTED, help="leave a baseline out")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write every score")
+    command.add_argument("--page", type=Path, metavar="FILE", help="write the tables between a page's marks")
 
 
 def _job(arguments: argparse.Namespace, console: Console) -> Job:
@@ -102,6 +118,9 @@ def train(job: Job) -> int:
     torch.manual_seed(config.seed)
     network = Network.of(config.network, job.source)
     check_names(network, job.source, config)
+    if (start := config.training.start) is not None:
+        taken = begin(network, start, job.arguments.config.absolute().parent)
+        job.console.print(f"begins with the weights of {start.file}: {', '.join(taken)}", highlight=False)
     trainer = Trainer(network, job.source, config.training, world=world, seed=config.seed, directory=job.run_directory)
     weights = sum(p.numel() for p in network.parameters() if p.requires_grad)
     if not world.leads:
@@ -150,9 +169,7 @@ def _export(job: Job, network: Network, history: History | None) -> int:
 
 def evaluate_model(job: Job) -> int:
     """Measure a model that was exported before."""
-    out: Path = job.arguments.out
-    version = job.arguments.version or next_version(out, job.config.name) - 1
-    directory = out / job.config.name / str(version)
+    directory = job.arguments.out / job.config.name / str(_exported_version(job))
     manifest = read_manifest(directory)
     _check_fits(job.source, manifest)
     split = job.arguments.split
@@ -225,7 +242,50 @@ def _measure(job: Job, stepper: Stepper, manifest: Manifest, plot: Path | None =
     return metrics
 
 
-COMMANDS = {"train": train, "evaluate": evaluate_model, "export": export}
+def compare(job: Job) -> int:
+    """Backtest an exported model on the recipe's test rows, or the recipe from several origins."""
+    arguments, source = job.arguments, job.source
+    if not isinstance(source, TableSource) or not source.targets:
+        raise ConfigError(f"data.kind: {job.config.data.kind}, a backtest needs a table with targets")
+
+    def told(line: str) -> None:
+        job.console.print(line, highlight=False)
+
+    result = backtest(
+        job.config,
+        source,
+        _published(job) if arguments.origins is None else trained(job.config, told),
+        origins=arguments.origins,
+        refit=not arguments.no_refit,
+        window=arguments.window,
+        fitted=[kind for kind in FITTED if kind not in arguments.without],
+        distances=DISTANCES,
+        told=told,
+    )
+    for table in tables(result):
+        job.console.print(table)
+    if arguments.json:
+        write_json(arguments.json, result)
+    if arguments.page:
+        write_page(arguments.page, result)
+    return 0
+
+
+def _published(job: Job) -> Forecaster:
+    """The exported model, whatever the source's splits."""
+    directory = job.arguments.out / job.config.name / str(_exported_version(job))
+    manifest = read_manifest(directory)
+    _check_fits(job.source, manifest)
+    if not manifest.streaming:
+        raise ConfigError(f"{directory}: is no model that can be stepped, a backtest needs one")
+    return lambda source: Stepper.of(directory, manifest)
+
+
+def _exported_version(job: Job) -> int:
+    return job.arguments.version or next_version(job.arguments.out, job.config.name) - 1
+
+
+COMMANDS = {"train": train, "evaluate": evaluate_model, "export": export, "backtest": compare}
 
 if __name__ == "__main__":
     sys.exit(main())

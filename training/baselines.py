@@ -8,7 +8,6 @@ Letters: S series, L steps, R origins, O targets, P predictors.
 """
 
 import math
-from collections.abc import Sequence
 from functools import cached_property
 from itertools import islice
 from typing import Literal
@@ -47,6 +46,7 @@ class Baselines:
         self.truth = source.x[..., self.columns].astype(np.float64)
         self.last = carried(self.truth)
         self.day = self._steps("1D")
+        self._forecasts: dict[tuple[Fitted, int], Floats] = {}
 
     def _steps(self, period: str) -> int:
         return math.ceil(pd.Timedelta(period) / pd.Timedelta(self.source.config.every))
@@ -97,16 +97,16 @@ class Baselines:
             parts.append(change)
         return np.concatenate(parts, axis=-1).astype(np.float32)
 
-    def fitted(self, kind: Fitted, aheads: Sequence[int]) -> dict[int, Floats]:
-        """Forecasts (S, L, O) of every step, by steps ahead; one regression for each target.
+    def fitted(self, kind: Fitted, ahead: int) -> Floats:
+        """Forecasts (S, L, O) of every step; one regression for each target.
 
         It is fitted to the training rows. Of several penalties, or numbers of trees, the one is taken that is best on
         the validation rows: there the network chooses its epoch.
         """
-        return {
-            ahead: np.stack([self._fitted(kind, ahead, k) for k in range(len(self.columns))], axis=-1)
-            for ahead in aheads
-        }
+        if (kind, ahead) not in self._forecasts:
+            columns = [self._fitted(kind, ahead, k) for k in range(len(self.columns))]
+            self._forecasts[kind, ahead] = np.stack(columns, axis=-1)
+        return self._forecasts[kind, ahead]
 
     def _fitted(self, kind: Fitted, ahead: int, target: int) -> Floats:
         """One target's forecasts, (S, L)."""

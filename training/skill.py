@@ -49,11 +49,12 @@ class Measurement:
     Args:
         stepper: The exported model.
         source: The table.
+        baselines: Of the same table, if they are there already.
     """
 
-    def __init__(self, stepper: Stepper, source: TableSource) -> None:
+    def __init__(self, stepper: Stepper, source: TableSource, baselines: Baselines | None = None) -> None:
         self.stepper, self.source = stepper, source
-        self.baselines = Baselines(source)
+        self.baselines = baselines or Baselines(source)
         self.columns = self.baselines.columns
         self.foreseen = [place for place, channel in enumerate(source.channels) if channel.foreseen]
         self.replay = self._replay()
@@ -78,10 +79,9 @@ class Measurement:
         Args:
             distances: Steps ahead, for a model of one step. What the test rows do not reach is left out.
         """
-        tested, horizons = self.replay.x.shape[1] - self.replay.scored, self.source.horizons
-        reached = [ahead for ahead in distances if ahead < tested]
-        if horizons != (1,):
-            reached = [ahead for ahead in horizons if ahead < tested]
+        horizons = self.source.horizons
+        wanted = distances if horizons == (1,) else horizons
+        reached = [ahead for ahead in wanted if len(self.origins(ahead))]
         free = reached if self.source.feedback else []
         rolled = self._rollout(max(free, default=1))
         return [

@@ -7,6 +7,7 @@ horizons: of each one in turn), or the class that stands in the label column.
 
 import math
 from collections.abc import Iterator, Sequence
+from copy import copy
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
@@ -61,6 +62,14 @@ class TableSource:
         self.outputs = self._describe_outputs()
         self.feedback = tuple(Feedback(source=t, feature=t) for t in self.targets if 1 in self.horizons)
 
+    def between(self, bounds: dict[Split, tuple[int, int]]) -> "TableSource":
+        """The same table with other splits, and what is described by its training rows described anew."""
+        other = copy(self)
+        other.bounds = bounds
+        other.features = other._describe_features()
+        other.outputs = other._describe_outputs()
+        return other
+
     def _bounds(self) -> dict[Split, tuple[int, int]]:
         """First and last + 1 grid step of each split."""
         validation, test = (int(self.times.searchsorted(moment(m))) for m in (self.config.validation, self.config.test))
@@ -107,12 +116,12 @@ class TableSource:
             size = column.embedding or usual_size(len(categories))
             given |= {"categories": categories, "embedding": size, "indicator": column.indicator}
         elif column.turn is None:  # sines and cosines stay as they are
-            stop = self.bounds["train"][1]
-            exact = self.grid.values[:, :stop, list(self.config.columns).index(name)]
+            start, stop = self.bounds["train"]
+            exact = self.grid.values[:, start:stop, list(self.config.columns).index(name)]
             there = exact[~np.isnan(exact)]
             if there.size:
                 check_resolution(f"feature {name!r}", float(there.mean()), float(there.std()))
-            rows = self.x[:, :stop, place]
+            rows = self.x[:, start:stop, place]
             mean, scale = _statistics(rows, name)
             changes = tuple(_usual_change(rows, steps, name) for steps in column.changes)
             given |= {"mean": mean, "scale": scale, "indicator": column.indicator, "changes": changes}
@@ -124,9 +133,11 @@ class TableSource:
         names, changes = [f.name for f in self.features], self.config.target_scale == "change"
         outputs = []
         for index, (ahead, target) in enumerate(product(self.horizons, self.targets)):
-            stop = max(0, self.bounds["train"][1] - ahead)  # the last labels of training are training rows themselves
-            labels = self.y[:, :stop, index]
-            mean, scale = _statistics(labels - self.x[:, :stop, names.index(target)] if changes else labels, target)
+            start, stop = self.bounds["train"]
+            stop = max(start, stop - ahead)  # the last labels of training are training rows themselves
+            labels = self.y[:, start:stop, index]
+            now = self.x[:, start:stop, names.index(target)]
+            mean, scale = _statistics(labels - now if changes else labels, target)
             outputs.append(
                 Output(
                     name=output_name(self.config, target, ahead),

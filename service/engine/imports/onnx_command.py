@@ -111,6 +111,8 @@ def say(made: Imported) -> None:
         print(f"state {state.layer}.{state.key}: {state.input!r} -> {state.output!r}, {where}")
     for done in made.done:
         print(f"note: {done}")
+    if made.unanswered:
+        print(f"not answered: {', '.join(map(repr, made.unanswered))}")
     print("golden.npz was recorded from this graph: compare it with your training framework before you trust it")
 
 
