@@ -319,7 +319,7 @@ CATALOGUE: dict[tuple[str, tuple[str, ...]], list[tuple[str, ...]]] = {
         ("momentum=config.momentum, nesterov=True)", "momentum=config.momentum)"),
         ("math.pi * epoch / config.epochs", "math.pi * (epoch + 1) / config.epochs"),
         ("0.01 + 0.99 * 0.5 * (1 + math.cos", "0.5 * (1 + math.cos"),
-        ("[*network.layers, *(head for head, _ in network.head.tasks())]", "[*network.layers]"),
+        ("[*network.stack(), *(head for head, _ in network.head.tasks())]", "[*network.stack()]"),
         ('p.ndim > 1 and "bias" not in name', "p.ndim > 0"),
         (' and "gains" not in name', ""),
         ("if not (config.l1 or config.l2):", "if not (config.l1 and config.l2):"),
@@ -434,6 +434,12 @@ CATALOGUE: dict[tuple[str, tuple[str, ...]], list[tuple[str, ...]]] = {
         ("return held, held[:, -1]", "return held, held[:, 0]"),
         ("x = torch.where(valid_steps(lengths, x.shape[1])[..., None], x, 0.0)", "pass"),
         ("missing[..., self.indicated].to(filled.dtype)", "(~missing)[..., self.indicated].to(filled.dtype)"),
+    ],
+    ("layers/vectors.py", ("test_table_covariates.py",)): [
+        ("inside = (x > -0.5) & (x < table.num_embeddings - 0.5)", "inside = ~torch.isnan(x)"),
+        ("table.weight[0] = 0.0", "pass"),
+        ("self._order[column] = at", "pass"),
+        ("behind += range(at + 1, at + size)", "behind += range(at, at + size - 1)"),
     ],
     ("layers/output.py", HEAD): [
         ("y = y * self.scale + self.mean", "y = (y + self.mean) * self.scale"),
