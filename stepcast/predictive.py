@@ -64,7 +64,7 @@ class Predictive:
         - mixture: `random`, which component, then `standard_normal`.
         """
         parameters = self.parameters(outputs)
-        finite = np.isfinite(parameters).all(axis=-1)
+        finite = np.asarray(np.isfinite(parameters).all(axis=-1))
         drawn = DRAWS[self.distribution.kind](np.where(finite[..., None], parameters, 1.0), self.distribution, random)
         return np.where(finite, drawn, np.nan).astype(np.float32)
 
