@@ -32,7 +32,7 @@ from training.train import Trainer
 
 LEVELS = (0.05, 0.25, 0.5, 0.75, 0.9)
 QUANTILE = {"kind": "quantile", "levels": LEVELS}
-FAN_LEVELS = (0.05, 0.25, 0.5, 0.9)
+FAN_LEVELS = (0.05, 0.25, 0.5, 0.75, 0.9)
 SCALED = [Output(name="a", unit="°C", mean=10.0, scale=4.0), Output(name="b", mean=-3.0, scale=0.5)]
 
 
@@ -347,7 +347,7 @@ def test_evaluation_scores_the_exported_distributions(exported: tuple[Network, T
     assert isinstance(result, RegressionResult)
     assert result.distribution is not None
     (batch,) = source.batches("test")
-    y = net(batch.x)[0].view(-1, 4, 2)[:, [1, 2, 0, 3]].numpy()  # (R, levels, targets); the labels are 0
+    y = net(batch.x)[0].view(-1, 5, 2)[:, [1, 2, 0, 3, 4]].numpy()  # (R, levels, targets); the labels are 0
     levels = np.array(FAN_LEVELS)[:, None]
     want = 2 * np.maximum(-levels * y, (1 - levels) * y).mean(axis=(0, 1))
     assert [t.crps for t in result.distribution.targets] == pytest.approx(want, rel=1e-4)

@@ -604,7 +604,10 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "units that are text": (altered(lambda c: layer_of(c, nout="many")), "nout: is 'many', wanted a number of units"),
     "no units": (altered(lambda c: layer_of(c, nout=0)), "nout: is 0, wanted a number of units"),
-    "layers that do not fit": (misfit, r"layer 1 of those with weights: the weights are linear\.bias \[1\]"),
+    "layers that do not fit": (
+        misfit,
+        r"zip: layer 1 of those with weights: has linear\.bias \[1\], linear\.weight \[1, 4\]",
+    ),
     "an output from the middle": (altered(branching), "vertex 'v1' does not lead to the output 'v0'"),
     "a ring": (altered(ringed), "vertices wait for each other: v0, v1"),
     "a vertex that is not there": (altered(lost), "vertex 'v1' reads 'nowhere', which is not there"),

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch import distributions as truth
 
 from stepcast.errors import ConfigError
-from stepcast.manifest import Distribution, Output
+from stepcast.manifest import Distribution, Feature, Output
 from stepcast.predictive import Predictive
 from training.check import check_labels
 from training.data.in_memory import Examples, InMemory
@@ -87,6 +87,19 @@ def test_losses_and_their_gradients_are_those_of_torchs_densities(kind: str) -> 
     torch.testing.assert_close(gradient.double(), want_gradient, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("kind", "z", "y", "near"),
+    [
+        ("student_t", [0.3, 0.5, 1e6], 1.2, truth.Normal(0.3, np.log1p(np.exp(0.5)) + 1e-4)),
+        ("negative_binomial", [2.0, -30.0], 7.0, truth.Poisson(TARGETS[0].mean * (np.log1p(np.exp(2.0)) + 1e-4))),
+    ],
+)
+def test_losses_at_the_end_of_a_family_are_those_of_its_limit(kind: str, z: list[float], y: float, near: Any) -> None:
+    """A million degrees of freedom are the normal distribution, a dispersion of a millionth is Poisson's."""
+    loss = distribution_of(spec_of(kind), TARGETS[:1]).losses(torch.tensor([[z]]), torch.tensor([[[y]]]))
+    assert float(loss) == pytest.approx(-float(near.log_prob(torch.tensor(y))), rel=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["quantile", *KINDS])
 @pytest.mark.parametrize("size", [30.0, 1000.0])
 def test_losses_stay_finite_whatever_the_raw_values(kind: str, size: float) -> None:
@@ -144,6 +157,31 @@ def test_parameters_begin_as_the_targets_are_in_the_callers_units(
     units = {output.name: output.unit for output in net.head.outputs}
     assert units["a"] == "1/h"
     assert {units[name] for name in units if name.rstrip("_012") in ("a@df", "a@dispersion", "a@weight")} <= {""}
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "student_t", "mixture"])
+def test_only_locations_move_with_the_last_reading(kind: str) -> None:
+    """With residual: scales, degrees of freedom and weights are those without."""
+    layers = [{"kind": "rnn_loss", "distribution": {"kind": kind}}]
+    size = len(distribution_of(spec_of(kind), TARGETS[:1]).begin)
+    features = [Feature(name="a", mean=3.0, scale=5.0), *plain(size - 1)]
+    z = torch.linspace(-1.0, 1.0, size)
+    z[0] = 17.0
+    still, moved = (
+        Network(layer_specs([{**layers[0], "residual": residual}]), features, TARGETS[:1], False)
+        for residual in (False, True)
+    )
+    assert still.head.loss.distribution is not None
+    shift = (moved(z.view(1, 1, -1))[0] - still(z.view(1, 1, -1))[0])[0, 0]
+    want = [17.0 * (parameter.role == "location") for parameter in still.head.loss.distribution.per_target]
+    torch.testing.assert_close(shift, torch.tensor(want))
+
+
+def test_the_point_forecast_of_a_mixture_is_the_mean_of_the_whole() -> None:
+    """Weights 1/6, 1/3, 1/2 and means 1, 5, -2: 5/6."""
+    made = distribution_of(spec_of("mixture"), TARGETS[:1])
+    z = torch.tensor([[[0.0, np.log(2.0), np.log(3.0), 1.0, 5.0, -2.0, 0.0, 0.0, 0.0]]])
+    assert float(made(z)[0, 0, 0]) == pytest.approx(5 / 6, rel=1e-5)
 
 
 def counts(values: list[float]) -> InMemory:
@@ -263,6 +301,12 @@ def test_quantiles_reach_their_level(kind: str) -> None:
             assert (cdf(got - 1) < levels).all()
         else:
             np.testing.assert_allclose(cdf(got), levels, rtol=1e-6)
+
+
+def test_quantiles_of_counts_take_a_level_that_is_met() -> None:
+    """Mean 1, dispersion 1: half of all counts are 0, three quarters at most 1."""
+    got = quantiles(described("negative_binomial"), np.array([1.0, 1.0]), (0.4999, 0.5, 0.5001, 0.75, 0.76))
+    np.testing.assert_array_equal(got, [0, 0, 1, 1, 2])
 
 
 def test_quantiles_are_scored_by_the_pinball_loss() -> None:

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import pytest
+from pages import reading
 from redis_servers import RedisServer
-from serving import ROOT, Process, free_port
+from serving import ROOT, Process, free_port, running
 
 from service.engine.model import Runtime
 from stepcast import Client
@@ -118,6 +119,17 @@ def test_the_recipe_by_hand_is_the_preset(
     preset = imported(tmp_path, capsys, "silero", str(FILES / file))
     audio = speech(20 * 512, 16_000, 5).reshape(1, 20, 512)
     np.testing.assert_array_equal(served(by_hand, audio), served(preset, audio))
+
+
+def test_the_recipes_page_shows_what_happens(tmp_path: Path) -> None:
+    """Its program, against a server of Silero's detector."""
+    models = tmp_path / "models"
+    assert run(["silero", str(FILES / "silero_vad.onnx"), "--models", str(models)], "stepcast") == 0
+    with (
+        running(store="memory://", models=models) as server,
+        reading(ROOT / "docs" / "recipes.md", tmp_path, server.url) as reader,
+    ):
+        assert reader.read() >= 1
 
 
 def dtln_alone(file: str, x: Array) -> Array:

@@ -30,6 +30,7 @@ from .progress import Progress
 from .report import Forecast, Result, forecast_of, print_report, write_report
 from .segments import labelled
 from .skill import Measurement, skill_table
+from .start import begin
 from .stepper import Stepper
 from .train import History, Trainer
 
@@ -117,6 +118,9 @@ def train(job: Job) -> int:
     torch.manual_seed(config.seed)
     network = Network.of(config.network, job.source)
     check_names(network, job.source, config)
+    if (start := config.training.start) is not None:
+        taken = begin(network, start, job.arguments.config.absolute().parent)
+        job.console.print(f"begins with the weights of {start.file}: {', '.join(taken)}", highlight=False)
     trainer = Trainer(network, job.source, config.training, world=world, seed=config.seed, directory=job.run_directory)
     weights = sum(p.numel() for p in network.parameters() if p.requires_grad)
     if not world.leads:

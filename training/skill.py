@@ -2,8 +2,8 @@
 
 Measured on the exported model, one step at a time, every test hour of every series. At a horizon that the model has an
 output for, that output is its forecast. Further ahead the model runs free as the service's rollout does: its answers of
-one step ahead come back as readings, the calendar is known, all else is missing. A model of several horizons is
-measured in both ways, and one that says nothing of the next step in the first alone.
+one step ahead come back as readings, the calendar, what is known and what is static are given, all else is missing. A
+model of several horizons is measured in both ways, and one that says nothing of the next step in the first alone.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from rich.table import Table
 
 from .baselines import Baselines
 from .comparison import Comparison
-from .data.table import TableSource, feature_columns
+from .data.table import TableSource
 from .evaluate import present_steps
 from .stepper import Floats, States, Stepper
 
@@ -56,7 +56,7 @@ class Measurement:
         self.stepper, self.source = stepper, source
         self.baselines = baselines or Baselines(source)
         self.columns = self.baselines.columns
-        self.calendar = [i for i, (_, _, column) in enumerate(feature_columns(source.config)) if column is None]
+        self.foreseen = [place for place, channel in enumerate(source.channels) if channel.foreseen]
         self.replay = self._replay()
 
     def _replay(self) -> Replay:
@@ -111,7 +111,7 @@ class Measurement:
         for ahead in range(1, steps):
             x = np.full((n_steps, n_series, n_features), np.nan, np.float32)
             at = np.minimum(replay.start + np.arange(n_steps) + ahead, source.x.shape[1] - 1)
-            x[..., self.calendar] = source.x[:, at][..., self.calendar].transpose(1, 0, 2)
+            x[..., self.foreseen] = source.x[:, at][..., self.foreseen].transpose(1, 0, 2)
             x = x.reshape(len(y), 1, n_features)
             x[:, 0, self.columns] = y
             out, states = self.stepper.run(x, lengths, states)

@@ -98,6 +98,7 @@ class Trainer:
         self.network.masked_steps = config.masked_steps
         self.objective = self.world.wrap(Objective(self.network))
         self.optimiser = make_optimiser(self.network, config)
+        self.rates = [float(group["lr"]) for group in self.optimiser.param_groups]  # before the schedule
         self.scaler = torch.amp.GradScaler(enabled=config.precision == "float16")
         self.averaged = AveragedWeights(self.network, config.weight_average) if config.weight_average else None
         self.history = History()
@@ -131,8 +132,8 @@ class Trainer:
         config = self.config
         self.network.train()
         torch.manual_seed(hash((self.seed, epoch, self.world.rank)) % 2**31)  # dropout's; a resumed run draws the same
-        for group in self.optimiser.param_groups:
-            group["lr"] = config.learning_rate * rate_factor(config, epoch)
+        for group, rate in zip(self.optimiser.param_groups, self.rates, strict=True):
+            group["lr"] = rate * rate_factor(config, epoch)
         losses, state = Mean(self.world.device), None
         for batch, rows in self._batches("train", epoch):
             state = self._opening_state(batch, state)

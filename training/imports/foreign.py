@@ -80,7 +80,7 @@ def take_in(
     source = _source(foreign, specs)
     try:
         network = Network.of(specs, source)
-        fill(network, foreign.weights, foreign.file.name)
+        fill(network, foreign.weights)
     except ConfigError as error:
         raise ManifestError(f"{foreign.file}: {error}") from error
     digest = sha256_of(foreign.file)

@@ -152,7 +152,7 @@ def _check(
     loss = spec.distribution.kind if spec.distribution else spec.loss
     if spec.residual and loss in TAKES:
         raise IllegalStack(f"residual: loss {loss} takes labels {TAKES[loss][1]}, changes are of both signs")
-    if spec.residual and not {o.target or o.name for o in outputs} & {f.name for f in features if f.width == 1}:
+    if spec.residual and not {o.target or o.name for o in outputs} & {f.name for f in features if _moves(f)}:
         raise IllegalStack("residual: no output has the name of a feature")
 
 
@@ -164,7 +164,12 @@ def _bases(features: Sequence[Feature], moved: Sequence[Output | None]) -> tuple
         moved: Each output's target; None for an output that does not move.
     """
     starts = np.cumsum([0, *(f.width for f in features)])
-    places = {f.name: (int(starts[i]), f.scale, f.mean) for i, f in enumerate(features) if f.width == 1}
+    places = {f.name: (int(starts[i]), f.scale, f.mean) for i, f in enumerate(features) if _moves(f)}
     names = ((o.target or o.name) if o else "" for o in moved)
     columns, scales, means = zip(*(places.get(name, (0, 0.0, 0.0)) for name in names), strict=True)
     return torch.tensor(columns), torch.tensor(scales), torch.tensor(means)
+
+
+def _moves(feature: Feature) -> bool:
+    """Whether an output can move with a feature: it is a number."""
+    return feature.width == 1 and feature.embedding is None
