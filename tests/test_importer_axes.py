@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import foreign
+import httpx
 import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
 from onnx import TensorProto as T
 from onnx import helper
+from serving import running
 
 from service.engine.imports.onnx_graphs import import_onnx
 from service.engine.model import Runtime
@@ -160,6 +162,38 @@ def test_a_graph_that_mixes_rows_runs_row_by_row(tmp_path: Path, rows: int | str
     x = np.arange(3 * 4 * 2, dtype=np.float32).reshape(3, 4, 2) ** 2
     want = (x - x.mean(axis=2, keepdims=True)).cumsum(axis=1)
     np.testing.assert_array_equal(stepped(runtime, x), want)
+
+
+def test_sessions_of_a_graph_of_one_row_are_served_together(tmp_path: Path) -> None:
+    """One batch step of three sessions answers each as if it were alone, and the model says how it runs."""
+    imported(mixing(tmp_path / "mixing.onnx", 1), states=[{"input": "total_in", "output": "total_out"}])
+    x = np.array([[1, 3], [10, 30], [5, 5]], np.float32)
+    with running(store="memory://", models=tmp_path / "models") as server, httpx.Client(base_url=server.url) as client:
+        assert client.get("/v1/models/m").json()["rows"] == "one"
+        body = {"sessions": ["a", "b", "c"], "inputs": x.tolist()}
+        answers = [client.post("/v1/models/m/step", json=body).json() for _ in range(2)]
+    want = x - x.mean(axis=1, keepdims=True)
+    np.testing.assert_array_equal([answer["outputs"] for answer in answers], [want, 2 * want])
+
+
+def hidden(path: Path) -> Path:
+    """An LSTM exported for one row and seven steps, its state hidden: zeros at first, dropped at the end."""
+    nodes = [
+        node("Transpose", ["x"], ["xt"], perm=[1, 0, 2]),
+        node("LSTM", ["xt", "W", "R"], ["all"], hidden_size=foreign.UNITS),
+        node("Squeeze", ["all", "one"], ["flat"]),
+        node("Transpose", ["flat"], ["y"], perm=[1, 0, 2]),
+    ]
+    weights = {"W": foreign.GATES, "R": foreign.BACK, "one": np.array([1])}
+    return foreign.save(path, nodes, [("x", T.FLOAT, [1, 7, 4])], [("y", T.FLOAT, [1, 7, 3])], weights)
+
+
+def test_a_hidden_state_of_one_row_is_lifted_and_takes_many(tmp_path: Path) -> None:
+    """Seven steps, a batch of 1 and no state were exported: sessions go on by single steps, and three run together."""
+    runtime, manifest = imported(hidden(tmp_path / "hidden.onnx"))
+    assert manifest.rows == "many"
+    x = np.random.default_rng(8).normal(size=(3, 21, 4)).astype(np.float32)
+    np.testing.assert_allclose(stepped(runtime, x), lstm_alone(x), 1e-4, 1e-5)
 
 
 @pytest.mark.parametrize("layout", ["time first", "rows in the middle"])
