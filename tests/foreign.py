@@ -136,6 +136,21 @@ def twins(path: Path) -> Path:
     return save(path, nodes, inputs, outputs, {"W": W, "U": U, "V": V})
 
 
+def unsized(path: Path) -> Path:
+    """One step of a cell that takes four features, which its input does not say."""
+    node = helper.make_node
+    nodes = [
+        node("MatMul", ["x", "W"], ["xw"]),
+        node("MatMul", ["h", "U"], ["hu"]),
+        node("Add", ["xw", "hu"], ["sum"]),
+        node("Tanh", ["sum"], ["h_next"]),
+        node("MatMul", ["h_next", "V"], ["y"]),
+    ]
+    inputs, state = [("x", T.FLOAT, ["n", "width"])], ["n", UNITS]
+    outputs = [("y", T.FLOAT, ["n", 1]), ("h_next", T.FLOAT, state)]
+    return save(path, nodes, [*inputs, ("h", T.FLOAT, state)], outputs, {"W": W, "U": U, "V": V})
+
+
 def rated(path: Path) -> Path:
     """A sum of what was seen, ten times as large at a rate of 16000."""
     node = helper.make_node

@@ -13,8 +13,9 @@ from rich.console import Console
 from stepcast.arguments import Parser
 from stepcast.errors import ConfigError, ManifestError
 from stepcast.manifest import MODEL_FILE, Feature, Manifest, Output, read_manifest, sha256_of
+from stepcast.predictive import Predictive
 
-from .backtest import FITTED, Forecaster, backtest, tables, trained, write_json, write_page
+from .backtest import FITTED, Forecaster, backtest, predictive_of, tables, trained, write_json, write_page
 from .check import check_names
 from .checkpoint import BEST_FILE, load_checkpoint, load_weights
 from .comparison import as_dict
@@ -211,7 +212,9 @@ def _forecast(job: Job, stepper: Stepper, manifest: Manifest) -> Forecast | None
         return None
     summary = manifest.readout == "last"
     found = answers(stepper, job.source, job.arguments.split, streaming=manifest.streaming, summary=summary)
-    return forecast_of(manifest.points, *next(found))
+    forecast = manifest.distribution
+    predictive = None if forecast is None else Predictive(manifest.outputs, forecast)
+    return forecast_of(manifest.points, *next(found), predictive)
 
 
 def _evaluate(job: Job, stepper: Stepper, manifest: Manifest, split: Split) -> Result:
@@ -278,7 +281,8 @@ def _published(job: Job) -> Forecaster:
     _check_fits(job.source, manifest)
     if not manifest.streaming:
         raise ConfigError(f"{directory}: is no model that can be stepped, a backtest needs one")
-    return lambda source: Stepper.of(directory, manifest)
+    predictive = predictive_of(manifest.outputs, manifest.distribution)
+    return lambda source: (Stepper.of(directory, manifest), predictive)
 
 
 def _exported_version(job: Job) -> int:
