@@ -59,6 +59,21 @@ class Activation(Layer):
         return write_activation(graph, self.activation, x), {}
 
 
+class LayerNorm(Layer):
+    """Mean 0 and variance 1 over the values of each step, then a gain and a bias (Ba, Kiros and Hinton, 2016)."""
+
+    def __init__(self, name: str, size: int) -> None:
+        super().__init__(name)
+        self.norm = nn.LayerNorm(size)
+
+    def forward(self, x: Tensor, lengths: Tensor | None, state: LayerState) -> tuple[Tensor, LayerState]:
+        return self.norm(x), state
+
+    def write(self, graph: Graph, x: str, state: Mapping[str, str]) -> tuple[str, dict[str, str]]:
+        gain, bias = (graph.constant(p.detach().float().cpu().numpy()) for p in (self.norm.weight, self.norm.bias))
+        return graph.add("LayerNormalization", x, gain, bias, axis=-1, epsilon=self.norm.eps), {}
+
+
 class Dropout(Layer):
     """Zeroes values while training; nothing at all in the exported graph."""
 

@@ -46,6 +46,12 @@ class ActivationSpec(Spec):
     activation: ActivationName
 
 
+class LayerNormSpec(Learns):
+    """Each step's values, normalised over themselves, with a gain and a bias that learn."""
+
+    kind: Literal["layer_norm"]
+
+
 class DropoutSpec(Spec):
     """Zeroes values with probability `p` while training."""
 
@@ -419,6 +425,7 @@ LayerSpec = Annotated[
     | Conv2DSpec
     | Pool2DSpec
     | DropoutSpec
+    | LayerNormSpec
     | RnnToCnnSpec
     | CnnToRnnSpec
     | IdentityAdapterSpec
