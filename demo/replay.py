@@ -108,10 +108,10 @@ def read_month(days: int) -> Month:
         hours=times[cut],
         inputs=source.x[:, cut],
         present=source.grid.present[:, cut],
-        truth=source.y[:, cut],
+        truth=source.y[:, cut, : len(columns)],  # of the first horizon
         persistence=last_observed(observed)[:, cut],
         targets=source.targets,
-        units=tuple(output.unit for output in source.outputs),
+        units=tuple(output.unit for output in source.outputs[: len(columns)]),
     )
 
 

@@ -136,6 +136,19 @@ def twins(path: Path) -> Path:
     return save(path, nodes, inputs, outputs, {"W": W, "U": U, "V": V})
 
 
+def framed(path: Path, shape: list[Any], mixed: int) -> Path:
+    """Every number is added to a state of the same shape, less the mean along an axis: no steps and no rows there."""
+    node = helper.make_node
+    nodes = [
+        node("ReduceMean", ["x"], ["mean"], axes=[mixed], keepdims=1),
+        node("Sub", ["x", "mean"], ["centred"]),
+        node("Add", ["centred", "h"], ["h_next"]),
+        node("Tanh", ["h_next"], ["y"]),
+    ]
+    ports = {name: (name, T.FLOAT, shape) for name in ("x", "h", "y", "h_next")}
+    return save(path, nodes, [ports["x"], ports["h"]], [ports["y"], ports["h_next"]], {})
+
+
 def unsized(path: Path) -> Path:
     """One step of a cell that takes four features, which its input does not say."""
     node = helper.make_node

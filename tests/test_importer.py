@@ -421,3 +421,39 @@ def test_how_many_features_there_are_is_asked_with_an_option(
     assert "Likely" not in said
     assert main([*command, "--manifest", str(draft)]) == 1
     assert "width" in capsys.readouterr().err
+
+
+def test_sizes_that_were_only_the_examples_become_free(tmp_path: Path) -> None:
+    """Declared with two rows of five steps, none of its nodes depends on it: sessions step and batch, as numpy does."""
+    file = foreign.torch_lstm(tmp_path / "g.onnx", dims=(2, 5), rows=2)
+    made = import_onnx(file, tmp_path / "models", "m")
+    manifest = made.manifest
+    assert (manifest.rows, manifest.input.batch_axis, manifest.input.time_axis, manifest.n_features) == (
+        "many",
+        0,
+        1,
+        4,
+    )
+    assert [(state.batch_axis, state.shape) for state in manifest.states] == [(1, (1, 3)), (1, (1, 3))]
+    assert "2 rows along axis 0" in manifest.provenance.data
+    assert "5 steps along axis 1" in manifest.provenance.data
+    x = np.random.default_rng(4).normal(size=(3, 4, 4)).astype(np.float32)
+    runtime = Runtime(made.directory, device="cpu")
+    y, _ = runtime.run(x, None, np.frombuffer(runtime.initial(3), np.uint8).reshape(3, -1))
+    np.testing.assert_allclose(y, foreign.lstm_numpy(x, np.zeros((3, 3)), np.zeros((3, 3)))[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "mixed", "rows", "step"),
+    [
+        (["n", 5, 4], 1, "many", (5, 4)),  # a step needs the others of its chunk
+        ([1, 2, 4], 2, "many", (2, 4)),  # channels behind a row
+        ([2, 4], 0, "one", (2, 4)),  # rows that need each other
+    ],
+)
+def test_a_size_that_the_graph_needs_stays(
+    tmp_path: Path, shape: list[Any], mixed: int, rows: str, step: tuple[int, ...]
+) -> None:
+    """What cannot be proved stays as it was declared."""
+    made = import_onnx(foreign.framed(tmp_path / "g.onnx", shape, mixed), tmp_path / "models", "m").manifest
+    assert (made.rows, made.input.time_axis, made.input.shape) == (rows, None, step)

@@ -240,6 +240,16 @@ def test_draws_have_the_distribution_of_the_parameters(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_draws_of_what_is_no_distribution_are_no_errors(kind: str) -> None:
+    """A parameter that is not finite gives NaN, in its own row; one that should be positive is made so."""
+    outputs = [Output(name=name) for name in ("t", *described(kind).targets["t"])]
+    good = [0.0, *PARAMETERS[kind][0]]
+    rows = np.array([good, [0.0, np.inf, *good[2:]], [*good[:-1], np.nan], [*good[:-1], -1.0]], np.float32)
+    made = Predictive(outputs, described(kind)).draw(rows, np.random.default_rng(1))
+    assert np.isfinite(made[:, 0]).tolist() == [True, False, False, True]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_generator_is_asked_in_the_order_that_is_written_down(kind: str) -> None:
     """The draws made again by hand, from a generator of the same seed."""
     rows = np.array(PARAMETERS[kind])

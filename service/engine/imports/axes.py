@@ -152,7 +152,7 @@ def layouts(roles: Roles, known: Mapping[str, Any], features: int | None, rows: 
     for batch in batches:
         for time in [given["time_axis"]] if "time_axis" in given else _times(x, batch):
             shape = _row(x, (batch, time), given.get("shape"), features)
-            if shape is not None:
+            if shape is not None and (batch is None or batch != time):
                 yield from (Layout(batch, time, shape, each) for each in itertools.product(*states))
 
 
