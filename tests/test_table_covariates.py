@@ -118,7 +118,7 @@ def test_a_static_column_is_there_at_every_step(tmp_path: Path) -> None:
     [
         (
             {"height": {"static": True}},
-            "data.csv:5: column 'height' has '5', wanted '4' as in line 2: it is static, and of",
+            "data.csv:5: column 'height' has '5', wanted '4' as in data.csv:2: it is static, and of",
         ),
         ({"heigth": {}}, "data.csv: no column 'heigth' (nearest: 'height') among place, when"),
         (
