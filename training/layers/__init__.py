@@ -15,7 +15,7 @@ from .cell_specs import (
 )
 from .cells import GravesLstm, Gru, Lstm, SimpleRnn, Slstm
 from .convolution import Conv1D, Conv2D, Pool2D, ToFrames, ToValues
-from .feedforward import Activation, Affine, Columns, Dense, Dropout, Embedding, Identity
+from .feedforward import Activation, Affine, Columns, Dense, Dropout, Embedding, Identity, LayerNorm
 from .linear_recurrence import MinGru, RgLru
 from .pooling import GlobalPooling
 from .sequence import DuplicateToTimeSeries, Mask, Reverse
@@ -33,6 +33,7 @@ from .specs import (
     GlobalPoolingSpec,
     IdentityAdapterSpec,
     LastTimeStepSpec,
+    LayerNormSpec,
     MaskSpec,
     MergeSpec,
     Pool2DSpec,
@@ -66,6 +67,8 @@ def build(placed: Placed) -> Layer:
             return Dense(name, spec.layer, size)
         case ActivationSpec():
             return Activation(name, spec)
+        case LayerNormSpec():
+            return LayerNorm(name, spec, size)
         case DropoutSpec():
             return Dropout(name, spec)
         case EmbeddingSpec():

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..activations import ACTIVATIONS, write_activation
 from ..graph import Graph
 from .base import Layer, LayerState
-from .specs import ActivationSpec, DenseSpec, DropoutSpec, EmbeddingSpec
+from .specs import ActivationSpec, DenseSpec, DropoutSpec, EmbeddingSpec, LayerNormSpec
 from .weights import initialise
 
 
@@ -48,6 +48,21 @@ class Activation(Layer):
 
     def write(self, graph: Graph, x: str, state: Mapping[str, str]) -> tuple[str, dict[str, str]]:
         return write_activation(graph, self.activation, x), {}
+
+
+class LayerNorm(Layer):
+    """gain (x - mean) / sqrt(variance + epsilon) + shift, over the values of each step."""
+
+    def __init__(self, name: str, spec: LayerNormSpec, size: int) -> None:
+        super().__init__(name)
+        self.norm = nn.LayerNorm(size, eps=spec.epsilon)
+
+    def forward(self, x: Tensor, lengths: Tensor | None, state: LayerState) -> tuple[Tensor, LayerState]:
+        return self.norm(x), state
+
+    def write(self, graph: Graph, x: str, state: Mapping[str, str]) -> tuple[str, dict[str, str]]:
+        gain, shift = (graph.constant(w.detach().cpu().numpy()) for w in (self.norm.weight, self.norm.bias))
+        return graph.add("LayerNormalization", x, gain, shift, axis=-1, epsilon=self.norm.eps), {}
 
 
 class Dropout(Layer):

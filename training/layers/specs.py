@@ -46,6 +46,13 @@ class ActivationSpec(Spec):
     activation: ActivationName
 
 
+class LayerNormSpec(Spec):
+    """Each step's values with mean 0 and variance 1, times a gain, plus a shift; both are learned."""
+
+    kind: Literal["layer_norm"]
+    epsilon: float = Field(default=1e-5, gt=0, description="added to the variance")
+
+
 class DropoutSpec(Spec):
     """Zeroes values with probability `p` while training."""
 
@@ -345,7 +352,7 @@ class OutputSpec(Spec):
         name = self.loss or ""
         if self.distribution is not None and (self.loss or self.activation):
             raise ValueError(f"distribution {self.distribution.kind} has its own loss and activation. Leave them out.")
-        bounded = {None: True, "softmax": True, "sigmoid": True, "hardsigmoid": True}
+        bounded = {None: True, "softmax": True, "sigmoid": True, "hardsigmoid": True, "hardsigmoid6": True}
         if name in CLASS_LOSSES and self.activation not in (None, "softmax"):
             raise ValueError(f"loss {name} wants activation softmax, got {self.activation}")
         if name == "xent" and self.activation == "softmax":
@@ -392,6 +399,7 @@ LayerSpec = Annotated[
     | ShiftSpec
     | DenseSpec
     | ActivationSpec
+    | LayerNormSpec
     | EmbeddingSpec
     | Conv1DSpec
     | Conv2DSpec
