@@ -10,13 +10,15 @@ import math
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import ManifestError
 
 MODEL_FILE, MANIFEST_FILE, GOLDEN_FILE = "model.onnx", "manifest.json", "golden.npz"
+TIME: Final = "time"
+"""What the moment of a row is called among named inputs."""
 
 Name = Annotated[str, Field(min_length=1, max_length=128)]
 ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
@@ -28,11 +30,44 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
 
+class CalendarChannel(_Strict):
+    """A feature that follows from a row's moment alone; stepcast.calendars computes it.
+
+    A sine or cosine of where the moment stands in the day (`hour`), the week, the year, or the year from midwinter
+    (`season`), or 1 on a public holiday. It is read off a wall clock of the time zone.
+    """
+
+    of: Literal["hour", "week", "year", "season", "holiday"]
+    wave: Literal["sin", "cos"] | None = Field(default=None, description="None: a holiday, which has none")
+    zone: str = Field(default="UTC", min_length=1, max_length=128, description="an IANA name, such as Europe/Berlin")
+    country: str | None = Field(default=None, description="whose holidays; ISO 3166-1 alpha-2, such as DE")
+    subdivision: str | None = Field(default=None, description="a part of the country; ISO 3166-2, such as BY")
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if (self.of == "holiday") != (self.wave is None) or (self.of == "holiday") != (self.country is not None):
+            raise ValueError("a holiday has a country and no wave, everything else a wave and no country")
+        if self.subdivision is not None and self.country is None:
+            raise ValueError("subdivision belongs to a country")
+        return self
+
+
+class Change(_Strict):
+    """A channel that the graph adds: how much a reading has changed over some steps, divided by `scale`."""
+
+    steps: int = Field(ge=1)
+    scale: float = Field(default=1.0, gt=0, description="in the feature's unit")
+
+
 class Feature(_Strict):
     """One input, or a block of `width` inputs that belong together (the pixels of a frame, a one-hot character).
 
     `mean` and `scale` are what the graph already applies, (x - mean) / scale; they are here to be read, not to be
     applied again. `missing` says what a NaN means: refused, replaced by the mean, by zero, or by the last reading.
+
+    A feature of `categories` is by position an index: 0 for what is none of them, 1 for the first. By name it is the
+    category's text. A feature with a `calendar` may be given by its row's moment. One that is `known` is given for
+    every step of a rollout; `ahead` says of which step a row has it. One that is `static` never changes in a session.
     """
 
     name: Name
@@ -42,6 +77,29 @@ class Feature(_Strict):
     scale: float = 1.0
     missing: Literal["refuse", "mean", "zero", "hold"] = "refuse"
     indicator: bool = Field(default=False, description="the graph adds a 1/0 channel that says: was missing")
+    categories: tuple[Name, ...] | None = Field(default=None, min_length=1, description="texts of the indices 1, 2, ..")
+    embedding: int | None = Field(
+        default=None, ge=1, description="the graph makes of the index a learned vector of this many values"
+    )
+    calendar: CalendarChannel | None = None
+    known: bool = Field(default=False, description="known of the future: a rollout is given it for its steps")
+    ahead: int = Field(
+        default=0, ge=0, description="a row has the value of this many steps later: of the moment that is forecast"
+    )
+    static: bool = Field(default=False, description="the same at every step of a series; with hold it is sent once")
+    changes: tuple[Change, ...] = Field(default=(), description="of a feature of width 1")
+
+    @model_validator(mode="after")
+    def _of_one_kind(self) -> Self:
+        if self.categories is not None:
+            _unique("categories", list(self.categories))
+            if self.width > 1 or (self.mean, self.scale) != (0.0, 1.0) or self.calendar or self.changes:
+                raise ValueError("a feature of categories has width 1, mean 0, scale 1, no calendar and no changes")
+        elif self.embedding is not None:
+            raise ValueError("embedding belongs to categories")
+        if self.calendar is not None and self.width > 1:
+            raise ValueError("a calendar feature has width 1")
+        return self
 
 
 class Output(_Strict):
@@ -63,10 +121,12 @@ class Distribution(_Strict):
     """Which outputs describe the distribution of which target.
 
     A target's point forecast is the output that has the target's name. `targets` lists the outputs that hold its
-    parameters, in the caller's units and in the order of the kind: a quantile for each of `levels`.
+    parameters, in the caller's units and in the order of the kind. quantile: one for each of `levels`; gaussian: mean,
+    scale; student_t: location, scale, degrees of freedom; negative_binomial: mean, dispersion; mixture (of gaussians):
+    the weights of all components, then their means, then their scales.
     """
 
-    kind: Literal["quantile"]
+    kind: Literal["quantile", "gaussian", "student_t", "negative_binomial", "mixture"]
     levels: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(default=(), description="of quantiles, ascending")
     targets: dict[Name, tuple[Name, ...]] = Field(min_length=1)
 
@@ -74,9 +134,15 @@ class Distribution(_Strict):
     def _complete(self) -> Self:
         if any(low >= high for low, high in pairwise(self.levels)):
             raise ValueError(f"levels {list(self.levels)} do not ascend")
+        if (self.kind == "quantile") != bool(self.levels):
+            raise ValueError("'levels' belongs to kind 'quantile', and only to it")
+        wanted = {"quantile": len(self.levels), "gaussian": 2, "student_t": 3, "negative_binomial": 2}
         for target, names in self.targets.items():
-            if len(names) != len(self.levels) or not names:
-                raise ValueError(f"targets.{target} names {len(names)} outputs, there are {len(self.levels)} levels")
+            want = wanted.get(self.kind, max(3, len(names) // 3 * 3))  # a mixture has as many components as it has
+            if len(names) != want:
+                raise ValueError(f"targets.{target} names {len(names)} outputs, {self.kind} has {want} parameters")
+        if len({len(names) for names in self.targets.values()}) > 1:
+            raise ValueError("targets have different numbers of outputs")
         return self
 
 
@@ -200,6 +266,7 @@ class Manifest(_Strict):
         default="many", description="one: the graph takes one row a run, so the server runs it row by row"
     )
     streaming: bool = True
+    every_s: float | None = Field(default=None, gt=0, description="seconds from one step to the next")
     feedback: tuple[Feedback, ...] = ()
     tolerance: Tolerance = Tolerance()
     provenance: Provenance = Provenance()
@@ -208,6 +275,7 @@ class Manifest(_Strict):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         _unique("features", [f.name for f in self.features])
+        self._check_calendar()
         _unique("outputs", [o.name for o in self.outputs])
         _unique("states", [f"{s.layer}.{s.key}" for s in self.states])
         _unique("state inputs", [s.input for s in self.states])
@@ -226,6 +294,13 @@ class Manifest(_Strict):
             if link.source not in sources:
                 raise ValueError(f"feedback[{number}].source {link.source!r} is not an output")
         return self
+
+    def _check_calendar(self) -> None:
+        calendar = [f for f in self.features if f.calendar is not None]
+        if calendar and any(f.name == TIME for f in self.features):
+            raise ValueError(f"features: {TIME!r} is what the moment of a calendar is called. Rename the feature.")
+        if self.every_s is None and (ahead := [f.name for f in calendar if f.ahead]):
+            raise ValueError(f"feature {ahead[0]!r} is of a moment ahead, which needs every_s")
 
     def _check_layout(self) -> None:
         for what, tensor, size in (("input", self.input, self.n_features), ("output", self.output, self.n_outputs)):
@@ -286,6 +361,12 @@ class Manifest(_Strict):
         layout = [s.model_dump(mode="json") for s in self.states]
         text = json.dumps([self.sha256, layout], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def spelling(self) -> tuple[Any, ...]:
+        """What decides which position, and which number there, a named input becomes."""
+        every_s = self.every_s if any(f.calendar for f in self.features) else None
+        return every_s, *((f.name, f.width, f.categories, f.calendar, f.calendar and f.ahead) for f in self.features)
 
     def feature_slices(self) -> dict[str, slice]:
         """Where each feature stands in the last axis of `x`."""

@@ -45,6 +45,7 @@ CHECKS = ("test_train_checks.py",)
 GRAPHS = ("test_graphs.py", "test_layers.py")
 RECURRENCES = ("test_recurrences.py", "test_layers.py")
 LAYERS = ("test_train_layers.py", "test_network.py", "test_layers.py")
+DISTRIBUTIONS = ("test_likelihoods.py", "test_distributions.py")
 HEAD = ("test_train_layers.py", "test_train_updates.py", "test_network.py")
 
 
@@ -215,6 +216,49 @@ CATALOGUE: dict[tuple[str, tuple[str, ...]], list[tuple[str, ...]]] = {
         ("if mask.ndim == 3 and self.name in WHOLE_STEP_LOSSES:", "if False:"),
         ('"negativeloglikelihood": "mcxent"', '"negativeloglikelihood": "xent"'),
     ],
+    ("distributions.py", DISTRIBUTIONS): [
+        ("median - below, median + above", "median + below, median + above"),
+        (".flip(-2).cumsum(-2).flip(-2)", ".cumsum(-2)"),
+        ("gaps[..., self.below :, :].cumsum(-2)", "gaps[..., self.below :, :]"),
+        ("(levels - 1) * over).mean(dim=-2)", "(levels - 1) * over).sum(dim=-2)"),
+        ("torch.maximum(levels * over, (levels - 1) * over)", "torch.maximum((1 - levels) * over, -levels * over)"),
+        (
+            "for so_far in _running(graph, gaps[: self.below][::-1])",
+            "for so_far in _running(graph, gaps[: self.below])",
+        ),
+        ("_running(graph, gaps[self.below :])", "gaps[self.below :]"),
+        ('return target.model_copy(update={"name": name})', "return Output(name=name, unit=target.unit)"),
+        ("unit=target.unit, scale=target.scale)", "unit=target.unit)"),
+        ('t if parameter.role == "location" else None', "t"),
+        ("0.5 * ((target - mean) / scale).square() + scale.log()", "((target - mean) / scale).square() + scale.log()"),
+        (".square() + scale.log() + HALF_LOG_TWO_PI", ".square() + HALF_LOG_TWO_PI"),
+        ("2 + _positive(df)], dim=-1)", "_positive(df)], dim=-1)"),
+        ("half = (df + 1) / 2", "half = df / 2"),
+        ("self(z).double().chunk(3, dim=-1)", "self(z).chunk(3, dim=-1)"),
+        ("_positive(mean) * self.usual", "_positive(mean)"),
+        ("target.mean if target.mean > 0 else target.scale", "target.scale"),
+        ("- torch.lgamma(count + 1)", ""),
+        ("torch.log_softmax(logits, dim=-2)", "torch.log_softmax(logits, dim=-1)"),
+        ("mean = (weights * means).sum(dim=-2, keepdim=True)", "mean = means.mean(dim=-2, keepdim=True)"),
+        ("return F.softplus(z) + floor", "return F.softplus(z)"),
+        ("means = np.linspace(-1.0, 1.0, components)", "means = np.zeros(components)"),
+    ],
+    ("probabilistic.py", ("test_likelihoods.py",)): [
+        ("2 * pinball(parameters", "pinball(parameters"),
+        ("- 1 / np.sqrt(np.pi)))", "- 1 / np.sqrt(2 * np.pi)))"),
+        ("special.betaln(0.5, df - 0.5) - 2 *", "special.betaln(0.5, df - 0.5) -"),
+        ("np.sqrt(df) / (df - 1) * np.exp(spread)", "np.sqrt(df) / df * np.exp(spread)"),
+        ("spread = odds * (1 + odds)", "spread = odds"),
+        ("np.where(truth < 1, 0.0, wider)", "wider"),
+        ("np.asarray(away - 0.5 * np.einsum", "np.asarray(away - np.einsum"),
+        ("_count_below(mean, dispersion, middle) >= at", "_count_below(mean, dispersion, middle) > at"),
+        ("self._below[k] += (truth[:, None] <= at)", "self._below[k] += (truth[:, None] < at)"),
+        ("(truth >= at[:, low]) & (truth <= at[:, high])", "truth <= at[:, high]"),
+        ("(at[:, high] - at[:, low]).sum()", "at[:, high].sum()"),
+        ("abs(p + q - 1) < 1e-9", "q > 0.5"),
+        (".sum(axis=-1) / count**2", ".sum(axis=-1) / (count * count - 1)"),
+        ("there = present[..., k]", "there = present[..., 0]"),
+    ],
     ("masks.py", MASKS): [
         ("device=lengths.device) < lengths[:, None]", "device=lengths.device) <= lengths[:, None]"),
         ("torch.argsort(~mask, dim=1, stable=True)", "torch.argsort(mask.int(), dim=1, stable=True)"),
@@ -275,7 +319,7 @@ CATALOGUE: dict[tuple[str, tuple[str, ...]], list[tuple[str, ...]]] = {
         ("momentum=config.momentum, nesterov=True)", "momentum=config.momentum)"),
         ("math.pi * epoch / config.epochs", "math.pi * (epoch + 1) / config.epochs"),
         ("0.01 + 0.99 * 0.5 * (1 + math.cos", "0.5 * (1 + math.cos"),
-        ("[*network.layers, *(head for head, _ in network.head.tasks())]", "[*network.layers]"),
+        ("[*network.stack(), *(head for head, _ in network.head.tasks())]", "[*network.stack()]"),
         ('p.ndim > 1 and "bias" not in name', "p.ndim > 0"),
         (' and "gains" not in name', ""),
         ("if not (config.l1 or config.l2):", "if not (config.l1 and config.l2):"),
@@ -341,6 +385,17 @@ CATALOGUE: dict[tuple[str, tuple[str, ...]], list[tuple[str, ...]]] = {
         ("SHARPNESS = 8.0", "SHARPNESS = 4.0"),
         ("uniform_(0.9, 0.999)", "uniform_(0.5, 0.999)"),
     ],
+    ("layers/attention.py", ("test_attention.py", "test_layers.py")): [
+        ("(back >= 0) & (back <= self.reach)", "(back <= self.reach)"),
+        ("& (back <= self.reach) &", "&"),
+        (" & (valid[:, None] > 0.5)", ""),
+        ("scores / math.sqrt(self.units // self.heads) +", "scores +"),
+        ("scores / math.sqrt(self.units // self.heads)", "scores / math.sqrt(self.units)"),
+        (" + self.bias[:, back.clamp(0, self.reach)]", ""),
+        ("places = lengths[:, None] + torch", "places = 0 * lengths[:, None] + torch"),
+        ("return seen[:, seen.shape[1] - self.reach :]", "return seen[:, : self.reach]"),
+        ("nn.init.zeros_(self.combine.bias)", "nn.init.ones_(self.combine.bias)"),
+    ],
     ("layers/stepwise.py", LAYERS): [
         (
             "y = torch.where(valid_steps(lengths, x.shape[1])[..., None], y, 0.0)",
@@ -379,6 +434,12 @@ CATALOGUE: dict[tuple[str, tuple[str, ...]], list[tuple[str, ...]]] = {
         ("return held, held[:, -1]", "return held, held[:, 0]"),
         ("x = torch.where(valid_steps(lengths, x.shape[1])[..., None], x, 0.0)", "pass"),
         ("missing[..., self.indicated].to(filled.dtype)", "(~missing)[..., self.indicated].to(filled.dtype)"),
+    ],
+    ("layers/vectors.py", ("test_table_covariates.py",)): [
+        ("inside = (x > -0.5) & (x < table.num_embeddings - 0.5)", "inside = ~torch.isnan(x)"),
+        ("table.weight[0] = 0.0", "pass"),
+        ("self._order[column] = at", "pass"),
+        ("behind += range(at + 1, at + size)", "behind += range(at, at + size - 1)"),
     ],
     ("layers/output.py", HEAD): [
         ("y = y * self.scale + self.mean", "y = (y + self.mean) * self.scale"),

@@ -89,6 +89,14 @@ def test_every_recipe_is_a_legal_configuration(recipe: Path) -> None:
             {"network": [LSTM, LAST, AGAIN, AGAIN, OUT]},
             "network[3]: duplicate_to_time_series copies the answer of a many-to-one readout, and there is none below",
         ),
+        (
+            {"network": [{"kind": "attention", "units": 4, "window": 3, "heads": 3}, OUT]},
+            "network[0]: 4 units cannot be shared by 3 heads",
+        ),
+        (
+            {"network": [LSTM, LAST, {"kind": "attention", "units": 4, "window": 3}, OUT]},
+            "network[2]: attention behind the many-to-one readout has no steps left to look back on",
+        ),
         ({"network": [LSTM, LAST, {"kind": "reverse"}, OUT]}, "network[2]: reverse behind the many-to-one readout"),
         (
             {"network": [{"kind": "reverse"}, LSTM, OUT], "training": {"backprop": "truncated"}},

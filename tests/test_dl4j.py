@@ -312,6 +312,57 @@ def test_both_dialects_all_array_modes_and_graphs_say_the_same(tmp_path: Path) -
     assert [spec["name"] for spec in read_dl4j(files["graph"]).specs] == ["v0", "v1"]
 
 
+def branches(draw: Draw) -> tuple[dict[str, Any], dict[str, Params]]:
+    """Two recurrent branches that merge, a skip connection around them, half of it scaled; parameters by vertex."""
+    params = {
+        "left": draw.lstm(4, 3),
+        "right": draw.rnn(4, 5),
+        "skip": draw.dense(4, 8),
+        "end": draw.dense(4, 3),
+    }
+    layers = {
+        "right": dl4j.layer("recurrent.SimpleRnn", **fields(4, 5)),
+        "left": dl4j.layer("LSTM", **fields(4, 3)),
+        "skip": dl4j.layer("DenseLayer", **fields(4, 8, "identity")),
+        "end": out(4),
+    }
+    graph = "org.deeplearning4j.nn.conf.graph."
+    vertices = {n: {"@class": f"{graph}LayerVertex", "layerConf": {"layer": one}} for n, one in layers.items()}
+    vertices |= {
+        "both": {"@class": f"{graph}MergeVertex"},
+        "sum": {"@class": f"{graph}ElementWiseVertex", "op": "Add"},
+        "half": {"@class": f"{graph}ScaleVertex", "scaleFactor": 0.5},
+        "some": {"@class": f"{graph}SubsetVertex", "from": 2, "to": 5},
+    }
+    wires = {"left": ["in"], "right": ["in"], "skip": ["in"], "both": ["left", "right"], "sum": ["both", "skip"]}
+    wires |= {"half": ["sum"], "some": ["half"], "end": ["some"]}
+    ends = {"networkInputs": ["in"], "networkOutputs": ["end"]}
+    return {**ends, "vertices": vertices, "vertexInputs": wires}, params
+
+
+KAHN = ["in", "right", "left", "skip", "both", "sum", "half", "some", "end"]
+
+
+@pytest.mark.parametrize("stored", [None, ["in", "skip", "left", "right", "both", "sum", "half", "some", "end"]])
+def test_a_graph_that_branches_and_merges_computes_what_dl4j_does(stored: list[str] | None, tmp_path: Path) -> None:
+    """Parameters lie in the stored order of the vertices, or in the order of the configuration: right before left."""
+    configuration, params = branches(Draw())
+    order = ["right", "left", "skip", "end"]
+    if stored:
+        configuration["topologicalOrderStr"] = stored
+        order = [vertex for vertex in stored if vertex in params]
+    file = dl4j.save(tmp_path / "net.zip", configuration, [params[vertex] for vertex in order])
+    directory, manifest = take_in(read_dl4j(file), tmp_path / "models", "net")
+    assert {s.layer for s in manifest.states} == {"left", "right"}
+    assert [spec["name"] for spec in manifest.provenance.config["network"]] == (stored or KAHN)[1:]
+    x = np.random.default_rng(4).normal(size=(3, 6, 4))
+    both = np.concatenate([dl4j.lstm(x, params["left"]), dl4j.simple_rnn(x, params["right"])], axis=-1)
+    summed = (both + dl4j.dense(x, params["skip"], "identity")) / 2
+    want = dl4j.dense(summed[..., 2:6], params["end"], "softmax")
+    for block in (6, 1):
+        np.testing.assert_allclose(answers(directory, x, block), want, atol=1e-5)
+
+
 def test_an_array_is_read_by_its_strides_whatever_its_flag_says() -> None:
     """DL4J's recorded outputs are views in Fortran order that say 'c'."""
     value = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
@@ -321,6 +372,20 @@ def test_an_array_is_read_by_its_strides_whatever_its_flag_says() -> None:
                 stream = Stream(dl4j.array(value, mode, kind, order), "x")
                 assert (read_array(stream) == value).all()
                 stream.end()
+
+
+def test_a_graph_that_ends_in_a_merge_answers_with_all_of_it(tmp_path: Path) -> None:
+    """No output layer, and no layer that says how many numbers there are."""
+    configuration, params = branches(Draw())
+    configuration["networkOutputs"] = ["both"]
+    for vertex in ("skip", "sum", "half", "some", "end"):
+        del configuration["vertices"][vertex], configuration["vertexInputs"][vertex]
+    file = dl4j.save(tmp_path / "net.zip", configuration, [params["right"], params["left"]])
+    directory, manifest = take_in(read_dl4j(file), tmp_path / "models", "net")
+    assert manifest.n_outputs == 8
+    x = np.random.default_rng(4).normal(size=(3, 6, 4))
+    want = np.concatenate([dl4j.lstm(x, params["left"]), dl4j.simple_rnn(x, params["right"])], axis=-1)
+    np.testing.assert_allclose(answers(directory, x, 1), want, atol=1e-5)
 
 
 # --- Normalisers, names, embeddings ------------------------------------------------------------------------------
@@ -488,10 +553,30 @@ def header(*numbers: int, mode: str = "LONG_SHAPE", count: int | None = None, da
     return begin + shape.tobytes() + dl4j.utf(mode) + struct.pack(">q", len(data) // 4) + dl4j.utf("FLOAT") + data
 
 
-def branching(configuration: dict[str, Any]) -> None:
+def as_graph(configuration: dict[str, Any]) -> dict[str, Any]:
     layers = [held["layer"] for held in configuration.pop("confs")]
     configuration.update(dl4j.graph(layers))
-    configuration["vertexInputs"]["v1"] = ["in"]
+    return configuration
+
+
+def branching(configuration: dict[str, Any]) -> None:
+    as_graph(configuration)["networkOutputs"] = ["v0"]
+
+
+def ringed(configuration: dict[str, Any]) -> None:
+    as_graph(configuration)["vertexInputs"]["v0"] = ["v1"]
+
+
+def lost(configuration: dict[str, Any]) -> None:
+    as_graph(configuration)["vertexInputs"]["v1"] = ["nowhere"]
+
+
+def misordered(configuration: dict[str, Any]) -> None:
+    as_graph(configuration)["topologicalOrderStr"] = ["in", "v1", "v0"]
+
+
+def strange(configuration: dict[str, Any]) -> None:
+    as_graph(configuration)["vertices"]["v1"] = {"@class": "org.x.L2NormalizeVertex"}
 
 
 ROW26 = np.zeros((1, 26), np.float32)
@@ -519,8 +604,15 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "units that are text": (altered(lambda c: layer_of(c, nout="many")), "nout: is 'many', wanted a number of units"),
     "no units": (altered(lambda c: layer_of(c, nout=0)), "nout: is 0, wanted a number of units"),
-    "layers that do not fit": (misfit, r"layer 1 of those with weights: the weights are linear\.bias \[1\]"),
-    "a branch": (altered(branching), "'v0' and 'v1' both follow 'in'. Chains are imported"),
+    "layers that do not fit": (
+        misfit,
+        r"zip: layer 1 of those with weights: has linear\.bias \[1\], linear\.weight \[1, 4\]",
+    ),
+    "an output from the middle": (altered(branching), "vertex 'v1' does not lead to the output 'v0'"),
+    "a ring": (altered(ringed), "vertices wait for each other: v0, v1"),
+    "a vertex that is not there": (altered(lost), "vertex 'v1' reads 'nowhere', which is not there"),
+    "an order of other vertices": (altered(misordered), "topologicalOrderStr is no order of its vertices"),
+    "an unknown vertex": (altered(strange), "'L2NormalizeVertex', which Stepcast does not import"),
     "too few parameters": (with_entries(coefficients=dl4j.array(ROW26[:, :5])), "has 5 parameters, the layers have 22"),
     "no parameters": (lambda f: dl4j.save(f, good()[0]), "coefficients.bin: is not there"),
     "parameters cut short": (with_entries(coefficients=dl4j.array(ROW26)[:-9]), "wants 104 bytes"),

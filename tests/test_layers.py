@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from networks import CELLS, LENGTHS, LINEAR, OUT, mask_of, network, plain, readings, rich, some_state
+from networks import CELLS, LENGTHS, LINEAR, OUT, mask_of, network, plain, readings, rich, some_state, trending
 from torch import Tensor
 
 from stepcast.manifest import Feature, Tolerance
@@ -81,10 +81,15 @@ def cases() -> dict[str, tuple[Layers, list[Feature]]]:
     conv = {"kind": "conv1d", "units": 4, "kernel": 3, "dilation": 2}
     found["conv1d"] = [conv, {"kind": "conv1d", "units": 3, "kernel": 1}, {"kind": "lstm", "units": 4}, OUT], rich()
     found["conv1d-above"] = [{"kind": "lstm", "units": 4}, conv, OUT], rich()
+    attention = {"kind": "attention", "units": 4, "window": 3, "heads": 2}
+    found["attention"] = [attention, {"kind": "gru", "units": 4}, {**attention, "window": 9, "heads": 1}, OUT], rich()
     found["rnn_loss"] = [{"kind": "lstm", "units": 3}, {"kind": "rnn_loss"}], rich()
     dense = {"kind": "time_distributed", "layer": {"kind": "dense", "units": 3}}
     named = {"kind": "rnn_to_feed_forward"}, {"kind": "feed_forward_to_rnn"}
     found["time_distributed"] = [named[0], dense, named[1], OUT], rich()
+    found["changes"] = [{"kind": "lstm", "units": 4}, OUT], trending(rich())
+    found["changes-plain"] = [{"kind": "gru", "units": 3}, OUT], trending(plain())
+    found["changes-both"] = [both, OUT], trending(rich())
     embedding = {"kind": "embedding", "vocabulary": 7, "units": 5}
     found["embedding"] = [embedding, {"kind": "lstm", "units": 4}, OUT], TOKENS
     found["video"] = (

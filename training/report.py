@@ -18,6 +18,7 @@ from stepcast.manifest import Output, Provenance
 
 from .data.batch import Batch
 from .metrics import MOST_CLASSES, ClassificationResult, ClassResult, ColumnResult, RegressionResult
+from .probabilistic import DistributionResult
 
 Result = ClassificationResult | RegressionResult
 COLUMN_FIELDS = ("rows", "mse", "mae", "rmse", "rse", "r2", "correlation")
@@ -97,10 +98,33 @@ def _tables(result: Result) -> Iterator[tuple[str, tuple[str, ...], list[tuple[s
     if isinstance(result, RegressionResult):
         columns = [*result.columns, result.average] if len(result.columns) > 1 else [*result.columns]
         yield "Outputs", ("output", *COLUMN_FIELDS), [_row(column, COLUMN_FIELDS) for column in columns]
+        if result.distribution is not None:
+            yield from _distribution_tables(result.distribution)
         return
     yield "Classification", ("metric", "value"), list(_summary(result))
     if len(result.classes) <= MOST_CLASSES:  # metrics.json has them all
         yield "Classes", ("class", *CLASS_FIELDS), [_row(one, CLASS_FIELDS) for one in result.classes]
+
+
+def _distribution_tables(
+    result: DistributionResult,
+) -> Iterator[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
+    """CRPS and central intervals of each target, and how often labels lay below each quantile."""
+    shares = [f"{interval.share:.0%}" for interval in result.targets[0].intervals]
+    header = [f"{column} {share}" for share in shares for column in ("in", "width")]
+    rows = [
+        (
+            _visible(t.name),
+            _text(t.rows),
+            _text(t.crps),
+            *(_text(value) for i in t.intervals for value in (i.coverage, i.width)),
+        )
+        for t in result.targets
+    ]
+    yield f"Distribution: {result.kind}", ("target", "rows", "crps", *header), rows
+    levels = tuple(result.targets[0].calibration)
+    below = [(_visible(t.name), *(_text(share) for share in t.calibration.values())) for t in result.targets]
+    yield "Share of labels at or below each quantile", ("target", *levels), below
 
 
 def _summary(result: ClassificationResult) -> Iterator[tuple[str, str]]:

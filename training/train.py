@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from stepcast.errors import ConfigError
 
+from .averaging import AveragedWeights
 from .check import check_labels
 from .checkpoint import LAST_FILE, fitting, load_checkpoint, save_checkpoint
 from .config import TrainingConfig
@@ -97,7 +98,9 @@ class Trainer:
         self.network.masked_steps = config.masked_steps
         self.objective = self.world.wrap(Objective(self.network))
         self.optimiser = make_optimiser(self.network, config)
+        self.rates = [float(group["lr"]) for group in self.optimiser.param_groups]  # before the schedule
         self.scaler = torch.amp.GradScaler(enabled=config.precision == "float16")
+        self.averaged = AveragedWeights(self.network, config.weight_average) if config.weight_average else None
         self.history = History()
         widths = [f.width for f in source.features]
         may_miss = torch.tensor([f.missing != "refuse" for f in source.features])
@@ -117,7 +120,8 @@ class Trainer:
         while self.history.epoch < self.config.epochs and not self._out_of_patience():
             started = time.monotonic()
             train_loss = self.epoch(self.history.epoch, progress)
-            validation_loss = self.validate("validation")
+            with self.averaged.in_place() if self.averaged else nullcontext():
+                validation_loss = self.validate("validation")
             self._note(train_loss, train_loss if validation_loss is None else validation_loss)
             progress.epoch(self.history.epoch, train_loss, validation_loss, time.monotonic() - started)
         self._take_best()
@@ -128,8 +132,8 @@ class Trainer:
         config = self.config
         self.network.train()
         torch.manual_seed(hash((self.seed, epoch, self.world.rank)) % 2**31)  # dropout's; a resumed run draws the same
-        for group in self.optimiser.param_groups:
-            group["lr"] = config.learning_rate * rate_factor(config, epoch)
+        for group, rate in zip(self.optimiser.param_groups, self.rates, strict=True):
+            group["lr"] = rate * rate_factor(config, epoch)
         losses, state = Mean(self.world.device), None
         for batch, rows in self._batches("train", epoch):
             state = self._opening_state(batch, state)
@@ -166,6 +170,8 @@ class Trainer:
         penalise(self.network, self.config)
         self.scaler.step(self.optimiser)
         self.scaler.update()
+        if self.averaged:
+            self.averaged.update()
         losses.add(self.world.sum(total.detach()), everywhere)
         self.history.updates += 1
         return detached(state)
@@ -228,7 +234,8 @@ class Trainer:
             )
         if better:
             history.best, history.best_epoch = validation_loss, history.epoch
-            self.best_weights = {k: v.detach().clone() for k, v in self.network.state_dict().items()}
+            weights = self.averaged.weights if self.averaged else self.network.state_dict()
+            self.best_weights = {k: v.detach().clone() for k, v in weights.items()}
         history.epoch += 1
         if self.directory is not None and self.world.leads:
             save_checkpoint(self.directory, self._everything(), best=better)
@@ -240,6 +247,7 @@ class Trainer:
             "kind": self.config.optimiser,
             "optimiser": self.optimiser.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "averaged": self.averaged.state() if self.averaged else None,
             "history": asdict(self.history),
         }
 
@@ -255,6 +263,10 @@ class Trainer:
             self.optimiser.load_state_dict(saved["optimiser"])
             self.scaler.load_state_dict(saved["scaler"])
             self.history = History(**saved["history"])
+            if self.averaged:
+                if saved.get("averaged") is None:
+                    raise ValueError("weights without their average")
+                self.averaged.load(saved["averaged"])
 
     def _take_best(self) -> None:
         if self.history.best_epoch >= 0:

@@ -1,9 +1,10 @@
-"""Weights that others found, layer by layer: what an import fills a network with, and what a training run begins with.
+"""Weights that were found elsewhere, layer by layer: what an import and a training run fill a network with.
 
 Layers with weights are matched by their order from below, their weights by the names the layer's module has for them.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,38 +12,44 @@ from torch import Tensor, nn
 from stepcast.errors import ConfigError
 
 from .network import Network
-from .optimise import layers_of
 
 Weights = Mapping[str, Tensor]  # of one layer, by the names of its module's parameters
 
 
-def weighted(network: Network) -> list[nn.Module]:
-    """The layers that have weights, from below; the output layer, if it has some, is the last."""
-    return [layer for layer in layers_of(network) if any(True for _ in layer.parameters())]
+class Weighted(NamedTuple):
+    """A layer that has weights."""
+
+    name: str
+    module: nn.Module
+
+
+def weighted(network: Network) -> list[Weighted]:
+    """The layers that have weights, from below; output layers are the last."""
+    return [Weighted(name, layer) for name, _, layer in network.parts() if any(True for _ in layer.parameters())]
 
 
 @torch.no_grad()
-def take_weights(layer: nn.Module, weights: Weights, where: str) -> None:
+def take_weights(layer: Weighted, weights: Weights, where: str) -> None:
     """Fill a layer with weights; whether they learn stays as it is.
 
     Args:
         layer: Of the network.
         weights: All of the layer's, of the same shapes.
-        where: Names both, for the message.
+        where: Names their origin, for the message.
 
     Raises:
         ConfigError: they are those of another layer.
     """
-    own = dict(layer.named_parameters())
+    own = dict(layer.module.named_parameters())
     found, wanted = ({name: tuple(t.shape) for name, t in each.items()} for each in (weights, own))
     if found != wanted:
         got, want = (", ".join(f"{n} {list(s)}" for n, s in sorted(each.items())) for each in (found, wanted))
-        raise ConfigError(f"{where}: the weights are {got}; the layer has {want}")
+        raise ConfigError(f"{where}: has {got}; layer {layer.name!r} has {want}")
     for name, parameter in own.items():
         parameter.copy_(weights[name])
 
 
-def fill(network: Network, weights: Sequence[Weights], where: str) -> None:
+def fill(network: Network, weights: Sequence[Weights]) -> None:
     """Fill every layer of a network.
 
     Raises:
@@ -50,6 +57,6 @@ def fill(network: Network, weights: Sequence[Weights], where: str) -> None:
     """
     layers = weighted(network)
     if len(layers) != len(weights):
-        raise ConfigError(f"{where}: has {len(weights)} layers with weights, the network has {len(layers)}")
+        raise ConfigError(f"{len(weights)} layers with weights, the network has {len(layers)}")
     for number, (layer, own) in enumerate(zip(layers, weights, strict=True)):
-        take_weights(layer, own, f"{where}: layer {number} of those with weights")
+        take_weights(layer, own, f"layer {number} of those with weights")

@@ -20,7 +20,9 @@ from stepcast.manifest import MODEL_FILE, Feature, Feedback, Manifest, Output, s
 from ..data.in_memory import Examples, InMemory
 from ..export import manifest_of, next_version, publish, stage, state_tensors
 from ..golden import ROWS, STEPS
+from ..layers.spec import Shape
 from ..layers.specs import EmbeddingSpec, LayerSpec
+from ..layers.stack import IllegalLayer, place
 from ..network import Network
 from ..stepper import Floats, Stepper
 from ..weights import Weights, fill
@@ -74,11 +76,11 @@ def take_in(
     number = version or next_version(models, name)
     if (models / name / str(number)).exists():
         raise ManifestError(f"{models / name / str(number)} exists. Take another --version.")
-    specs = _checked(foreign)
+    specs = _checked(foreign.file, foreign.specs)
     source = _source(foreign, specs)
     try:
         network = Network.of(specs, source)
-        fill(network, foreign.weights, foreign.file.name)
+        fill(network, foreign.weights)
     except ConfigError as error:
         raise ManifestError(f"{foreign.file}: {error}") from error
     digest = sha256_of(foreign.file)
@@ -95,7 +97,9 @@ def take_in(
                 description=f"imported from {foreign.file.name}",
                 provenance={
                     "data": f"imported from {foreign.file.name} ({foreign.framework}), sha256 {digest}",
-                    "config": {"network": [spec.model_dump(mode="json", exclude_unset=True) for spec in specs]},
+                    "config": {
+                        "network": [spec.model_dump(mode="json", by_alias=True, exclude_unset=True) for spec in specs]
+                    },
                     "metrics": {} if far is None else {"recorded": {"largest_difference": far}},
                 },
                 sha256=sha256_of(staged / MODEL_FILE),
@@ -110,13 +114,31 @@ def take_in(
         raise
 
 
-def _checked(foreign: Foreign) -> tuple[LayerSpec, ...]:
+def _written(spec: LayerSpec) -> dict[str, Any]:
+    """An entry of `network:` as a recipe has it."""
+    return spec.model_dump(mode="json", by_alias=True, exclude_unset=True)
+
+
+def _checked(file: Path, specs: Sequence[dict[str, Any]]) -> tuple[LayerSpec, ...]:
     try:
-        return _SPECS.validate_python(list(foreign.specs))
+        return _SPECS.validate_python(list(specs))
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(str(part) for part in problem["loc"])
-        raise ManifestError(f"{foreign.file}: network.{where}: {problem['msg']}") from error
+        raise ManifestError(f"{file}: network.{where}: {problem['msg']}") from error
+
+
+def outputs_of(file: Path, specs: Sequence[dict[str, Any]], size: int) -> int:
+    """How many numbers a network of so many inputs answers.
+
+    Raises:
+        ManifestError: its layers do not fit each other.
+    """
+    try:
+        end = place(_checked(file, specs), Shape(size=size))[-1]
+    except IllegalLayer as error:
+        raise ManifestError(f"{file}: {error.where}: {error}") from error
+    return getattr(end.spec, "units", None) or end.shape.size or 0
 
 
 def _source(foreign: Foreign, specs: Sequence[LayerSpec]) -> InMemory:

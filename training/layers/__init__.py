@@ -1,5 +1,6 @@
 """One class per layer kind: how it runs, what state it carries, and how it is written in ONNX."""
 
+from .attention import Attention
 from .base import Layer
 from .cell_specs import (
     BidirectionalSpec,
@@ -21,6 +22,7 @@ from .pooling import GlobalPooling
 from .sequence import DuplicateToTimeSeries, Mask, Reverse
 from .specs import (
     ActivationSpec,
+    AttentionSpec,
     CnnToRnnSpec,
     ColumnsSpec,
     Conv1DSpec,
@@ -75,6 +77,8 @@ def build(placed: Placed) -> Layer:
             return Embedding(name, spec)
         case GlobalPoolingSpec():
             return GlobalPooling(name, spec, size)
+        case AttentionSpec():
+            return Attention(name, spec, size)
         case Conv1DSpec():
             return Conv1D(name, spec, size)
         case Conv2DSpec():

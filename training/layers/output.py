@@ -47,7 +47,7 @@ class Head(nn.Module):
         classification: bool,
     ) -> None:
         super().__init__()
-        distribution = distribution_of(spec.distribution) if spec.distribution else None
+        distribution = distribution_of(spec.distribution, targets) if spec.distribution else None
         raw = len(distribution.begin) * len(targets) if distribution else len(targets)
         _check(spec, size, features, targets, classification, raw)
         self.targets, self.raw = len(targets), raw
@@ -149,9 +149,10 @@ def _check(
         raise IllegalStack(f"loss_weights has {len(spec.loss_weights)} numbers, the data has {count} outputs")
     if (spec.activation or ("softmax" if classification else "identity")) == "softmax" and count == 1:
         raise IllegalStack("softmax over one output is always 1. Take activation sigmoid with loss xent.")
-    if spec.residual and spec.loss in TAKES:
-        raise IllegalStack(f"residual: loss {spec.loss} takes labels {TAKES[spec.loss][1]}, changes are of both signs")
-    if spec.residual and not {o.target or o.name for o in outputs} & {f.name for f in features if f.width == 1}:
+    loss = spec.distribution.kind if spec.distribution else spec.loss
+    if spec.residual and loss in TAKES:
+        raise IllegalStack(f"residual: loss {loss} takes labels {TAKES[loss][1]}, changes are of both signs")
+    if spec.residual and not {o.target or o.name for o in outputs} & {f.name for f in features if _moves(f)}:
         raise IllegalStack("residual: no output has the name of a feature")
 
 
@@ -163,7 +164,12 @@ def _bases(features: Sequence[Feature], moved: Sequence[Output | None]) -> tuple
         moved: Each output's target; None for an output that does not move.
     """
     starts = np.cumsum([0, *(f.width for f in features)])
-    places = {f.name: (int(starts[i]), f.scale, f.mean) for i, f in enumerate(features) if f.width == 1}
+    places = {f.name: (int(starts[i]), f.scale, f.mean) for i, f in enumerate(features) if _moves(f)}
     names = ((o.target or o.name) if o else "" for o in moved)
     columns, scales, means = zip(*(places.get(name, (0, 0.0, 0.0)) for name in names), strict=True)
     return torch.tensor(columns), torch.tensor(scales), torch.tensor(means)
+
+
+def _moves(feature: Feature) -> bool:
+    """Whether an output can move with a feature: it is a number."""
+    return feature.width == 1 and feature.embedding is None

@@ -22,11 +22,11 @@ from .cell_specs import (
     SlstmSpec,
 )
 from .distribution_specs import DistributionSpec
-from .spec import IllegalStack, Merge, Pair, Shape, Size, Spec
+from .spec import IllegalStack, Learns, Merge, Pair, Shape, Size, Spec
 from .weights import WeightInit
 
 
-class DenseSpec(Spec):
+class DenseSpec(Learns):
     """activation(W x + b), at every step."""
 
     kind: Literal["dense"]
@@ -201,7 +201,7 @@ class ShiftSpec(Spec):
     amount: float
 
 
-class EmbeddingSpec(Spec):
+class EmbeddingSpec(Learns):
     """A learned vector for each of `vocabulary` tokens; the input is one token's number per step."""
 
     kind: Literal["embedding"]
@@ -215,7 +215,28 @@ class EmbeddingSpec(Spec):
         return replace(shape, size=self.units)
 
 
-class Conv1DSpec(Spec):
+class AttentionSpec(Learns):
+    """Attention of each step over itself and those before it, `window` in all: keys and values are its state."""
+
+    kind: Literal["attention"]
+    units: Size
+    window: Annotated[int, Field(ge=2)]
+    heads: Size = 1
+    weight_init: WeightInit = "xavier_uniform"
+
+    @model_validator(mode="after")
+    def _even(self) -> Self:
+        if self.units % self.heads:
+            raise ValueError(f"{self.units} units cannot be shared by {self.heads} heads")
+        return self
+
+    def out_shape(self, shape: Shape) -> Shape:
+        if shape.summary:
+            raise IllegalStack("attention behind the many-to-one readout has no steps left to look back on")
+        return replace(shape, size=self.units)
+
+
+class Conv1DSpec(Learns):
     """Convolution over time that looks back only: the steps it needs from before are its state."""
 
     kind: Literal["conv1d"]
@@ -248,7 +269,7 @@ class _Frames(Spec):
         return replace(shape, frame=(channels, sides[0], sides[1]), size=channels * sides[0] * sides[1])
 
 
-class Conv2DSpec(_Frames):
+class Conv2DSpec(_Frames, Learns):
     """Convolution over each frame."""
 
     kind: Literal["conv2d"]
@@ -362,7 +383,7 @@ class OutputSpec(Spec):
         return self
 
 
-class RnnOutputSpec(OutputSpec):
+class RnnOutputSpec(OutputSpec, Learns):
     """Dense and loss at every step; as many units as the data has outputs."""
 
     kind: Literal["rnn_output"]
@@ -401,6 +422,7 @@ LayerSpec = Annotated[
     | ActivationSpec
     | LayerNormSpec
     | EmbeddingSpec
+    | AttentionSpec
     | Conv1DSpec
     | Conv2DSpec
     | Pool2DSpec

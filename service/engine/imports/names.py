@@ -18,8 +18,12 @@ _DATA: Final = re.compile(
     "obs(ervation)?|tokens?|ids|src|samples?|pcm|mag|sequence|logits?|prob(s|ability)?|pred(iction)?|enh(anced)?|clean|"
     "denoised|mask|gains?|scores?|result|action|far|near|ref(erence)?"
 )
+_BESIDE: Final = re.compile("vad|l?snr|loudness|energy|confidence|aux")
 _SYNONYMS: Final = {"hidden": "h", "hid": "h", "cell": "c", "states": "state", "caches": "cache"}
 _MADE: Final = re.compile(r"onnx::.*|\d+|getitem(_\d+)?|Identity(_\d+)?|StatefulPartitionedCall|serving_default_.*")
+_GLUED: Final = re.compile(
+    "([hcsmz])([xyntio]|in|out|prev|next|old|new|init)"
+)  # hx and hy, hn, ht, hi and ho, hin and hout
 _WORDS: Final = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 
 
@@ -64,7 +68,7 @@ def read_name(name: str) -> Name:
         kept = [word for word in kept if word.isdigit()] if len(every) > len(kept) else kept
     directed = len(kept) < len(every)
     for at, word in enumerate(kept):
-        if found := re.fullmatch("([hcsmz])[xyntio]", word):  # hx and hy, hn, ht, hi and ho
+        if found := _GLUED.fullmatch(word):
             kept[at], directed = found[1], True
     return Name(tuple(kept), directed)
 
@@ -95,7 +99,12 @@ def is_data(name: str) -> bool:
     """Whether a name speaks of data, and not of a state; `input` alone does, `input_2` says nothing."""
     every = _all_words(name)
     plain = bool(every) and all(word in _PLAIN for word in every)
-    return not is_state(name) and (plain or any(_DATA.fullmatch(word) for word in every))
+    return not is_state(name) and (plain or is_beside(name) or any(_DATA.fullmatch(word) for word in every))
+
+
+def is_beside(name: str) -> bool:
+    """Whether a name speaks of data that is given beside the answer proper: how loud it was, whether anybody spoke."""
+    return any(_BESIDE.fullmatch(word) for word in _all_words(name))
 
 
 def _all_words(name: str) -> list[str]:

@@ -17,10 +17,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+import numpy as np
 from pydantic import ValidationError
 
 from stepcast.errors import ManifestError
-from stepcast.manifest import MODEL_FILE, Manifest, write_manifest
+from stepcast.manifest import GOLDEN_FILE, MODEL_FILE, Manifest, write_manifest
 
 from ..onnx_session import RUNTIME_VERSION
 from .batch import rebatched
@@ -39,11 +40,17 @@ REWRITES: Final[tuple[Rewrite, ...]] = (framed, plain, declared, rebatched, lift
 
 
 class Imported(NamedTuple):
-    """A model that was taken in, and what was done to its graph."""
+    """A model that was taken in.
+
+    Attributes:
+        done: What was done to its graph.
+        unanswered: Outputs of the graph that are neither the answer nor a state.
+    """
 
     directory: Path
     manifest: Manifest
     done: Sequence[str]
+    unanswered: Sequence[str]
 
 
 def import_onnx(
@@ -85,16 +92,17 @@ def import_graph(graph: Graph, models: Path, name: str, version: int | None, kno
                 refused.append(error)
         if not proved:
             raise refused[0]
-        staged, manifest, done = proved[0]
-        if len(pairings) > 1 and (len(proved) > 1 or manifest.input.time_axis is None):  # single steps prove no pairing
+        best = proved[0]
+        single = len(pairings) > 1 and best.manifest.input.time_axis is None  # single steps prove no pairing
+        if (len(proved) > 1 or single) and not _same([one.directory for one in proved], len(pairings)):
             raise reading.asking([reading.roles.pairing])
-        _publish(staged, target)
-    return Imported(target, manifest, done)
+        _publish(best.directory, target)
+    return best._replace(directory=target)
 
 
 def _proved(folder: Path, reading: Reading, target: Path, first: Sequence[str]) -> Imported:
     """Write the model's files into this folder; raises ManifestError if the graph does not answer as it is read."""
-    file = reading.graph.file
+    file, outputs = reading.graph.file, reading.graph.ports[1]
     reading, then = rewritten(reading, REWRITES)
     done = [*first, *then]
     made = {"task": "regression", "lengths": reading.roles.lengths, "provenance": _provenance(file, done)}
@@ -113,7 +121,17 @@ def _proved(folder: Path, reading: Reading, target: Path, first: Sequence[str]) 
     except ManifestError as error:  # the folder means nothing to the user, and is soon gone
         text = str(error).replace(str(folder / MODEL_FILE), str(file)).replace(str(folder), str(file))
         raise ManifestError(text) from error
-    return Imported(folder, manifest, done)
+    served = {manifest.output.name, *(state.output for state in manifest.states)}
+    return Imported(folder, manifest, done, [port.name for port in outputs if port.name not in served])
+
+
+def _same(folders: Sequence[Path], many: int) -> bool:
+    """Whether all of so many readings were proved and answer the same: their outputs are copies of each other."""
+    recorded = [dict(np.load(folder / GOLDEN_FILE)) for folder in folders]
+    first, *others = ({name: array.ravel() for name, array in arrays.items()} for arrays in recorded)
+    return len(folders) == many and all(
+        np.array_equal(arrays[name], value) for arrays in others for name, value in first.items()
+    )
 
 
 def _next_version(versions: Path) -> int:

@@ -24,7 +24,7 @@ from stepcast.manifest import ITEM_BYTES
 from ..onnx_session import Port
 from .flow import Flow
 from .graphs import Graph
-from .names import Likeness, is_data, is_state, likeness
+from .names import Likeness, is_beside, is_data, is_state, likeness
 from .questions import Question
 
 _TRIED: Final = 5  # states that are paired by trying all ways
@@ -236,6 +236,7 @@ class _Roles:
         if not ports:
             every = ", ".join(map(str, self.sides["output"].values()))
             raise ManifestError(f"{self.graph.file}: no output is left for the answer: {every}")
+        ports = [port for port in ports if not is_beside(port.name)] or ports
         found = [port for port in ports if self._is_called_data(port)] if len(ports) > 1 else ports
         if len(found) != 1:
             self._ask_which("output", ports, (found or ports)[0])
@@ -253,27 +254,28 @@ class _Roles:
 
     def _matched(self) -> list[Pairs]:
         """Pairings of all free inputs that can be states, by the fewest products on their ways; the best, all alike."""
-        outputs = [port for port in self.free["output"].values() if port is not self.data.get("output")]
-        named = [port for port in outputs if is_data(port.name)]
-        if len(named) == 1 and "output" not in self.data:
-            outputs.remove(named[0])
+        outputs = [port for port in self.free["output"].values() if not is_data(port.name)]
         states = [port for port in self.free["input"].values() if self._ways(port, outputs)]
         if not states or len(states) > _TRIED:
             return [self._in_order(states, outputs)]
-        ranked: list[tuple[tuple[int, int], Pairs]] = []
+        ranked: list[tuple[tuple[int, ...], Pairs]] = []
         for results in itertools.product(*(self._ways(port, outputs) for port in states)):
             if len({result.name for result, _ in results}) == len(results):
-                rank = sum(way[0] for _, way in results), sum(way[1] for _, way in results)
+                rank = tuple(map(sum, zip(*(way for _, way in results), strict=True)))
                 ranked.append((rank, [(port, result) for port, (result, _) in zip(states, results, strict=True)]))
         best = min((rank for rank, _ in ranked), default=None)
-        return [pairs for rank, pairs in ranked if rank == best] or [[]]
+        equal = [pairs for rank, pairs in ranked if rank == best] or [[]]
+        taken = [{result.name for _, result in pairs} for pairs in equal]
+        first = {id(pairs): [port.name in names for port in outputs] for pairs, names in zip(equal, taken, strict=True)}
+        return sorted(equal, key=lambda pairs: first[id(pairs)])  # the data is rather the first output than the last
 
-    def _ways(self, port: Port, outputs: Iterable[Port]) -> list[tuple[Port, tuple[int, int]]]:
-        """The outputs that may continue an input, each with its way's products and whether it is not carried."""
-        if not _is_array(port):
+    def _ways(self, port: Port, outputs: Iterable[Port]) -> list[tuple[Port, tuple[int, ...]]]:
+        """The outputs that may continue an input, and how unlikely each is: its shape, its way's products, carried."""
+        single = not port.dynamic and math.prod(size for size in port.shape if isinstance(size, int)) == 1
+        if not _is_array(port) or single:  # a number for all rows is rather a constant
             return []
         ways = [(result, self.flow.way(port.name, result.name)) for result in outputs if _fits(port, result)]
-        return [(result, (way.products, not way.carried)) for result, way in ways if way is not None]
+        return [(result, (_oddness(port, result), way.products, not way.carried)) for result, way in ways if way]
 
     def _in_order(self, states: list[Port], outputs: list[Port]) -> Pairs:
         """Many states of which nothing says how they go on: in order, and asked."""
@@ -294,8 +296,9 @@ class _Roles:
             fields = {"name": port.name, "dtype": port.dtype, "shape": dims, "values": values[:1] or None}
             fits = any(_fits(port, result) for result in self.sides["output"].values())
             text = f"what is input {port}? It is not the data, and "
-            text += "no output is surely its next value" if fits else "no output can be its next value"
-            text += f". The graph compares it with {', '.join(f'{value:g}' for value in values)}." if values else "."
+            text += "no output is surely its next value." if fits else "no output can be its next value."
+            text += f" The graph compares it with {', '.join(f'{value:g}' for value in values)}." if values else ""
+            text += " A step has one input of data: join several in the graph." if is_data(port.name) else ""
             answer = f"--constant {port.name}={f'{values[0]:g}' if values else 'VALUE'}"
             self.questions.append(Question(text, [answer], {"constants": [fields]}))
 
@@ -320,3 +323,9 @@ def _pairing_question(pairs: Pairs) -> Question:
     options = [f"--state {port.name}:{result.name}" for port, result in pairs]
     fields = [{"input": port.name, "output": result.name} for port, result in pairs]
     return Question(text, options, {"states": fields})
+
+
+def _oddness(port: Port, result: Port) -> int:
+    """How many sizes of an output are fixed that its input leaves open: an output with the example's is rather data."""
+    pairs = zip(port.shape, result.shape, strict=True)
+    return sum(isinstance(after, int) and not isinstance(before, int) for before, after in pairs)

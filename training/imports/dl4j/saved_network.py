@@ -13,10 +13,9 @@ from stepcast.manifest import Feature, Output
 
 from ...weights import Weights
 from ..archive import Archive
-from ..foreign import Foreign
+from ..foreign import Foreign, outputs_of
 from .arrays import Stream, read_array
 from .configuration import Link, read_configuration, specs_of
-from .layers import Spec
 from .normaliser import JAVA_OBJECT, Normaliser, Scaling, read_normaliser
 
 CONFIGURATION: Final = "configuration.json"
@@ -118,7 +117,7 @@ def read_dl4j(file: Path, features: Sequence[Feature] = (), outputs: Sequence[st
     size = next((link.reading.size for link in saved.links if link.reading.size is not None), None)
     if size is None:
         raise ManifestError(f"{file}: no layer says how many inputs the network has")
-    count = next(units for spec in reversed(specs) if (units := _units(spec)) is not None)
+    count = outputs_of(file, specs, size)
     if outputs and len(outputs) != count:
         raise ManifestError(f"{file}: the network has {count} outputs, {len(outputs)} names were given")
     labels = saved.normaliser.labels if saved.normaliser else None
@@ -130,12 +129,6 @@ def read_dl4j(file: Path, features: Sequence[Feature] = (), outputs: Sequence[st
         features=_scaled(file, list(features), size, saved.normaliser.inputs if saved.normaliser else None),
         outputs=_answers(file, outputs or [f"y{n}" for n in range(count)], labels),
     )
-
-
-def _units(spec: Spec) -> int | None:
-    """How many values a layer gives; None if as many as it takes."""
-    units: int | None = _units(spec["layer"]) if "layer" in spec else spec.get("units")
-    return units * 2 if units is not None and spec.get("mode") == "concat" else units
 
 
 def _scaled(file: Path, features: list[Feature], size: int, scaling: Scaling | None) -> tuple[Feature, ...]:
