@@ -2,6 +2,8 @@
 
     python -m benchmarks.layer_kinds [--data weather characters] [--kinds lstm gru ...] [--epochs N] [--units H]
 
+`griffin` is rg_lru in the block that its authors put around it.
+
 Seed, data, epochs and learning rate are the recipe's and the same for all. A kind gets as many units as bring the
 whole network's number of weights closest to that of the LSTM's. Times are the processor's, on one thread: an update of
 training, and a single step of one row on the graph that the server makes of it.
@@ -15,6 +17,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +37,7 @@ from training.train import Trainer
 
 from .machine import ROOT
 
-KINDS = ("lstm", "gru", "slstm", "min_gru", "rg_lru")
+KINDS = ("lstm", "gru", "slstm", "min_gru", "rg_lru", "griffin")
 DATA = ("weather", "characters")
 DISTANCES = (1, 6, 24)
 SINGLE_STEPS = 500
@@ -74,7 +77,8 @@ def measure(config: Config, source: Source, kind: str, weights: int) -> Row:
         digest = sha256_of(staged / MODEL_FILE)
         manifest = describe(network, source, config, sha256=digest, version=1, metrics={})
         step_us = _single_step_us(publish(staged, manifest, Path(directory)))
-    units = next(spec.units for spec in config.network if spec.kind == kind)
+    memory = "rg_lru" if kind == "griffin" else kind
+    units = next(spec.units for spec in config.network if spec.kind == memory)
     return Row(kind, units, _weights(network), scores, update_ms, step_us)
 
 
@@ -93,10 +97,32 @@ def _of_size(config: Config, source: Source, kind: str, weights: int) -> Config:
 
 def _replaced(config: Config, kind: str, units: int) -> Config:
     tree = config.model_dump(mode="json", by_alias=True, exclude_unset=True)
-    tree["network"] = [
-        {"kind": kind, "units": units} if layer["kind"] == "lstm" else layer for layer in tree["network"]
-    ]
+    network = []
+    for number, layer in enumerate(tree["network"]):
+        network += (
+            [layer]
+            if layer["kind"] != "lstm"
+            else _griffin(number, units)
+            if kind == "griffin"
+            else [{"kind": kind, "units": units}]
+        )
+    tree["network"] = network
     return Config.model_validate(tree)
+
+
+def _griffin(number: int, units: int) -> list[dict[str, Any]]:
+    """Griffin's recurrent block around rg_lru, without its convolution: norm, a gate beside it, a skip connection."""
+    begin, norm, gate, memory, end = (f"{name}_of_{number}" for name in ("begin", "norm", "gate", "memory", "end"))
+    dense = {"kind": "dense", "units": units, "activation": "identity"}
+    return [
+        {**dense, "name": begin},
+        {"kind": "layer_norm", "name": norm},
+        {**dense, "activation": "gelu", "name": gate},
+        {"kind": "rg_lru", "units": units, "name": memory, "from": [norm]},
+        {"kind": "mul", "from": [gate, memory]},
+        {**dense, "name": end},
+        {"kind": "add", "from": [begin, end]},
+    ]
 
 
 def _weights(network: Network) -> int:

@@ -174,7 +174,7 @@ def moments_of(value: Any, shape: Shape, path: str, *, along: bool, every_s: flo
         return _spaced(*_span(value, shape, path, along, every_s), shape)
     if isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.ndim):
         return _listed(value, shape, path)
-    start_s = seconds(value.item() if isinstance(value, np.number) else value, path)
+    start_s = seconds(value, path)
     if not along or shape[-1] == 1:
         return np.full(shape, start_s)
     return _spaced(start_s, _known(every_s, path), shape)
@@ -186,6 +186,10 @@ def seconds(value: Any, path: str) -> float:
     Raises:
         InvalidRequest: it is none, has no offset, or lies outside the years 2 to 9998.
     """
+    if isinstance(value, np.ndarray):
+        value = value[()]
+    if isinstance(value, np.number):
+        value = value.item()
     if isinstance(value, np.datetime64):  # has no zone: UTC by numpy's convention
         at_s = float("nan") if np.isnat(value) else float(value.astype("datetime64[us]").astype(np.int64)) / 1e6
     elif isinstance(value, int | float) and not isinstance(value, bool):

@@ -15,7 +15,7 @@ from typing import Any, Final, Literal
 import numpy as np
 import numpy.typing as npt
 
-from .calendars import Calendar, Shape, moments_of
+from .calendars import Calendar, Shape, moments_of, seconds
 from .errors import InvalidRequest, ShapeMismatch
 from .manifest import TIME, Manifest
 
@@ -43,6 +43,7 @@ class FeatureNames:
         self._indices = {f.name: _indices(f.categories) for f in manifest.features if f.categories is not None}
         self._dated = [f.name for f in manifest.features if f.calendar is not None]
         self.worded = frozenset([*self._indices, TIME] if self._dated else self._indices)
+        self._kinds = [(f.name, f.calendar is not None, self._indices.get(f.name)) for f in manifest.features]
         self._plain = len(self._slices) == self._width  # every feature is one value
         self._labels = None if manifest.classes is None else np.array([*manifest.classes, ""])
 
@@ -129,16 +130,17 @@ class FeatureNames:
             told = _listed(map(repr, both))
             raise InvalidRequest(f"{path} has {TIME!r} and what follows from it: {told}. Leave one of them out.")
         shape = self._shape(spelled) or ((steps,) if steps else ())
-        along = len(shape) == 2 or (len(shape) == 1 and steps is not None)
-        every_s = self.manifest.every_s
-        moments = moments_of(named[TIME], shape, f"{path}.{TIME}", along=along, every_s=every_s)
-        if not moments.ndim:
-            return spelled | dict(zip(self._dated, self._calendar.row(moments.item()), strict=True))
+        time, where, along = named[TIME], f"{path}.{TIME}", len(shape) == 2 or (bool(shape) and steps is not None)
+        if not shape and not isinstance(time, list | tuple | np.ndarray | Mapping):
+            return spelled | dict(zip(self._dated, self._calendar.row(seconds(time, where)), strict=True))
+        moments = moments_of(time, shape, where, along=along, every_s=self.manifest.every_s)
         columns = self._calendar.columns(moments)
         return spelled | {name: columns[..., place] for place, name in enumerate(self._dated)}
 
     def _shape(self, named: Mapping[str, Any]) -> Shape:
         """The shape of columns; () where all of them are numbers."""
+        if _NUMBERS.issuperset(map(type, named.values())):
+            return ()
         for name, value in named.items():
             if isinstance(value, list | tuple | np.ndarray) and (where := self._slices.get(name)) is not None:
                 shape = np.shape(as_floats(value, name))
@@ -203,6 +205,27 @@ class FeatureNames:
         names = {known.casefold(): known for known in self._slices}
         close = get_close_matches(name.casefold(), names, 1, cutoff=0.5)
         return names[close[0]] if close else None
+
+    def row(self, values: Sequence[Any]) -> list[float | None]:
+        """One example's numbers by position, of features of width 1.
+
+        Args:
+            values: The row's moment, if the model has a calendar; then all that is not of the calendar, in the order of
+                the features.
+
+        Raises:
+            InvalidRequest: the moment, or a category, is none.
+        """
+        given = iter(values)
+        dated = iter(self._calendar.row(seconds(next(given), f"$.inputs.{TIME}")) if self._dated else ())
+        row = []
+        for name, calendar, indices in self._kinds:
+            if calendar:
+                row.append(next(dated))
+            else:
+                value = next(given)
+                row.append(value if indices is None else _index_of(value, indices, f"$.inputs.{name}"))
+        return [None if value is MISSING else value for value in row]
 
     # --- outputs --------------------------------------------------------------------------------------------------
 

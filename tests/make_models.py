@@ -221,6 +221,17 @@ KINDS: dict[str, Kind] = {
         ],
         {"missing": True},
     ),
+    "recurrences": Kind(
+        [
+            {"kind": "min_gru", "units": 4},
+            {"kind": "attention", "units": 4, "window": 3, "heads": 2},
+            {"kind": "layer_norm"},
+            normed({"kind": "slstm", "units": 3}),
+            {"kind": "rg_lru", "units": 3},
+            OUT,
+        ],
+        {"missing": True},
+    ),
     "scan_activations": Kind(  # no ONNX node knows them
         [
             {**SIMPLE, "activation": "rationaltanh"},

@@ -257,7 +257,7 @@ CATALOGUE: dict[tuple[str, tuple[str, ...]], list[tuple[str, ...]]] = {
         ("(at[:, high] - at[:, low]).sum()", "at[:, high].sum()"),
         ("abs(p + q - 1) < 1e-9", "q > 0.5"),
         (".sum(axis=-1) / count**2", ".sum(axis=-1) / (count * count - 1)"),
-        ("there = present[..., k]", "there = present[..., 0]"),
+        ("there = present[..., place]", "there = present[..., k]"),
     ],
     ("masks.py", MASKS): [
         ("device=lengths.device) < lengths[:, None]", "device=lengths.device) <= lengths[:, None]"),

@@ -18,6 +18,9 @@ import pytest
 from doors import WebSocketDoor
 from serving import MODELS, ROOT, Running, running
 
+from service.doors.bodies import JSON
+from service.doors.names import Names as NamesOf
+from service.doors.steps import Reader
 from service.engine.repository import Repository
 from stepcast.__main__ import main
 from stepcast.calendars import Calendar, describe
@@ -341,6 +344,40 @@ def test_a_step_by_its_moment_is_the_step_by_position(http: httpx.Client, name: 
         response = http.post(at, json={"inputs": {**BY_TIME, **change}, "seq": 1})
         assert (response.status_code, response.json()["code"]) == (409, "step_conflict")
     assert http.get(at.removesuffix("/step")).json()["step"] == 1
+
+
+def test_a_step_by_its_moment_is_taken_apart_in_one_go() -> None:
+    """As a body and as a frame, in JSON and msgpack: what is wrong, or of several rows, goes the general way."""
+    repository = Repository(MODELS, device="cpu", threads=1)
+    repository.scan()
+    reader = Reader(repository.live("covariates"), 1024, NamesOf(repository, "covariates"), renamed=False)
+    encoders = {JSON: msgspec.json.encode, MSGPACK: msgspec.msgpack.encode}
+    for inputs in (
+        BY_TIME,
+        {"time": seconds(AT)},
+        {"time": AT, "station": None, "u": None},
+        {"time": int(seconds(AT)), "station": 7, "price": 3},
+        {"time": AT, "station": "no such place"},
+    ):
+        wanted = NAMES.array(inputs).tobytes()
+        for kind, encode in encoders.items():
+            read = reader.read(encode({"inputs": inputs, "seq": 3}), kind, reader.bodies)
+            framed = reader.read(encode({"inputs": inputs, "seq": 3, "id": 1, "session": "a"}), kind, reader.frames)
+            assert read is not None
+            assert framed is not None
+            assert (read[0].seq, framed[0].session) == (3, "a")
+            assert read[1] == framed[1] == wanted
+    wrong: list[Any] = [
+        {**BY_TIME, key: value} for key, value in (("time", "noon"), ("w", 1.0), ("u", "x"), ("station", 1.5))
+    ]
+    wrong += [{"u": 1.0}, {**BY_TIME, "u": [1.0]}, {**BY_TIME, "u": 1e39}, {**BY_TIME, "hour_sin": 0.0}, [BY_TIME]]
+    for inputs in wrong:
+        for kind, encode in encoders.items():
+            assert reader.read(encode({"inputs": inputs}), kind, reader.bodies) is None, inputs
+    for value in (NAN, float("inf")):
+        assert reader.read(encoders[MSGPACK]({"inputs": {**BY_TIME, "u": value}}), MSGPACK, reader.bodies) is None
+    plain = encoders[JSON]({"inputs": positional((2, 0.5, 2.0))[0]})
+    assert reader.read(plain, JSON, reader.bodies) is not None
 
 
 def test_a_static_feature_is_sent_once(http: httpx.Client, name: str) -> None:

@@ -58,7 +58,7 @@ def cases() -> dict[str, tuple[Layers, list[Feature]]]:
     found["gru-reset_before"] = [before, {**before, "units": 3}, OUT], rich()
     found["gru-reset_before-scan"] = [{**before, "activation": "mish"}, OUT], rich()
     found["gru-reset_before-both"] = [{"kind": "bidirectional", "layer": before}, OUT], rich()
-    found["layer_norm"] = [{"kind": "layer_norm", "epsilon": 0.01}, {"kind": "gru", "units": 4}, OUT], rich()
+    found["layer_norm-epsilon"] = [{"kind": "layer_norm", "epsilon": 0.01}, {"kind": "gru", "units": 4}, OUT], rich()
     for name in ("hardsigmoid", "softsign", "hardtanh"):
         for cell in ("lstm", "graves_lstm", "gru"):
             found[f"{cell}-gate_{name}"] = [{"kind": cell, "units": 3, "gate_activation": name}, OUT], plain()
@@ -83,6 +83,10 @@ def cases() -> dict[str, tuple[Layers, list[Feature]]]:
     found["conv1d-above"] = [{"kind": "lstm", "units": 4}, conv, OUT], rich()
     attention = {"kind": "attention", "units": 4, "window": 3, "heads": 2}
     found["attention"] = [attention, {"kind": "gru", "units": 4}, {**attention, "window": 9, "heads": 1}, OUT], rich()
+    found["layer_norm"] = (
+        [{"kind": "dense", "units": 5}, {"kind": "layer_norm"}, {"kind": "gru", "units": 4}, OUT],
+        rich(),
+    )
     found["rnn_loss"] = [{"kind": "lstm", "units": 3}, {"kind": "rnn_loss"}], rich()
     dense = {"kind": "time_distributed", "layer": {"kind": "dense", "units": 3}}
     named = {"kind": "rnn_to_feed_forward"}, {"kind": "feed_forward_to_rnn"}

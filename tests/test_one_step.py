@@ -54,9 +54,75 @@ def test_steps_are_those_of_the_model(kind: str, rows: int) -> None:
 
 
 def test_most_kinds_have_one() -> None:
-    """Layers that walk over time by themselves (Scan) or whose lengths differ by layer keep model.onnx."""
+    """Layers that walk over time by themselves (Scan) too; those whose lengths differ by layer keep model.onnx."""
     assert {"lstm", "gru", "simple_rnn", "graves_lstm", "stacked", "characters", "dense_between"} <= set(kinds())
-    assert not {"scan_activations", "bidirectional", "dense"} & set(kinds())
+    assert {"scan_activations", "lstm_normed", "mask_zero_normed", "pooling_max"} <= set(kinds())
+    assert not {"mask_zero", "bidirectional", "dense"} & set(kinds())
+
+
+def scan_model(path: Path, *, over: str = "x") -> Path:
+    """s and p carried over axis 1 of x: s' = s + x, p' = p s'; y stacks s', the body has a constant of its own.
+
+    The second Scan reads what the first one stacked, and a tensor `c` from around it; names inside both are the same.
+    """
+
+    def body(read: str) -> Any:
+        floats = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("s", "p", "x_t")]
+        ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("s1", "p1", "y_t")]
+        nodes = [
+            helper.make_node("Add", ["s", "x_t"], ["sum"]),
+            helper.make_node("Mul", ["sum", read], ["s1"]),
+            helper.make_node("Mul", ["p", "s1"], ["p1"]),
+            helper.make_node("Identity", ["s1"], ["y_t"]),
+        ]
+        half = numpy_helper.from_array(np.array([0.5], np.float32), "half")
+        return helper.make_graph(nodes, "body", floats, ends, [half])
+
+    axes = {"num_scan_inputs": 1, "scan_input_axes": [1], "scan_output_axes": [1]}
+    graph = helper.make_graph(
+        [
+            helper.make_node("Concat", ["x", "x"], ["twice"], axis=1),
+            helper.make_node("Scan", ["h.in", "c.in", over], ["s_a", "p_a", "y_a"], body=body("half"), **axes),
+            helper.make_node("Scan", ["s_a", "p_a", "y_a"], ["h.out", "c.out", "y"], body=body("c"), **axes),
+        ],
+        "scans",
+        [
+            helper.make_tensor_value_info("x", TensorProto.FLOAT, ["B", "T", H]),
+            *(helper.make_tensor_value_info(f"{s}.in", TensorProto.FLOAT, ["B", H]) for s in "hc"),
+        ],
+        [
+            helper.make_tensor_value_info("y", TensorProto.FLOAT, ["B", "T", H]),
+            *(helper.make_tensor_value_info(f"{s}.out", TensorProto.FLOAT, ["B", H]) for s in "hc"),
+        ],
+        [numpy_helper.from_array(np.array([3.0], np.float32), "c")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+    model.ir_version = 8
+    onnx.save(model, str(path))
+    return path
+
+
+def test_scans_over_one_step_become_that_step(tmp_path: Path) -> None:
+    """By value, of two rows; no graph is left inside."""
+    ports = {**PORTS, "x": [("x", (ROWS, 1, H))]}
+    made = single_step_graph(scan_model(tmp_path / "model.onnx"), ports, None)
+    assert made is not None
+    assert "Scan" not in {node.op_type for node in onnx.load_from_string(made.model).graph.node}
+    x, h, c = (np.array(v, np.float32) for v in ([[1.0], [2.0]], [[10.0], [20.0]], [[-1.0], [0.5]]))
+    x, h, c = (np.repeat(v, H, axis=1) for v in (x, h, c))
+    feeds = {made.ports["x"][0][0]: x, made.ports["h.in"][0][0]: h, made.ports["c.in"][0][0]: c}
+    session = ort.InferenceSession(made.model, providers=["CPUExecutionProvider"])
+    got = dict(zip((port.name for port in session.get_outputs()), session.run(None, feeds), strict=True))
+    first = (h + x) * 0.5
+    second = (first + first) * 3.0
+    for name, want in {"y": second, "h.out": second, "c.out": c * first * second}.items():
+        np.testing.assert_allclose(got[made.ports[name][0][0]].reshape(2, H), want, rtol=1e-6)
+
+
+def test_scans_over_several_steps_stay_as_they_are(tmp_path: Path) -> None:
+    """One of a single step goes over two: there is no such graph."""
+    ports = {**PORTS, "x": [("x", (ROWS, 1, H))]}
+    assert single_step_graph(scan_model(tmp_path / "model.onnx", over="twice"), ports, None) is None
 
 
 def recurrent_model(path: Path, op: str, *, bias: bool = True, peepholes: bool = False, **attributes: Any) -> Path:

@@ -115,6 +115,19 @@ def test_dropout_takes_the_share_it_is_asked_for() -> None:
     assert float((y == 0).float().mean()) == pytest.approx(0.2, abs=0.02)
 
 
+def test_layer_norm_is_its_formula_at_every_step() -> None:
+    """1, 2 and 6 have mean 3 and variance 14/3; gain and bias begin as 1 and 0."""
+    layer = network([{"kind": "layer_norm"}, OUT], plain(3), spread=0.0).layers[0]
+    wanted = (np.array([1.0, 2.0, 6.0]) - 3) / np.sqrt(14 / 3 + 1e-5)
+    y, _ = layer(torch.tensor([[[1.0, 2.0, 6.0], [7.0, 7.0, 7.0]]]), None, {})
+    np.testing.assert_allclose(y[0].detach().numpy(), [wanted, [0, 0, 0]], rtol=1e-5)
+    layer.norm.weight.data.fill_(2.0)
+    layer.norm.bias.data.fill_(0.5)
+    np.testing.assert_allclose(
+        layer(torch.tensor([[[1.0, 2.0, 6.0]]]), None, {})[0][0, 0].detach(), 2 * wanted + 0.5, rtol=1e-5
+    )
+
+
 def test_pooling_is_its_formula_from_step_to_step() -> None:
     """Of 3, -4 and 0, so far; the state goes on in a second call."""
     expected = {

@@ -7,13 +7,15 @@ model of several horizons is measured in both ways, and one that says nothing of
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from rich.table import Table
+
+from stepcast.predictive import Predictive
 
 from .baselines import Baselines
 from .comparison import Comparison
@@ -49,11 +51,18 @@ class Measurement:
     Args:
         stepper: The exported model.
         source: The table.
+        predictive: What the model's outputs say besides one number for each target.
         baselines: Of the same table, if they are there already.
     """
 
-    def __init__(self, stepper: Stepper, source: TableSource, baselines: Baselines | None = None) -> None:
-        self.stepper, self.source = stepper, source
+    def __init__(
+        self,
+        stepper: Stepper,
+        source: TableSource,
+        predictive: Predictive | None = None,
+        baselines: Baselines | None = None,
+    ) -> None:
+        self.stepper, self.source, self.predictive = stepper, source, predictive
         self.baselines = baselines or Baselines(source)
         self.columns = self.baselines.columns
         self.foreseen = [place for place, channel in enumerate(source.channels) if channel.foreseen]
@@ -124,10 +133,17 @@ class Measurement:
         replay, baselines = self.replay, self.baselines
         origin = self.origins(ahead)
         model = direct if rolled is None or direct is not None else rolled
-        forecasts = {"model": model, **({"rollout": rolled} if direct is not None and ahead > 1 else {})}
-        given = {n: self._at(f, origin - replay.start) for n, f in forecasts.items() if f is not None}
+        said = {"model": model, **({"rollout": rolled} if direct is not None and ahead > 1 else {})}
+        given = {n: self._at(f, origin - replay.start) for n, f in said.items() if f is not None}
         truth = baselines.truth[:, origin + ahead]
-        return Comparison(ahead, truth, {**given, **baselines.naive(ahead, origin)}, baselines.scale)
+        forecasts = {**given, **baselines.naive(ahead, origin)}
+        comparison = Comparison(ahead, truth, forecasts, baselines.scale)
+        if self.predictive is None or direct is None:
+            return comparison
+        first = self.source.horizons.index(ahead) * len(self.columns)
+        parameters = self.predictive.parameters(replay.y[:, origin - replay.start])  # (S, R, K, P)
+        parameters = parameters[..., first : first + len(self.columns), :].astype(np.float64)
+        return replace(comparison, distribution=self.predictive.distribution, parameters=parameters)
 
     def origins(self, ahead: int) -> NDArray[np.int64]:
         """(R,) test steps whose forecasts can be compared with what came."""

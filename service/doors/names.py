@@ -14,7 +14,7 @@ from msgspec import Raw
 
 from stepcast.errors import InvalidRequest, ShapeMismatch, StateVersionMismatch
 from stepcast.features import FeatureNames, Rows, likeliest
-from stepcast.manifest import Manifest
+from stepcast.manifest import TIME, Manifest
 
 from ..engine import arrays
 from ..engine.arrays import Floats, Form, Format
@@ -125,10 +125,33 @@ def record_of(manifest: Manifest) -> type[msgspec.Struct] | None:
     """
     if any(feature.width > 1 or feature.categories is not None for feature in manifest.features):
         return None
-    fields = {f"f{i}": feature.name for i, feature in enumerate(manifest.features)}
-    kinds = [(field, Number, None) for field in fields]
+    return _record([(feature.name, Number) for feature in manifest.features])
+
+
+def worded_record_of(manifest: Manifest) -> type[msgspec.Struct] | None:
+    """One example's moment, which stands for the calendar, and other features as a struct: what FeatureNames.row takes.
+
+    Returns:
+        None where there can be none: the model has no moment and no categories, or as for `record_of`.
+    """
+    given = [feature for feature in manifest.features if feature.calendar is None]
+    dated = len(given) < len(manifest.features)
+    if any(feature.width > 1 for feature in given) or not (dated or any(feature.categories for feature in given)):
+        return None
+    kinds: list[tuple[str, Any]] = [(TIME, str | float)] * dated
+    kinds += [(feature.name, str | int | None if feature.categories else Number) for feature in given]
+    return _record(kinds, needed=int(dated))
+
+
+def _record(kinds: list[tuple[str, Any]], needed: int = 0) -> type[msgspec.Struct] | None:
+    """A struct of these names and types, the first `needed` of which may not be left out."""
+    names = {f"f{place}": name for place, (name, _) in enumerate(kinds)}
+    fields: list[Any] = [
+        (field, kind) if place < needed else (field, kind, None)
+        for place, (field, (_, kind)) in enumerate(zip(names, kinds, strict=True))
+    ]
     try:
-        return msgspec.defstruct("Record", kinds, rename=fields, forbid_unknown_fields=True, gc=False)
+        return msgspec.defstruct("Record", fields, rename=names, forbid_unknown_fields=True, gc=False)
     except ValueError:
         return None
 

@@ -16,6 +16,7 @@ import numpy as np
 from . import onnx_door as onnx
 from .arrays import Array
 from .buffers import ROWS, Ports, Shape
+from .one_step_scans import shapes_of, without_scans
 
 Axes = tuple[int, ...]
 View = tuple[str, Axes]
@@ -45,20 +46,25 @@ def single_step_graph(path: Path, ports: Ports, lengths: str | None) -> SingleSt
     """The graph of `path`, of these ports, for one step that every row has.
 
     It has no other outputs, nor `lengths`, the input of valid steps per row, where nothing needs it. None where nothing
-    is gained: no recurrent node can be written as equations, or the graph is large or has graphs inside.
+    is gained: no recurrent node can be written as equations, or the graph is large or has graphs inside that are no
+    Scan over the steps.
     """
     model = onnx.load(str(path), load_external_data=False)
-    inside = any(a.HasField("g") or a.graphs for node in model.graph.node for a in node.attribute)
     outside = any(i.data_location == onnx.TensorProto.EXTERNAL for i in model.graph.initializer)
-    unfit = onnx.opset(model) < _LEAST_OPSET or model.functions or outside or inside
+    unfit = onnx.opset(model) < _LEAST_OPSET or model.functions or outside
     if unfit or path.stat().st_size > MOST_BYTES:
         return None
     for port in (*model.graph.input, *model.graph.output):
         if port.name in ports:
             port.CopyFrom(_port(port, port.name, ports[port.name][0][1]))
     model = onnx.shape_inference.infer_shapes(model)
+    inside = any(onnx.subgraphs(node) for node in model.graph.node)
+    if inside:
+        if (model := without_scans(model)) is None:
+            return None
+        model = onnx.shape_inference.infer_shapes(model)
     rewriter = _Rewriter(model.graph, ports, lengths)
-    if not rewriter.rewrite():
+    if not rewriter.rewrite() and not inside:
         return None
     return SingleStepGraph(bytes(model.SerializeToString()), rewriter.ports)
 
@@ -76,7 +82,7 @@ class _Rewriter:
         self._given: set[str] = set()  # tensors that are outputs
         self._nodes: list[Any] = []
         self._rewrote = False  # whether a recurrent node is equations now
-        self._constants, self._shapes = _constants(graph), _shapes(graph)
+        self._constants, self._shapes = _constants(graph), shapes_of(graph)
         self._views: dict[str, View] = {}
         self._stacks: dict[str, list[str]] = {}
         self._whole: dict[View, str] = {}  # views and stacks that somebody needed: what was made for them
@@ -367,13 +373,3 @@ def _put_in(shape: Sequence[int | str], base: Sequence[int | str]) -> Axes | Non
         else:
             axes.append(at)
     return None if left or any(shape[at] != 1 for at in axes) else tuple(axes)
-
-
-def _shapes(graph: Any) -> dict[str, tuple[int | str, ...]]:
-    """Of tensors whose rank is known; a size that is not is a name, or ''."""
-    types = {value.name: value.type.tensor_type for value in (*graph.input, *graph.value_info, *graph.output)}
-    return {
-        name: tuple(dim.dim_value if dim.HasField("dim_value") else dim.dim_param for dim in kind.shape.dim)
-        for name, kind in types.items()
-        if kind.HasField("shape")
-    }

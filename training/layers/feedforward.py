@@ -60,7 +60,7 @@ class Activation(Layer):
 
 
 class LayerNorm(Layer):
-    """gain (x - mean) / sqrt(variance + epsilon) + shift, over the values of each step."""
+    """Mean 0 and variance 1 over the values of each step, then a gain and a bias (Ba, Kiros and Hinton, 2016)."""
 
     def __init__(self, name: str, spec: LayerNormSpec, size: int) -> None:
         super().__init__(name)
@@ -70,8 +70,8 @@ class LayerNorm(Layer):
         return self.norm(x), state
 
     def write(self, graph: Graph, x: str, state: Mapping[str, str]) -> tuple[str, dict[str, str]]:
-        gain, shift = (graph.constant(w.detach().cpu().numpy()) for w in (self.norm.weight, self.norm.bias))
-        return graph.add("LayerNormalization", x, gain, shift, axis=-1, epsilon=self.norm.eps), {}
+        gain, bias = (graph.constant(p.detach().float().cpu().numpy()) for p in (self.norm.weight, self.norm.bias))
+        return graph.add("LayerNormalization", x, gain, bias, axis=-1, epsilon=self.norm.eps), {}
 
 
 class Dropout(Layer):

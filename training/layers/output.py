@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stepcast.manifest import Feature, Output
@@ -72,7 +73,14 @@ class Head(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Values before the activation, (B, T, O), or raw values of a distribution."""
-        return hidden if self.linear is None else self.linear(hidden)
+        if self.linear is None:
+            return hidden
+        distribution = self.loss.distribution
+        if distribution is None or not distribution.faithful:
+            return self.linear(hidden)  # type: ignore[no-any-return]
+        weight, bias, means = self.linear.weight, self.linear.bias, self.targets
+        others = F.linear(hidden.detach(), weight[means:], bias[means:])
+        return torch.cat([F.linear(hidden, weight[:means], bias[:means]), others], dim=-1)
 
     def base(self, observed: Tensor) -> Tensor | None:
         """What the answer is relative to, in the caller's units (B, T, O); None: nothing."""

@@ -46,8 +46,8 @@ class ActivationSpec(Spec):
     activation: ActivationName
 
 
-class LayerNormSpec(Spec):
-    """Each step's values with mean 0 and variance 1, times a gain, plus a shift; both are learned."""
+class LayerNormSpec(Learns):
+    """Each step's values, normalised over themselves, with a gain and a bias that learn."""
 
     kind: Literal["layer_norm"]
     epsilon: float = Field(default=1e-5, gt=0, description="added to the variance")
