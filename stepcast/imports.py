@@ -58,6 +58,12 @@ def is_no_zip(file: Path) -> bool:
 
 KINDS: Final[dict[str, Kind]] = {
     "dl4j": Kind("training", "imports.dl4j_command", "a network that DL4J saved", is_zip_with("configuration.json")),
+    "keras": Kind(
+        "training",
+        "imports.keras_command",
+        "a network that Keras 3 saved",
+        is_zip_with("config.json", "model.weights.h5"),
+    ),
     "onnx": Kind("service", "engine.imports.onnx_command", "a recurrent ONNX graph", is_no_zip),
     "silero": Kind("service", "engine.imports.silero", "Silero's voice activity detector, by name only", None),
     "dtln": Kind("service", "engine.imports.dtln", "DTLN's noise suppression, by name only", None),
