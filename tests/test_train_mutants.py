@@ -8,7 +8,10 @@ import pytest
 from mutants import ROOT, Mutant
 
 CATALOGUE = list(mutants.mutants())
-JUDGED = ("train.py", "segments.py", "losses.py", "masks.py", "metrics.py", "optimise.py")
+JUDGED = (
+    *("train.py", "segments.py", "losses.py", "masks.py", "metrics.py", "optimise.py"),
+    *("distributions.py", "probabilistic.py"),
+)
 
 
 @pytest.mark.parametrize("mutant", CATALOGUE, ids=lambda m: f"{m.file}-{m.new[:40]}")
