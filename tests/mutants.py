@@ -366,7 +366,7 @@ CATALOGUE: dict[tuple[str, tuple[str, ...]], list[tuple[str, ...]]] = {
         ("n = a(n + r * recurrent_n)", "n = a(n + recurrent_n)"),
         ("self.bias_ih.data[self.units : 2 * self.units]", "self.bias_ih.data[: self.units]"),
         ('"LSTM", (0, 3, 1, 2), nn.LSTM', '"LSTM", (0, 1, 2, 3), nn.LSTM'),
-        ('"linear_before_reset": 1', '"linear_before_reset": 0'),
+        ('"linear_before_reset": int(self.reset_after)', '"linear_before_reset": 0'),
         ("spec.forget_bias\n        self.bias_hh.requires_grad_(False)", "spec.forget_bias"),
     ],
     ("layers/cells.py", RECURRENCES): [
