@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .codec import Answer, Forecast, SessionState
     from .errors import StepcastError
     from .manifest import Manifest
+    from .models import export
     from .retry import Retry
     from .session_calls import SessionInfo
     from .stream import AsyncStream, Stream
@@ -37,6 +38,7 @@ __all__ = [
     "StepcastError",
     "Stream",
     "__version__",
+    "export",
 ]
 
 _HOMES = {
@@ -45,6 +47,7 @@ _HOMES = {
     **dict.fromkeys(("BatchAnswer", "ModelInfo"), "calls"),
     **dict.fromkeys(("AsyncStream", "Stream"), "stream"),
     "Manifest": "manifest",
+    "export": "models",
     "Retry": "retry",
     "SessionInfo": "session_calls",
     "StepcastError": "errors",

@@ -49,12 +49,18 @@ class Forecast(Generic[O_co]):
         step: The number of steps that the session has taken; H more if the rollout was committed.
         version: The model version that answered.
         classes: Of a classifier, the chosen classes of each example.
+        levels: L of them, with `paths`.
+        quantiles: Of the sample paths by target, (N, H, L).
+        paths: The sample paths by target, (N, P, H), if they were to be kept.
     """
 
     outputs: O_co
     step: int
     version: int
     classes: list[list[str]] | None
+    levels: tuple[float, ...] = ()
+    quantiles: dict[str, Floats] | None = None
+    paths: dict[str, Floats] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +167,21 @@ def forecast(message: dict[str, Any], form: Form[Any] | None, names: FeatureName
     """A rollout's answer."""
     y = outputs(message)
     made = y if form is None else form.outputs(y, names)
-    return Forecast(made, message["step"], message["version"], message.get("classes"))
+    n, h, _ = y.shape
+    levels = tuple(message.get("levels", ()))
+    return Forecast(
+        made,
+        message["step"],
+        message["version"],
+        message.get("classes"),
+        levels,
+        _by_target(message.get("quantiles"), (n, h, len(levels))),
+        _by_target(message.get("paths"), (n, -1, h)),
+    )
+
+
+def _by_target(raw: Mapping[str, bytes] | None, shape: tuple[int, int, int]) -> dict[str, Floats] | None:
+    return None if raw is None else {name: np.frombuffer(data, "<f4").reshape(shape) for name, data in raw.items()}
 
 
 # --- state ----------------------------------------------------------------------------------------------------------

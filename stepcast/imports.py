@@ -5,8 +5,9 @@ trainer builds a network and exports it. To add a kind, give it a place in KINDS
 
 - a docstring, whose first line is the command's description;
 - `options(parser)`, which adds the kind's own options; every option takes one value and may be repeated;
-- `run(arguments) -> int`, which is given `file`, `models`, `name`, `version` (or None) and the kind's own options. It
-  prints what was made and gives an exit status. What a user has caused it raises as ManifestError or ConfigError.
+- `run(arguments) -> int`, which is given `file`, `models`, `name`, `version` (or None), the kind's own options, and the
+  command line as it was `said`. It prints what was made and gives an exit status. What a user has caused it raises as
+  ManifestError or ConfigError.
 """
 
 import argparse
@@ -56,7 +57,10 @@ def is_no_zip(file: Path) -> bool:
 
 
 KINDS: Final[dict[str, Kind]] = {
+    "dl4j": Kind("training", "imports.dl4j_command", "a network that DL4J saved", is_zip_with("configuration.json")),
     "onnx": Kind("service", "engine.imports.onnx_command", "a recurrent ONNX graph", is_no_zip),
+    "silero": Kind("service", "engine.imports.silero", "Silero's voice activity detector, by name only", None),
+    "dtln": Kind("service", "engine.imports.dtln", "DTLN's noise suppression, by name only", None),
 }
 """By name. A file is of the first kind that claims it."""
 
@@ -75,11 +79,13 @@ def run(arguments: Sequence[str], prog: str) -> int:
     name, rest = _chosen(arguments)
     parsed = parser(name, prog)
     found = parsed.parse_args(rest)
+    _check_file(found.file)
     if found.name is None:
         try:
             found.name = _model_name(found.file.name.partition(".")[0])
         except argparse.ArgumentTypeError as error:
             parsed.error(f"{error}. Give --name.")
+    found.said = [*prog.split(), "import", *arguments]
     return int(_module(name).run(found))
 
 
@@ -100,6 +106,15 @@ def parser(name: str, prog: str) -> Parser:
 def _module(name: str) -> Any:
     kind = KINDS[name]
     return load(f"{module_of(kind.room)}.{kind.module}", kind.room)
+
+
+def _check_file(file: Path) -> None:
+    """Raises ManifestError where nothing can be read; whoever opened a pipe would wait forever."""
+    if not file.is_file():
+        what = "is a directory" if file.is_dir() else "is not a regular file" if file.exists() else "no such file"
+        raise ManifestError(f"{file}: {what}")
+    if not file.stat().st_size:
+        raise ManifestError(f"{file}: is empty")
 
 
 def _model_name(text: str) -> str:

@@ -28,6 +28,13 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
 
+class Change(_Strict):
+    """A channel that the graph adds: how much a reading has changed over some steps, divided by `scale`."""
+
+    steps: int = Field(ge=1)
+    scale: float = Field(default=1.0, gt=0, description="in the feature's unit")
+
+
 class Feature(_Strict):
     """One input, or a block of `width` inputs that belong together (the pixels of a frame, a one-hot character).
 
@@ -42,6 +49,7 @@ class Feature(_Strict):
     scale: float = 1.0
     missing: Literal["refuse", "mean", "zero", "hold"] = "refuse"
     indicator: bool = Field(default=False, description="the graph adds a 1/0 channel that says: was missing")
+    changes: tuple[Change, ...] = Field(default=(), description="of a feature of width 1")
 
 
 class Output(_Strict):
@@ -63,10 +71,12 @@ class Distribution(_Strict):
     """Which outputs describe the distribution of which target.
 
     A target's point forecast is the output that has the target's name. `targets` lists the outputs that hold its
-    parameters, in the caller's units and in the order of the kind: a quantile for each of `levels`.
+    parameters, in the caller's units and in the order of the kind. quantile: one for each of `levels`; gaussian: mean,
+    scale; student_t: location, scale, degrees of freedom; negative_binomial: mean, dispersion; mixture (of gaussians):
+    the weights of all components, then their means, then their scales.
     """
 
-    kind: Literal["quantile"]
+    kind: Literal["quantile", "gaussian", "student_t", "negative_binomial", "mixture"]
     levels: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(default=(), description="of quantiles, ascending")
     targets: dict[Name, tuple[Name, ...]] = Field(min_length=1)
 
@@ -74,9 +84,15 @@ class Distribution(_Strict):
     def _complete(self) -> Self:
         if any(low >= high for low, high in pairwise(self.levels)):
             raise ValueError(f"levels {list(self.levels)} do not ascend")
+        if (self.kind == "quantile") != bool(self.levels):
+            raise ValueError("'levels' belongs to kind 'quantile', and only to it")
+        wanted = {"quantile": len(self.levels), "gaussian": 2, "student_t": 3, "negative_binomial": 2}
         for target, names in self.targets.items():
-            if len(names) != len(self.levels) or not names:
-                raise ValueError(f"targets.{target} names {len(names)} outputs, there are {len(self.levels)} levels")
+            want = wanted.get(self.kind, max(3, len(names) // 3 * 3))  # a mixture has as many components as it has
+            if len(names) != want:
+                raise ValueError(f"targets.{target} names {len(names)} outputs, {self.kind} has {want} parameters")
+        if len({len(names) for names in self.targets.values()}) > 1:
+            raise ValueError("targets have different numbers of outputs")
         return self
 
 
@@ -172,6 +188,7 @@ class Provenance(_Strict):
     seed: int | None = None
     metrics: dict[str, Any] = {}
     libraries: dict[str, str] = {}
+    environment: dict[str, str] = Field(default={}, description="where it was made: Python, system, processor, device")
     created: str = ""
 
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict, Unpack, overload
 from urllib.parse import quote
 
@@ -125,6 +125,9 @@ class SessionCalls:
         commit: bool = False,
         temperature: float = 0.0,
         seed: int | None = None,
+        paths: int = 0,
+        levels: Sequence[float] = (),
+        keep_paths: bool = False,
     ) -> Steps[Forecast[NamedColumns]]: ...
     @overload
     def rollout(
@@ -135,6 +138,9 @@ class SessionCalls:
         commit: bool = False,
         temperature: float = 0.0,
         seed: int | None = None,
+        paths: int = 0,
+        levels: Sequence[float] = (),
+        keep_paths: bool = False,
     ) -> Steps[Forecast[Floats]]: ...
     def rollout(
         self,
@@ -144,6 +150,9 @@ class SessionCalls:
         commit: bool = False,
         temperature: float = 0.0,
         seed: int | None = None,
+        paths: int = 0,
+        levels: Sequence[float] = (),
+        keep_paths: bool = False,
     ) -> Steps[Forecast[Any]]:
         """Run free for H steps, feeding predictions back.
 
@@ -154,8 +163,14 @@ class SessionCalls:
             commit: Whether the session moves on; if not, it stays as it is.
             temperature: For a classifier, how classes are drawn; 0: the likeliest.
             seed: Of the draws.
+            paths: How many sample paths are drawn for each example from the model's distribution, beside the rollout
+                of its point forecasts.
+            levels: Of the paths' quantiles; (): the model's own, or 0.1, 0.5, 0.9.
+            keep_paths: Whether the paths themselves are answered, too.
         """
         fields: dict[str, Any] = {"steps": steps, "commit": commit, "temperature": temperature}
+        if paths:
+            fields |= {"paths": paths, "levels": list(levels), "keep_paths": keep_paths}
         asked: Form[Any] | None = None if inputs is None else form(inputs)
         if seed is None and commit and temperature:
             seed = secrets.randbits(62)  # so that a retry draws the same

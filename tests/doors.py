@@ -1,6 +1,7 @@
 """The ways into a server, with one face, so that one script can be run through all of them."""
 
 import json
+import select
 import socket
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -159,13 +160,20 @@ class HttpDoor:
         body = b"" if method == "GET" or call.op in ("clear", "end") else self._wire.encode(call.fields)
         head = f"{method} {path} HTTP/1.1\r\nhost: x\r\ncontent-type: {kind}\r\naccept: {kind}\r\n"
         try:
-            if place == len(self._lines):
-                self._lines.append(socket.create_connection(self._address, TIMEOUT_S))
-                self._lines[place].setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if place < len(self._lines) and select.select([self._lines[place]], [], [], 0)[0]:
+                self._lines[place].close()  # nothing is to come: the server has ended what was idle for long
+                self._lines[place] = self._connect()
+            elif place == len(self._lines):
+                self._lines.append(self._connect())
             self._lines[place].sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
         except OSError as error:
             return ConnectionError(str(error))
         return None
+
+    def _connect(self) -> socket.socket:
+        line = socket.create_connection(self._address, TIMEOUT_S)
+        line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return line
 
     def _route(self, call: Call) -> tuple[str, str]:
         if call.op == "post":

@@ -103,6 +103,90 @@ def torch_lstm(
     return save(path, nodes, inputs, outputs, {"W": GATES, "R": BACK, "one": np.array([1])})
 
 
+def hidden_lstm(path: Path, order: tuple[str, str] = ("p", "q")) -> Path:
+    """As `torch_lstm`, but its states a and b go through products first; `order` is that of their outputs p and q."""
+    nodes = [
+        helper.make_node("MatMul", ["a", "eye"], ["h0"]),
+        helper.make_node("MatMul", ["b", "eye"], ["c0"]),
+        helper.make_node("LSTM", ["x", "W", "R", "", "", "h0", "c0"], ["yt", "p", "q"], hidden_size=UNITS),
+        helper.make_node("Squeeze", ["yt", "one"], ["y"]),
+    ]
+    state = [1, "batch", UNITS]
+    inputs = [("x", T.FLOAT, ["seq", "batch", FEATURES]), ("a", T.FLOAT, state), ("b", T.FLOAT, state)]
+    outputs = [("y", T.FLOAT, ["seq", "batch", UNITS]), *((name, T.FLOAT, state) for name in order)]
+    eye = np.eye(UNITS, dtype=np.float32)
+    return save(path, nodes, inputs, outputs, {"W": GATES, "R": BACK, "one": np.array([1]), "eye": eye})
+
+
+def twins(path: Path) -> Path:
+    """One step of a cell with two states a and b, which go into their next values p and q alike."""
+    node = helper.make_node
+    nodes = [
+        node("MatMul", ["x", "W"], ["xw"]),
+        node("Add", ["a", "b"], ["both"]),
+        node("MatMul", ["both", "U"], ["back"]),
+        node("Add", ["xw", "back"], ["sum"]),
+        node("Tanh", ["sum"], ["p"]),
+        node("Sigmoid", ["sum"], ["q"]),
+        node("MatMul", ["p", "V"], ["y"]),
+    ]
+    state = ["n", UNITS]
+    inputs = [("x", T.FLOAT, ["n", FEATURES]), ("a", T.FLOAT, state), ("b", T.FLOAT, state)]
+    outputs = [("y", T.FLOAT, ["n", 1]), ("p", T.FLOAT, state), ("q", T.FLOAT, state)]
+    return save(path, nodes, inputs, outputs, {"W": W, "U": U, "V": V})
+
+
+def rated(path: Path) -> Path:
+    """A sum of what was seen, ten times as large at a rate of 16000."""
+    node = helper.make_node
+    nodes = [
+        node("Equal", ["rate", "known"], ["is_known"]),
+        node("Where", ["is_known", "ten", "one"], ["gain"]),
+        node("Add", ["h", "x"], ["h_next"]),
+        node("Mul", ["h_next", "gain"], ["y"]),
+    ]
+    weights = {"known": np.array(16_000), "ten": np.float32(10), "one": np.float32(1)}
+    inputs = [("x", T.FLOAT, ["n", 1]), ("h", T.FLOAT, ["n", 1]), ("rate", T.INT64, [])]
+    return save(path, nodes, inputs, [("y", T.FLOAT, ["n", 1]), ("h_next", T.FLOAT, ["n", 1])], weights)
+
+
+def puzzle(path: Path) -> Path:
+    """Names that say nothing: data v, states a and b, a rate that the graph knows, a gain that it does not; u and w."""
+    node = helper.make_node
+    nodes = [
+        node("Equal", ["rate", "known"], ["is_known"]),
+        node("Where", ["is_known", "gain", "one"], ["factor"]),
+        node("MatMul", ["v", "U"], ["vu"]),
+        node("Add", ["a", "b"], ["both"]),
+        node("MatMul", ["both", "U"], ["back"]),
+        node("Add", ["vu", "back"], ["sum"]),
+        node("Tanh", ["sum"], ["p"]),
+        node("Sigmoid", ["sum"], ["q"]),
+        node("MatMul", ["p", "V"], ["s"]),
+        node("Mul", ["s", "factor"], ["u"]),
+        node("Neg", ["u"], ["w"]),
+    ]
+    state = ["n", UNITS]
+    inputs = [(name, T.FLOAT, state) for name in ("v", "a", "b")] + [("rate", T.INT64, []), ("gain", T.FLOAT, [])]
+    outputs = [("u", T.FLOAT, ["n", 1]), ("w", T.FLOAT, ["n", 1]), ("p", T.FLOAT, state), ("q", T.FLOAT, state)]
+    weights = {"U": U, "V": V, "known": np.array(16_000), "one": np.float32(1)}
+    return save(path, nodes, inputs, outputs, weights)
+
+
+def tangle(path: Path, inputs: list[Any], outputs: list[Any]) -> Path:
+    """Every output follows from every input in the same way: only names and shapes say which is which."""
+    node, nodes, weights = helper.make_node, [], {}
+    for name, *_ in inputs:
+        nodes.append(node("Cast", [name], [f"{name}.float"], to=T.FLOAT))
+        nodes.append(node("ReduceMean", [f"{name}.float"], [f"{name}.mean"], keepdims=0))
+    nodes += [node("Sum", [f"{name}.mean" for name, *_ in inputs], ["sum"]), node("Tanh", ["sum"], ["all"])]
+    for name, kind, shape in outputs:
+        weights[f"{name}.shape"] = np.array([size if isinstance(size, int) else 1 for size in shape])
+        nodes.append(node("Expand", ["all", f"{name}.shape"], [f"{name}.float"]))
+        nodes.append(node("Cast", [f"{name}.float"], [name], to=kind))
+    return save(path, nodes, inputs, outputs, weights)
+
+
 def lstm_numpy(x: Array, h: Array, c: Array) -> tuple[Array, Array, Array]:
     """x (B, T, F), h and c (B, H) -> y (B, T, H), h, c; ONNX's gate order i, o, f, c."""
 

@@ -123,6 +123,7 @@ KINDS: dict[str, Kind] = {
             {"kind": "dropout", "p": 0.5},
             GRU,
             {"kind": "mask"},
+            {"kind": "activation", "activation": "softsign"},
             dense(3),
             OUT,
         ]
@@ -170,6 +171,11 @@ KINDS: dict[str, Kind] = {
         [GRU, {**OUT, "residual": True, "distribution": {"kind": "quantile", "levels": [0.05, 0.1, 0.5, 0.8]}}],
         {"missing": True, "scaled": True},
     ),
+    **{
+        kind: Kind([GRU, {**OUT, "residual": True, "distribution": {"kind": kind}}], {"missing": True, "scaled": True})
+        for kind in ("gaussian", "student_t", "mixture")
+    },
+    "negative_binomial": Kind([GRU, {**OUT, "distribution": {"kind": "negative_binomial"}}], {"scaled": True}),
     "binary": Kind([GRU, {**OUT, "loss": "xent", "activation": "sigmoid"}]),
     "policies": Kind([LSTM, OUT], {"policies": ["mean", "zero", "hold"]}),
     "activations_bounded": Kind([*(dense(6, name) for name in BOUNDED), SIMPLE, OUT], spread=1.0),

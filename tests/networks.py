@@ -9,7 +9,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from stepcast.manifest import Feature, Output
+from stepcast.manifest import Change, Feature, Output
 from training.config import TrainingConfig
 from training.data.batch import Batch
 from training.data.in_memory import Examples, InMemory
@@ -39,6 +39,15 @@ def rich(count: int = 4) -> list[Feature]:
     return [
         Feature(name=f"f{i}", mean=0.3 * i, scale=1.0 + i, missing=policies[i % 4], indicator=i == 1)
         for i in range(count)
+    ]
+
+
+def trending(features: Sequence[Feature]) -> list[Feature]:
+    """The same with changes over one, two or three steps, but of the third."""
+    changes = [((1, 0.5), (3, 2.0)), ((2, 1.5),), (), ((1, 1.0),)]
+    return [
+        f.model_copy(update={"changes": tuple(Change(steps=k, scale=s) for k, s in changes[i % 4])})
+        for i, f in enumerate(features)
     ]
 
 

@@ -1,22 +1,38 @@
 """Output layers that answer with a distribution: values, losses, units, what the manifest says, what is learned."""
 
+import io
+import json
+import math
+from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from make_models import Toy
 from networks import layer_specs, network, plain, training
 from pydantic import ValidationError
+from rich.console import Console
+from serving import running
 from torch import Tensor
 
-from stepcast.manifest import Distribution, Feature, Manifest, Output
+from stepcast import Client
+from stepcast.manifest import MODEL_FILE, Distribution, Feature, Manifest, Output, read_manifest, sha256_of
+from training.config import Config
 from training.data.in_memory import Examples, InMemory
+from training.evaluate import evaluate
+from training.export import describe, publish, stage
+from training.metrics import RegressionResult
 from training.network import Network
+from training.probabilistic import DistributionMetrics
+from training.report import print_report, write_report
+from training.stepper import Stepper
 from training.train import Trainer
 
 LEVELS = (0.05, 0.25, 0.5, 0.75, 0.9)
 QUANTILE = {"kind": "quantile", "levels": LEVELS}
+FAN_LEVELS = (0.05, 0.25, 0.5, 0.75, 0.9)
 SCALED = [Output(name="a", unit="°C", mean=10.0, scale=4.0), Output(name="b", mean=-3.0, scale=0.5)]
 
 
@@ -163,10 +179,13 @@ def test_distributions_that_do_not_fit_the_data_are_refused() -> None:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"targets": {"t": ["t@0.1", "t"]}}, "names 2 outputs, there are 3 levels"),
+        ({"targets": {"t": ["t@0.1", "t"]}}, "names 2 outputs, quantile has 3 parameters"),
         ({"targets": {"t": ["t@0.1", "t", "u"]}}, "'u' is not an output"),
         ({"targets": {"v": ["t@0.1", "t", "t@0.9"]}}, "'v' is not an output"),
         ({"levels": [0.5, 0.1, 0.9]}, "do not ascend"),
+        ({"kind": "student_t"}, "'levels' belongs to kind 'quantile'"),
+        ({"kind": "gaussian", "levels": []}, "names 3 outputs, gaussian has 2 parameters"),
+        ({"kind": "mixture", "levels": [], "targets": {"t": ["t", "t"]}}, "mixture has 3 parameters"),
     ],
 )
 def test_manifest_refuses_a_distribution_that_its_outputs_do_not_have(change: dict[str, Any], told: str) -> None:
@@ -223,3 +242,122 @@ def test_masks_by_output_are_taken() -> None:
     total, count = net.head.losses(z, base, labels, ~labels.isnan())
     assert torch.isfinite(total)
     assert int(count) == 3
+
+
+# --- a fan ------------------------------------------------------------------------------------------------------------
+
+
+def inverse_by_hand(levels: Any, quantiles: Any, u: float) -> float:
+    """The value at which the distribution function of some quantiles is u."""
+    p, q = list(levels), [float(value) for value in quantiles]
+    if u < p[0]:
+        return q[0] + (q[1] - q[0]) / math.log(p[1] / p[0]) * math.log(u / p[0])
+    if u > p[-1]:
+        return q[-1] - (q[-1] - q[-2]) / math.log((1 - p[-2]) / (1 - p[-1])) * math.log((1 - u) / (1 - p[-1]))
+    return float(np.interp(u, p, q))
+
+
+def torch_fan(net: Network, before: Tensor, ahead: Tensor, paths: int, seed: int, levels: Any) -> Any:
+    """(P, H, 2): torch fed with its own draws, from the uniforms of the two streams of a seed.
+
+    Args:
+        net: Of targets u and v, which are features 0 and 1.
+        before: (T, F) what the session has stepped.
+        ahead: (H, F) what is known of the future.
+        paths: P.
+        seed: Of the rollout.
+        levels: Of the net's quantiles.
+    """
+    first, later = (np.random.default_rng(stream) for stream in np.random.SeedSequence(seed).spawn(2))
+    order = [1 + i for i in range(levels.index(0.5))] + [0] + [1 + i for i in range(levels.index(0.5), len(levels) - 1)]
+
+    def values(y: Tensor, uniforms: Any) -> Tensor:
+        quantiles = y.view(-1, len(levels), 2)[:, order]  # (P, levels, 2)
+        rows = [[inverse_by_hand(levels, quantiles[p, :, k], uniforms[p, k]) for k in range(2)] for p in range(len(y))]
+        return torch.tensor(rows, dtype=torch.float32)
+
+    y, state = net(before[None])
+    state = {
+        layer: {key: t.repeat(paths, *[1] * (t.ndim - 1)) for key, t in keys.items()} for layer, keys in state.items()
+    }
+    fed, steps = values(y[0, -1:].repeat(paths, 1), first.random((paths, 2))), []
+    for known in ahead:
+        x = torch.cat([fed, known[2:].repeat(paths, 1)], dim=1)
+        y, state = net(x[:, None], None, state)
+        fed = values(y[:, 0], later.random((paths, 2)))
+        steps.append(fed.numpy())
+    return np.stack(steps, axis=1)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Network, Toy, Path]:
+    """A quantile model, trained and exported: the network, its source, and the repository."""
+    config = Config.model_validate(
+        {
+            "name": "fan",
+            "data": {"kind": "python", "class": "make_models:Toy", "options": {"missing": True, "scaled": True}},
+            "network": [
+                {"kind": "lstm", "units": 6},
+                out({"kind": "quantile", "levels": FAN_LEVELS}, residual=True),
+            ],
+            "training": {"epochs": 2},
+        }
+    )
+    source, models = Toy(missing=True, scaled=True), tmp_path_factory.mktemp("models")
+    torch.manual_seed(8)
+    net = Network.of(config.network, source)
+    Trainer(net, source, config.training).fit()
+    staged = stage(net, source, models)
+    manifest = describe(net, source, config, sha256=sha256_of(staged / MODEL_FILE), version=1, metrics={})
+    publish(staged, manifest, models)
+    return net, source, models
+
+
+@torch.no_grad()
+def test_fan_of_the_service_is_torchs_from_the_same_seed(exported: tuple[Network, Toy, Path]) -> None:
+    """A quantile model is trained, exported, served, and rolled out with 100 sample paths in one call."""
+    net, _, models = exported
+    torch.manual_seed(9)
+    before, ahead = torch.randn(5, 3), torch.full((7, 3), torch.nan)
+    ahead[:, 2] = torch.randn(7)
+    ahead[3, 2] = torch.nan  # held
+    with running(models=models, store="memory://") as server, Client(server.url) as client:
+        session = client.session("fan", "a")
+        session.step(before.numpy(), rows="steps")
+        told = session.rollout(7, ahead.numpy(), paths=100, seed=11, keep_paths=True, levels=[0.1, 0.5, 0.8])
+    want = torch_fan(net, before, ahead, 100, 11, FAN_LEVELS)
+    assert told.paths is not None
+    assert told.quantiles is not None
+    assert told.levels == (0.1, 0.5, 0.8)
+    for k, name in enumerate("uv"):
+        np.testing.assert_allclose(told.paths[name][0], want[..., k], rtol=1e-4, atol=1e-4)
+        fan = np.quantile(want[..., k], told.levels, axis=0).T
+        np.testing.assert_allclose(told.quantiles[name][0], fan, rtol=1e-4, atol=1e-4)
+    assert told.paths["u"].std() > 0.5
+
+
+@torch.no_grad()
+def test_evaluation_scores_the_exported_distributions(exported: tuple[Network, Toy, Path], tmp_path: Path) -> None:
+    """As served: CRPS is twice the pinball loss of torch's quantiles; tables and metrics.json have it."""
+    net, source, models = exported
+    manifest = read_manifest(models / "fan" / "1")
+    assert manifest.distribution is not None
+    metrics = DistributionMetrics(manifest.outputs, manifest.distribution)
+    result = evaluate(Stepper.of(models / "fan" / "1", manifest), source, "test", distribution=metrics)
+    assert isinstance(result, RegressionResult)
+    assert result.distribution is not None
+    (batch,) = source.batches("test")
+    y = net(batch.x)[0].view(-1, 5, 2)[:, [1, 2, 0, 3, 4]].numpy()  # (R, levels, targets); the labels are 0
+    levels = np.array(FAN_LEVELS)[:, None]
+    want = 2 * np.maximum(-levels * y, (1 - levels) * y).mean(axis=(0, 1))
+    assert [t.crps for t in result.distribution.targets] == pytest.approx(want, rel=1e-4)
+    assert result.distribution.targets[0].rows == 8 * 16
+    below = (y >= 0).mean(axis=0)
+    assert [*result.distribution.targets[1].calibration.values()] == pytest.approx(below[:, 1])
+    console = Console(width=160, record=True, file=io.StringIO())
+    print_report(result, console)
+    assert f"{want[0]:.4g}" in console.export_text()
+    metrics_file, page = write_report(tmp_path, result)
+    told = json.loads(metrics_file.read_text())["distribution"]
+    assert told["targets"][0]["crps"] == result.distribution.targets[0].crps
+    assert "Distribution: quantile" in page.read_text()

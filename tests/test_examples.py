@@ -14,6 +14,7 @@ import yaml
 from stepcast.errors import ConfigError
 from training.data.characters import UNKNOWN, Characters
 from training.data.csv_sequences import CsvSequencesConfig
+from training.data.in_memory import Examples, Looked
 from training.data.python_class import PythonConfig
 from training.data.source import SPLITS, Source
 from training.data.table import TableConfig
@@ -238,6 +239,23 @@ def test_tokens_become_vectors_and_one_label_at_the_end(texts: Path) -> None:
         ([[0, 1], [2, 2], nothing], [nothing, [1, 0], nothing]),
         ([[1, 0], [1, 0], nothing], [nothing, [0, 1], nothing]),
     ]
+
+
+def test_texts_take_four_bytes_a_word_until_a_batch_needs_their_vectors() -> None:
+    """1,000 texts of 230 words with 300 numbers each would be 276 MB as vectors; the same vectors come out."""
+    random = np.random.default_rng(1)
+    table = random.normal(size=(50, 300)).astype(np.float32)
+    places = [random.integers(0, 50, 230).tolist() for _ in range(1000)]
+    texts = Looked(places, table)
+    assert texts.nbytes == 1000 * (230 * 4 + 8)
+    assert (texts[0] == table[places[0]]).all()
+    assert (texts[-1] == table[places[-1]]).all()
+    assert (texts[999] == table[places[999]]).all()
+    assert texts.lengths.tolist() == [230] * 1000
+    with pytest.raises(IndexError):
+        texts[1000]
+    assert len(Looked([], table)) == 0
+    assert Examples(texts, [np.zeros((1, 2), np.float32)] * 1000).steps == [230] * 1000
 
 
 @pytest.mark.parametrize(

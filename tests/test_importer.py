@@ -1,6 +1,7 @@
 """import: foreign graphs become models that step, or the import says what it must be told."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,18 @@ import foreign
 import httpx
 import numpy as np
 import pytest
+from onnx import TensorProto
 from serving import running
 
 from service.__main__ import main
+from service.engine.imports.graphs import Graph
+from service.engine.imports.names import Likeness, likeness
 from service.engine.imports.onnx_graphs import import_onnx
-from service.engine.imports.roles import stem
+from service.engine.imports.questions import OpenQuestions
+from service.engine.imports.roles import roles_of
 from service.engine.model import Runtime
 from stepcast.errors import ManifestError
+from stepcast.manifest import read_manifest
 
 SR = {"name": "sr", "dtype": "int64", "shape": [], "values": [8000]}
 
@@ -60,7 +66,7 @@ def test_a_silero_like_graph_needs_its_sample_rate(tmp_path: Path, capsys: pytes
     assert main(command) == 1
     said = capsys.readouterr().err
     assert "'sr' int64 []" in said
-    assert "$.constants" in said
+    assert "--constant sr=VALUE" in said
     assert not list(models.glob("*/*"))
     assert main([*command, "--manifest", str(partial(tmp_path, constants=[SR]))]) == 0
     assert "state state.state: 'state' -> 'stateN', [2, 3], axis 1" in capsys.readouterr().out
@@ -91,11 +97,40 @@ def test_versions_count_up_and_are_never_overwritten(tmp_path: Path) -> None:
         import_onnx(file, tmp_path / "m", "a", 5)
 
 
-def test_names_that_say_nothing_are_refused_until_states_are_given(tmp_path: Path) -> None:
-    """Two state inputs and two outputs of one shape: which goes with which is not guessed."""
-    file = foreign.torch_lstm(tmp_path / "lstm.onnx", names=("data", "a", "b", "result", "p", "q"))
-    with pytest.raises(ManifestError, match=r"Give \$\.states"):
-        import_onnx(file, tmp_path / "models", "m")
+def test_nodes_say_which_output_continues_which_input_where_names_do_not(tmp_path: Path) -> None:
+    """The inputs of an LSTM's h and c, and its outputs, whatever they are called; wrong names do not win."""
+    for number, names in enumerate(
+        (("data", "a", "b", "result", "p", "q"), ("x", "h_in", "c_in", "y", "c_out", "h_out"))
+    ):
+        file = foreign.torch_lstm(tmp_path / f"lstm{number}.onnx", names=names)
+        made = import_onnx(file, tmp_path / "models", "m")
+        assert [(s.input, s.output) for s in made.manifest.states] == [names[1::3], names[2::3]]
+        assert (made.manifest.input.name, made.manifest.output.name) == names[::3]
+
+
+def test_equally_likely_pairings_are_told_apart_by_the_proof(tmp_path: Path) -> None:
+    """Both states go through a product, so that nothing but running the graph says which output is whose."""
+    made = import_onnx(foreign.hidden_lstm(tmp_path / "g.onnx", ("q", "p")), tmp_path / "models", "m")
+    assert [(s.input, s.output) for s in made.manifest.states] == [("a", "p"), ("b", "q")]
+    assert sorted(path.name for path in (tmp_path / "models" / "m").iterdir()) == ["1"]
+
+
+def test_two_readings_that_both_pass_are_asked(tmp_path: Path) -> None:
+    """Two states that are alike in every way: one question, and the answer on the command line is enough."""
+    file, models = foreign.twins(tmp_path / "g.onnx"), tmp_path / "models"
+    with pytest.raises(OpenQuestions) as asked:
+        import_onnx(file, models, "m")
+    assert "which output continues which of the inputs 'a' float32 [n, 3], 'b' float32 [n, 3]?" in str(asked.value)
+    assert asked.value.command == "--state a:p --state b:q"
+    assert not models.exists()
+    assert main(["import", str(file), "--name", "m", "--models", str(models), "--state", "a:q"]) == 0
+    manifest = read_manifest(models / "m" / "1")
+    assert [(s.input, s.output) for s in manifest.states] == [("a", "q"), ("b", "p")]
+
+
+def test_states_and_features_may_be_given_in_a_file(tmp_path: Path) -> None:
+    """Names of layers, keys and features come from the partial manifest; the graph is not asked."""
+    file = foreign.twins(tmp_path / "g.onnx")
     states = [
         {"layer": "lstm", "key": "h", "input": "a", "output": "p"},
         {"layer": "lstm", "key": "c", "input": "b", "output": "q"},
@@ -105,6 +140,48 @@ def test_names_that_say_nothing_are_refused_until_states_are_given(tmp_path: Pat
     assert list(made.manifest.layers["lstm"]) == ["h", "c"]
     assert made.manifest.features[3].name == "sensor_3"
     assert not [p for p in (tmp_path / "models" / "m").iterdir() if p.name != "1"]
+
+
+def test_all_questions_come_at_once_and_one_file_answers_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A refused import writes the file to edit; with the null filled in it is all that the import needs."""
+    file, models, draft = foreign.puzzle(tmp_path / "g.onnx"), tmp_path / "models", tmp_path / "draft.json"
+    command = ["import", str(file), "--name", "m", "--models", str(models)]
+    assert main([*command, "--questions", str(draft)]) == 1
+    said = capsys.readouterr().err
+    assert "5 questions are open" in said
+    for part in (
+        "--input v",
+        "--output u",
+        "--state a:p",
+        "--constant rate=16000",
+        "--constant gain=VALUE",
+        "'gain' float32 []",
+    ):
+        assert part in said, part
+    assert "Likely:" not in said  # nobody but the user knows the gain
+    assert not models.exists()
+    fields = json.loads(draft.read_text())
+    constants = {constant["name"]: constant for constant in fields["constants"]}
+    assert constants["gain"] == {"name": "gain", "dtype": "float32", "shape": [], "values": None}
+    constants["gain"]["values"] = [2]
+    draft.write_text(json.dumps(fields))
+    assert main([*command, "--manifest", str(draft)]) == 0
+    manifest = read_manifest(models / "m" / "1")
+    assert {c.name: c.values for c in manifest.constants} == {"rate": (16000.0,), "gain": (2.0,)}
+    assert [(s.input, s.output) for s in manifest.states] == [("a", "p"), ("b", "q")]
+
+
+def test_the_likely_command_works_as_it_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A rate that the graph compares its input with is suggested, not set; pasting the last line imports."""
+    file, models = foreign.rated(tmp_path / "g.onnx"), tmp_path / "models"
+    assert main(["import", str(file), "--name", "m", "--models", str(models)]) == 1
+    *_, likely = capsys.readouterr().err.splitlines()
+    _, found, line = likely.partition("Likely: python -m service ")
+    assert found
+    assert line.endswith("--constant rate=16000")
+    assert main(shlex.split(line)) == 0
 
 
 def test_swapped_axes_are_found_out(tmp_path: Path) -> None:
@@ -138,34 +215,140 @@ def test_what_cannot_be_read_says_what_would_help(
 
 
 def test_a_file_that_is_no_graph_is_refused(tmp_path: Path) -> None:
-    """onnxruntime's complaint, not a traceback."""
+    """A sentence, not a traceback."""
     (tmp_path / "x.onnx").write_bytes(b"no graph")
-    with pytest.raises(ManifestError, match="cannot load"):
+    with pytest.raises(ManifestError, match="is no ONNX graph"):
         import_onnx(tmp_path / "x.onnx", tmp_path / "models", "m")
     assert main(["import-onnx", str(tmp_path / "none.onnx"), "--name", "m", "--models", str(tmp_path)]) == 1
 
 
+FULL = """
+h_in h_out, h_n h_out, state stateN, past_h present_h, prev_cell next_cell, hidden_in hidden_out, input_h output_h,
+hx hy, cx cy, h h_updated, h h_new, prev_h next_h, h_prev h_next, h0 h0_out, c1 c1_out, h0 hn0, h_i h_o, hi ho,
+stateIn stateOut, past_key_values.0.key present.0.key, past_key_1 present_key_1, conv_cache conv_cache_out,
+in_cache2 out_cache2,
+cached_len_0 new_cached_len_0, lstm.hidden.1 next.lstm.hidden.1, h_in:0 h_out:0
+"""
+LOOSE = """
+h0 hn, h_0 h_n, h0 h1, c0 c_out, ht_1 ht, h_tm1 h_t, hidden_in h_out, h0 hidden, hidden_state h_out, input_2 output_2
+"""
+NONE = """
+h0 cn, x y, input output, h_1_in h_2_out, h0_in h1_out, lstm0_h lstm2_h, h0 c0, h1 c1_out, input_2 activation_2,
+input_3 tf_op_layer_stack_2, onnx::Gemm_1 onnx::Gemm_31, onnx::LSTM_12 158, s_0 getitem, input_2 output_3
+"""
+
+
 @pytest.mark.parametrize(
-    ("one", "other"),
+    ("pair", "want"),
     [
-        ("h_in", "h_out"),
-        ("h0", "hn"),
-        ("h_0", "h_n"),
-        ("state", "stateN"),
-        ("past_h", "present_h"),
-        ("prev_cell", "next_cell"),
-        ("hidden_in", "hidden_out"),
-        ("input_h", "output_h"),
+        (pair.strip(), want)
+        for want, pairs in ((Likeness.FULL, FULL), (Likeness.LOOSE, LOOSE), (Likeness.NONE, NONE))
+        for pair in pairs.split(",")
     ],
 )
-def test_names_of_a_state_have_one_stem(one: str, other: str) -> None:
-    """What exporters call the value before and after."""
-    assert stem(one) == stem(other) != ""
+def test_names_of_a_state_before_and_after_are_alike(pair: str, want: Likeness) -> None:
+    """What exporters and people call one state; numbers are layers, never dropped where both names have them."""
+    assert likeness(*pair.split()) is want
 
 
-@pytest.mark.parametrize(
-    ("one", "other"), [("h0", "cn"), ("x", "y"), ("h_1_in", "h_2_out"), ("h0_in", "h1_out"), ("lstm0_h", "lstm2_h")]
-)
-def test_names_of_different_tensors_have_not(one: str, other: str) -> None:
-    """Others stay apart."""
-    assert stem(one) != stem(other)
+WILD = """
+a spectrum and caches
+mix:1,257,1,2 conv_cache:2,1,16,16,33 tra_cache:2,3,1,1,16 inter_cache:2,1,33,16
+enh:1,257,1,2 conv_cache_out:2,1,16,16,33 tra_cache_out:2,3,1,1,16 inter_cache_out:2,1,33,16
+
+numbers alone
+input_1:1,3,41 input_2:1,64 input_3:1,64 input_6:1,64
+output_1:1,1,1 output_2:1,64 output_3:1,64 output_6:1,64
+
+direction before
+speech:b,t,400 in_cache0:b,128,19,1 in_cache1:b,128,19,1
+logits:b,t,248 out_cache0:b,128,19,1 out_cache1:b,128,19,1
+
+two outputs of which one is beside
+main_input:n,1,42 vad_gru_prev_state:n,24 noise_gru_prev_state:n,48
+denoise_output:n,1,22 vad_gru/next_state:n,24 noise_gru/next_state:n,48 vad_output:n,1,1
+
+a letter before
+chunk:b,t,80 att_cache:12,4,64,128 cnn_cache:12,b,256,7
+output:b,t,256 r_att_cache:12,4,64,128 r_cnn_cache:12,b,256,7
+
+whole numbers as state
+x:n,39,80 cached_len_0:2,n:i cached_len_1:2,n:i cached_avg_0:2,n,9
+encoder_out:n,16,512 new_cached_len_0:2,n:i new_cached_len_1:2,n:i new_cached_avg_0:2,n,9
+
+two layers
+x:n,4 h0:n,3 c0:n,3 h1:n,3 c1:n,3
+y:n,1 h0_out:n,3 c0_out:n,3 h1_out:n,3 c1_out:n,3
+
+two layers and n
+x:n,4 h0:n,3 c0:n,3 h1:n,3 c1:n,3
+y:n,1 hn0:n,3 cn0:n,3 hn1:n,3 cn1:n,3
+
+time as a number
+x:n,4 h0:n,3 c0:n,3
+y:n,1 h1:n,3 c1:n,3
+
+words in one
+audioIn:n,80 hiddenIn:n,80 cellIn:n,80
+audioOut:n,80 hiddenOut:n,80 cellOut:n,80
+
+data of a state's shape
+noisy_spec:n,1,257 enc_buf_0:n,1,257 enc_buf_1:n,1,257
+clean_spec:n,1,257 enc_buf_0_updated:n,1,257 enc_buf_1_updated:n,1,257
+
+glued
+x:n,3 hin:n,3 cin:n,3
+y:n,3 hout:n,3 cout:n,3
+
+words before
+input:n,4 hidden_state:n,3 cell_state:n,3
+output:n,2 new_hidden_state:n,3 new_cell_state:n,3
+
+a sign behind
+x:n,3 h:n,3 c:n,3
+y:n,3 h':n,3 c':n,3
+
+keys and values
+x:n,1,64 past_key_values.0.key:n,4,32 past_key_values.0.value:n,4,32 past_key_values.1.key:n,4,32
+y:n,1,64 present.0.key:n,4,32 present.0.value:n,4,32 present.1.key:n,4,32
+"""
+
+
+def ports_of(text: str) -> list[tuple[str, int, list[Any]]]:
+    """`h:2,n,3` is a port h of shape [2, n, 3], of int64 where `:i` follows."""
+    found = []
+    for port in text.split():
+        name, shape, *whole = port.split(":")
+        sizes = [int(size) if size.isdigit() else size for size in shape.split(",")]
+        found.append((name, TensorProto.INT64 if whole else TensorProto.FLOAT, sizes))
+    return found
+
+
+@pytest.mark.parametrize("graph", WILD.strip().split("\n\n"), ids=lambda graph: graph.partition("\n")[0])
+def test_tensors_are_known_by_names_as_they_are_in_the_wild(tmp_path: Path, graph: str) -> None:
+    """The first input and output of each are the data, the others are states in order; nothing is asked."""
+    inputs, outputs = map(ports_of, graph.splitlines()[1:])
+    roles = roles_of(Graph.load(foreign.tangle(tmp_path / "g.onnx", inputs, outputs)), {})
+    beside = [name for name, *_ in outputs[1:] if name != "vad_output"]
+    assert (roles.input.name, roles.output.name) == (inputs[0][0], outputs[0][0])
+    assert [(s.input.name, s.output.name) for s in roles.states] == list(
+        zip([i[0] for i in inputs[1:]], beside, strict=True)
+    )
+    assert (list(roles.questions), list(roles.others)) == ([], [])
+
+
+def test_a_number_for_all_rows_is_no_state(tmp_path: Path) -> None:
+    """A limit of shape [1] and a loudness of shape [1] are not a state and its next value: the limit is asked."""
+    inputs = ports_of("input_frame:480 states:45304 limit_db:1")
+    outputs = ports_of("enhanced_frame:480 new_states:45304 lsnr:1")
+    roles = roles_of(Graph.load(foreign.tangle(tmp_path / "g.onnx", inputs, outputs)), {})
+    assert [(s.input.name, s.output.name) for s in roles.states] == [("states", "new_states")]
+    assert [question.options for question in roles.questions] == [["--constant limit_db=VALUE"]]
+    assert roles.output.name == "enhanced_frame"
+
+
+def test_a_manifest_of_another_graph_is_refused(tmp_path: Path) -> None:
+    """Two graphs swapped: the first name that is not the graph's is named, with those that it has."""
+    fields = partial(tmp_path, states=[{"input": "state", "output": "stateN"}], constants=[SR])
+    with pytest.raises(ManifestError, match=r"no input 'sr', it has \['c0', 'h0', 'x'\]"):
+        import_onnx(foreign.torch_lstm(tmp_path / "g.onnx"), tmp_path / "models", "m", None, fields)

@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from networks import CELLS, LENGTHS, LINEAR, OUT, mask_of, network, plain, readings, rich, some_state
+from networks import CELLS, LENGTHS, LINEAR, OUT, mask_of, network, plain, readings, rich, some_state, trending
 from torch import Tensor
 
 from stepcast.manifest import Feature, Tolerance
@@ -57,6 +57,8 @@ def cases() -> dict[str, tuple[Layers, list[Feature]]]:
     for name in ("hardsigmoid", "softsign", "hardtanh"):
         for cell in ("lstm", "graves_lstm", "gru"):
             found[f"{cell}-gate_{name}"] = [{"kind": cell, "units": 3, "gate_activation": name}, OUT], plain()
+    alone = {"kind": "activation", "activation": "cube"}
+    found["activation"] = [{"kind": "dense", "units": 3}, alone, {"kind": "gru", "units": 3}, OUT], rich()
     for pooling in ("max", "avg", "sum", "pnorm"):
         layer = {"kind": "global_pooling", "pooling": pooling, "p": 3.0}
         found[f"pooling-{pooling}"] = [{"kind": "gru", "units": 4}, layer, {"kind": "dense", "units": 3}, OUT], rich()
@@ -84,6 +86,9 @@ def cases() -> dict[str, tuple[Layers, list[Feature]]]:
     dense = {"kind": "time_distributed", "layer": {"kind": "dense", "units": 3}}
     named = {"kind": "rnn_to_feed_forward"}, {"kind": "feed_forward_to_rnn"}
     found["time_distributed"] = [named[0], dense, named[1], OUT], rich()
+    found["changes"] = [{"kind": "lstm", "units": 4}, OUT], trending(rich())
+    found["changes-plain"] = [{"kind": "gru", "units": 3}, OUT], trending(plain())
+    found["changes-both"] = [both, OUT], trending(rich())
     embedding = {"kind": "embedding", "vocabulary": 7, "units": 5}
     found["embedding"] = [embedding, {"kind": "lstm", "units": 4}, OUT], TOKENS
     found["video"] = (
@@ -172,7 +177,7 @@ def test_layer_agrees_in_torch_and_onnx_however_it_is_stepped(case: str, tmp_pat
     assert np.isfinite(golden["y"]).all()
     assert net.streaming == WHOLE.isdisjoint(layer["kind"] for layer in layers)
     assert net.streaming or not state_tensors(net)
-    prove(tmp_path, state_tensors(net), golden, net.streaming, Tolerance())
+    prove(Stepper(tmp_path, state_tensors(net)), golden, net.streaming, Tolerance())
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -206,7 +211,7 @@ def test_whole_rows_of_one_step_and_of_none_agree(case: str, tmp_path: Path) -> 
         with torch.no_grad():
             y, _ = net(x, mask_of(lengths, 1))
         golden = {"x": x.numpy(), "lengths": np.array(lengths, np.int32), "y": y.numpy()}
-        prove(tmp_path, (), golden, net.streaming, Tolerance())
+        prove(Stepper(tmp_path, ()), golden, net.streaming, Tolerance())
         assert np.isfinite(Stepper(tmp_path, ()).run(golden["x"], golden["lengths"], {})[0]).all()
 
 
@@ -321,6 +326,18 @@ def test_fast_path_equals_the_written_formula(cell: str, lengths: tuple[int, ...
     for fast, slow in zip(run(layer.unroll), run(layer._loop), strict=True):
         for a, b in zip(fast, slow, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_peepholes_begin_xavier_uniform_whatever_recurrent_init_says() -> None:
+    """Between -sqrt(6 / 2 H) and sqrt(6 / 2 H), with variance 1 / H, beside recurrent weights that begin at 0."""
+    torch.manual_seed(3)
+    spec = {"kind": "graves_lstm", "units": 400, "recurrent_init": "zero"}
+    layer = network([spec, OUT], plain(1), spread=0.0).layers[0]
+    assert isinstance(layer, GravesLstm)
+    drawn = layer.peephole.detach()
+    assert not layer.weight_hh.any()
+    assert float(drawn.abs().max()) <= (6 / 800) ** 0.5
+    assert float(drawn.square().mean()) == pytest.approx(1 / 400, rel=0.1)
 
 
 def test_peepholes_see_the_old_cell_and_the_new_one() -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from rich.console import Console
 from sklearn import metrics as sk
 
-from stepcast.manifest import Output
+from stepcast.manifest import Output, Provenance
 from training.data.batch import Batch
 from training.metrics import (
     ClassificationMetrics,
@@ -20,6 +21,7 @@ from training.metrics import (
     metrics_for,
 )
 from training.report import Forecast, forecast_of, print_report, write_report
+from training.train import History
 
 CLASSES = ("a", "b", "c", "d")
 
@@ -259,6 +261,26 @@ def test_forecast_is_drawn_with_gaps(tmp_path: Path) -> None:
     assert [path.name for path in paths] == ["metrics.json", "forecast.png", "report.html"]
     assert paths[1].read_bytes().startswith(b"\x89PNG")
     assert json.loads(paths[0].read_text())["average"]["mae"] == 0
+
+
+def test_report_tells_how_the_model_was_made(tmp_path: Path) -> None:
+    """Its learning curve, a gap where the loss was not finite; its recipe, escaped; where and with what."""
+    history = History(epoch=3, updates=9, best_epoch=1, losses=[(2.0, 3.00000004), (1.0, 1.5), (math.nan, math.inf)])
+    assert history.as_dict() == {
+        "updates": 9,
+        "best_epoch": 2,
+        "loss": [2.0, 1.0, None],
+        "validation_loss": [3.0, 1.5, None],
+    }
+    provenance = Provenance(
+        data="a<b", config={"name": "m<n"}, metrics={"training": history.as_dict()}, environment={"python": "3.99"}
+    )
+    paths = write_report(tmp_path, _result(), provenance=provenance)
+    assert [path.name for path in paths] == ["metrics.json", "confusion.png", "learning_curve.png", "report.html"]
+    text = paths[-1].read_text()
+    for told in ("name: m&lt;n", "a&lt;b", "3.99", 'alt="learning_curve"'):
+        assert told in text
+    assert not any("curve" in path.name for path in write_report(tmp_path / "b", _result(), provenance=Provenance()))
 
 
 @pytest.mark.parametrize("per_output", [False, True])

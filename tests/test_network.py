@@ -9,7 +9,7 @@ from networks import CELLS, LINEAR, OUT, network, plain, readings, rich, same, s
 from torch import Tensor
 
 from stepcast.errors import ConfigError
-from stepcast.manifest import Feature, Output
+from stepcast.manifest import Change, Feature, Output
 from training.data.batch import Batch
 from training.layers.cell_specs import LstmSpec
 from training.layers.observed import hold
@@ -175,6 +175,27 @@ def test_missing_readings_become_what_their_policy_says() -> None:
     z, state = net.observed(x, None, net.initial_state(1)["observed"])
     assert z[0].tolist() == [[1, 2, 3, 0], [0, -5, 3, 1]]
     assert state["last"].tolist() == [[3]]
+
+
+def test_changes_are_in_units_of_usual_ones_and_0_until_there_were_enough_steps() -> None:
+    """Literal numbers over two calls: held readings count, an indicator lies before them, far ones are cut."""
+    changes = (Change(steps=1, scale=4.0), Change(steps=3, scale=8.0))
+    features = [
+        Feature(name="a", mean=10, scale=2, missing="hold", indicator=True, changes=changes),
+        Feature(name="b"),
+        Feature(name="c", scale=10, changes=(Change(steps=1),)),
+    ]
+    net = network([{"kind": "lstm", "units": 2}, OUT], features)
+    x = torch.tensor([[[12, 0, 1], [16, 0, 2], [torch.nan, 0, 2], [20, 0, 0], [20, 0, 90], [4, 0, 88]]])
+    z, state = net.observed(x[:, :2], torch.tensor([2]), net.initial_state(1)["observed"])
+    assert state["seen"].tolist() == [[2]]
+    assert z[0, :, 3:].tolist() == [[0, 0, 0, 0], [0, 1, 1, 0]]
+    z, state = net.observed(x[:, 2:], None, state)
+    expected = [[0, 0, 0], [1, -2, 1], [0, 5, 0.5], [-4, -2, -1.5]]
+    torch.testing.assert_close(z[0, :, 4:], torch.tensor(expected, dtype=torch.float32))
+    assert z[0, :, 3].tolist() == [1, 0, 0, 0]
+    assert state["seen"].tolist() == [[3]]
+    torch.testing.assert_close(state["before"], torch.tensor([[[5, 0.0], [5, 9], [-3, 8.8]]]))
 
 
 def test_residual_is_what_the_answer_is_added_to() -> None:

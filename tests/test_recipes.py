@@ -6,6 +6,7 @@ their whole test split, one step at a time. The slow ones run each recipe as it 
 
 import json
 import operator
+import platform
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -181,7 +182,16 @@ def test_numbered_files_are_trained_on_exported_and_reported(tmp_path: Path) -> 
     assert manifest.provenance.metrics["test"]["average"]["r2"] > 0.8
     Runtime(tmp_path / "models" / "slopes" / "1", device="cpu").prove()
     assert main(["evaluate", str(path), *where, "--report", str(tmp_path / "report")]) == 0
-    assert {file.name for file in (tmp_path / "report").iterdir()} == {"metrics.json", "forecast.png", "report.html"}
+    training = manifest.provenance.metrics["training"]
+    assert training["updates"] == 40 * 5
+    assert len(training["loss"]) == len(training["validation_loss"]) == 40
+    assert min(training["validation_loss"]) == training["validation_loss"][training["best_epoch"] - 1]
+    assert training["loss"][-1] < training["loss"][0] / 4
+    plots = {"forecast.png", "learning_curve.png"}
+    assert {file.name for file in (tmp_path / "report").iterdir()} == {"metrics.json", "report.html", *plots}
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "name: slopes" in page
+    assert f"<td>python</td><td>{platform.python_version()}</td>" in page
     metrics = json.loads((tmp_path / "report" / "metrics.json").read_text())
     assert metrics["columns"][0]["rows"] == 10
     assert metrics["average"]["r2"] == pytest.approx(manifest.provenance.metrics["test"]["average"]["r2"])

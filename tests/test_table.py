@@ -87,6 +87,20 @@ def test_statistics_are_of_the_training_rows_alone(tmp_path: Path) -> None:
     assert (output.mean, output.scale) == (8.0, 6.0)  # of the labels 14 and 2
 
 
+def test_usual_changes_are_of_the_training_rows_alone(tmp_path: Path) -> None:
+    """Of 10, -, 14 and 1, 2 in three hours: one change of an hour, one of two hours; a direction has none."""
+    columns = {"heat": {"target": True, "range": [-100, 100], "changes": [1, 2]}, "wind": {"turn": 360}}
+    heat = table(tmp_path, columns=columns).features[0]
+    assert [(c.steps, c.scale) for c in heat.changes] == [(1, 1.0), (2, 1.0)]  # single changes do not deviate
+    rows = ROWS.replace("a,2020-01-01T01:00:00Z,,", "a,2020-01-01T01:00:00Z,20,")
+    heat = table(tmp_path, rows, columns=columns).features[0]
+    assert heat.changes[0].scale == pytest.approx(np.std([10, -6, 1]))
+    with pytest.raises(ConfigError, match=r"columns\.heat\.changes: 3 steps, the training rows are 3"):
+        table(tmp_path, columns={"heat": {"target": True, "changes": [3]}})
+    with pytest.raises(ValueError, match="has no changes"):
+        table(tmp_path, columns={"heat": {"target": True}, "wind": {"turn": 360, "changes": [1]}})
+
+
 def test_splits_follow_in_time_behind_a_warm_up_that_is_not_scored(tmp_path: Path) -> None:
     """The test split starts two hours early; labels there are masked."""
     source = table(tmp_path, test="2020-01-01T03:00")

@@ -17,6 +17,7 @@ from networks import OUT, layer_specs, network, plain, training
 from numpy.typing import NDArray
 from torch import Tensor
 
+from stepcast.errors import ConfigError
 from stepcast.manifest import Feature, Feedback, Output
 from training.config import TrainingConfig
 from training.data.batch import Batch
@@ -180,6 +181,20 @@ def test_optimiser_is_torchs_on_gradients_by_hand(optimiser: str, schedule: str,
         reference.step()
     config = {"optimiser": optimiser, "learning_rate": rate, "momentum": 0.8, "schedule": schedule}
     assert line(4, start, (batch,), **config) == near(*(float(leaf) for leaf in leaves))
+
+
+@pytest.mark.parametrize(("optimiser", "epsilon"), [("rmsprop", 1e-8), ("adagrad", 1e-6)])
+def test_rmsprop_and_adagrad_are_dl4js_for_gradients_that_their_epsilons_do_not_feel(
+    optimiser: str, epsilon: float
+) -> None:
+    """DL4J's squares start at epsilon, ours at 0: equal updates at gradients (8, 6), others at a millionth of them."""
+    decay, share = (0.95, 0.05) if optimiser == "rmsprop" else (1.0, 1.0)
+    for size, alike in ((1.0, True), (1e-6, False)):
+        gradient, start = size * np.array([8.0, 6.0]), size * np.array(START)
+        squares = decay * epsilon + share * gradient**2
+        dl4j = start - 0.1 * gradient / (np.sqrt(squares) + epsilon)
+        ours = line(1, start.tolist(), (Batch(LINE.x, size * LINE.y),), optimiser=optimiser, learning_rate=0.1)
+        assert (ours == near(*dl4j)) is alike
 
 
 @pytest.mark.parametrize("decay", [None, 0.0, 0.5])
@@ -489,6 +504,46 @@ def test_resumed_run_remembers_the_best_epoch_before_the_break(tmp_path: Path) -
     expected = [1.2**2, 0.24**2, 1.392**2, 2.3136**2, 3.05088**2]
     assert [validation for _, validation in history.losses] == pytest.approx(expected, rel=1e-4)
     assert weights(resumed.network) == pytest.approx([2.0, 4.24])
+
+
+def averaging(directory: Path | None = None, start: Sequence[float] = START, **config: Any) -> Trainer:
+    """A line whose weights are averaged; the same batch is its validation."""
+    source = Fixed((LINE,), validation=(LINE,))
+    return Trainer(with_weights([OUT], start), source, training(**SGD, **config), directory=directory)
+
+
+def test_average_of_the_weights_is_what_is_validated_and_kept(tmp_path: Path) -> None:
+    """After one update 0.1 of the start remains, after two 0.15 of the average; updates go on from the weights."""
+    one = averaging(tmp_path, weight_average=0.15, epochs=1)
+    history = one.fit()
+    average = (0.1 * 2 + 0.9 * 1.2, 0.1 * 1 + 0.9 * 0.4)
+    assert weights(one.network) == near(*average)
+    errors = [average[0] * x + average[1] - y for x, y in ((1, -4), (2, 4), (3, 6))]
+    assert history.losses[0][1] == pytest.approx(sum(e * e for e in errors) / 3, rel=1e-5)
+    second = line(epochs=2, **SGD)
+    two = averaging(weight_average=0.15, epochs=2)
+    two.epoch(0, Progress.silent())
+    two.epoch(1, Progress.silent())
+    assert weights(two.network) == near(*second)
+    assert two.averaged is not None
+    averages = [float(value) for value in two.averaged.weights.values()]
+    assert averages == near(*(0.15 * a + 0.85 * w for a, w in zip(average, second, strict=True)))
+    best = torch.load(tmp_path / "best.pt", weights_only=True)
+    assert [float(value) for value in best.values()] == near(*average)
+
+
+def test_resumed_average_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    """One epoch, and two more from the checkpoint, against three; a checkpoint without an average is refused."""
+    config = {"weight_average": 0.7}
+    unbroken = averaging(epochs=3, **config)
+    history = unbroken.fit()
+    averaging(tmp_path, epochs=1, **config).fit()
+    resumed = averaging(tmp_path, (0.0, 0.0), epochs=3, **config)
+    assert resumed.fit(resume=True) == history
+    assert weights(resumed.network) == weights(unbroken.network)
+    averaging(tmp_path / "plain", epochs=1).fit()
+    with pytest.raises(ConfigError, match="weights without their average"):
+        averaging(tmp_path / "plain", epochs=2, **config).fit(resume=True)
 
 
 @pytest.mark.parametrize("optimiser", ["sgd", "nesterov", "adam", "adamw", "rmsprop", "adagrad"])

@@ -14,22 +14,25 @@ from stepcast.arguments import Parser
 from stepcast.errors import ConfigError, ManifestError
 from stepcast.manifest import MODEL_FILE, Feature, Manifest, Output, read_manifest, sha256_of
 
+from .backtest import FITTED, Forecaster, backtest, tables, trained, write_json, write_page
 from .check import check_names
-from .checkpoint import BEST_FILE, load_weights
+from .checkpoint import BEST_FILE, load_checkpoint, load_weights
 from .comparison import as_dict
 from .config import Config, load
-from .data.source import Source
+from .data.source import Source, Split
 from .data.table import TableSource
 from .evaluate import answers, evaluate
 from .export import describe, next_version, publish, stage, state_tensors
 from .network import Network
 from .parallel import join, leading, leave
+from .probabilistic import DistributionMetrics
 from .progress import Progress
-from .report import Forecast, forecast_of, print_report, write_report
+from .report import Forecast, Result, forecast_of, print_report, write_report
 from .segments import labelled
 from .skill import Measurement, skill_table
+from .start import begin
 from .stepper import Stepper
-from .train import Trainer
+from .train import History, Trainer
 
 DISTANCES = (1, 6, 24)
 PLOT_FILE = "test_week.png"
@@ -70,6 +73,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         ("train", "train a network, measure it on the test split, and write models/<name>/<version>/"),
         ("evaluate", "measure an exported model one step at a time"),
         ("export", "write a model from the best checkpoint of a run"),
+        ("backtest", "compare a model with its baselines, on the test rows or from several origins"),
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("config", type=Path, help="YAML file")
@@ -83,7 +87,20 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         if name == "evaluate":
             command.add_argument("--split", choices=("train", "validation", "test"), default="test")
             command.add_argument("--report", type=Path, help="directory for metrics.json, plots and report.html")
+        if name == "backtest":
+            _backtest_arguments(command)
     return parser
+
+
+def _backtest_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--origins", type=int, help="train before each of so many; default: measure the exported model"
+    )
+    command.add_argument("--no-refit", action="store_true", help="train before the first origin alone")
+    command.add_argument("--window", choices=("expanding", "sliding"), default="expanding", help="of the training rows")
+    command.add_argument("--without", action="append", default=[], choices=FITTED, help="leave a baseline out")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write every score")
+    command.add_argument("--page", type=Path, metavar="FILE", help="write the tables between a page's marks")
 
 
 def _job(arguments: argparse.Namespace, console: Console) -> Job:
@@ -101,6 +118,9 @@ def train(job: Job) -> int:
     torch.manual_seed(config.seed)
     network = Network.of(config.network, job.source)
     check_names(network, job.source, config)
+    if (start := config.training.start) is not None:
+        taken = begin(network, start, job.arguments.config.absolute().parent)
+        job.console.print(f"begins with the weights of {start.file}: {', '.join(taken)}", highlight=False)
     trainer = Trainer(network, job.source, config.training, world=world, seed=config.seed, directory=job.run_directory)
     weights = sum(p.numel() for p in network.parameters() if p.requires_grad)
     if not world.leads:
@@ -111,7 +131,7 @@ def train(job: Job) -> int:
     with Progress(config.training.epochs, console=job.console, tensorboard=tensorboard) as progress:
         history = trainer.fit(resume=job.arguments.resume, progress=progress)
     job.console.print(f"best epoch {history.best_epoch + 1}, {history.updates} updates", highlight=False)
-    return _export(job, network)
+    return _export(job, network, history)
 
 
 def export(job: Job) -> int:
@@ -122,21 +142,25 @@ def export(job: Job) -> int:
     if not path.exists():
         raise ConfigError(f"{path}: no such file. Train first.")
     load_weights(network, path)
-    return _export(job, network)
+    saved = load_checkpoint(job.run_directory, torch.device("cpu"))
+    return _export(job, network, History(**saved["history"]) if saved else None)
 
 
-def _export(job: Job, network: Network) -> int:
+def _export(job: Job, network: Network, history: History | None) -> int:
     """Stage, measure as served, publish."""
     out: Path = job.arguments.out
     staged = stage(network, job.source, out)
     try:
         stepper = Stepper(staged, state_tensors(network))
-        metrics = _measure(job, stepper, network.streaming, network.summary, plot=staged / PLOT_FILE)
         version = job.arguments.version or next_version(out, job.config.name)
         manifest = describe(
-            network, job.source, job.config, sha256=sha256_of(staged / MODEL_FILE), version=version, metrics=metrics
+            network, job.source, job.config, sha256=sha256_of(staged / MODEL_FILE), version=version, metrics={}
         )
-        final = publish(staged, manifest, out)
+        metrics = _measure(job, stepper, manifest, plot=staged / PLOT_FILE)
+        if history is not None:
+            metrics["training"] = history.as_dict()
+        provenance = manifest.provenance.model_copy(update={"metrics": metrics})
+        final = publish(staged, manifest.model_copy(update={"provenance": provenance}), out)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
     job.console.print(f"wrote {final}", highlight=False)
@@ -145,22 +169,20 @@ def _export(job: Job, network: Network) -> int:
 
 def evaluate_model(job: Job) -> int:
     """Measure a model that was exported before."""
-    out: Path = job.arguments.out
-    version = job.arguments.version or next_version(out, job.config.name) - 1
-    directory = out / job.config.name / str(version)
+    directory = job.arguments.out / job.config.name / str(_exported_version(job))
     manifest = read_manifest(directory)
     _check_fits(job.source, manifest)
     split = job.arguments.split
     if not any(labelled(batch) for batch in job.source.batches(split)):
         raise ConfigError(f"data: no label in the {split} split, nothing could be measured")
-    stepper, summary = Stepper.of(directory, manifest), manifest.readout == "last"
+    stepper = Stepper.of(directory, manifest)
     if job.arguments.split == "test":
-        _measure(job, stepper, manifest.streaming, summary)
+        _measure(job, stepper, manifest)
     if job.arguments.split != "test" or job.arguments.report:
-        result = evaluate(stepper, job.source, job.arguments.split, streaming=manifest.streaming, summary=summary)
+        result = _evaluate(job, stepper, manifest, job.arguments.split)
         print_report(result, job.console)
         if job.arguments.report:
-            write_report(job.arguments.report, result, _forecast(job, stepper, manifest))
+            write_report(job.arguments.report, result, _forecast(job, stepper, manifest), manifest.provenance)
     return 0
 
 
@@ -192,12 +214,25 @@ def _forecast(job: Job, stepper: Stepper, manifest: Manifest) -> Forecast | None
     return forecast_of(manifest.points, *next(found))
 
 
-def _measure(job: Job, stepper: Stepper, streaming: bool, summary: bool, plot: Path | None = None) -> dict[str, Any]:
+def _evaluate(job: Job, stepper: Stepper, manifest: Manifest, split: Split) -> Result:
+    """The masked metrics of a split."""
+    forecast = manifest.distribution
+    return evaluate(
+        stepper,
+        job.source,
+        split,
+        streaming=manifest.streaming,
+        summary=manifest.readout == "last",
+        distribution=None if forecast is None else DistributionMetrics(manifest.outputs, forecast),
+    )
+
+
+def _measure(job: Job, stepper: Stepper, manifest: Manifest, plot: Path | None = None) -> dict[str, Any]:
     """Test metrics; for a table of series also what they are worth."""
-    result = evaluate(stepper, job.source, "test", streaming=streaming, summary=summary)
+    result = _evaluate(job, stepper, manifest, "test")
     print_report(result, job.console)
     metrics: dict[str, Any] = {"test": result.summary()}
-    if isinstance(job.source, TableSource) and job.source.targets and streaming:
+    if isinstance(job.source, TableSource) and job.source.targets and manifest.streaming:
         measurement = Measurement(stepper, job.source)
         skills = measurement.skills(DISTANCES)
         job.console.print(skill_table(job.source, skills))
@@ -207,7 +242,50 @@ def _measure(job: Job, stepper: Stepper, streaming: bool, summary: bool, plot: P
     return metrics
 
 
-COMMANDS = {"train": train, "evaluate": evaluate_model, "export": export}
+def compare(job: Job) -> int:
+    """Backtest an exported model on the recipe's test rows, or the recipe from several origins."""
+    arguments, source = job.arguments, job.source
+    if not isinstance(source, TableSource) or not source.targets:
+        raise ConfigError(f"data.kind: {job.config.data.kind}, a backtest needs a table with targets")
+
+    def told(line: str) -> None:
+        job.console.print(line, highlight=False)
+
+    result = backtest(
+        job.config,
+        source,
+        _published(job) if arguments.origins is None else trained(job.config, told),
+        origins=arguments.origins,
+        refit=not arguments.no_refit,
+        window=arguments.window,
+        fitted=[kind for kind in FITTED if kind not in arguments.without],
+        distances=DISTANCES,
+        told=told,
+    )
+    for table in tables(result):
+        job.console.print(table)
+    if arguments.json:
+        write_json(arguments.json, result)
+    if arguments.page:
+        write_page(arguments.page, result)
+    return 0
+
+
+def _published(job: Job) -> Forecaster:
+    """The exported model, whatever the source's splits."""
+    directory = job.arguments.out / job.config.name / str(_exported_version(job))
+    manifest = read_manifest(directory)
+    _check_fits(job.source, manifest)
+    if not manifest.streaming:
+        raise ConfigError(f"{directory}: is no model that can be stepped, a backtest needs one")
+    return lambda source: Stepper.of(directory, manifest)
+
+
+def _exported_version(job: Job) -> int:
+    return job.arguments.version or next_version(job.arguments.out, job.config.name) - 1
+
+
+COMMANDS = {"train": train, "evaluate": evaluate_model, "export": export, "backtest": compare}
 
 if __name__ == "__main__":
     sys.exit(main())

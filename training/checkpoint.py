@@ -20,7 +20,7 @@ def save_checkpoint(directory: Path, everything: dict[str, Any], *, best: bool) 
     directory.mkdir(parents=True, exist_ok=True)
     _write(directory / LAST_FILE, everything)
     if best:
-        _write(directory / BEST_FILE, everything["network"])
+        _write(directory / BEST_FILE, everything["best"])
 
 
 def _write(path: Path, content: Any) -> None:
@@ -35,7 +35,7 @@ def load_checkpoint(directory: Path, device: torch.device) -> dict[str, Any] | N
     Tensors and plain values only are read (`weights_only`): a checkpoint from elsewhere runs no code here.
     """
     path = directory / LAST_FILE
-    return _read(path, device) if path.exists() else None
+    return read_checkpoint(path, device) if path.exists() else None
 
 
 def load_weights(network: nn.Module, path: Path) -> None:
@@ -44,12 +44,17 @@ def load_weights(network: nn.Module, path: Path) -> None:
     Raises:
         ConfigError: it is no checkpoint, or one of another network.
     """
-    saved = _read(path, torch.device("cpu"))
+    saved = read_checkpoint(path, torch.device("cpu"))
     with fitting(path):
         network.load_state_dict(saved)
 
 
-def _read(path: Path, device: torch.device) -> Any:
+def read_checkpoint(path: Path, device: torch.device) -> Any:
+    """What a file holds: tensors and plain values, nothing else is unpickled.
+
+    Raises:
+        ConfigError: it is no checkpoint.
+    """
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except (RuntimeError, EOFError, OSError, UnpicklingError) as error:

@@ -44,6 +44,10 @@ class Comparison:
         """(O,), how many forecasts are compared."""
         return np.asarray(self.there.sum(axis=(0, 1)))
 
+    def beside(self, more: Mapping[str, Floats]) -> "Comparison":
+        """The same with further forecasts (S, R, O)."""
+        return replace(self, forecasts={**self.forecasts, **more})
+
     def errors(self, name: str) -> Floats:
         """Forecast minus truth, (S, R, O), NaN where not compared."""
         return np.where(self.there, self.forecasts[name] - self.truth, np.nan)

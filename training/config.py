@@ -25,8 +25,29 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class StartConfig(_Strict):
+    """Where the first weights come from, if they are not drawn: one of two files, relative to the recipe."""
+
+    dl4j: Path | None = Field(default=None, description="a network that DL4J saved (ModelSerializer zip)")
+    checkpoint: Path | None = Field(default=None, description="best.pt of another run")
+    fresh: tuple[str, ...] = Field(default=(), description="layers that begin with weights of their own")
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if (self.dl4j is None) == (self.checkpoint is None):
+            raise ValueError("wanted one of dl4j and checkpoint")
+        return self
+
+    @property
+    def file(self) -> Path:
+        """Whichever is given."""
+        return self.dl4j or self.checkpoint or Path()
+
+
 class TrainingConfig(_Strict):
     """How the weights are found."""
+
+    start: StartConfig | None = None
 
     backprop: Literal["standard", "truncated"] = "standard"
     tbptt_forward: int = Field(default=20, ge=1, description="steps per update")
@@ -47,6 +68,9 @@ class TrainingConfig(_Strict):
         "renormalize_l2_per_layer",
         "renormalize_l2_per_parameter",
     ] = "none"
+    weight_average: float = Field(
+        default=0.0, ge=0, lt=1, description="decay per update of the running average of the weights, which is exported"
+    )
     gradient_threshold: float = Field(default=1.0, gt=0)
     average: Literal["unmasked", "examples"] = Field(
         default="unmasked", description="what an update's summed loss is divided by; examples is DL4J's rule"
@@ -54,6 +78,7 @@ class TrainingConfig(_Strict):
     epochs: int = Field(default=10, ge=1)
     batch: int = Field(default=32, ge=1, description="rows per update, over all processes together")
     patience: int | None = Field(default=None, ge=1, description="epochs without a better validation loss, then stop")
+    prefetch: int = Field(default=0, ge=0, le=64, description="batches read ahead, in a thread, during an update")
     threads: int | None = Field(default=None, ge=1, description="CPU threads; small networks are fastest with one")
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     precision: Literal["float32", "bfloat16", "float16"] = "float32"

@@ -6,11 +6,12 @@ units. Raw values and parameters lie parameter by parameter, (P, K) in one axis:
 Shape letters: B rows, T steps, K targets, R raw values and P parameters per target.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -21,7 +22,19 @@ from stepcast.manifest import Distribution as Described
 from stepcast.manifest import Output
 
 from .graph import Graph
-from .layers.distribution_specs import DistributionSpec, QuantileSpec
+from .layers.distribution_specs import (
+    DistributionSpec,
+    GaussianSpec,
+    MixtureSpec,
+    NegativeBinomialSpec,
+    QuantileSpec,
+)
+
+SCALE_FLOOR = 1e-4
+"""The least scale, in deviations of the target: a point that is hit by chance must not cost everything else."""
+DISPERSION_FLOOR = 1e-6
+"""The least dispersion: a Poisson distribution, but for one part in a million of its mean."""
+HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
 
 
 @dataclass(frozen=True)
@@ -30,11 +43,12 @@ class Parameter:
 
     Attributes:
         suffix: Behind the target's name; "" is the point forecast.
-        role: A location is scaled and moved as the target is, a spread is scaled, a plain number stays as it is.
+        role: A location is scaled and moved as the target is, a spread is scaled, a count and a plain number stay as
+            they are; a plain number has no unit.
     """
 
     suffix: str
-    role: Literal["location", "spread", "plain"]
+    role: Literal["location", "spread", "count", "plain"]
 
     def of(self, target: Output) -> Output:
         """The output of a target."""
@@ -43,17 +57,22 @@ class Parameter:
             return target.model_copy(update={"name": name})
         if self.role == "spread":
             return Output(name=name, unit=target.unit, scale=target.scale)
-        return Output(name=name)
+        return Output(name=name, unit=target.unit if self.role == "count" else "")
+
+
+Kind = Literal["quantile", "gaussian", "student_t", "negative_binomial", "mixture"]
 
 
 class Distribution(nn.Module, ABC):
     """What every kind answers.
 
     Attributes:
+        kind: The manifest's word, and the loss's name.
         per_target: P outputs for each target, the point forecast first.
         begin: R raw values that stand for a target of mean 0 and deviation 1: where training starts.
     """
 
+    kind: ClassVar[Kind]
     per_target: tuple[Parameter, ...]
     begin: tuple[float, ...]
 
@@ -69,9 +88,10 @@ class Distribution(nn.Module, ABC):
     def write(self, graph: Graph, z: str, targets: int) -> str:
         """Write `forward` into a graph: the name of the parameters."""
 
-    @abstractmethod
     def describe(self, targets: Sequence[Output]) -> Described:
-        """The manifest's description."""
+        """The manifest's description: the parameters as they lie, but for what has an order of its own."""
+        names = {t.name: tuple(t.name + parameter.suffix for parameter in self.per_target) for t in targets}
+        return Described(kind=self.kind, targets=names)
 
     def outputs(self, targets: Sequence[Output]) -> tuple[Output, ...]:
         """The graph's outputs, P * K of them."""
@@ -80,6 +100,10 @@ class Distribution(nn.Module, ABC):
     def moved(self, targets: Sequence[Output]) -> tuple[Output | None, ...]:
         """The target that each output moves with, None for those that do not move."""
         return tuple(t if parameter.role == "location" else None for parameter in self.per_target for t in targets)
+
+    def _raw(self, z: Tensor) -> tuple[Tensor, ...]:
+        """The R raw values (B, T, K)."""
+        return z.chunk(len(self.begin), dim=-1)
 
     def _parts(self, graph: Graph, z: str, targets: int) -> list[str]:
         """Names of the R raw values (B, T, K)."""
@@ -92,6 +116,7 @@ class Quantiles(Distribution):
     The loss is the pinball loss, averaged over the levels (Koenker and Bassett, Regression Quantiles, 1978).
     """
 
+    kind = "quantile"
     levels: Tensor
 
     def __init__(self, spec: QuantileSpec) -> None:
@@ -135,7 +160,7 @@ class Quantiles(Distribution):
             t.name: tuple(t.name if level == 0.5 else f"{t.name}@{level:g}" for level in self.ascending)
             for t in targets
         }
-        return Described(kind="quantile", levels=self.ascending, targets=names)
+        return Described(kind=self.kind, levels=self.ascending, targets=names)
 
 
 def _running(graph: Graph, terms: Sequence[str]) -> list[str]:
@@ -146,10 +171,173 @@ def _running(graph: Graph, terms: Sequence[str]) -> list[str]:
     return sums
 
 
+class Gaussian(Distribution):
+    """Mean and standard deviation; the loss is the negative log likelihood."""
+
+    kind = "gaussian"
+    per_target = (Parameter("", "location"), Parameter("@scale", "spread"))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begin = (0.0, _inverse_softplus(1.0))
+
+    def forward(self, z: Tensor) -> Tensor:
+        mean, scale = self._raw(z)
+        return torch.cat([mean, _positive(scale)], dim=-1)
+
+    def losses(self, z: Tensor, target: Tensor) -> Tensor:
+        mean, scale = self(z).chunk(2, dim=-1)
+        return _normal_loss(mean, scale, target)
+
+    def write(self, graph: Graph, z: str, targets: int) -> str:
+        mean, scale = self._parts(graph, z, targets)
+        return graph.add("Concat", mean, _write_positive(graph, scale), axis=2)
+
+
+class StudentT(Distribution):
+    """Location, scale, and degrees of freedom above 2, so that there is a variance; negative log likelihood."""
+
+    kind = "student_t"
+    per_target = (Parameter("", "location"), Parameter("@scale", "spread"), Parameter("@df", "plain"))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begin = (0.0, _inverse_softplus(1.0), _inverse_softplus(8.0))
+
+    def forward(self, z: Tensor) -> Tensor:
+        location, scale, df = self._raw(z)
+        return torch.cat([location, _positive(scale), 2 + _positive(df)], dim=-1)
+
+    def losses(self, z: Tensor, target: Tensor) -> Tensor:
+        # In float64: with many degrees of freedom the two lgamma are large and nearly equal.
+        location, scale, df = self(z).double().chunk(3, dim=-1)
+        half = (df + 1) / 2
+        density = torch.lgamma(half) - torch.lgamma(df / 2) - 0.5 * (df * math.pi).log() - scale.log()
+        losses: Tensor = half * torch.log1p(((target - location) / scale).square() / df) - density
+        return losses.to(z.dtype)
+
+    def write(self, graph: Graph, z: str, targets: int) -> str:
+        location, scale, df = self._parts(graph, z, targets)
+        df = graph.add("Add", _write_positive(graph, df), graph.constant(2.0))
+        return graph.add("Concat", location, _write_positive(graph, scale), df, axis=2)
+
+
+class NegativeBinomial(Distribution):
+    """Mean and dispersion of counts; the loss is the negative log likelihood of the counts as they are.
+
+    With mean m and dispersion a the variance is m + a m², and 1/a is the number of failures in the textbook's form
+    (Salinas et al., DeepAR, 2020, have the same two parameters). Labels are not scaled: the mean is.
+    """
+
+    kind = "negative_binomial"
+    per_target = (Parameter("", "count"), Parameter("@dispersion", "plain"))
+    usual: Tensor
+
+    def __init__(self, targets: Sequence[Output]) -> None:
+        super().__init__()
+        self.begin = (_inverse_softplus(1.0), _inverse_softplus(0.5))
+        usual = [target.mean if target.mean > 0 else target.scale for target in targets]
+        self.register_buffer("usual", torch.tensor(usual), persistent=False)
+
+    def forward(self, z: Tensor) -> Tensor:
+        mean, dispersion = self._raw(z)
+        return torch.cat([_positive(mean) * self.usual, _positive(dispersion, DISPERSION_FLOOR)], dim=-1)
+
+    def losses(self, z: Tensor, target: Tensor) -> Tensor:
+        # In float64, as Student's t.
+        mean, dispersion = self(z).double().chunk(2, dim=-1)
+        failures, count = 1 / dispersion, target.double()
+        ways = torch.lgamma(count + failures) - torch.lgamma(failures) - torch.lgamma(count + 1)
+        grown = torch.log1p(dispersion * mean)
+        losses: Tensor = failures * grown - count * ((dispersion * mean).log() - grown) - ways
+        return losses.to(z.dtype)
+
+    def write(self, graph: Graph, z: str, targets: int) -> str:
+        mean, dispersion = self._parts(graph, z, targets)
+        mean = graph.add("Mul", _write_positive(graph, mean), graph.constant(self.usual.cpu().numpy()))
+        return graph.add("Concat", mean, _write_positive(graph, dispersion, DISPERSION_FLOOR), axis=2)
+
+
+class Mixture(Distribution):
+    """Weights, means and standard deviations of gaussians; the loss is the negative log likelihood.
+
+    (Bishop, Mixture Density Networks, 1994.) The point forecast is the mean of the whole.
+    """
+
+    kind = "mixture"
+
+    def __init__(self, components: int) -> None:
+        super().__init__()
+        self.components = components
+        numbers = range(components)
+        self.per_target = (
+            Parameter("", "location"),
+            *(Parameter(f"@weight_{i}", "plain") for i in numbers),
+            *(Parameter(f"@mean_{i}", "location") for i in numbers),
+            *(Parameter(f"@scale_{i}", "spread") for i in numbers),
+        )
+        # Means apart: components that begin alike would learn alike, and stay one.
+        means = np.linspace(-1.0, 1.0, components)
+        self.begin = (*[0.0] * components, *means.tolist(), *[_inverse_softplus(0.7)] * components)
+
+    def _terms(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logarithms of the weights, means, and scales, (B, T, M, K) each."""
+        logits, means, scales = (part.view(*part.shape[:-1], self.components, -1) for part in z.chunk(3, dim=-1))
+        return torch.log_softmax(logits, dim=-2), means, _positive(scales)
+
+    def forward(self, z: Tensor) -> Tensor:
+        log_weights, means, scales = self._terms(z)
+        weights = log_weights.exp()
+        mean = (weights * means).sum(dim=-2, keepdim=True)
+        return torch.cat([mean, weights, means, scales], dim=-2).flatten(-2)
+
+    def losses(self, z: Tensor, target: Tensor) -> Tensor:
+        log_weights, means, scales = self._terms(z)
+        return -torch.logsumexp(log_weights - _normal_loss(means, scales, target[..., None, :]), dim=-2)
+
+    def write(self, graph: Graph, z: str, targets: int) -> str:
+        parts = self._parts(graph, z, targets)
+        m = self.components
+        highest = graph.add("Max", *parts[:m])
+        shares = [graph.add("Exp", graph.add("Sub", logit, highest)) for logit in parts[:m]]
+        whole = graph.add("Sum", *shares)
+        weights = [graph.add("Div", share, whole) for share in shares]
+        means = parts[m : 2 * m]
+        mean = graph.add("Sum", *(graph.add("Mul", *pair) for pair in zip(weights, means, strict=True)))
+        scales = [_write_positive(graph, scale) for scale in parts[2 * m :]]
+        return graph.add("Concat", mean, *weights, *means, *scales, axis=2)
+
+    def describe(self, targets: Sequence[Output]) -> Described:
+        names = {t.name: tuple(t.name + parameter.suffix for parameter in self.per_target[1:]) for t in targets}
+        return Described(kind=self.kind, targets=names)
+
+
+def _normal_loss(mean: Tensor, scale: Tensor, target: Tensor) -> Tensor:
+    """Minus the logarithm of the normal density."""
+    return 0.5 * ((target - mean) / scale).square() + scale.log() + HALF_LOG_TWO_PI
+
+
+def _positive(z: Tensor, floor: float = SCALE_FLOOR) -> Tensor:
+    return F.softplus(z) + floor
+
+
+def _write_positive(graph: Graph, z: str, floor: float = SCALE_FLOOR) -> str:
+    return graph.add("Add", graph.add("Softplus", z), graph.constant(floor))
+
+
 def _inverse_softplus(value: float) -> float:
     return float(np.log(np.expm1(value)))
 
 
-def distribution_of(spec: DistributionSpec) -> Distribution:
+def distribution_of(spec: DistributionSpec, targets: Sequence[Output]) -> Distribution:
     """The distribution that a configuration names."""
-    return Quantiles(spec)
+    match spec:
+        case QuantileSpec():
+            return Quantiles(spec)
+        case GaussianSpec():
+            return Gaussian()
+        case NegativeBinomialSpec():
+            return NegativeBinomial(targets)
+        case MixtureSpec():
+            return Mixture(spec.components)
+    return StudentT()

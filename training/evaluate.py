@@ -1,6 +1,7 @@
 """Measures an exported model as it will be served: onnxruntime, one step at a time."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -8,13 +9,20 @@ from numpy.typing import NDArray
 
 from .data.batch import Batch, check_lanes
 from .data.source import Source, Split
-from .metrics import ClassificationResult, RegressionResult, metrics_for
+from .metrics import ClassificationResult, RegressionResult, metrics_for, presence
+from .probabilistic import DistributionMetrics
 from .segments import settle
 from .stepper import Floats, States, Stepper
 
 
 def evaluate(
-    stepper: Stepper, source: Source, split: Split, *, streaming: bool = True, summary: bool = False
+    stepper: Stepper,
+    source: Source,
+    split: Split,
+    *,
+    streaming: bool = True,
+    summary: bool = False,
+    distribution: DistributionMetrics | None = None,
 ) -> ClassificationResult | RegressionResult:
     """The masked metrics of a split.
 
@@ -24,12 +32,18 @@ def evaluate(
         split: Which of them.
         streaming: False for a model that only takes whole sequences.
         summary: Does only a row's last answer count?
+        distribution: Measures the distributions, too, of a model that forecasts them.
     """
     metrics = metrics_for(source.outputs, source.classes)
     for batch, y in answers(stepper, source, split, streaming=streaming, summary=summary):
         mask = None if batch.y_mask is None else batch.y_mask.numpy()
         metrics.update(y[..., : len(source.outputs)], batch.y.numpy(), mask)
-    return metrics.result()
+        if distribution is not None:
+            distribution.update(y, batch.y.numpy(), presence(mask, batch.y.shape))
+    result = metrics.result()
+    if distribution is None or isinstance(result, ClassificationResult):
+        return result
+    return replace(result, distribution=distribution.result())
 
 
 def answers(

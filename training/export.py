@@ -7,13 +7,17 @@ whoever likes measures the staged model; `publish` adds the manifest and moves t
 import datetime
 import importlib.metadata
 import os
+import platform
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import torch
 
 from stepcast.errors import ManifestError
 from stepcast.manifest import (
@@ -47,9 +51,7 @@ def stage(network: Network, source: Source, models: Path, tolerance: Tolerance |
     """
     network = network.to("cpu").eval()
     network.masked_steps = "hold"  # an absent step holds the state in the graph and the service, whatever training did
-    models.mkdir(parents=True, exist_ok=True)
-    directory = Path(tempfile.mkdtemp(prefix=".staged-", dir=models))
-    try:
+    with fresh(models) as directory:
         graph = Graph(network.observed.n_features)
         network.write(graph)
         onnx.save(
@@ -58,11 +60,21 @@ def stage(network: Network, source: Source, models: Path, tolerance: Tolerance |
         )
         golden = make_golden(network, source)
         np.savez_compressed(directory / GOLDEN_FILE, **golden)  # type: ignore[arg-type]
-        prove(directory, state_tensors(network), golden, network.streaming, tolerance or Tolerance())
+        stepper = Stepper(directory, state_tensors(network))
+        prove(stepper, golden, network.streaming, tolerance or Tolerance())
+    return directory
+
+
+@contextmanager
+def fresh(models: Path) -> Iterator[Path]:
+    """A directory of its own below `models`, which stays if all that is done inside succeeds."""
+    models.mkdir(parents=True, exist_ok=True)
+    directory = Path(tempfile.mkdtemp(prefix=".staged-", dir=models))
+    try:
+        yield directory
     except BaseException:
         shutil.rmtree(directory)
         raise
-    return directory
 
 
 def publish(staged: Path, manifest: Manifest, models: Path) -> Path:
@@ -84,11 +96,38 @@ def publish(staged: Path, manifest: Manifest, models: Path) -> Path:
 def describe(
     network: Network, source: Source, config: Config, *, sha256: str, version: int, metrics: dict[str, Any]
 ) -> Manifest:
-    """The manifest of a model whose graph has a digest."""
-    return Manifest(
+    """The manifest of a model that was trained, whose graph has a digest."""
+    return manifest_of(
+        network,
+        source,
         name=config.name,
         version=version,
         description=config.description,
+        provenance={
+            "data": source.description,
+            "config": config.model_dump(mode="json", by_alias=True, exclude_unset=True),
+            "seed": config.seed,
+            "metrics": metrics,
+        },
+        sha256=sha256,
+    )
+
+
+def manifest_of(
+    network: Network,
+    source: Source,
+    *,
+    name: str,
+    version: int,
+    description: str,
+    provenance: dict[str, Any],
+    sha256: str,
+) -> Manifest:
+    """The manifest of a network, wherever its weights come from; what it was made with is added to its provenance."""
+    return Manifest(
+        name=name,
+        version=version,
+        description=description,
         features=source.features,
         outputs=network.head.outputs,
         task=source.task,
@@ -99,15 +138,23 @@ def describe(
         streaming=network.streaming,
         feedback=source.feedback if network.streaming else (),
         provenance=Provenance(
-            data=source.description,
-            config=config.model_dump(mode="json", by_alias=True, exclude_unset=True),
-            seed=config.seed,
-            metrics=metrics,
-            libraries={name: importlib.metadata.version(name) for name in LIBRARIES},
+            libraries={library: importlib.metadata.version(library) for library in LIBRARIES},
+            environment=environment(),
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            **provenance,
         ),
         sha256=sha256,
     )
+
+
+def environment() -> dict[str, str]:
+    """Where this runs."""
+    return {
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "processor": f"{platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+    }
 
 
 def state_tensors(network: Network) -> tuple[StateTensor, ...]:
@@ -131,19 +178,12 @@ def next_version(models: Path, name: str) -> int:
     return max(versions, default=0) + 1
 
 
-def prove(
-    directory: Path,
-    tensors: tuple[StateTensor, ...],
-    golden: dict[str, Floats],
-    streaming: bool,
-    tolerance: Tolerance,
-) -> None:
+def prove(stepper: Stepper, golden: dict[str, Floats], streaming: bool, tolerance: Tolerance) -> None:
     """Run the golden rows in one call, in blocks and one step at a time.
 
     Raises:
         ManifestError: an output at a valid step or a final state is not what torch computed.
     """
-    stepper = Stepper(directory, tensors)
     x, lengths = golden["x"], golden["lengths"].astype(np.int32)
     before = _states(golden, "state_in.")
     valid = np.arange(x.shape[1]) < lengths[:, None]

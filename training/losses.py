@@ -5,6 +5,7 @@ the same weight per label as one with many. docs/models.md has both rules side b
 """
 
 from collections.abc import Callable, Sequence
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
@@ -13,11 +14,11 @@ from torch import Tensor, nn
 from stepcast.errors import ConfigError
 
 from .activations import ACTIVATIONS
-from .distributions import Distribution
+from .distributions import Distribution, Kind
 from .layers.specs import CLASS_LOSSES
 
 # These average over outputs as well as steps; the others sum over the outputs of a step, then average over steps.
-MEAN_LOSSES = ("mse", "squared_loss", "mae", "huber", "mape", "msle", "wasserstein", "quantile")
+MEAN_LOSSES = ("mse", "squared_loss", "mae", "huber", "mape", "msle", "wasserstein", *get_args(Kind))
 # These look at all outputs of a step together, so a mask per output means nothing to them.
 WHOLE_STEP_LOSSES = (*CLASS_LOSSES, "cosine_proximity", "kl_divergence")
 
@@ -30,6 +31,7 @@ TAKES: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "poisson": (lambda t: t >= 0, "at least 0"),
     "kl_divergence": (lambda t: t >= 0, "at least 0"),
     "xent": (lambda t: (t >= 0) & (t <= 1), "between 0 and 1"),
+    "negative_binomial": (lambda t: (t >= 0) & (t == t.round()), "that are whole and at least 0"),
 }
 
 

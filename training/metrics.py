@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from stepcast.manifest import Output
 
+from .probabilistic import DistributionResult
 from .roc import Scores, Thresholds
 
 Floats = NDArray[np.float64]
@@ -110,14 +111,22 @@ class ColumnResult:
 
 @dataclass(frozen=True)
 class RegressionResult:
-    """Each column, and the averages over the columns for which a metric is defined."""
+    """Each column, and the averages over the columns for which a metric is defined.
+
+    Attributes:
+        distribution: Of a model that forecasts one.
+    """
 
     average: ColumnResult
     columns: tuple[ColumnResult, ...]
+    distribution: DistributionResult | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
-        return {"task": "regression", **asdict(self)}
+        values = {"task": "regression", **asdict(self)}
+        if self.distribution is None:
+            del values["distribution"]
+        return values
 
     def summary(self) -> dict[str, Any]:
         """`as_dict`: outputs are few."""
@@ -273,7 +282,7 @@ def _entries(
     p, y = np.asarray(predicted, np.float64), np.asarray(labels, np.float64)
     if p.shape != y.shape or p.shape[-1] != size:
         raise ValueError(f"predictions are {list(p.shape)}, labels {list(y.shape)}, outputs {size}")
-    present = np.ones(p.shape, np.bool_) if mask is None else _presence(np.asarray(mask), p.shape)
+    present = presence(mask, p.shape)
     p, y, present = p.reshape(-1, size), y.reshape(-1, size), present.reshape(-1, size)
     for what, values in (("prediction", p), ("label", y)):
         wrong = np.argwhere(present & ~np.isfinite(values))
@@ -283,7 +292,11 @@ def _entries(
     return np.where(present, p, 0.0), np.where(present, y, 0.0), present
 
 
-def _presence(mask: NDArray[Any], shape: tuple[int, ...]) -> Bools:
+def presence(mask: ArrayLike | None, shape: tuple[int, ...]) -> Bools:
+    """Which entries (..., O) count: all without a mask, else where a mask (...) or (..., O) is exactly 1."""
+    if mask is None:
+        return np.ones(shape, np.bool_)
+    mask = np.asarray(mask)
     if mask.shape not in (shape, shape[:-1]):
         raise ValueError(f"mask is {list(mask.shape)}, predictions are {list(shape)}")
     present: Bools = mask == 1

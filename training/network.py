@@ -1,6 +1,6 @@
 """The whole network: readings in, answers out, state carried in the open."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from .layers import build
 from .layers.base import Layer, LayerState, State
 from .layers.merging import merge, write_merge
 from .layers.observed import Observed
-from .layers.spec import Shape
+from .layers.spec import Shape, learning_of
 from .layers.specs import LayerSpec, OutputSpec
 from .layers.stack import INPUT, IllegalLayer, Placed, place, token_readers
 from .layers.tasks import heads_of
@@ -50,6 +50,9 @@ class Network(nn.Module):
         self._ends = [p for p in placed if isinstance(p.spec, OutputSpec)]
         self.layers = nn.ModuleList(build(p) for p in placed if not isinstance(p.spec, OutputSpec))
         self.head = heads_of(self._ends, features, outputs, classification)
+        for one, layer in self.parts():
+            if (learning := learning_of(one.spec)) and learning.frozen:
+                layer.requires_grad_(False)
         self.summary = self._ends[0].shape.summary
         self.reads_tokens = token_readers(placed)
         self.streaming = all(p.spec.streams for p in placed)
@@ -82,6 +85,12 @@ class Network(nn.Module):
                     f"embedding has a vocabulary of {reader.vocabulary}, the data feeds {len(classes)} classes back as "
                     f"{reader.feature or fed[0]!r}. Set vocabulary: {len(classes)}.",
                 )
+
+    def parts(self) -> Iterator[tuple[Placed, nn.Module]]:
+        """Every layer that stands in the list or was put in, with its place; the output layers last."""
+        below = (place for place in self._placed.values() if not isinstance(place.spec, OutputSpec))
+        yield from zip(below, self.layers, strict=True)
+        yield from zip(self._ends, (head for head, _ in self.head.tasks()), strict=True)
 
     def stack(self) -> list[Layer]:
         """All layers that may carry state, from below."""

@@ -7,30 +7,50 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stepcast.errors import ConfigError
+
 from .config import TrainingConfig
+from .layers.spec import learning_of
 from .network import Network
 
 
 def make_optimiser(network: Network, config: TrainingConfig) -> torch.optim.Optimizer:
-    """The optimiser over all weights that learn. l1 and l2 are not its business, see `penalise`."""
-    weights = [p for p in network.parameters() if p.requires_grad]
+    """The optimiser over all weights that learn, each at its layer's rate. l1 and l2 are not its business: `penalise`.
+
+    Raises:
+        ConfigError: no weight learns.
+    """
+    groups = _groups(network, config)
+    if not groups:
+        raise ConfigError("network: every layer with weights is frozen, nothing can be learned")
     rate = config.learning_rate
     match config.optimiser:
         case "adam":
-            return torch.optim.Adam(weights, rate)
+            return torch.optim.Adam(groups, rate)
         case "adamw":
-            pulled = {id(p) for p in decayed(network)}
-            others = [p for p in weights if id(p) not in pulled]
-            groups: list[dict[str, Any]] = [{"params": decayed(network)}, {"params": others, "weight_decay": 0.0}]
-            return torch.optim.AdamW(groups, rate, weight_decay=config.weight_decay)
+            return torch.optim.AdamW(groups, rate)
         case "rmsprop":
-            return torch.optim.RMSprop(weights, rate, alpha=0.95)
+            return torch.optim.RMSprop(groups, rate, alpha=0.95)
         case "adagrad":
-            return torch.optim.Adagrad(weights, rate)
+            return torch.optim.Adagrad(groups, rate)
         case "sgd":
-            return torch.optim.SGD(weights, rate, momentum=config.momentum)
+            return torch.optim.SGD(groups, rate, momentum=config.momentum)
         case "nesterov":
-            return torch.optim.SGD(weights, rate, momentum=config.momentum, nesterov=True)
+            return torch.optim.SGD(groups, rate, momentum=config.momentum, nesterov=True)
+
+
+def _groups(network: Network, config: TrainingConfig) -> list[dict[str, Any]]:
+    """Weights that learn at one rate, and under adamw decay alike, side by side in the order of the network."""
+    pulled = {id(p) for p in decayed(network)} if config.optimiser == "adamw" else set()
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for place, layer in network.parts():
+        learning = learning_of(place.spec)
+        rate = (learning and learning.learning_rate) or config.learning_rate
+        for weight in layer.parameters():
+            if weight.requires_grad:
+                groups.setdefault((rate, id(weight) in pulled), []).append(weight)
+    decay = {True: config.weight_decay, False: 0.0}
+    return [{"params": some, "lr": rate, "weight_decay": decay[pull]} for (rate, pull), some in groups.items()]
 
 
 def rate_factor(config: TrainingConfig, epoch: int) -> float:
@@ -42,7 +62,7 @@ def rate_factor(config: TrainingConfig, epoch: int) -> float:
 
 def layers_of(network: Network) -> list[nn.Module]:
     """What counts as one layer for penalties and per-layer clipping."""
-    return [*network.layers, *(head for head, _ in network.head.tasks())]
+    return [layer for _, layer in network.parts()]
 
 
 def decayed(network: Network) -> list[nn.Parameter]:

@@ -8,15 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import yaml
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from stepcast.manifest import Output
+from stepcast.manifest import Output, Provenance
 
 from .data.batch import Batch
 from .metrics import MOST_CLASSES, ClassificationResult, ClassResult, ColumnResult, RegressionResult
+from .probabilistic import DistributionResult
 
 Result = ClassificationResult | RegressionResult
 COLUMN_FIELDS = ("rows", "mse", "mae", "rmse", "rse", "r2", "correlation")
@@ -67,8 +69,16 @@ def print_report(result: Result, console: Console) -> None:
         console.print(table)
 
 
-def write_report(directory: Path, result: Result, forecast: Forecast | None = None) -> list[Path]:
-    """Write metrics.json, a plot as PNG, and report.html, which needs no other file.
+def write_report(
+    directory: Path, result: Result, forecast: Forecast | None = None, provenance: Provenance | None = None
+) -> list[Path]:
+    """Write metrics.json, plots as PNG, and report.html, which needs no other file.
+
+    Args:
+        directory: Where to.
+        result: What was measured.
+        forecast: To be drawn.
+        provenance: Of the model: how its loss went, its recipe and where it was made are told too.
 
     Returns:
         The paths that were written.
@@ -76,9 +86,10 @@ def write_report(directory: Path, result: Result, forecast: Forecast | None = No
     directory.mkdir(parents=True, exist_ok=True)
     metrics = directory / "metrics.json"
     metrics.write_text(json.dumps(result.as_dict(), indent=2, allow_nan=False) + "\n")
-    plots = [path for path in (_confusion(directory, result), _forecast(directory, forecast)) if path]
+    drawn = (_confusion(directory, result), _forecast(directory, forecast), _learning_curve(directory, provenance))
+    plots = [path for path in drawn if path]
     page = directory / "report.html"
-    page.write_text(_page(result, plots), encoding="utf-8")
+    page.write_text(_page(result, plots, provenance), encoding="utf-8")
     return [metrics, *plots, page]
 
 
@@ -87,10 +98,33 @@ def _tables(result: Result) -> Iterator[tuple[str, tuple[str, ...], list[tuple[s
     if isinstance(result, RegressionResult):
         columns = [*result.columns, result.average] if len(result.columns) > 1 else [*result.columns]
         yield "Outputs", ("output", *COLUMN_FIELDS), [_row(column, COLUMN_FIELDS) for column in columns]
+        if result.distribution is not None:
+            yield from _distribution_tables(result.distribution)
         return
     yield "Classification", ("metric", "value"), list(_summary(result))
     if len(result.classes) <= MOST_CLASSES:  # metrics.json has them all
         yield "Classes", ("class", *CLASS_FIELDS), [_row(one, CLASS_FIELDS) for one in result.classes]
+
+
+def _distribution_tables(
+    result: DistributionResult,
+) -> Iterator[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
+    """CRPS and central intervals of each target, and how often labels lay below each quantile."""
+    shares = [f"{interval.share:.0%}" for interval in result.targets[0].intervals]
+    header = [f"{column} {share}" for share in shares for column in ("in", "width")]
+    rows = [
+        (
+            _visible(t.name),
+            _text(t.rows),
+            _text(t.crps),
+            *(_text(value) for i in t.intervals for value in (i.coverage, i.width)),
+        )
+        for t in result.targets
+    ]
+    yield f"Distribution: {result.kind}", ("target", "rows", "crps", *header), rows
+    levels = tuple(result.targets[0].calibration)
+    below = [(_visible(t.name), *(_text(share) for share in t.calibration.values())) for t in result.targets]
+    yield "Share of labels at or below each quantile", ("target", *levels), below
 
 
 def _summary(result: ClassificationResult) -> Iterator[tuple[str, str]]:
@@ -151,19 +185,53 @@ def _forecast(directory: Path, forecast: Forecast | None) -> Path | None:
     return _save(figure, directory / "forecast.png")
 
 
+def _learning_curve(directory: Path, provenance: Provenance | None) -> Path | None:
+    """Both losses by epoch, and the epoch whose weights were taken; None if the model does not tell."""
+    history = provenance.metrics.get("training") if provenance else None
+    if not history:
+        return None
+    figure = Figure(figsize=(10, 3.5), layout="constrained")
+    axes = figure.add_subplot(xlabel="epoch", ylabel="loss")
+    epochs = range(1, len(history["loss"]) + 1)
+    for key, colour in (("loss", "0.4"), ("validation_loss", "tab:blue")):
+        axes.plot(
+            epochs,
+            np.array(history[key], np.float64),
+            color=colour,
+            linewidth=1,
+            marker=".",
+            label=key.replace("_", " "),
+        )
+    axes.axvline(history["best_epoch"], color="tab:green", linewidth=1, linestyle=":", label="best epoch")
+    axes.legend(loc="upper right")
+    return _save(figure, directory / "learning_curve.png")
+
+
 def _save(figure: Figure, path: Path) -> Path:
     # No date or version in the file: the same numbers give the same bytes.
     figure.savefig(path, dpi=110, metadata={"Software": None})
     return path
 
 
-def _page(result: Result, plots: Sequence[Path]) -> str:
-    """Tables and plots in one self-contained page."""
+def _page(result: Result, plots: Sequence[Path], provenance: Provenance | None) -> str:
+    """Tables, plots and the recipe in one self-contained page."""
     parts = [_html_table(*table) for table in _tables(result)]
     for path in plots:
         data = base64.b64encode(path.read_bytes()).decode()
         parts.append(f'<img alt="{path.stem}" src="data:image/png;base64,{data}">')
+    if provenance is not None:
+        parts += _origin(provenance)
     return PAGE.replace("BODY", "\n".join(parts))
+
+
+def _origin(provenance: Provenance) -> Iterator[str]:
+    """The recipe, and where the model was made."""
+    if provenance.config:
+        recipe = yaml.safe_dump(provenance.config, sort_keys=False, allow_unicode=True)
+        yield f"<h2>Recipe</h2>\n<pre>{html.escape(recipe)}</pre>"
+    told = {"data": provenance.data, "created": provenance.created, **provenance.environment, **provenance.libraries}
+    rows = [(name, value) for name, value in told.items() if value]
+    yield _html_table("Made", ("what", "value"), rows)
 
 
 def _html_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -1,4 +1,4 @@
-"""How much a forecast of a table's series is worth: against persistence, and against the last known day.
+"""How much a forecast of a table's series is worth: against naive forecasts of the same moments.
 
 Measured on the exported model, one step at a time, every test hour of every series. At a horizon that the model has an
 output for, that output is its forecast. Further ahead the model runs free as the service's rollout does: its answers of
@@ -6,17 +6,16 @@ one step ahead come back as readings, the calendar is known, all else is missing
 measured in both ways, and one that says nothing of the next step in the first alone.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from rich.table import Table
 
+from .baselines import Baselines
 from .comparison import Comparison
 from .data.table import TableSource, feature_columns
 from .evaluate import present_steps
@@ -50,17 +49,14 @@ class Measurement:
     Args:
         stepper: The exported model.
         source: The table.
+        baselines: Of the same table, if they are there already.
     """
 
-    def __init__(self, stepper: Stepper, source: TableSource) -> None:
+    def __init__(self, stepper: Stepper, source: TableSource, baselines: Baselines | None = None) -> None:
         self.stepper, self.source = stepper, source
-        # On a grid that does not divide the day, the first step that is at least a day away.
-        self.day = math.ceil(pd.Timedelta(days=1) / pd.Timedelta(source.config.every))
-        names = [f.name for f in source.features]
-        self.columns = [names.index(t) for t in source.targets]
+        self.baselines = baselines or Baselines(source)
+        self.columns = self.baselines.columns
         self.calendar = [i for i, (_, _, column) in enumerate(feature_columns(source.config)) if column is None]
-        self.truth = source.x[..., self.columns]  # (S, L, O), NaN where missing
-        self.last = _carried(self.truth)  # the last observed values
         self.replay = self._replay()
 
     def _replay(self) -> Replay:
@@ -71,7 +67,7 @@ class Measurement:
         outputs, kept = [], []
         for t in range(x.shape[1]):
             y, states = self.stepper.run(x[:, t : t + 1], present[:, t].astype(np.int32), states)
-            outputs.append(y[:, 0, : len(self.columns)])
+            outputs.append(y[:, 0])
             kept.append(states)
         stacked = {name: np.stack([s[name] for s in kept]) for name in states}
         first = stop - x.shape[1]
@@ -83,10 +79,9 @@ class Measurement:
         Args:
             distances: Steps ahead, for a model of one step. What the test rows do not reach is left out.
         """
-        tested, horizons = self.replay.x.shape[1] - self.replay.scored, self.source.horizons
-        reached = [ahead for ahead in distances if ahead < tested]
-        if horizons != (1,):
-            reached = [ahead for ahead in horizons if ahead < tested]
+        horizons = self.source.horizons
+        wanted = distances if horizons == (1,) else horizons
+        reached = [ahead for ahead in wanted if len(self.origins(ahead))]
         free = reached if self.source.feedback else []
         rolled = self._rollout(max(free, default=1))
         return [
@@ -125,47 +120,38 @@ class Measurement:
         return forecasts
 
     def _skill(self, ahead: int, direct: Floats | None, rolled: Floats | None) -> Comparison:
-        """Compare where the forecast's origin is a step and truth, persistence and the day before are all known."""
-        replay, stop = self.replay, self.truth.shape[1]
-        first = replay.start + replay.scored
-        origin = np.arange(first, min(self.source.bounds["test"][1], stop - ahead))  # (R,)
+        """Compare where the forecast's origin is a step, and the truth and what naive forecasts repeat is known."""
+        replay, baselines = self.replay, self.baselines
+        origin = self.origins(ahead)
         model = direct if rolled is None or direct is not None else rolled
         forecasts = {"model": model, **({"rollout": rolled} if direct is not None and ahead > 1 else {})}
-        rivals = {n: self._at(f, origin - replay.start) for n, f in forecasts.items() if f is not None}
-        # The same time of the last known day, or where that is missing the last value before it.
-        rivals["persistence"] = self.last[:, origin].astype(np.float64)
-        day_before = origin + ahead - self.day * math.ceil(ahead / self.day)
-        known = (day_before >= 0)[:, None]
-        rivals["day_before"] = np.where(known, self.last[:, np.maximum(day_before, 0)], np.nan)
-        return Comparison(ahead, self.truth[:, origin + ahead].astype(np.float64), rivals, self._season())
+        given = {n: self._at(f, origin - replay.start) for n, f in forecasts.items() if f is not None}
+        truth = baselines.truth[:, origin + ahead]
+        return Comparison(ahead, truth, {**given, **baselines.naive(ahead, origin)}, baselines.scale)
+
+    def origins(self, ahead: int) -> NDArray[np.int64]:
+        """(R,) test steps whose forecasts can be compared with what came."""
+        first, stop = self.replay.start + self.replay.scored, self.baselines.truth.shape[1]
+        return np.arange(first, min(self.source.bounds["test"][1], stop - ahead))
 
     def _at(self, forecast: Floats, columns: NDArray[np.int64]) -> NDArray[np.float64]:
         """Forecasts (S, R, O) of some of the replayed steps, NaN of absent ones."""
         there = self.replay.present[:, columns, None]
         return np.where(there, forecast[:, columns].astype(np.float64), np.nan)
 
-    def _season(self) -> NDArray[np.float64]:
-        """(S, O) mean absolute change over a day of each series' training rows: the scale of MASE."""
-        start, stop = self.source.bounds["train"]
-        rows = self.truth[:, start:stop].astype(np.float64)
-        changes = np.abs(rows[:, self.day :] - rows[:, : -self.day])
-        there = ~np.isnan(changes)
-        total, count = np.where(there, changes, 0.0).sum(axis=1), there.sum(axis=1)
-        return np.asarray(np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0))
-
     def plot_week(self, path: Path) -> None:
         """Draw a week in the middle of the test steps, or all of fewer: truth, forecast, persistence of each target."""
         replay, source, ahead = self.replay, self.source, self.source.horizons[0]
         stop = replay.x.shape[1] - ahead  # what is forecast behind it is not known
-        steps = min(7 * self.day, stop - replay.scored)
+        steps = min(7 * self.baselines.day, stop - replay.scored)
         middle = (replay.scored + stop - steps) // 2
         origin = replay.start + middle + np.arange(steps)
         figure = Figure(figsize=(10, 1.9 * len(source.targets)), layout="constrained")
         panels = figure.subplots(len(source.targets), 1, sharex=True, squeeze=False)[:, 0]
         for k, (axes, name) in enumerate(zip(panels, source.targets, strict=True)):
             times = source.times[origin + ahead]
-            axes.plot(times, self.last[0, origin, k], color="0.7", linewidth=1, label="persistence")
-            axes.plot(times, self.truth[0, origin + ahead, k], color="black", linewidth=1, label="truth")
+            axes.plot(times, self.baselines.last[0, origin, k], color="0.7", linewidth=1, label="persistence")
+            axes.plot(times, self.baselines.truth[0, origin + ahead, k], color="black", linewidth=1, label="truth")
             axes.plot(times, replay.y[0, middle : middle + steps, k], color="tab:red", linewidth=1, label="forecast")
             axes.set_ylabel(f"{name} [{source.config.columns[name].unit}]")
         panels[0].set_title(f"{source.series[0]}: test rows, {ahead} x {source.config.every} ahead")
@@ -173,19 +159,13 @@ class Measurement:
         figure.savefig(path, dpi=80, metadata={"Software": None})
 
 
-def _carried(values: Floats) -> Floats:
-    """(S, L, O) with the last observed value in place of missing ones."""
-    steps = np.arange(values.shape[1])[None, :, None]
-    latest = np.maximum.accumulate(np.where(np.isnan(values), 0, steps), axis=1)
-    return np.take_along_axis(values, latest, axis=1)
-
-
 def skill_table(source: TableSource, skills: Sequence[Comparison]) -> Table:
     """Errors of every target at every distance, for the terminal."""
     every = source.config.every
     table = Table(title="RMSE on the test rows, exported model stepped one by one", title_justify="left")
     rolled = any("rollout" in skill.forecasts for skill in skills)
-    forecasters = ["model", *(["rollout"] if rolled else []), "persistence", "day_before"]
+    naive = [n for n in skills[0].forecasts if n not in ("model", "rollout")] if skills else []
+    forecasters = ["model", *(["rollout"] if rolled else []), *naive[:2]]  # a terminal is narrow
     for name in ("target", "ahead", *forecasters, "model / persistence"):
         table.add_column(name.replace("_", " "), justify="left" if name == "target" else "right")
     for skill in skills:

@@ -1,5 +1,6 @@
 """The training loop: carry the state, cut the gradient, masked loss, clip, step, validate."""
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -12,10 +13,12 @@ from torch import Tensor, nn
 
 from stepcast.errors import ConfigError
 
+from .averaging import AveragedWeights
 from .check import check_labels
 from .checkpoint import LAST_FILE, fitting, load_checkpoint, save_checkpoint
 from .config import TrainingConfig
 from .data.batch import Batch, check_lanes
+from .data.prefetch import prefetched
 from .data.source import Source, Split
 from .layers.base import State
 from .network import Network, detached, restarted, rows_of_state
@@ -36,6 +39,20 @@ class History:
     best: float = float("inf")
     best_epoch: int = -1
     losses: list[tuple[float, float]] = field(default_factory=list)  # training, validation
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the manifest: how the loss went, to six digits; None where it is not finite."""
+        training, validation = ([_rounded(pair[side]) for pair in self.losses] for side in (0, 1))
+        return {
+            "updates": self.updates,
+            "best_epoch": self.best_epoch + 1,
+            "loss": training,
+            "validation_loss": validation,
+        }
+
+
+def _rounded(loss: float) -> float | None:
+    return float(f"{loss:.6g}") if math.isfinite(loss) else None
 
 
 class Objective(nn.Module):
@@ -81,7 +98,9 @@ class Trainer:
         self.network.masked_steps = config.masked_steps
         self.objective = self.world.wrap(Objective(self.network))
         self.optimiser = make_optimiser(self.network, config)
+        self.rates = [float(group["lr"]) for group in self.optimiser.param_groups]  # before the schedule
         self.scaler = torch.amp.GradScaler(enabled=config.precision == "float16")
+        self.averaged = AveragedWeights(self.network, config.weight_average) if config.weight_average else None
         self.history = History()
         widths = [f.width for f in source.features]
         may_miss = torch.tensor([f.missing != "refuse" for f in source.features])
@@ -101,7 +120,8 @@ class Trainer:
         while self.history.epoch < self.config.epochs and not self._out_of_patience():
             started = time.monotonic()
             train_loss = self.epoch(self.history.epoch, progress)
-            validation_loss = self.validate("validation")
+            with self.averaged.in_place() if self.averaged else nullcontext():
+                validation_loss = self.validate("validation")
             self._note(train_loss, train_loss if validation_loss is None else validation_loss)
             progress.epoch(self.history.epoch, train_loss, validation_loss, time.monotonic() - started)
         self._take_best()
@@ -112,8 +132,8 @@ class Trainer:
         config = self.config
         self.network.train()
         torch.manual_seed(hash((self.seed, epoch, self.world.rank)) % 2**31)  # dropout's; a resumed run draws the same
-        for group in self.optimiser.param_groups:
-            group["lr"] = config.learning_rate * rate_factor(config, epoch)
+        for group, rate in zip(self.optimiser.param_groups, self.rates, strict=True):
+            group["lr"] = rate * rate_factor(config, epoch)
         losses, state = Mean(self.world.device), None
         for batch, rows in self._batches("train", epoch):
             state = self._opening_state(batch, state)
@@ -150,6 +170,8 @@ class Trainer:
         penalise(self.network, self.config)
         self.scaler.step(self.optimiser)
         self.scaler.update()
+        if self.averaged:
+            self.averaged.update()
         losses.add(self.world.sum(total.detach()), everywhere)
         self.history.updates += 1
         return detached(state)
@@ -176,7 +198,7 @@ class Trainer:
     def _batches(self, split: Split, epoch: int) -> Iterator[tuple[Batch, int]]:
         """This process's rows of each batch, ready to run, and how many rows all processes have of it."""
         features, columns = self.source.features, self.network.observed.columns
-        for batch in self.source.batches(split, epoch):
+        for batch in prefetched(self.source.batches(split, epoch), self.config.prefetch):
             for reader in self.network.reads_tokens:  # before rows are shared out, so that all processes stop, not one
                 feature = next(f for f in features if reader.feature in (None, f.name))
                 check_tokens(batch, vocabulary=reader.vocabulary, feature=feature, column=columns[feature.name][0])
@@ -212,7 +234,8 @@ class Trainer:
             )
         if better:
             history.best, history.best_epoch = validation_loss, history.epoch
-            self.best_weights = {k: v.detach().clone() for k, v in self.network.state_dict().items()}
+            weights = self.averaged.weights if self.averaged else self.network.state_dict()
+            self.best_weights = {k: v.detach().clone() for k, v in weights.items()}
         history.epoch += 1
         if self.directory is not None and self.world.leads:
             save_checkpoint(self.directory, self._everything(), best=better)
@@ -224,6 +247,7 @@ class Trainer:
             "kind": self.config.optimiser,
             "optimiser": self.optimiser.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "averaged": self.averaged.state() if self.averaged else None,
             "history": asdict(self.history),
         }
 
@@ -239,6 +263,10 @@ class Trainer:
             self.optimiser.load_state_dict(saved["optimiser"])
             self.scaler.load_state_dict(saved["scaler"])
             self.history = History(**saved["history"])
+            if self.averaged:
+                if saved.get("averaged") is None:
+                    raise ValueError("weights without their average")
+                self.averaged.load(saved["averaged"])
 
     def _take_best(self) -> None:
         if self.history.best_epoch >= 0:

@@ -189,7 +189,7 @@ class RewindBody(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class RolloutBody(msgspec.Struct, forbid_unknown_fields=True):
-    """A rollout: `inputs` are what is known of the future, null where it is not."""
+    """A rollout: `inputs` are what is known of the future, null where it is not; `paths`: how many are drawn."""
 
     steps: Positive
     inputs: _Future = None
@@ -197,6 +197,9 @@ class RolloutBody(msgspec.Struct, forbid_unknown_fields=True):
     seq: Positive | None = None
     temperature: Annotated[float, Meta(ge=0, le=100)] = 0.0
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
+    paths: Count = 0
+    levels: Annotated[list[Annotated[float, Meta(ge=0, le=1)]], Meta(max_length=99)] = []
+    keep_paths: bool = False
     shape: list[int] | None = None
 
 

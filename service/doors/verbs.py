@@ -213,7 +213,17 @@ async def run_free(states: States, call: Call) -> Done:
         known = by_name
     elif asked.inputs is not None:
         known = bodies.numbers(asked.inputs, asked.shape, call.kind)
-    plan = Plan(asked.steps, known, asked.commit, asked.seq, asked.temperature, asked.seed)
+    plan = Plan(
+        asked.steps,
+        known,
+        asked.commit,
+        asked.seq,
+        asked.temperature,
+        asked.seed,
+        asked.paths,
+        tuple(asked.levels),
+        asked.keep_paths,
+    )
     answer = await rollout(states, call.address, plan)
     if naming is not None and style is not None:
         answer["outputs"] = naming.outputs(answer["outputs"], style)

@@ -16,6 +16,13 @@ def opset(model: Any) -> int:
     return max((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), default=0)
 
 
+def inlined(model: Any) -> Any:
+    """A model without functions of its own: each call is the function's nodes."""
+    from onnx import inliner
+
+    return inliner.inline_local_functions(model)
+
+
 def replace(field: Any, values: Iterable[Any]) -> None:
     """Let a repeated field hold these values."""
     kept = list(values)

@@ -1,5 +1,6 @@
 """Opens graphs in onnxruntime and says what their inputs and outputs are."""
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,10 +57,16 @@ def open_session(
     try:
         session = ort.InferenceSession(model, options, providers=providers)
     except Exception as error:  # onnxruntime's exceptions have no common base but this
-        raise ManifestError(f"{name}: onnxruntime cannot load it: {error}") from error
+        raise ManifestError(f"{name}: onnxruntime cannot load it: {one_line(error)}") from error
     if device == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
         raise ManifestError(f"{name}: device is 'cuda', but onnxruntime fell back to {session.get_providers()}")
     return session
+
+
+def one_line(error: Exception) -> str:
+    """An exception's text in one line; of onnxruntime's without its code and the place in its source."""
+    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", " ".join(str(error).split()))
+    return re.sub(r"/\S+:\d+ .*?\) (?=[A-Z])", "", text)
 
 
 def _providers(device: str) -> list[Any]:
@@ -112,4 +119,4 @@ def reading(what: Path | str) -> Iterator[None]:
         raise
     except Exception as error:  # onnxruntime's exceptions have no common base but this
         why = "" if isinstance(error, StepcastError) else "the graph does not run as the manifest reads it: "
-        raise ManifestError(f"{what}: {why}{error}") from error
+        raise ManifestError(f"{what}: {why}{one_line(error)}") from error

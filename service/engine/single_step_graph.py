@@ -26,7 +26,9 @@ MOST_BYTES: Final = 64 << 20
 _LEAST_OPSET: Final = 13
 _SIMPLE: Final = frozenset({b"Tanh", b"Sigmoid", b"Relu", b"Softsign"})
 _DEFAULTS: Final = {"LSTM": [b"Sigmoid", b"Tanh", b"Tanh"], "GRU": [b"Sigmoid", b"Tanh"], "RNN": [b"Tanh"]}
-_KNOWN_ATTRIBUTES: Final = frozenset({"activations", "direction", "hidden_size", "layout", "linear_before_reset"})
+_KNOWN_ATTRIBUTES: Final = frozenset(
+    {"activations", "direction", "hidden_size", "input_forget", "layout", "linear_before_reset"}
+)
 _COMPARE: Final = {"Greater": gt, "GreaterOrEqual": ge, "Less": lt, "LessOrEqual": le, "Equal": eq}
 _KEEP_VALUES: Final = frozenset({"Unsqueeze", "Squeeze", "Cast", "Identity", "Reshape"})
 _ONE_OF_MANY: Final = frozenset({"Slice", "Gather", "Split"})
@@ -265,6 +267,7 @@ class _Rewriter:
             not given.keys() <= _KNOWN_ATTRIBUTES
             or given.get("direction", b"forward") != b"forward"
             or given.get("layout", 0)
+            or given.get("input_forget", 0)
             or len(acts) != len(_DEFAULTS[kind])
             or not _SIMPLE.issuperset(acts)
             or any(getattr(self._constants.get(name), "dtype", None) != np.float32 for name in (w, r, b, p) if name)

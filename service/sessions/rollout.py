@@ -1,10 +1,11 @@
-"""Running free: a forecast of H steps by feeding predictions back, or a sequence of sampled classes.
+"""Running free: a forecast of H steps by feeding predictions back, a sequence of sampled classes, or sample paths.
 
 The first step's fed inputs come from the session's last kept answer, each later one's from the step before. What the
 caller knows of the future (a calendar, a planned set point) it gives as inputs; where it gives a number for a fed
 feature too, its number wins.
 """
 
+import asyncio
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from ..records.digest import legacy_named
 from ..records.record import Record, encode_answer
 from .core import Address
 from .edits import States
+from .fan import Fan
 from .stored import Edit
 
 Known = Callable[[Manifest], Floats]
@@ -40,6 +42,9 @@ class Plan:
     seq: int | None = None  # the number that its last step shall have; only with `commit`
     temperature: float = 0.0  # 0: the likeliest class; else one is drawn from p^(1/temperature)
     seed: int | None = None  # of the draws; None: one of its own
+    paths: int = 0  # sample paths for each example
+    levels: tuple[float, ...] = ()  # of the quantiles of the paths
+    keep_paths: bool = False  # whether the paths themselves are answered, too
 
 
 async def rollout(states: States, address: Address, plan: Plan) -> dict[str, Any]:
@@ -56,24 +61,32 @@ async def rollout(states: States, address: Address, plan: Plan) -> dict[str, Any
         raise InvalidRequest("$.seq belongs to a rollout with commit")
     if plan.seq is not None and plan.temperature and plan.seed is None:
         raise InvalidRequest("a rollout with seq and temperature needs a $.seed, so that a retry draws the same")
+    if plan.commit and plan.paths:
+        raise InvalidRequest("a rollout of sample paths cannot be committed: a session has one state")
+    if not plan.paths and (plan.levels or plan.keep_paths):
+        raise InvalidRequest("$.levels and $.keep_paths belong to a rollout with paths")
     seed = randbits(63) if plan.seed is None else plan.seed
     answer: dict[str, Any] = {}
 
     async def edit(found: Record | None) -> Edit | None:
         view = states.viewed(address, states.ledger.there(address, found))
         record, served = view.record, view.served
+        fan = Fan(served.manifest, plan.paths, plan.levels) if plan.paths else None
         known = _known(plan, served.manifest, max(1, record.examples), states.settings.body_limit_bytes)
         payload = _payload(plan, known)
         digest = states.sessions.digests.named(b"rollout", *payload)
         outputs, step, edited = _stored(record, plan, digest, payload, address), plan.seq, None
         if outputs is None:
-            outputs, state = await _run(states, record, served, known, _Feed(served.manifest, plan.temperature, seed))
+            feed = _Feed(served.manifest, plan.temperature, seed, fan)
+            outputs, state = await _run(states, record, served, known, feed)
             step = record.step
             if plan.commit:
                 step += plan.steps
                 kept = encode_answer(digest, plan.steps, outputs.shape[2], outputs.tobytes())
                 edited = Edit(record.advanced(plan.steps, len(known), state, kept, states.ledger.clock()))
         answer.update(outputs=outputs, step=step, version=record.version)
+        if fan is not None:
+            answer.update(await asyncio.to_thread(fan.answer, plan.keep_paths))
         if served.manifest.classes is not None:
             answer["classes"] = _Feed(served.manifest, plan.temperature, seed).names(outputs)
         return edited
@@ -87,25 +100,29 @@ async def _run(states: States, record: Record, served: Served, known: Floats, fe
     """Outputs (N, H, O), and the state after them."""
     state = record.state if record.examples else served.runtime.initial(len(known))
     last, outputs = _last_outputs(record, len(known)), []
+    copies = 1
+    if feed.fan is not None:
+        state, copies = feed.fan.states(state, len(known)), feed.fan.copies
+        known, last = feed.fan.rows(known), None if last is None else feed.fan.rows(last)
     for step in range(known.shape[1]):
         x = feed.inputs(known[:, step], last, step)
         call = await states.sessions.run(served, x[:, None], None, state)
         last, state = call.reply()[:, 0], call.state
-        outputs.append(last)
-        if feed.classes is not None:
-            feed.choose(last)
+        outputs.append(last[::copies])
+        feed.take(last)
     return np.stack(outputs, axis=1), state
 
 
 class _Feed:
     """Turns the last outputs into the fed part of the next inputs."""
 
-    def __init__(self, manifest: Manifest, temperature: float, seed: int) -> None:
-        self.manifest, self.classes, self._temperature = manifest, manifest.classes, temperature
-        # the first class is drawn from a stream of its own, so that a kept answer's draws can be made again
+    def __init__(self, manifest: Manifest, temperature: float, seed: int, fan: Fan | None = None) -> None:
+        self.manifest, self.classes, self.fan, self._temperature = manifest, manifest.classes, fan, temperature
+        # what the first inputs take is drawn from a stream of its own, so that a kept answer's draws can be made again
         first, later = np.random.SeedSequence(seed).spawn(2)
         self._first, self._random = np.random.default_rng(first), np.random.default_rng(later)
         self._chosen: npt.NDArray[np.int64] | None = None
+        self._values: Floats | None = None
         self._names = [o.name for o in manifest.outputs]
         self._slices = manifest.feature_slices()
 
@@ -128,12 +145,24 @@ class _Feed:
         return x
 
     def _fed(self, source: str, last: Floats, width: int) -> Floats:
+        if self.fan is not None and source in self.fan.predictive.targets:
+            if self._values is None:
+                self._values = self.fan.values(last, self._first)
+            return np.repeat(self._values[:, self.fan.predictive.targets.index(source), None], width, axis=1)
         if source != "class":
             return np.repeat(last[:, self._names.index(source), None], width, axis=1)
         chosen = self._draw(last, self._first) if self._chosen is None else self._chosen
         if width == 1:
             return chosen[:, None].astype(np.float32)
         return np.eye(width, dtype=np.float32)[chosen]
+
+    def take(self, last: Floats) -> None:
+        """Draw what the next inputs are fed from the last outputs, and what the paths say at this step."""
+        if self.classes is not None:
+            self.choose(last)
+        if self.fan is not None:
+            self._values = self.fan.values(last, self._random)
+            self.fan.keep(self._values)
 
     def choose(self, probabilities: Floats) -> npt.NDArray[np.int64]:
         """One class per row: the likeliest at temperature 0, else drawn from p^(1/temperature)."""
@@ -157,9 +186,11 @@ class _Feed:
 def _known(plan: Plan, manifest: Manifest, rows: int, limit_bytes: int) -> Floats:
     """What is known of the future, (N, H, F), NaN where nothing is; TooLarge where it or the answer would not fit."""
     want = (rows, plan.steps, manifest.n_features)
-    size = 4 * rows * plan.steps * max(manifest.n_features, manifest.n_outputs)
+    size = 4 * rows * (1 + plan.paths) * plan.steps * max(manifest.n_features, manifest.n_outputs)
+    size = max(size, rows * plan.paths * manifest.state_row_bytes)
     if size > limit_bytes:
-        raise TooLarge(f"a rollout of {rows} examples by {plan.steps} steps takes {size} bytes (limit {limit_bytes})")
+        what = f"{rows} examples by {plan.steps} steps" + (f" on {plan.paths} paths each" if plan.paths else "")
+        raise TooLarge(f"a rollout of {what} takes {size} bytes (limit {limit_bytes})")
     given = plan.inputs(manifest) if callable(plan.inputs) else plan.inputs
     if given is None:
         return np.full(want, np.nan, np.float32)

@@ -16,6 +16,7 @@ _COMMANDS: Final[dict[str, tuple[Room, str]]] = {
     "key": ("service", "Make an API key, and its line for the key file."),
     "train": ("training", "Train a network by a recipe, measure it, and write models/<name>/<version>/."),
     "evaluate": ("training", "Measure an exported model one step at a time."),
+    "backtest": ("training", "Compare a model with its baselines, on its test rows or from several origins."),
     "export": ("training", "Write a model from the best checkpoint of a run."),
 }
 PANELS: Final[dict[Room, str]] = {"service": "Serve", "training": "Train"}

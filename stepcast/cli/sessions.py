@@ -144,6 +144,7 @@ def rollout(
     commit: Annotated[bool, typer.Option("--commit", help="The session takes these steps.")] = False,
     temperature: Annotated[float, typer.Option(min=0, help="Of a classifier; 0 takes the likeliest class.")] = 0.0,
     seed: Annotated[int | None, typer.Option(help="Of the draws; the same seed draws the same.")] = None,
+    paths: Annotated[int, typer.Option(min=0, help="Sample paths; their quantiles are printed too.")] = 0,
     url: Url = HERE,
     key: Key = "",
 ) -> None:
@@ -152,8 +153,14 @@ def rollout(
         manifest = manifest_of(client, model)
         inputs = readings.parse([known], manifest) if known else None
         held = client.session(model, session)
-        made = held.rollout(steps, inputs, commit=commit, temperature=temperature, seed=seed)
+        made = held.rollout(steps, inputs, commit=commit, temperature=temperature, seed=seed, paths=paths)
         names = names_of(manifest)
         for example, rows in enumerate(made.outputs):
             for ahead, row in enumerate(rows, 1):
-                print(line({"example": example, "ahead": ahead, "outputs": names.named(row)}))
+                told: dict[str, Any] = {"example": example, "ahead": ahead, "outputs": names.named(row)}
+                if made.quantiles is not None:
+                    told["quantiles"] = {
+                        name: dict(zip(map(str, made.levels), quantiles[example, ahead - 1].tolist(), strict=True))
+                        for name, quantiles in made.quantiles.items()
+                    }
+                print(line(told))

@@ -8,12 +8,13 @@ horizons: of each one in turn), or the class that stands in the label column.
 import importlib.util
 import re
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from datetime import datetime
 from difflib import get_close_matches
 from itertools import pairwise, product
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import pandas as pd
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from stepcast.errors import ConfigError
-from stepcast.manifest import Feature, Feedback, Output
+from stepcast.manifest import Change, Feature, Feedback, Output
 
 from .batch import Batch
 from .moments import check_resolution
@@ -52,9 +53,14 @@ class ColumnConfig(_Strict):
     turn: float | None = Field(default=None, gt=0, description="a direction: this much is one full turn")
     missing: Literal["refuse", "mean", "zero", "hold"] = "hold"
     indicator: bool = False
+    changes: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        default=(), description="steps: a channel for each says how much the reading has changed over so many"
+    )
 
     @model_validator(mode="after")
     def _direction(self) -> Self:
+        if self.turn is not None and self.changes:
+            raise ValueError("a direction (turn) has no changes")
         if self.turn is not None and self.target:
             raise ValueError("a direction (turn) cannot be a target")
         return self
@@ -166,6 +172,14 @@ class TableSource:
         self.outputs = self._describe_outputs()
         self.feedback = tuple(Feedback(source=t, feature=t) for t in self.targets if 1 in self.horizons)
 
+    def between(self, bounds: dict[Split, tuple[int, int]]) -> "TableSource":
+        """The same table with other splits, and what is described by its training rows described anew."""
+        other = copy(self)
+        other.bounds = bounds
+        other.features = other._describe_features()
+        other.outputs = other._describe_outputs()
+        return other
+
     def _bounds(self) -> dict[Split, tuple[int, int]]:
         """First and last + 1 grid step of each split."""
         validation, test = (
@@ -180,14 +194,15 @@ class TableSource:
 
     def _describe_features(self) -> tuple[Feature, ...]:
         """Features with statistics of the training rows."""
-        rows = self.x[:, : self.bounds["train"][1]]
+        start, stop = self.bounds["train"]
+        rows = self.x[:, start:stop]
         features = []
         for index, (name, unit, column) in enumerate(feature_columns(self.config)):
             if column is None or column.turn is not None:  # sines and cosines stay as they are
                 missing: Literal["refuse", "mean", "zero", "hold"] = "refuse" if column is None else column.missing
                 features.append(Feature(name=name, unit=unit, missing=missing))
             else:
-                exact = self.grid.values[:, : rows.shape[1], list(self.config.columns).index(name)]
+                exact = self.grid.values[:, start:stop, list(self.config.columns).index(name)]
                 there = exact[~np.isnan(exact)]
                 if there.size:
                     check_resolution(f"feature {name!r}", float(there.mean()), float(there.std()))
@@ -200,6 +215,7 @@ class TableSource:
                         scale=scale,
                         missing=column.missing,
                         indicator=column.indicator,
+                        changes=tuple(_usual_change(rows[..., index], steps, name) for steps in column.changes),
                     )
                 )
         return tuple(features)
@@ -210,9 +226,11 @@ class TableSource:
         names, changes = [f.name for f in self.features], self.config.target_scale == "change"
         outputs = []
         for index, (ahead, target) in enumerate(product(self.horizons, self.targets)):
-            stop = max(0, self.bounds["train"][1] - ahead)  # the last labels of training are training rows themselves
-            labels = self.y[:, :stop, index]
-            mean, scale = _statistics(labels - self.x[:, :stop, names.index(target)] if changes else labels, target)
+            start, stop = self.bounds["train"]
+            stop = max(start, stop - ahead)  # the last labels of training are training rows themselves
+            labels = self.y[:, start:stop, index]
+            now = self.x[:, start:stop, names.index(target)]
+            mean, scale = _statistics(labels - now if changes else labels, target)
             outputs.append(
                 Output(
                     name=output_name(self.config, target, ahead),
@@ -329,6 +347,13 @@ def _one_hot(indices: Floats, count: int) -> Floats:
 
 def _listed(numbers: Sequence[int]) -> str:
     return f"[{', '.join(map(str, numbers))}]"
+
+
+def _usual_change(rows: Floats, steps: int, name: str) -> Change:
+    """How much a reading (S, L) deviates from the one so many steps before."""
+    if steps >= rows.shape[1]:
+        raise ConfigError(f"data.columns.{name}.changes: {steps} steps, the training rows are {rows.shape[1]}")
+    return Change(steps=steps, scale=_statistics(rows[:, steps:] - rows[:, :-steps], name)[1])
 
 
 def _statistics(values: Floats, name: str) -> tuple[float, float]:

@@ -7,17 +7,17 @@ from pathlib import Path
 import numpy as np
 
 from stepcast.errors import ConfigError
-from stepcast.manifest import Feature, Output
+from stepcast.manifest import Feature
 
 from .align import one_hot
-from .in_memory import Examples, InMemory
+from .in_memory import Classified, Examples, Looked
 from .source import SPLITS
 from .word_vectors import WordVectors, read_word_vectors
 
 Line = tuple[str, str]  # label, text
 
 
-class Tokens(InMemory):
+class Tokens(Classified):
     """A `Source` of files with one `label<TAB>text` per line, many-to-one.
 
     As in DL4J's word2vec example, words are lower-cased, those without a vector are dropped, long texts are cut, and
@@ -53,15 +53,12 @@ class Tokens(InMemory):
         lines = {split: read_lines(root / path) for split, path in paths.items() if path is not None}
         classes = tuple(sorted({label for label, _ in lines["train"]}))
         super().__init__(
-            splits={
+            {
                 split: examples(some, words, classes, max_steps, where=str(root / (paths[split] or "")))
                 for split, some in lines.items()
             },
-            features=(word_feature(words),),
-            outputs=tuple(Output(name=label) for label in classes),
-            task="classification",
-            classes=classes,
-            readout="last",
+            word_feature(words),
+            classes,
             batch=batch,
             seed=seed,
             bucket=bucket,
@@ -115,6 +112,6 @@ def examples(
             raise ConfigError(
                 f"{where}, line {number + 1}: text has the label {label!r}, training has {', '.join(classes)}"
             )
-        x.append(words.vectors[places])
+        x.append(places)
         y.append(one_hot(np.array([classes.index(label)]), len(classes)))
-    return Examples(x, y)
+    return Examples(Looked(x, words.vectors), y)

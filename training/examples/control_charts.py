@@ -18,17 +18,16 @@ from pathlib import Path
 import numpy as np
 
 from stepcast.errors import ConfigError
-from stepcast.manifest import Feature, Output
+from stepcast.manifest import Feature
 
 from ..data.align import Array, one_hot
-from ..data.in_memory import Examples, InMemory
-from ..data.source import SPLITS
+from ..data.in_memory import Classified, Examples, in_splits
 
 KINDS = ("normal", "cyclic", "increasing", "decreasing", "upward shift", "downward shift")
 MEAN, DEVIATION = 30.0, 2.0
 
 
-class ControlCharts(InMemory):
+class ControlCharts(Classified):
     """A `Source`, many-to-one: one value per step, and the kind of chart as label of the last step.
 
     Args:
@@ -57,16 +56,12 @@ class ControlCharts(InMemory):
         if not 6 <= lengths[0] <= lengths[1]:
             raise ConfigError(f"data.options.lengths {list(lengths)}: wanted [fewest, most], at least 6")
         rng = np.random.default_rng([seed, 1999])
-        counts = dict(zip(SPLITS, (train, validation, test), strict=True))
-        splits = {split: _charts(rng, count, lengths) for split, count in counts.items()}
+        splits = in_splits(lambda count: _charts(rng, count, lengths), train=train, validation=validation, test=test)
         values = np.concatenate(splits["train"].x)
         super().__init__(
-            splits=splits,
-            features=(Feature(name="value", mean=float(values.mean()), scale=float(values.std())),),
-            outputs=tuple(Output(name=kind) for kind in KINDS),
-            task="classification",
-            classes=KINDS,
-            readout="last",
+            splits,
+            Feature(name="value", mean=float(values.mean()), scale=float(values.std())),
+            KINDS,
             batch=batch,
             seed=seed,
             bucket=bucket,

@@ -11,17 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepcast.errors import ConfigError
-from stepcast.manifest import Feature, Output
+from stepcast.manifest import Feature
 
 from ..data.align import Array, one_hot
-from ..data.in_memory import Examples, InMemory
-from ..data.source import SPLITS
+from ..data.in_memory import Classified, Examples, in_splits
 
 SHAPES = ("ring", "square", "cross", "line")
 RADIUS = 3.0
 
 
-class MovingShapes(InMemory):
+class MovingShapes(Classified):
     """A `Source`: frames flattened row by row into one feature of width size * size, a class per frame.
 
     Args:
@@ -55,16 +54,13 @@ class MovingShapes(InMemory):
             raise ConfigError(f"data.options: size {size} (at least {4 * RADIUS:.0f}), frames {list(frames)}")
         rng = np.random.default_rng([seed, 130])
         camera = Camera(rng, size, hidden, noise)
-        counts = dict(zip(SPLITS, (train, validation, test), strict=True))
         super().__init__(
-            splits={split: _films(camera, count, frames) for split, count in counts.items()},
-            features=(Feature(name="frame", width=size * size),),
-            outputs=tuple(Output(name=shape) for shape in SHAPES),
-            task="classification",
-            classes=SHAPES,
-            alignment="start",
+            in_splits(lambda count: _films(camera, count, frames), train=train, validation=validation, test=test),
+            Feature(name="frame", width=size * size),
+            SHAPES,
             batch=batch,
             seed=seed,
+            readout="each",
             description=f"films of moving shapes, {size} x {size} pixels, {train} to train on",
         )
 

@@ -10,10 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from stepcast.manifest import Output
-
-from ..data.in_memory import InMemory
-from ..data.source import SPLITS
+from ..data.in_memory import Classified, in_splits
 from ..data.tokens import Line, examples, tokens_of, word_feature
 from ..data.word_vectors import WordVectors, learn_word_vectors, read_word_vectors, write_word_vectors
 
@@ -27,7 +24,7 @@ LINKS = ("and", "also", "while", "besides")
 CLASSES = ("negative", "positive")
 
 
-class Reviews(InMemory):
+class Reviews(Classified):
     """A `Source`, many-to-one, of word vectors.
 
     Args:
@@ -57,16 +54,14 @@ class Reviews(InMemory):
         bucket: int = 50,
     ) -> None:
         rng = np.random.default_rng([seed, 2013])
-        counts = dict(zip(SPLITS, (train, validation, test), strict=True))
-        lines = {split: [review(rng) for _ in range(count)] for split, count in counts.items()}
+        lines = in_splits(
+            lambda count: [review(rng) for _ in range(count)], train=train, validation=validation, test=test
+        )
         words = _learn(lines["train"], size, seed) if vectors is None else read_word_vectors(root / vectors)
         super().__init__(
-            splits={split: examples(some, words, CLASSES, 64, where=split) for split, some in lines.items()},
-            features=(word_feature(words),),
-            outputs=tuple(Output(name=name) for name in CLASSES),
-            task="classification",
-            classes=CLASSES,
-            readout="last",
+            {split: examples(some, words, CLASSES, 64, where=split) for split, some in lines.items()},
+            word_feature(words),
+            CLASSES,
             batch=batch,
             seed=seed,
             bucket=bucket,

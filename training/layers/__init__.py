@@ -16,11 +16,12 @@ from .cell_specs import (
 )
 from .cells import GravesLstm, Gru, Lstm, SimpleRnn, Slstm
 from .convolution import Conv1D, Conv2D, Pool2D, ToFrames, ToValues
-from .feedforward import Affine, Columns, Dense, Dropout, Embedding, Identity, LayerNorm
+from .feedforward import Activation, Affine, Columns, Dense, Dropout, Embedding, Identity, LayerNorm
 from .linear_recurrence import MinGru, RgLru
 from .pooling import GlobalPooling
 from .sequence import DuplicateToTimeSeries, Mask, Reverse
 from .specs import (
+    ActivationSpec,
     AttentionSpec,
     CnnToRnnSpec,
     ColumnsSpec,
@@ -68,6 +69,8 @@ def build(placed: Placed) -> Layer:
             return Dense(name, spec.layer, size)
         case LayerNormSpec():
             return LayerNorm(name, size)
+        case ActivationSpec():
+            return Activation(name, spec)
         case DropoutSpec():
             return Dropout(name, spec)
         case EmbeddingSpec():

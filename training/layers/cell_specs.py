@@ -6,11 +6,11 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from ..activations import ActivationName
-from .spec import IllegalStack, Shape, Size, Spec
+from .spec import IllegalStack, Learns, Shape, Size, Spec
 from .weights import WeightInit
 
 
-class _Stepwise(Spec):
+class _Stepwise(Learns):
     units: Size
     weight_init: WeightInit = "xavier_uniform"
 

@@ -11,6 +11,7 @@ from ..graph import Graph
 from .base import Layer, LayerState
 from .specs import Conv1DSpec, Conv2DSpec, Pool2DSpec
 from .weights import initialise
+from .window import latest, write_latest
 
 
 class Conv1D(Layer):
@@ -30,24 +31,15 @@ class Conv1D(Layer):
     def forward(self, x: Tensor, lengths: Tensor | None, state: LayerState) -> tuple[Tensor, LayerState]:
         if self.reach:
             x = torch.cat([state["last"], x], dim=1)
-            state = {"last": self._window(x, lengths)}
+            state = {"last": latest(x, lengths, self.reach)}
         y = self.convolution(x.transpose(1, 2)).transpose(1, 2)
         return ACTIVATIONS[self.activation](y), state
-
-    def _window(self, seen: Tensor, lengths: Tensor | None) -> Tensor:
-        """The last `reach` valid steps of what was seen, state and input, (B, reach, F)."""
-        if lengths is None:
-            return seen[:, seen.shape[1] - self.reach :]
-        places = lengths[:, None, None] + torch.arange(self.reach, device=seen.device)[:, None]
-        return seen.gather(1, places.expand(-1, -1, self.size))
 
     def write(self, graph: Graph, x: str, state: Mapping[str, str]) -> tuple[str, dict[str, str]]:
         after = {}
         if self.reach:
             x = graph.add("Concat", state["last"], x, axis=1)
-            lengths = graph.add("Unsqueeze", graph.add("Cast", graph.lengths, to=7), graph.ints(1, 2))
-            window = graph.constant([[[i] * self.size for i in range(self.reach)]], "int64")
-            after["last"] = graph.add("GatherElements", x, graph.add("Add", lengths, window), axis=1)
+            after["last"] = write_latest(graph, x, self.reach)
         y = graph.add("Transpose", x, perm=[0, 2, 1])
         weight, bias = (graph.constant(p.detach().cpu().numpy()) for p in self.convolution.parameters())
         y = graph.add("Conv", y, weight, bias, dilations=list(self.convolution.dilation))

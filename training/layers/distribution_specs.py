@@ -27,4 +27,31 @@ class QuantileSpec(_Spec):
         return self
 
 
-DistributionSpec = QuantileSpec
+class GaussianSpec(_Spec):
+    """Mean and standard deviation of a normal distribution."""
+
+    kind: Literal["gaussian"]
+
+
+class StudentTSpec(_Spec):
+    """Location, scale and degrees of freedom (more than 2) of Student's t: gaussian with outliers."""
+
+    kind: Literal["student_t"]
+
+
+class NegativeBinomialSpec(_Spec):
+    """Mean and dispersion of counts, whose variance is mean + dispersion * mean²."""
+
+    kind: Literal["negative_binomial"]
+
+
+class MixtureSpec(_Spec):
+    """A mixture of gaussians: weights, means and standard deviations."""
+
+    kind: Literal["mixture"]
+    components: int = Field(default=3, ge=2, le=16)
+
+
+DistributionSpec = Annotated[
+    QuantileSpec | GaussianSpec | StudentTSpec | NegativeBinomialSpec | MixtureSpec, Field(discriminator="kind")
+]

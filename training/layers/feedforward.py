@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..activations import ACTIVATIONS, write_activation
 from ..graph import Graph
 from .base import Layer, LayerState
-from .specs import DenseSpec, DropoutSpec, EmbeddingSpec
+from .specs import ActivationSpec, DenseSpec, DropoutSpec, EmbeddingSpec
 from .weights import initialise
 
 
@@ -49,6 +49,20 @@ class LayerNorm(Layer):
     def write(self, graph: Graph, x: str, state: Mapping[str, str]) -> tuple[str, dict[str, str]]:
         gain, bias = (graph.constant(p.detach().float().cpu().numpy()) for p in (self.norm.weight, self.norm.bias))
         return graph.add("LayerNormalization", x, gain, bias, axis=-1, epsilon=self.norm.eps), {}
+
+
+class Activation(Layer):
+    """An activation alone."""
+
+    def __init__(self, name: str, spec: ActivationSpec) -> None:
+        super().__init__(name)
+        self.activation = spec.activation
+
+    def forward(self, x: Tensor, lengths: Tensor | None, state: LayerState) -> tuple[Tensor, LayerState]:
+        return ACTIVATIONS[self.activation](x), state
+
+    def write(self, graph: Graph, x: str, state: Mapping[str, str]) -> tuple[str, dict[str, str]]:
+        return write_activation(graph, self.activation, x), {}
 
 
 class Dropout(Layer):

@@ -11,6 +11,7 @@ from stepcast.manifest import Feature
 from ..graph import Graph
 from ..masks import valid_steps
 from .base import Layer, LayerState
+from .changes import Changes
 from .stack import INPUT
 
 
@@ -20,7 +21,7 @@ class Observed(Layer):
     What stands in for a missing reading is the feature's policy: its mean, zero (in the caller's unit), or the last
     reading (`hold`). The memory of `hold` is a state tensor like any other, layer "observed", key "last", in
     normalised units; before the first reading it is 0, the mean. Features with an indicator get one more channel per
-    column, behind all others: 1 where the reading was missing.
+    column, behind all others: 1 where the reading was missing. Behind these come the channels of `Changes`.
     """
 
     mean: Tensor
@@ -46,28 +47,37 @@ class Observed(Layer):
         self.register_buffer("filler", torch.tensor(filler, dtype=torch.float32), persistent=False)
         self.register_buffer("held", torch.tensor(np.flatnonzero(policies == "hold")), persistent=False)
         self.register_buffer("indicated", torch.tensor(np.flatnonzero(indicators)), persistent=False)
+        self.changes = Changes(features)
 
     @property
     def size(self) -> int:
         """Channels put out."""
-        return self.n_features + len(self.indicated)
+        return self.n_features + len(self.indicated) + self.changes.size
 
     def state_shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return {"last": (len(self.held),)} if len(self.held) else {}
+        held = {"last": (len(self.held),)} if len(self.held) else {}
+        return {**held, **self.changes.state_shapes()}
 
     def forward(self, x: Tensor, lengths: Tensor | None, state: LayerState) -> tuple[Tensor, LayerState]:
         if lengths is not None:  # whatever stands in the padding must not reach a gradient, not even as 0 * NaN
             x = torch.where(valid_steps(lengths, x.shape[1])[..., None], x, 0.0)
         z = (x - self.mean) / self.scale if self.normalises else x  # (B, T, F)
-        if not self.fills:
-            return z, state
+        if self.fills:
+            z, state = self._filled(x, z, lengths, state)
+        if self.changes.size:
+            changes, after = self.changes(z[..., : self.n_features], lengths, state)
+            z, state = torch.cat([z, changes], dim=2), {**state, **after}
+        return z, state
+
+    def _filled(self, x: Tensor, z: Tensor, lengths: Tensor | None, state: LayerState) -> tuple[Tensor, LayerState]:
+        """Readings `x` in normalised units `z`, with something in place of the missing ones, and the indicators."""
         missing = torch.isnan(x)
         filled = torch.where(missing, self.filler, z)
         if len(self.held):
             readings = torch.where(missing, torch.nan, z)[..., self.held]
             held, last = hold(readings, lengths, state["last"])
             filled = filled.index_copy(2, self.held, held)
-            state = {"last": last}
+            state = {**state, "last": last}
         if len(self.indicated):
             filled = torch.cat([filled, missing[..., self.indicated].to(filled.dtype)], dim=2)
         return filled, state
@@ -75,8 +85,20 @@ class Observed(Layer):
     def write(self, graph: Graph, x: str, state: Mapping[str, str]) -> tuple[str, dict[str, str]]:
         centred = graph.add("Sub", x, graph.constant(self.mean.numpy()))
         z = graph.add("Div", centred, graph.constant(self.scale.numpy()))
-        if not self.fills:
-            return z, dict(state)
+        after = dict(state)
+        if self.fills:
+            z, after = self._write_filled(graph, x, z, state)
+        if self.changes.size:
+            changes, behind = self.changes.write(graph, self._readings(graph, z), state)
+            z, after = graph.add("Concat", z, changes, axis=2), {**after, **behind}
+        return z, after
+
+    def _readings(self, graph: Graph, z: str) -> str:
+        """The channels before the indicators."""
+        return graph.add("Slice", z, graph.ints(0), graph.ints(self.n_features), graph.ints(2))
+
+    def _write_filled(self, graph: Graph, x: str, z: str, state: Mapping[str, str]) -> tuple[str, dict[str, str]]:
+        """`_filled` in ONNX."""
         missing = graph.add("IsNaN", x)
         filled = graph.add("Where", missing, graph.constant(self.filler.numpy()), z)
         after = dict(state)

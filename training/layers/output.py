@@ -47,7 +47,7 @@ class Head(nn.Module):
         classification: bool,
     ) -> None:
         super().__init__()
-        distribution = distribution_of(spec.distribution) if spec.distribution else None
+        distribution = distribution_of(spec.distribution, targets) if spec.distribution else None
         raw = len(distribution.begin) * len(targets) if distribution else len(targets)
         _check(spec, size, features, targets, classification, raw)
         self.targets, self.raw = len(targets), raw
@@ -149,8 +149,9 @@ def _check(
         raise IllegalStack(f"loss_weights has {len(spec.loss_weights)} numbers, the data has {count} outputs")
     if (spec.activation or ("softmax" if classification else "identity")) == "softmax" and count == 1:
         raise IllegalStack("softmax over one output is always 1. Take activation sigmoid with loss xent.")
-    if spec.residual and spec.loss in TAKES:
-        raise IllegalStack(f"residual: loss {spec.loss} takes labels {TAKES[spec.loss][1]}, changes are of both signs")
+    loss = spec.distribution.kind if spec.distribution else spec.loss
+    if spec.residual and loss in TAKES:
+        raise IllegalStack(f"residual: loss {loss} takes labels {TAKES[loss][1]}, changes are of both signs")
     if spec.residual and not {o.target or o.name for o in outputs} & {f.name for f in features if f.width == 1}:
         raise IllegalStack("residual: no output has the name of a feature")
 

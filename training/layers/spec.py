@@ -1,9 +1,9 @@
 """What the specification of every layer kind has, and the shapes that flow between layers."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Size = Annotated[int, Field(ge=1)]
 Pair = tuple[Size, Size]
@@ -75,3 +75,22 @@ class Spec(BaseModel):
     def recurrent(self) -> bool:
         """Does truncated backpropagation cut here?"""
         return False
+
+
+class Learns(Spec):
+    """A layer with weights of its own, which may learn at a rate of their own, or not at all."""
+
+    learning_rate: float | None = Field(default=None, gt=0, description="of this layer; default: the training's")
+    frozen: bool = Field(default=False, description="its weights stay what they are when training begins")
+
+    @model_validator(mode="after")
+    def _learns_or_not(self) -> Self:
+        if self.frozen and self.learning_rate is not None:
+            raise ValueError("a frozen layer has no learning rate. Leave one of them out.")
+        return self
+
+
+def learning_of(spec: Spec) -> Learns | None:
+    """The specification that says how a layer learns: that of the layer inside for a wrapper; None without weights."""
+    inner = getattr(spec, "layer", spec)
+    return inner if isinstance(inner, Learns) else None

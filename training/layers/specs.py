@@ -22,11 +22,11 @@ from .cell_specs import (
     SlstmSpec,
 )
 from .distribution_specs import DistributionSpec
-from .spec import IllegalStack, Merge, Pair, Shape, Size, Spec
+from .spec import IllegalStack, Learns, Merge, Pair, Shape, Size, Spec
 from .weights import WeightInit
 
 
-class DenseSpec(Spec):
+class DenseSpec(Learns):
     """activation(W x + b), at every step."""
 
     kind: Literal["dense"]
@@ -39,10 +39,17 @@ class DenseSpec(Spec):
         return replace(shape, size=self.units, frame=None)
 
 
-class LayerNormSpec(Spec):
+class LayerNormSpec(Learns):
     """Each step's values, normalised over themselves, with a gain and a bias that learn."""
 
     kind: Literal["layer_norm"]
+
+
+class ActivationSpec(Spec):
+    """An activation alone (DL4J: ActivationLayer)."""
+
+    kind: Literal["activation"]
+    activation: ActivationName
 
 
 class DropoutSpec(Spec):
@@ -193,7 +200,7 @@ class ShiftSpec(Spec):
     amount: float
 
 
-class EmbeddingSpec(Spec):
+class EmbeddingSpec(Learns):
     """A learned vector for each of `vocabulary` tokens; the input is one token's number per step."""
 
     kind: Literal["embedding"]
@@ -207,7 +214,7 @@ class EmbeddingSpec(Spec):
         return replace(shape, size=self.units)
 
 
-class AttentionSpec(Spec):
+class AttentionSpec(Learns):
     """Attention of each step over itself and those before it, `window` in all: keys and values are its state."""
 
     kind: Literal["attention"]
@@ -228,7 +235,7 @@ class AttentionSpec(Spec):
         return replace(shape, size=self.units)
 
 
-class Conv1DSpec(Spec):
+class Conv1DSpec(Learns):
     """Convolution over time that looks back only: the steps it needs from before are its state."""
 
     kind: Literal["conv1d"]
@@ -261,7 +268,7 @@ class _Frames(Spec):
         return replace(shape, frame=(channels, sides[0], sides[1]), size=channels * sides[0] * sides[1])
 
 
-class Conv2DSpec(_Frames):
+class Conv2DSpec(_Frames, Learns):
     """Convolution over each frame."""
 
     kind: Literal["conv2d"]
@@ -375,7 +382,7 @@ class OutputSpec(Spec):
         return self
 
 
-class RnnOutputSpec(OutputSpec):
+class RnnOutputSpec(OutputSpec, Learns):
     """Dense and loss at every step; as many units as the data has outputs."""
 
     kind: Literal["rnn_output"]
@@ -411,6 +418,7 @@ LayerSpec = Annotated[
     | ScaleSpec
     | ShiftSpec
     | DenseSpec
+    | ActivationSpec
     | EmbeddingSpec
     | AttentionSpec
     | Conv1DSpec

@@ -53,6 +53,9 @@ _ROWS: Final = Annotated[Any, _outputs("[K,O], or of the form of the inputs; nul
 _ERRORS: Final = Annotated[dict[str, Any], Meta(description="item: problem document")]
 _FORECAST: Final = Annotated[Any, _outputs("[N,H,O], or by output name [N,H]", 3)]
 _CLASSES: Final = Annotated[list[list[str]], Meta(description="[N,H]")]
+_LEVELS: Final = Annotated[list[float], Meta(description="of the quantiles; only with paths")]
+_QUANTILES: Final = Annotated[dict[str, Any], Meta(description="of the paths by target, [N,H,L]; only with paths")]
+_PATHS: Final = Annotated[dict[str, Any], Meta(description="by target, [N,P,H]; only with keep_paths")]
 _SESSION: Final[Schema] = {"session": str, "model": str, "version": Positive, "step": Count}
 _TIMES: Final[Schema] = {"created_at": _TIME, "used_at": _TIME, "expires_at": _EXPIRY}
 _INFO: Final = _answer("Info", **_SESSION, examples=Positive | None, bytes=int, **_TIMES)
@@ -85,7 +88,16 @@ ANSWERS: Final[dict[str, Struct]] = {
     ),
     "checkpoint": _answer("Checkpoint", name=str, step=int, session=(str, "")),
     "checkpoints": _answer("Checkpoints", checkpoints=list[dict[str, str | int]]),
-    "rollout": _answer("RolledOut", outputs=_FORECAST, step=Count, version=Positive, classes=(_CLASSES, [])),
+    "rollout": _answer(
+        "RolledOut",
+        outputs=_FORECAST,
+        step=Count,
+        version=Positive,
+        classes=(_CLASSES, []),
+        levels=(_LEVELS, []),
+        quantiles=(_QUANTILES, {}),
+        paths=(_PATHS, {}),
+    ),
 }
 PROBLEM_DOCUMENT: Final = _answer("Problem", type=str, title=str, status=int, detail=str, code=str)
 _BINARY: Final[Schema] = {"type": "string", "description": "the same fields; arrays as little-endian float32"}
@@ -132,7 +144,7 @@ def components(structs: Iterable[Struct]) -> Schema:
     schemas: Schema = msgspec.json.schema_components(structs, ref_template="#/components/schemas/{name}")[1]
     for field in chain.from_iterable(schema.get("properties", {}).values() for schema in schemas.values()):
         default = field.pop("default", None)
-        if default is not None and default != "" and default != []:
+        if default not in (None, "", [], {}):
             field["description"] = ", ".join(filter(None, [field.get("description"), f"by default {default}"]))
     return schemas
 

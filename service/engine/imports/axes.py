@@ -17,7 +17,7 @@ from stepcast.manifest import Tolerance
 
 from ..arrays import Array
 from ..buffers import laid, taken
-from ..onnx_session import Port, open_session
+from ..onnx_session import Port, one_line, open_session
 from .graphs import Graph
 from .roles import Roles, StatePorts
 
@@ -57,14 +57,24 @@ def found_layout(graph: Graph, roles: Roles, known: Mapping[str, Any]) -> Found:
     trial, why = Trial(graph, roles, known), ""
     for rows in ("many", "one") if "rows" not in known else (known["rows"],):
         found: list[Found] = []
-        for layout in _layouts(roles, known, features, rows):
+        for layout in layouts(roles, known, features, rows):
             try:
                 found.append(trial.many(layout) if rows == "many" else trial.one(layout))
             except Wrong as error:
                 why = why or str(error)
         if found:
             return _agreed(roles, found) if rows == "many" else found[0]
-    raise ManifestError(why or _unfixed(roles, features))
+    raise ManifestError(_unfixed(roles, features) if _is_unfixed(roles, known, features) else why)
+
+
+def _is_unfixed(roles: Roles, known: Mapping[str, Any], features: int | None) -> bool:
+    """Whether the likeliest reading lacks a size that only the user knows."""
+    first = next((batch for batch in _batches(roles.input, "one")), None)
+    time = _times(roles.input, first)[0]
+    given = known.get("input", {})
+    axes = given.get("batch_axis", first), given.get("time_axis", time)
+    shapes = [_row(roles.input, axes, given.get("shape"), features)]
+    return None in shapes or any(not list(_of_state(state, "one")) for state in roles.states)
 
 
 def _unfixed(roles: Roles, features: int | None) -> str:
@@ -107,22 +117,27 @@ def layout_fields(roles: Roles, known: Mapping[str, Any], found: Found) -> dict[
         for (port, result, given), (axis, shape) in zip(roles.states, layout.states, strict=True)
     ]
     features = known.get("features") or _features(roles.input, layout.shape)
-    outputs = known.get("outputs") or [{"name": f"y{number}"} for number in range(math.prod(found.shape))]
+    outputs = known.get("outputs") or numbered("y", math.prod(found.shape), blocks=False)
     return {**made, "states": states, "features": features, "outputs": outputs}
+
+
+def numbered(letter: str, count: int, blocks: bool) -> list[dict[str, Any]]:
+    """Names by number; many numbers are rather one block, where there may be blocks."""
+    if blocks and count > _MOST_NAMED:
+        return [{"name": letter, "width": count}]
+    return [{"name": f"{letter}{number}"} for number in range(count)]
 
 
 def _features(port: Port, shape: tuple[int, ...]) -> list[dict[str, Any]]:
     """A vector's numbers have a name each; those of a frame or a spectrum are one block."""
     size = math.prod(shape)
-    if len(shape) > 1 or size > _MOST_NAMED:
-        return [{"name": port.name, "width": size}]
-    return [{"name": f"x{number}"} for number in range(size)]
+    return numbered("x", size, blocks=True) if len(shape) < 2 else [{"name": port.name, "width": size}]
 
 
 # --- readings -------------------------------------------------------------------------------------------------------
 
 
-def _layouts(roles: Roles, known: Mapping[str, Any], features: int | None, rows: str) -> Iterator[Layout]:
+def layouts(roles: Roles, known: Mapping[str, Any], features: int | None, rows: str) -> Iterator[Layout]:
     """Every reading of the inputs that what is declared allows, the likeliest first."""
     names = {port.input.shape[axis] for port in roles.states for axis in port.input.dynamic} - {None, ""}
     given, x = known.get("input", {}), roles.input
@@ -231,7 +246,7 @@ class Trial:
         try:
             return list(self._session.run(outputs or self._outputs, self.feeds(layout, x, states)))
         except Exception as error:  # onnxruntime's exceptions have no common base but this
-            raise Wrong(f"the graph does not run as the manifest reads it: {error}") from error
+            raise Wrong(f"the graph does not run as the manifest reads it: {one_line(error)}") from error
 
     def feeds(self, layout: Layout, x: Array, states: Sequence[Array]) -> dict[str, Array]:
         """The graph's inputs for x (B, T, *shape) and states (B, *shape)."""

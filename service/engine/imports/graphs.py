@@ -31,14 +31,16 @@ class Graph:
         """
         try:
             content = file.read_bytes()
-            model = onnx.load_model_from_string(content)
+            model = _parsed(file, content)
             alone = model.SerializeToString()
             onnx.load_external_data_for_model(model, str(file.parent))
             whole = model.SerializeToString()
         except OSError as error:
             raise ManifestError(f"{file}: cannot be read ({error.strerror or error})") from error
+        except ManifestError:
+            raise
         except Exception as error:  # protobuf's and onnx's exceptions have no common base but this
-            raise ManifestError(f"{file}: onnx cannot load it: {error}") from error
+            raise ManifestError(f"{file}: onnx cannot load it: {' '.join(str(error).split())}") from error
         return cls(file, model, content if whole == alone else whole)
 
     def rewritten(self, model: Any) -> "Graph":
@@ -49,3 +51,10 @@ class Graph:
     def ports(self) -> tuple[list[Port], list[Port]]:
         """Inputs and outputs; raises ManifestError where onnxruntime cannot load the graph."""
         return signature(self.content, str(self.file))
+
+
+def _parsed(file: Path, content: bytes) -> Any:
+    try:
+        return onnx.load_model_from_string(content)
+    except Exception as error:  # protobuf's exceptions are not ours to name: onnx chooses its protobuf
+        raise ManifestError(f"{file}: is no ONNX graph, or not all of one") from error

@@ -11,59 +11,127 @@ lies), proof.py (whether that is true).
 import hashlib
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+import numpy as np
 from pydantic import ValidationError
 
 from stepcast.errors import ManifestError
-from stepcast.manifest import MODEL_FILE, Manifest, write_manifest
+from stepcast.manifest import GOLDEN_FILE, MODEL_FILE, Manifest, write_manifest
 
 from ..onnx_session import RUNTIME_VERSION
+from .batch import rebatched
+from .context import framed
 from .graphs import Graph
-from .plain import plain
+from .lifting import lift
+from .newer import older
+from .plain import declared, plain
 from .proof import record
-from .questions import read_partial
-from .rewrites import Reading, Rewrite, rewritten
+from .questions import OpenQuestions, joined, read_partial
+from .reading import Reading
+from .rewrites import Rewrite, rewritten
 
-REWRITES: Final[tuple[Rewrite, ...]] = (plain,)
-"""In this order."""
+REWRITES: Final[tuple[Rewrite, ...]] = (framed, plain, declared, rebatched, lift)
+"""In this order; `older` stands before them, since only then onnxruntime can say what the graph's tensors are."""
 
 
 class Imported(NamedTuple):
-    """A model that was taken in."""
+    """A model that was taken in.
+
+    Attributes:
+        done: What was done to its graph.
+        unanswered: Outputs of the graph that are neither the answer nor a state.
+    """
 
     directory: Path
     manifest: Manifest
+    done: Sequence[str]
+    unanswered: Sequence[str]
 
 
 def import_onnx(
-    file: Path, models: Path, name: str, version: int | None = None, partial: Path | None = None
+    file: Path,
+    models: Path,
+    name: str,
+    version: int | None = None,
+    partial: Path | None = None,
+    answers: Mapping[str, Any] | None = None,
 ) -> Imported:
     """Write models/<name>/<version>/ (None: the next free one) for a graph, and prove it; else nothing is left behind.
 
-    `partial` is JSON of manifest fields that are known; they win over guesses. Raises ManifestError where the graph
-    cannot be served or can be read in more than one way; the message says which fields would help.
+    Args:
+        partial: JSON of manifest fields that are known; they win over guesses.
+        answers: More such fields; they win over the file's.
+
+    Raises:
+        OpenQuestions: the graph does not say what some of its tensors are; all questions at once.
+        ManifestError: the graph cannot be served.
     """
-    reading, done = rewritten(Reading(Graph.load(file), read_partial(partial)), REWRITES)
-    graph, known = reading.graph, reading.known
-    number = version or _next_version(models / name)
+    return import_graph(Graph.load(file), models, name, version, joined(read_partial(partial), answers or {}))
+
+
+def import_graph(graph: Graph, models: Path, name: str, version: int | None, known: Mapping[str, Any]) -> Imported:
+    """The same for a graph that is in memory; `known` are fields of a manifest."""
+    reading, first = rewritten(Reading(graph, known), (older,))
+    target = models / name / str(version or _next_version(models / name))
+    if target.exists():
+        raise ManifestError(f"{target} exists. Take another --version.")
+    with tempfile.TemporaryDirectory(prefix="stepcast-import-") as outside:
+        pairings = reading.pairings()
+        proved, refused = [], []
+        for number, paired in enumerate(pairings):
+            try:
+                proved.append(_proved(Path(outside) / str(number), paired, target, first))
+            except OpenQuestions:
+                raise
+            except ManifestError as error:
+                refused.append(error)
+        if not proved:
+            raise refused[0]
+        best = proved[0]
+        single = len(pairings) > 1 and best.manifest.input.time_axis is None  # single steps prove no pairing
+        if (len(proved) > 1 or single) and not _same([one.directory for one in proved], len(pairings)):
+            raise reading.asking([reading.roles.pairing])
+        _publish(best.directory, target)
+    return best._replace(directory=target)
+
+
+def _proved(folder: Path, reading: Reading, target: Path, first: Sequence[str]) -> Imported:
+    """Write the model's files into this folder; raises ManifestError if the graph does not answer as it is read."""
+    file, outputs = reading.graph.file, reading.graph.ports[1]
+    reading, then = rewritten(reading, REWRITES)
+    done = [*first, *then]
     made = {"task": "regression", "lengths": reading.roles.lengths, "provenance": _provenance(file, done)}
-    fields = {**made, **known, **reading.layout, "name": name, "version": number}
-    fields["sha256"] = hashlib.sha256(graph.content).hexdigest()
+    fields = {**made, **reading.known, **reading.layout, "name": target.parent.name, "version": int(target.name)}
+    fields["sha256"] = hashlib.sha256(reading.graph.content).hexdigest()
     try:
         manifest = Manifest.model_validate(fields)
     except ValidationError as error:
         lines = "; ".join(f"$.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise ManifestError(f"{file}: the manifest would be wrong: {lines}") from error
-    with _published(models / name / str(number)) as staged:
-        (staged / MODEL_FILE).write_bytes(graph.content)
-        write_manifest(staged, manifest)
-        record(staged)
-    return Imported(models / name / str(number), manifest)
+    folder.mkdir()
+    (folder / MODEL_FILE).write_bytes(reading.graph.content)
+    write_manifest(folder, manifest)
+    try:
+        record(folder)
+    except ManifestError as error:  # the folder means nothing to the user, and is soon gone
+        text = str(error).replace(str(folder / MODEL_FILE), str(file)).replace(str(folder), str(file))
+        raise ManifestError(text) from error
+    served = {manifest.output.name, *(state.output for state in manifest.states)}
+    return Imported(folder, manifest, done, [port.name for port in outputs if port.name not in served])
+
+
+def _same(folders: Sequence[Path], many: int) -> bool:
+    """Whether all of so many readings were proved and answer the same: their outputs are copies of each other."""
+    recorded = [dict(np.load(folder / GOLDEN_FILE)) for folder in folders]
+    first, *others = ({name: array.ravel() for name, array in arrays.items()} for arrays in recorded)
+    return len(folders) == many and all(
+        np.array_equal(arrays[name], value) for arrays in others for name, value in first.items()
+    )
 
 
 def _next_version(versions: Path) -> int:
@@ -80,22 +148,18 @@ def _provenance(file: Path, done: Sequence[str]) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def _published(target: Path) -> Iterator[Path]:
-    """A folder that becomes `target` when all that is done inside has succeeded; else the repository is as before.
-
-    It lies outside the repository until then, so that not even a crash leaves anything there.
-
-    Raises:
-        ManifestError: the target exists.
-    """
-    if target.exists():
-        raise ManifestError(f"{target} exists. Take another --version.")
-    with tempfile.TemporaryDirectory(prefix="stepcast-import-") as outside:
-        staged = Path(outside) / "model"
-        staged.mkdir()
-        yield staged
+def _publish(staged: Path, target: Path) -> None:
+    """Put a proved folder into the repository, in one piece."""
+    parents = [folder for folder in (target.parent, target.parent.parent) if not folder.exists()]
+    try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".import-") as inside:
             shutil.copytree(staged, Path(inside) / "model")
             (Path(inside) / "model").rename(target)
+    except BaseException as error:
+        for folder in parents:
+            with suppress(OSError):
+                folder.rmdir()
+        if isinstance(error, OSError):
+            raise ManifestError(f"{target}: cannot be written ({error.strerror or error})") from error
+        raise

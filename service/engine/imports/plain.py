@@ -14,7 +14,8 @@ import numpy as np
 from .. import onnx_door as onnx
 from ..arrays import Array
 from .axes import Trial, Wrong
-from .rewrites import Reading, Rewritten
+from .reading import Reading
+from .rewrites import Rewritten
 
 _OPSET: Final = 17  # what an older graph is converted to; single_step_graph.py needs 13
 _OLD: Final = 13
@@ -39,6 +40,24 @@ def plain(reading: Reading) -> Rewritten | None:
         if decided:
             done.append(f"{decided} branches that are always taken replaced their conditions")
     return Rewritten(model, ", ".join(done)) if done else None
+
+
+def declared(reading: Reading) -> Rewritten | None:
+    """Let outputs have no size that was only the exporter's example's: onnxruntime refuses buffers of another."""
+    roles, found = reading.roles, reading.found
+    axes = {state.output.name: {axis} for state, (axis, _) in zip(roles.states, found.layout.states, strict=True)}
+    axes[roles.output.name] = {found.batch, found.time} if found.rows == "many" else {found.time}
+    model, wrong = onnx.copy(reading.graph.model), []
+    for port in model.graph.output:
+        for axis in axes.get(port.name, set()) - {None}:
+            dim = port.type.tensor_type.shape.dim[axis]
+            if dim.HasField("dim_value") and (found.rows == "many" or axis == found.time):
+                wrong.append(f"size {dim.dim_value} of axis {axis} of output {port.name!r}")
+                dim.Clear()
+    if not wrong:
+        return None
+    del model.graph.value_info[:]
+    return Rewritten(model, f"{', '.join(wrong)} was declared, but is not fixed")
 
 
 def _converted(model: Any) -> Any | None:

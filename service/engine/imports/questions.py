@@ -1,6 +1,7 @@
 """What an import is told, and what it must ask: all of it at once."""
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -8,6 +9,7 @@ from stepcast.errors import ManifestError
 from stepcast.manifest import Manifest
 
 _OURS: Final = frozenset({"schema_version", "name", "version", "sha256"})
+_LISTS: Final = {"states": "input", "constants": "name"}
 
 
 def read_partial(path: Path | None) -> dict[str, Any]:
@@ -22,6 +24,13 @@ def read_partial(path: Path | None) -> dict[str, Any]:
         raise ManifestError(f"{path}: cannot be read ({error})") from error
     if not isinstance(known, dict):
         raise ManifestError(f"{path}: is not an object")
+    for name in _LISTS:
+        entries = known.get(name, [])
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise ManifestError(f"{path}: $.{name} is not a list of objects")
+    for name in ("input", "output"):
+        if not isinstance(known.get(name, {}), dict):
+            raise ManifestError(f"{path}: $.{name} is not an object")
     if given := sorted(_OURS & set(known)):
         raise ManifestError(f"{path}: {given} are set by the import. Leave them out.")
     if unknown := sorted(set(known) - set(Manifest.model_fields)):
@@ -29,27 +38,58 @@ def read_partial(path: Path | None) -> dict[str, Any]:
     return known
 
 
+def joined(known: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known, and more of it, which wins; a state is known by its input, a constant by its name."""
+    made = {**known, **more}
+    for name, key in _LISTS.items():
+        if name in made:
+            entries: dict[Any, dict[str, Any]] = {}
+            for entry in (*known.get(name, ()), *more.get(name, ())):
+                entries[entry.get(key)] = {**entries.get(entry.get(key), {}), **entry}
+            made[name] = list(entries.values())
+    parts = {name: {**known.get(name, {}), **more[name]} for name in ("input", "output") if name in more}
+    return made | parts
+
+
 class Question(NamedTuple):
     """What the graph does not say.
 
     Attributes:
-        text: Facts, then the fields of a manifest that would answer it.
+        text: Facts: which tensor, and what it may be.
+        options: What answers it on the command line; a word in capitals stands for what only the user knows.
+        fields: The same answer as fields of a manifest; None stands for what only the user knows.
     """
 
     text: str
+    options: Sequence[str]
+    fields: Mapping[str, Any]
+
+    @property
+    def likely(self) -> bool:
+        """Whether the options are an answer as they stand."""
+        return bool(self.options) and not any(option.rpartition("=")[2].isupper() for option in self.options)
 
 
-class Questions:
-    """Questions as they turn up; who asks goes on with its likeliest reading, so that the others turn up too."""
+class OpenQuestions(ManifestError):
+    """An import that must ask.
 
-    def __init__(self) -> None:
-        self.asked: list[Question] = []
+    Args:
+        file: The graph's file.
+        questions: All of them.
+        draft: A partial manifest with the likeliest answers.
+    """
 
-    def ask(self, text: str) -> None:
-        """One more question."""
-        self.asked.append(Question(text))
+    def __init__(self, file: Path, questions: Sequence[Question], draft: Mapping[str, Any]) -> None:
+        self.questions, self.draft = questions, draft
+        many = "a question is" if len(questions) == 1 else f"{len(questions)} questions are"
+        lines = [f"{q.text} Give {' '.join(q.options)}" if q.options else q.text for q in questions]
+        if len(lines) > 1:
+            lines = [f"\n  {number}. {line}" for number, line in enumerate(lines, 1)]
+        super().__init__(f"{file}: {many} open: {''.join(lines)}")
 
-    def settle(self) -> None:
-        """Raises ManifestError, with all of them, where there are any."""
-        if self.asked:
-            raise ManifestError("\n".join(question.text for question in self.asked))
+    @property
+    def command(self) -> str | None:
+        """The options that answer all of it by the likeliest reading; None where only the user knows one of them."""
+        if not all(question.likely for question in self.questions):
+            return None
+        return " ".join(dict.fromkeys(option for question in self.questions for option in question.options))

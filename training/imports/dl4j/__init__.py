@@ -1,0 +1,1 @@
+"""DL4J's saved networks (ModelSerializer zips): the archive, its arrays, its dialects, its layers."""
