@@ -306,6 +306,10 @@ CATALOGUE: dict[tuple[str, tuple[str, ...]], list[tuple[str, ...]]] = {
         ("sum(defined) / len(defined)", "sum(defined) / len(values)"),
         ("present & ~np.isfinite(values)", "present & np.isnan(values) & False"),
     ],
+    ("metrics.py", ("test_multi_label.py",)): [
+        ("p[there, column, None], y[there, column, None]", "p[:, column, None], y[:, column, None]"),
+        ("there = result.classes[1]", "there = result.classes[0]"),
+    ],
     ("optimise.py", UPDATES): [
         ("if weight.requires_grad:", "if True:"),
         ("False: 0.0}", "False: config.weight_decay}"),

@@ -70,6 +70,7 @@ class Network(nn.Module):
         try:
             network = cls(specs, source.features, source.outputs, source.task == "classification")
             network._check_feedback(source)
+            network._check_labels(source)
         except IllegalLayer as error:
             raise ConfigError(f"{error.where}: {error}") from error
         return network
@@ -85,6 +86,13 @@ class Network(nn.Module):
                     f"embedding has a vocabulary of {reader.vocabulary}, the data feeds {len(classes)} classes back as "
                     f"{reader.feature or fed[0]!r}. Set vocabulary: {len(classes)}.",
                 )
+
+    def _check_labels(self, source: Source) -> None:
+        """Labels of which each may be there are probabilities apart from each other."""
+        for end, (head, _) in zip(self._ends, self.head.tasks(), strict=True):
+            if source.task == "multi_label" and (head.loss.name, head.activation) != ("xent", "sigmoid"):
+                got = f"loss {head.loss.name} with activation {head.activation}"
+                raise IllegalLayer(end.index, f"task multi_label wants loss xent with activation sigmoid, got {got}")
 
     def parts(self) -> Iterator[tuple[Placed, nn.Module]]:
         """Every layer that stands in the list or was put in, with its place; the output layers last."""
