@@ -132,9 +132,9 @@ CATALOGUE: dict[tuple[str, tuple[str, ...]], list[tuple[str, ...]]] = {
         ("state = self._advance(segment, state)", "pass"),
         ('if config.backprop == "truncated" else batch.x.shape[1]', ""),
         ("batch.starts is None or bool(batch.starts.all())", "batch.starts is None or bool(batch.starts.any())"),
-        ("return restarted(state, batch.starts)", "return state"),
-        ("return restarted(state, batch.starts)", "return restarted(state, ~batch.starts)"),
-        ("return restarted(state, batch.starts)", "return self.network.initial_state(rows)"),
+        ("return restarted(state, batch.starts, self.network.opening_state(rows, batch.begin))", "return state"),
+        ("return restarted(state, batch.starts,", "return restarted(state, ~batch.starts,"),
+        ("return restarted(state, batch.starts,", "return restarted(state, None,"),
         (
             "self.network.train_pass(block.x, block.x_mask, state)",
             "self.network.train_pass(block.x, block.x_mask, self._opening_state(batch, None))",

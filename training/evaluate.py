@@ -97,6 +97,7 @@ def present_steps(batch: Batch) -> NDArray[np.bool_]:
 def _opening_states(stepper: Stepper, batch: Batch, states: States | None) -> States:
     """Fresh states for rows that start a sequence, the old ones for lanes that go on."""
     fresh = stepper.initial_states(batch.x.shape[0])
+    fresh |= {f"{n}.{k}": t.numpy() for n, layer in (batch.begin or {}).items() for k, t in layer.items()}
     if states is None or batch.starts is None:
         return fresh
     check_lanes(next((len(old) for old in states.values()), len(batch.starts)), batch)
