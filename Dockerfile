@@ -23,7 +23,7 @@ RUN mkdir stepcast && touch README.md stepcast/__init__.py
 
 FROM base AS training
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip install -c constraints.txt -e ".[training,tensorboard,word2vec,weather]"
+    pip install -c constraints.txt -e ".[training,tensorboard,word2vec,weather,calendar]"
 COPY stepcast stepcast
 COPY training training
 # Code comes from the image, never from the directory that is mounted on /data.
@@ -39,7 +39,7 @@ FROM base AS service
 # An extra of pyproject.toml: service, or service-gpu (needs only the driver and its container toolkit on the host).
 ARG RUNTIME=service
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip install -c constraints.txt -e ".[${RUNTIME}]"
+    pip install -c constraints.txt -e ".[${RUNTIME},calendar]"
 COPY stepcast stepcast
 COPY service service
 COPY models models

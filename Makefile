@@ -8,6 +8,7 @@
 #   make docs          the documentation as a site, in build/site
 #   make dist          sdist and wheel in dist/, checked
 #   make images        the images of the service and the trainer, by docker
+#   make forecasts     the weather model beside its baselines: the tables of docs/forecasts.md
 #   make demo          train, serve and replay real weather; TRAIN=0 takes the committed model
 #   make serve         the server on models/; ARGS="--port 9000"
 #   make bench         the numbers of README; ARGS="--quick" for a look
@@ -49,7 +50,7 @@ PYTEST_ARGS = -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 PYTEST = $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install check test test-service test-redis docs dist images demo serve bench chaos mutants lock clean distclean python
+.PHONY: help install check test test-service test-redis docs dist images demo forecasts serve bench chaos mutants lock clean distclean python
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -110,6 +111,9 @@ images:
 
 demo: $(STAMP)
 	$(BIN)/python demo/replay.py $(if $(filter 0,$(TRAIN)),--committed,) $(ARGS)
+
+forecasts: $(STAMP)
+	$(BIN)/python -m training backtest training/recipes/weather.yaml --page docs/forecasts.md --json docs/assets/forecasts.json $(ARGS)
 
 serve: $(STAMP)
 	$(BIN)/python -m service serve $(ARGS)

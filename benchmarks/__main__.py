@@ -4,6 +4,7 @@ make bench                                   all, a quarter of an hour
 make bench ARGS="--quick"                    all, short rounds
 make bench ARGS="--only asgi-echo,http-json-redis"
 make bench ARGS="--only growth,lone"         scenarios have names too
+make bench ARGS="--only silero"              voices per core in real time; Silero's graph is not in the repository
 make bench ARGS="--only cost,aof"            what dear steps cost beside plain ones; Redis without page dropping
 make bench ARGS="--against ../before"        another checkout's servers take turns with this one's; both columns
 make bench ARGS="--only cuda"                needs a GPU; python -m benchmarks.device --device cpu tries it without
@@ -34,6 +35,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, help="rounds of all contenders (4; quick: 2); costs: twice as many")
     parser.add_argument("--seconds", type=float, help="seconds per contender and round (1; quick: 0.3); costs: half")
     parser.add_argument("--name", default="latest", help="results/<name>.json, .md and .svg")
+    silero = "Silero's graph, for the scenario silero (../shared/models/onnx/silero_vad.onnx, where it is there)"
+    parser.add_argument("--silero", type=Path, default=contenders.SILERO, help=silero)
     parser.add_argument("--list", action="store_true", help="print the names")
     return parser
 
@@ -95,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
     model.ensure()
     park = Park(arguments.against)
     try:
-        bench = contenders.Bench(park)
+        bench = contenders.Bench(park, silero=arguments.silero)
         results = _run_rounds(bench, _contenders(arguments.only), number, seconds)
         found = _run_scenarios(bench, arguments.only, quick)
     except WrongAnswer as error:

@@ -4,6 +4,7 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
@@ -11,11 +12,12 @@ from . import load, requests
 from .bare import Bare, Truth
 from .load import Encode, Sample, Traffic
 from .machine import pinned
-from .servers import Park, Process
+from .servers import ROOT, Park, Process
 
 SESSIONS = 256
 LANES = 64
 WIDE = 1024
+SILERO = ROOT.parent / "shared" / "models" / "onnx" / "silero_vad.onnx"
 STORES = ("memory", "sqlite", "redis")
 
 
@@ -70,6 +72,8 @@ class Bench:
     """The server is the other checkout's."""
     said: dict[str, float] = field(default_factory=dict)
     """What one side has measured for both."""
+    silero: Path = SILERO
+    """Silero's graph, which is not in the repository."""
 
     def sides(self) -> tuple["Bench", ...]:
         """This one, and the same for the other checkout's server where there is one."""
@@ -155,7 +159,14 @@ def http_lines(lanes: int) -> Callable[[int], list[load.Line]]:
 
 def socket_lines(path: str, sockets: int, binary: bool, tagged: bool = True) -> Callable[[int], list[load.Line]]:
     """LANES lanes over some WebSockets."""
-    return lambda port: [load.SocketLine(port, path, range(i, LANES, sockets), binary, tagged) for i in range(sockets)]
+    return socket_lines_of(LANES, path, sockets, binary, tagged)
+
+
+def socket_lines_of(
+    lanes: int, path: str, sockets: int, binary: bool, tagged: bool = True
+) -> Callable[[int], list[load.Line]]:
+    """Any number of lanes over some WebSockets."""
+    return lambda port: [load.SocketLine(port, path, range(i, lanes, sockets), binary, tagged) for i in range(sockets)]
 
 
 # --- limits ---------------------------------------------------------------------------------------------------------

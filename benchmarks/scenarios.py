@@ -344,6 +344,13 @@ def cuda(_: Bench, quick: bool) -> Rounds:
     return device.cuda(None, quick)
 
 
+def silero(bench: Bench, quick: bool) -> Rounds:
+    """See silero.silero."""
+    from . import silero
+
+    return (yield from silero.silero(bench, quick))
+
+
 SCENARIOS: dict[str, Scenario] = {
     "open-loop": open_loop,
     "lone": lone,
@@ -351,9 +358,10 @@ SCENARIOS: dict[str, Scenario] = {
     "long": long_sequences,
     "growth": growth,
     "workers": workers,
+    "silero": silero,
     "cuda": cuda,
 }
-WITH_SERVERS = SCENARIOS.keys() - {"cuda"}
+WITH_SERVERS = SCENARIOS.keys() - {"cuda", "silero"}  # whose servers may be another checkout's too
 
 
 def plain(result: Result) -> str:

@@ -149,17 +149,20 @@ class Park:
         command = [sys.executable, "-m", "benchmarks.peers", name, "--port", str(port), *arguments]
         return self._start("-".join((name, *arguments)).replace("/", ""), command, self.server_core, port)
 
-    def stepcast(self, store: str, name: str = "", *, base: bool = False, **settings: object) -> Process:
+    def stepcast(
+        self, store: str, name: str = "", *, base: bool = False, models: Path = model.REPOSITORY, **settings: object
+    ) -> Process:
         """Stepcast over memory, sqlite, redis, plain (Redis) or cluster.
 
         Args:
             name: Tells servers of one store apart.
             base: The other checkout's.
+            models: The repository that is served.
         """
         for shape in model.SERVED:
             model.ensure(shape)
         label, port = f"stepcast-{store}{name}{'@base' * base}", free_port()
-        command = [sys.executable, "-m", "service", "serve", "--models", str(model.REPOSITORY)]
+        command = [sys.executable, "-m", "service", "serve", "--models", str(models)]
         command += ["--store", self._store_url(store, label, base), "--port", str(port), "--device", "cpu"]
         command = ["env", *(f"STEPCAST_{k.upper()}={v}" for k, v in settings.items()), *command]
         tree = self.against if base else ROOT

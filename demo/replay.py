@@ -1,7 +1,8 @@
 """The demo: train on real weather, serve the model, replay November 2013 hour by hour through one session.
 
 The three airports of New York are the three examples of one session. Every hour's readings go over a WebSocket with the
-SDK; what comes back is the forecast of the next hour, shown beside the truth. At the end the server stays up.
+SDK; what comes back is the forecast of the next hour, shown beside the truth. At the end a rollout forecasts the day
+after the month, from its moment alone, and the server stays up.
 
     python demo/replay.py               trains first (a minute); later runs take the trained model
     python demo/replay.py --committed   takes the model that the repository carries
@@ -43,6 +44,7 @@ MONTH = np.datetime64("2013-11-01T00", "h")
 WARM_UP_HOURS = 168
 WIDTH = 100
 REFRESH_S = 0.05
+AHEAD_HOURS = (1, 6, 12, 24)
 
 Floats = npt.NDArray[np.float32]
 
@@ -59,6 +61,11 @@ class Month:
     persistence: Floats
     targets: tuple[str, ...]
     units: tuple[str, ...]
+
+    @property
+    def next_hour(self) -> str:
+        """The moment after the last of the hours, in ISO 8601."""
+        return f"{self.hours[-1] + np.timedelta64(1, 'h')}:00Z"
 
 
 @dataclass
@@ -101,10 +108,10 @@ def read_month(days: int) -> Month:
         hours=times[cut],
         inputs=source.x[:, cut],
         present=source.grid.present[:, cut],
-        truth=source.y[:, cut],
+        truth=source.y[:, cut, : len(columns)],  # of the first horizon
         persistence=last_observed(observed)[:, cut],
         targets=source.targets,
-        units=tuple(output.unit for output in source.outputs),
+        units=tuple(output.unit for output in source.outputs[: len(columns)]),
     )
 
 
@@ -221,6 +228,20 @@ def hour_table(month: Month, hour: int, forecast: Floats) -> Group:
     return Group(table, Text(f"{bar:<40} step {steps} of {SESSION!r}"))
 
 
+def day_ahead(url: str, month: Month) -> Table:
+    """The day behind the month: a rollout that is told when it begins, and knows the hours and the season from that."""
+    with Client(url) as client:
+        forecast = client.session("weather", SESSION).rollout(max(AHEAD_HOURS), {"time": month.next_hour}).outputs
+    name, unit = month.targets[0], month.units[0]
+    table = Table(title=f"a day from {month.next_hour}: {name} {unit}", box=SIMPLE_HEAD)
+    table.add_column("airport")
+    for hours in AHEAD_HOURS:
+        table.add_column(f"+{hours} h", justify="right")
+    for airport, row in zip(month.airports, forecast[name], strict=True):
+        table.add_row(airport, *(number(row[hours - 1]) for hours in AHEAD_HOURS))
+    return table
+
+
 def number(value: Any) -> str:
     """A reading, a dash where there is none."""
     return f"{value:.1f}" if np.isfinite(value) else "-"
@@ -272,6 +293,7 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     with serving(models, port_or_any(arguments.port)) as (url, server):
         score = replay(url, month, console, arguments.seconds)
         console.print(skill_table(month, score))
+        console.print(day_ahead(url, month))
         if arguments.exit:
             return
         session = f"{url}/v1/models/weather/sessions/{SESSION}"

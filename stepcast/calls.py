@@ -182,7 +182,7 @@ class Calls:
         """
         asked = form(inputs)
         names = (yield from self.names(model)) if asked.named else None
-        fields: dict[str, Any] = {"inputs": asked.array(names), "format": codec.layout_of(asked, layout)}
+        fields: dict[str, Any] = {"inputs": asked.array(names, "steps"), "format": codec.layout_of(asked, layout)}
         if names is not None:
             fields["version"] = names.manifest.version
         if mask is not None:

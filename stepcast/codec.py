@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from .features import FeatureNames, Floats
+from .features import FeatureNames, Floats, Rows
 from .inputs import Form
 from .manifest import Manifest, StateTensor
 
@@ -17,7 +17,6 @@ O_co = TypeVar("O_co", covariant=True)
 LayerState = dict[str, npt.NDArray[Any]]
 State = dict[str, LayerState]
 Layout = Literal["NWC", "NCW"]
-Rows = Literal["examples", "steps"]
 
 MSGPACK: Final = "application/msgpack"
 _ANSWER_HEAD_BYTES: Final = 24
@@ -124,7 +123,7 @@ def step_inputs(
     Raises:
         ValueError: the inputs do not have rank 1 to 3, or `layout` or `rows` do not fit them.
     """
-    x = form.array(names)
+    x = form.array(names, rows)
     if x.ndim not in (1, 2, 3):
         raise ValueError(f"inputs have rank {x.ndim}, want [F], [N,F] or [N,T,F]")
     if rows not in ("examples", "steps"):

@@ -9,14 +9,18 @@ Shape letters: N examples, T steps, F input values, W width of a feature, O outp
 
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any, Final
+from functools import cached_property
+from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from .calendars import Calendar, Shape, moments_of, seconds
 from .errors import InvalidRequest, ShapeMismatch
-from .manifest import Manifest
+from .manifest import TIME, Manifest
 
+Rows = Literal["examples", "steps"]
+"""What the rows of inputs of rank 2 are, the axis of columns [N]."""
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 Labels = npt.NDArray[np.str_]
@@ -25,44 +29,69 @@ MISSING: Final = float("nan")
 
 
 class FeatureNames:
-    """A model's features and outputs by name; made once per manifest."""
+    """A model's features and outputs by name; made once per manifest.
+
+    Attributes:
+        worded: Names whose values may be other than numbers: features of categories, and `time`.
+    """
 
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
         self._slices = manifest.feature_slices()
         self._width = manifest.n_features
         self._required = {f.name for f in manifest.features if f.missing == "refuse"}
+        self._indices = {f.name: _indices(f.categories) for f in manifest.features if f.categories is not None}
+        self._dated = [f.name for f in manifest.features if f.calendar is not None]
+        self.worded = frozenset([*self._indices, TIME] if self._dated else self._indices)
+        self._kinds = [(f.name, f.calendar is not None, self._indices.get(f.name)) for f in manifest.features]
         self._plain = len(self._slices) == self._width  # every feature is one value
         self._labels = None if manifest.classes is None else np.array([*manifest.classes, ""])
 
     # --- inputs ---------------------------------------------------------------------------------------------------
 
-    def array(self, named: Mapping[str, Any] | Sequence[Mapping[str, Any]], *, partial: bool = False) -> Floats:
+    @cached_property
+    def _calendar(self) -> Calendar:
+        """Made when the first moment comes; ConfigError where it cannot be."""
+        return Calendar.of(self.manifest)
+
+    def array(
+        self,
+        named: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+        *,
+        rows: Rows = "examples",
+        future: int | None = None,
+    ) -> Floats:
         """Inputs by position.
 
         Args:
             named: Values by feature name: numbers make [F], [N] columns [N,F], [N,T] columns [N,T,F]; a number beside
                 columns holds for all rows; a feature of width W has W values more in its last axis. None is a missing
-                reading. Or a list of such records, one per example (values: numbers, or [T]).
-            partial: Any feature may be left out, whatever its policy (what is known of a rollout's future).
+                reading. Or a list of such records, one per example (values: numbers, or [T]). A feature of categories
+                takes a category's text; one that the model does not know becomes its index 0. The features of a
+                calendar may be given by `time`: see stepcast.calendars.
+            rows: What [N] is; steps: columns [T] or [N,T].
+            future: What is known of so many steps of a rollout: rows are steps, any feature may be left out.
 
         Raises:
             InvalidRequest: a name is unknown, names are left out whose model takes no missing readings, or a value
-                is not a number.
+                is not a number (or a category, or a moment).
             ShapeMismatch: the features do not have one shape.
+            ConfigError: what knows the model's holidays or time zones is not installed here.
         """
+        partial = future is not None
         if isinstance(named, Mapping):
-            return self._example(named, partial, "$.inputs")
+            return self._example(named, partial, "$.inputs", future or (0 if rows == "steps" else None))
         if not named:
             raise ShapeMismatch("$.inputs is an empty list, want at least one record", got=[0])
-        plain = [isinstance(record, Mapping) and self._numbers(record, partial) for record in named]
-        if all(plain):
-            return as_floats(plain, "$.inputs")
-        rows = [self._example(record, partial, f"$.inputs[{i}]") for i, record in enumerate(named)]
-        shapes = sorted({row.shape[:-1] for row in rows})
+        if not self._indices:  # whose numbers are texts
+            plain = [isinstance(record, Mapping) and self._numbers(record, partial) for record in named]
+            if all(plain):
+                return as_floats(plain, "$.inputs")
+        each = [self._example(record, partial, f"$.inputs[{i}]") for i, record in enumerate(named)]
+        shapes = sorted({x.shape[:-1] for x in each})
         if len(shapes) > 1:
             raise ShapeMismatch(f"$.inputs has records of shapes {_listed(shapes)}, want one", got=list(shapes))
-        return np.stack(rows)
+        return np.stack(each)
 
     def _numbers(self, named: Mapping[str, Any], partial: bool) -> list[float] | None:
         """One example's values by position, NaN where they are missing.
@@ -76,9 +105,12 @@ class FeatureNames:
         row = [named.get(name) for name in names]
         return [MISSING if value is None else value for value in row] if _NUMBERS.issuperset(map(type, row)) else None
 
-    def _example(self, named: Mapping[str, Any], partial: bool, path: str) -> Floats:
+    def _example(self, named: Mapping[str, Any], partial: bool, path: str, steps: int | None = None) -> Floats:
+        """An object's values by position; `steps`: columns [N] are of so many, 0: as they say, None: of examples."""
         if not isinstance(named, Mapping):
             raise InvalidRequest(f"{path} is {type(named).__name__}, want an object of numbers by feature name")
+        if not self.worded.isdisjoint(named):
+            named = self._spelled(named, path, steps)
         row = self._numbers(named, partial)
         if row is not None:
             return as_floats(row, path)
@@ -86,6 +118,36 @@ class FeatureNames:
         if not partial and not self._required <= named.keys():
             self._refuse_missing(named, path)
         return self._columns(named, path)
+
+    def _spelled(self, named: Mapping[str, Any], path: str, steps: int | None) -> dict[str, Any]:
+        """The same by numbers alone: categories as their indices, a moment as the features of the calendar."""
+        spelled = {name: value for name, value in named.items() if name != TIME or not self._dated}
+        for name in self._indices.keys() & spelled.keys():
+            spelled[name] = _indices_of(spelled[name], self._indices[name], f"{path}.{name}")
+        if len(spelled) == len(named):
+            return spelled
+        if both := [name for name in self._dated if name in named]:
+            told = _listed(map(repr, both))
+            raise InvalidRequest(f"{path} has {TIME!r} and what follows from it: {told}. Leave one of them out.")
+        shape = self._shape(spelled) or ((steps,) if steps else ())
+        time, where, along = named[TIME], f"{path}.{TIME}", len(shape) == 2 or (bool(shape) and steps is not None)
+        if not shape and not isinstance(time, list | tuple | np.ndarray | Mapping):
+            return spelled | dict(zip(self._dated, self._calendar.row(seconds(time, where)), strict=True))
+        moments = moments_of(time, shape, where, along=along, every_s=self.manifest.every_s)
+        columns = self._calendar.columns(moments)
+        return spelled | {name: columns[..., place] for place, name in enumerate(self._dated)}
+
+    def _shape(self, named: Mapping[str, Any]) -> Shape:
+        """The shape of columns; () where all of them are numbers."""
+        if _NUMBERS.issuperset(map(type, named.values())):
+            return ()
+        for name, value in named.items():
+            if isinstance(value, list | tuple | np.ndarray) and (where := self._slices.get(name)) is not None:
+                shape = np.shape(as_floats(value, name))
+                shape = shape[:-1] if where.stop - where.start > 1 else shape
+                if shape:
+                    return shape
+        return ()
 
     def _columns(self, named: Mapping[str, Any], path: str) -> Floats:
         """The same for columns and wide features."""
@@ -121,7 +183,10 @@ class FeatureNames:
     def _refuse_missing(self, named: Mapping[str, Any], path: str) -> None:
         missing = [f.name for f in self.manifest.features if f.name in self._required and f.name not in named]
         told = ", ".join(map(repr, missing))
-        raise InvalidRequest(f"{path} leaves out {told}; model {self.manifest.name!r} needs them", missing=missing)
+        advice = f". Give {TIME!r} in place of those of the calendar." if {*self._dated} & {*missing} else ""
+        raise InvalidRequest(
+            f"{path} leaves out {told}; model {self.manifest.name!r} needs them{advice}", missing=missing
+        )
 
     def _refuse_unknown(self, named: Mapping[str, Any], path: str) -> None:
         unknown = [str(name)[:_LONGEST] for name in named if name not in self._slices][:_TOLD]
@@ -140,6 +205,27 @@ class FeatureNames:
         names = {known.casefold(): known for known in self._slices}
         close = get_close_matches(name.casefold(), names, 1, cutoff=0.5)
         return names[close[0]] if close else None
+
+    def row(self, values: Sequence[Any]) -> list[float | None]:
+        """One example's numbers by position, of features of width 1.
+
+        Args:
+            values: The row's moment, if the model has a calendar; then all that is not of the calendar, in the order of
+                the features.
+
+        Raises:
+            InvalidRequest: the moment, or a category, is none.
+        """
+        given = iter(values)
+        dated = iter(self._calendar.row(seconds(next(given), f"$.inputs.{TIME}")) if self._dated else ())
+        row = []
+        for name, calendar, indices in self._kinds:
+            if calendar:
+                row.append(next(dated))
+            else:
+                value = next(given)
+                row.append(value if indices is None else _index_of(value, indices, f"$.inputs.{name}"))
+        return [None if value is MISSING else value for value in row]
 
     # --- outputs --------------------------------------------------------------------------------------------------
 
@@ -193,6 +279,35 @@ def as_floats(values: object, path: str = "inputs") -> Floats:
             return np.asarray(array, np.float32, order="C")  # object to float: None becomes NaN
     except (TypeError, ValueError, OverflowError) as error:
         raise InvalidRequest(f"{path}: want numbers, null, or arrays of one shape of them; {error}") from error
+
+
+def _indices(categories: Sequence[str]) -> dict[str, int]:
+    return {text: index for index, text in enumerate(categories, 1)}
+
+
+def _indices_of(value: Any, indices: Mapping[str, int], path: str) -> Any:
+    """Categories, one or an array of them, as their indices; NaN where one is missing, 0 where it is unknown."""
+    if not isinstance(value, list | tuple | np.ndarray):
+        return _index_of(value, indices, path)
+    try:
+        texts = np.asarray(value, object)
+    except ValueError as error:
+        raise InvalidRequest(f"{path} is ragged: its rows have different lengths") from error
+    found = [_index_of(text, indices, path) for text in texts.ravel().tolist()]
+    return np.array(found, np.float32).reshape(texts.shape)
+
+
+def _index_of(text: Any, indices: Mapping[str, int], path: str) -> float:
+    """One category's index. A whole number is the category of that text, as a column of a table may hold them."""
+    if text is None or text != text:
+        return MISSING
+    if isinstance(text, np.generic):
+        text = text.item()
+    if isinstance(text, float) and text.is_integer():
+        text = int(text)
+    if not isinstance(text, str | int) or isinstance(text, bool):
+        raise InvalidRequest(f"{path} has {str(text)[:_LONGEST]!r}, want a category's text, or null")
+    return indices.get(str(text), 0)
 
 
 def _has_text(array: npt.NDArray[Any]) -> bool:

@@ -13,12 +13,13 @@ A classifier's dict is {"class": ..., "probabilities": {...}}; its DataFrame has
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeAlias, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
 
-from .features import FeatureNames, Floats, Labels, as_floats
+from .features import FeatureNames, Floats, Labels, Rows, as_floats
 
 V = TypeVar("V")
 L = TypeVar("L")
@@ -49,10 +50,12 @@ Array: TypeAlias = (
     | Sequence[Sequence[Sequence[float | None]]]
 )
 """Numbers by position; None and NaN are missing readings."""
-Row: TypeAlias = Mapping[str, float | None]
-"""One example, one step: numbers by feature name."""
-Columns: TypeAlias = Mapping[str, Array]
-"""[N] or [N,T] by feature name."""
+Moment: TypeAlias = str | float | datetime
+"""ISO 8601 text with its offset, Unix seconds, or a datetime that knows its zone."""
+Row: TypeAlias = Mapping[str, Moment | None]
+"""One example, one step: numbers by feature name, categories as text, the moment as `time`."""
+Columns: TypeAlias = Mapping[str, Array | Sequence[datetime] | Sequence[str | None] | Mapping[str, Moment]]
+"""[N] or [N,T] by feature name; `time` also as its start and the distance of the steps."""
 Records: TypeAlias = Sequence[Row]
 """One row per example."""
 
@@ -84,8 +87,8 @@ class Form(ABC, Generic[O]):
     named = True
 
     @abstractmethod
-    def array(self, names: FeatureNames | None, partial: bool = False) -> Floats:
-        """The inputs by position; `names` is needed where `named`."""
+    def array(self, names: FeatureNames | None, rows: Rows = "examples", future: int | None = None) -> Floats:
+        """The inputs by position; `names` is needed where `named`, the rest is FeatureNames.array's."""
 
     @abstractmethod
     def outputs(self, y: Floats, names: FeatureNames | None) -> O:
@@ -98,7 +101,7 @@ class _Positional(Form[Floats]):
     def __init__(self, values: object) -> None:
         self._values = values
 
-    def array(self, names: FeatureNames | None, partial: bool = False) -> Floats:
+    def array(self, names: FeatureNames | None, rows: Rows = "examples", future: int | None = None) -> Floats:
         return as_floats(self._values)
 
     def outputs(self, y: Floats, names: FeatureNames | None) -> Floats:
@@ -111,8 +114,8 @@ class _ByName(Form[Any]):
     def __init__(self, values: Mapping[str, Any]) -> None:
         self._values = values
 
-    def array(self, names: FeatureNames | None, partial: bool = False) -> Floats:
-        return _known(names).array(self._values, partial=partial)
+    def array(self, names: FeatureNames | None, rows: Rows = "examples", future: int | None = None) -> Floats:
+        return _known(names).array(self._values, rows=rows, future=future)
 
     def outputs(self, y: Floats, names: FeatureNames | None) -> Named[Any, Any]:
         return Named(_known(names).named(y))
@@ -122,8 +125,8 @@ class _Records(Form[list[Named[Any, Any]]]):
     def __init__(self, values: Sequence[Mapping[str, Any]]) -> None:
         self._values = values
 
-    def array(self, names: FeatureNames | None, partial: bool = False) -> Floats:
-        return _known(names).array(self._values, partial=partial)
+    def array(self, names: FeatureNames | None, rows: Rows = "examples", future: int | None = None) -> Floats:
+        return _known(names).array(self._values, rows=rows, future=future)
 
     def outputs(self, y: Floats, names: FeatureNames | None) -> list[Named[Any, Any]]:
         return [Named(_known(names).named(row)) for row in np.atleast_2d(y)]
@@ -135,9 +138,9 @@ class _Table(Form[Any]):
     def __init__(self, values: Frame) -> None:
         self._values = values
 
-    def array(self, names: FeatureNames | None, partial: bool = False) -> Floats:
+    def array(self, names: FeatureNames | None, rows: Rows = "examples", future: int | None = None) -> Floats:
         columns = {name: _column(self._values[name]) for name in self._values.columns}
-        return _known(names).array(columns, partial=partial)
+        return _known(names).array(columns, rows=rows, future=future)
 
     def outputs(self, y: Floats, names: FeatureNames | None) -> Any:
         y = np.atleast_2d(y)

@@ -10,13 +10,15 @@ import math
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import ManifestError
 
 MODEL_FILE, MANIFEST_FILE, GOLDEN_FILE = "model.onnx", "manifest.json", "golden.npz"
+TIME: Final = "time"
+"""What the moment of a row is called among named inputs."""
 
 Name = Annotated[str, Field(min_length=1, max_length=128)]
 ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
@@ -27,6 +29,28 @@ ITEM_BYTES: dict[str, int] = {"float32": 4, "float64": 8, "float16": 2, "int64":
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
+
+
+class CalendarChannel(_Strict):
+    """A feature that follows from a row's moment alone; stepcast.calendars computes it.
+
+    A sine or cosine of where the moment stands in the day (`hour`), the week, the year, or the year from midwinter
+    (`season`), or 1 on a public holiday. It is read off a wall clock of the time zone.
+    """
+
+    of: Literal["hour", "week", "year", "season", "holiday"]
+    wave: Literal["sin", "cos"] | None = Field(default=None, description="None: a holiday, which has none")
+    zone: str = Field(default="UTC", min_length=1, max_length=128, description="an IANA name, such as Europe/Berlin")
+    country: str | None = Field(default=None, description="whose holidays; ISO 3166-1 alpha-2, such as DE")
+    subdivision: str | None = Field(default=None, description="a part of the country; ISO 3166-2, such as BY")
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if (self.of == "holiday") != (self.wave is None) or (self.of == "holiday") != (self.country is not None):
+            raise ValueError("a holiday has a country and no wave, everything else a wave and no country")
+        if self.subdivision is not None and self.country is None:
+            raise ValueError("subdivision belongs to a country")
+        return self
 
 
 class Change(_Strict):
@@ -41,6 +65,10 @@ class Feature(_Strict):
 
     `mean` and `scale` are what the graph already applies, (x - mean) / scale; they are here to be read, not to be
     applied again. `missing` says what a NaN means: refused, replaced by the mean, by zero, or by the last reading.
+
+    A feature of `categories` is by position an index: 0 for what is none of them, 1 for the first. By name it is the
+    category's text. A feature with a `calendar` may be given by its row's moment. One that is `known` is given for
+    every step of a rollout; `ahead` says of which step a row has it. One that is `static` never changes in a session.
     """
 
     name: Name
@@ -50,7 +78,29 @@ class Feature(_Strict):
     scale: float = 1.0
     missing: Literal["refuse", "mean", "zero", "hold"] = "refuse"
     indicator: bool = Field(default=False, description="the graph adds a 1/0 channel that says: was missing")
+    categories: tuple[Name, ...] | None = Field(default=None, min_length=1, description="texts of the indices 1, 2, ..")
+    embedding: int | None = Field(
+        default=None, ge=1, description="the graph makes of the index a learned vector of this many values"
+    )
+    calendar: CalendarChannel | None = None
+    known: bool = Field(default=False, description="known of the future: a rollout is given it for its steps")
+    ahead: int = Field(
+        default=0, ge=0, description="a row has the value of this many steps later: of the moment that is forecast"
+    )
+    static: bool = Field(default=False, description="the same at every step of a series; with hold it is sent once")
     changes: tuple[Change, ...] = Field(default=(), description="of a feature of width 1")
+
+    @model_validator(mode="after")
+    def _of_one_kind(self) -> Self:
+        if self.categories is not None:
+            _unique("categories", list(self.categories))
+            if self.width > 1 or (self.mean, self.scale) != (0.0, 1.0) or self.calendar or self.changes:
+                raise ValueError("a feature of categories has width 1, mean 0, scale 1, no calendar and no changes")
+        elif self.embedding is not None:
+            raise ValueError("embedding belongs to categories")
+        if self.calendar is not None and self.width > 1:
+            raise ValueError("a calendar feature has width 1")
+        return self
 
 
 class Output(_Strict):
@@ -217,6 +267,7 @@ class Manifest(_Strict):
         default="many", description="one: the graph takes one row a run, so the server runs it row by row"
     )
     streaming: bool = True
+    every_s: float | None = Field(default=None, gt=0, description="seconds from one step to the next")
     feedback: tuple[Feedback, ...] = ()
     tolerance: Tolerance = Tolerance()
     provenance: Provenance = Provenance()
@@ -225,6 +276,7 @@ class Manifest(_Strict):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         _unique("features", [f.name for f in self.features])
+        self._check_calendar()
         _unique("outputs", [o.name for o in self.outputs])
         _unique("states", [f"{s.layer}.{s.key}" for s in self.states])
         _unique("state inputs", [s.input for s in self.states])
@@ -243,6 +295,13 @@ class Manifest(_Strict):
             if link.source not in sources:
                 raise ValueError(f"feedback[{number}].source {link.source!r} is not an output")
         return self
+
+    def _check_calendar(self) -> None:
+        calendar = [f for f in self.features if f.calendar is not None]
+        if calendar and any(f.name == TIME for f in self.features):
+            raise ValueError(f"features: {TIME!r} is what the moment of a calendar is called. Rename the feature.")
+        if self.every_s is None and (ahead := [f.name for f in calendar if f.ahead]):
+            raise ValueError(f"feature {ahead[0]!r} is of a moment ahead, which needs every_s")
 
     def _check_layout(self) -> None:
         for what, tensor, size in (("input", self.input, self.n_features), ("output", self.output, self.n_outputs)):
@@ -303,6 +362,12 @@ class Manifest(_Strict):
         layout = [s.model_dump(mode="json") for s in self.states]
         text = json.dumps([self.sha256, layout], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def spelling(self) -> tuple[Any, ...]:
+        """What decides which position, and which number there, a named input becomes."""
+        every_s = self.every_s if any(f.calendar for f in self.features) else None
+        return every_s, *((f.name, f.width, f.categories, f.calendar, f.calendar and f.ahead) for f in self.features)
 
     def feature_slices(self) -> dict[str, slice]:
         """Where each feature stands in the last axis of `x`."""

@@ -19,6 +19,10 @@ Doubles = npt.NDArray[np.float64]
 
 SMALLEST: Final = 2.0**-53
 """A uniform draw is kept this far from 0 and 1, where a tail has no end."""
+LEAST: Final = 1e-12
+"""What a dispersion is at least, whatever a graph that others made says,"""
+LEAST_DF: Final = 1.0
+"""and how many degrees of freedom there are: Cauchy's distribution. Fewer draw numbers that float32 does not have."""
 MOST_EVENTS: Final = 1e18
 """The largest rate that numpy draws counts at is about nine times this."""
 
@@ -49,6 +53,8 @@ class Predictive:
     def draw(self, outputs: Floats, random: np.random.Generator) -> Floats:
         """One value of every target (R, K) given outputs (R, O); targets are drawn independently of each other.
 
+        NaN where a parameter is not finite.
+
         What is asked of the generator, each for all of (R, K) in one call, in this order:
 
         - quantile: `random`, the arguments of the inverse distribution function;
@@ -57,7 +63,10 @@ class Predictive:
         - negative_binomial: `standard_gamma` of 1 / dispersion, then `poisson` of the mean times gamma x dispersion;
         - mixture: `random`, which component, then `standard_normal`.
         """
-        return DRAWS[self.distribution.kind](self.parameters(outputs), self.distribution, random).astype(np.float32)
+        parameters = self.parameters(outputs)
+        finite = np.asarray(np.isfinite(parameters).all(axis=-1))
+        drawn = DRAWS[self.distribution.kind](np.where(finite[..., None], parameters, 1.0), self.distribution, random)
+        return np.where(finite, drawn, np.nan).astype(np.float32)
 
 
 def components(parameters: Doubles) -> tuple[Doubles, Doubles, Doubles]:
@@ -77,13 +86,14 @@ def _gaussian(parameters: Doubles, _: Distribution, random: np.random.Generator)
 
 def _student_t(parameters: Doubles, _: Distribution, random: np.random.Generator) -> Doubles:
     location, scale, df = np.moveaxis(parameters, -1, 0)
-    return np.asarray(location + scale * random.standard_t(df))
+    return np.asarray(location + scale * random.standard_t(np.maximum(df, LEAST_DF)))
 
 
 def _negative_binomial(parameters: Doubles, _: Distribution, random: np.random.Generator) -> Doubles:
     mean, dispersion = np.moveaxis(parameters, -1, 0)
+    dispersion = np.maximum(dispersion, LEAST)
     rate = mean * dispersion * random.standard_gamma(1 / dispersion)
-    return np.asarray(random.poisson(np.minimum(rate, MOST_EVENTS)), np.float64)
+    return np.asarray(random.poisson(np.clip(rate, 0.0, MOST_EVENTS)), np.float64)
 
 
 def _mixture(parameters: Doubles, _: Distribution, random: np.random.Generator) -> Doubles:

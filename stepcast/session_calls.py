@@ -10,9 +10,9 @@ import numpy.typing as npt
 
 from . import codec
 from .calls import Calls, Steps, model_path
-from .codec import Answer, Forecast, LayerState, Layout, Rows, SessionState
+from .codec import Answer, Forecast, LayerState, Layout, SessionState
 from .errors import Conflict, SessionNotFound, StateVersionMismatch
-from .features import FeatureNames, Floats
+from .features import FeatureNames, Floats, Rows
 from .inputs import Array, Columns, F, Form, NamedColumns, NamedRow, Records, Row, form
 from .wire import Call
 
@@ -65,8 +65,10 @@ class SessionCalls:
         """
         return (yield from self.calls.exchange(Call("GET", self._path)))  # type: ignore[return-value]  # its word
 
+    # A text is also what numpy takes for an array of no axes; a row comes first.
     @overload
-    def step(self, inputs: Row, **options: Unpack[StepOptions]) -> Steps[Answer[NamedRow]]: ...
+    def step(self, inputs: Row, **options: Unpack[StepOptions]) -> Steps[Answer[NamedRow]]:  # type: ignore[overload-overlap]
+        ...
     @overload
     def step(self, inputs: Columns, **options: Unpack[StepOptions]) -> Steps[Answer[NamedColumns]]: ...
     @overload
@@ -159,7 +161,7 @@ class SessionCalls:
         Args:
             steps: H.
             inputs: What is known of the future, NaN where nothing is: [H,F] or [N,H,F], or columns [H] or [N,H] by
-                name, any of which may be left out.
+                name, any of which may be left out. `time` is the moment of the first step.
             commit: Whether the session moves on; if not, it stays as it is.
             temperature: For a classifier, how classes are drawn; 0: the likeliest.
             seed: Of the draws.
@@ -183,7 +185,7 @@ class SessionCalls:
             if asked.named:
                 yield from self._taken()
                 names = yield from self.calls.names(self.model, self._version)
-            fields["inputs"] = asked.array(names, partial=True)
+            fields["inputs"] = asked.array(names, future=steps)
         message = yield from self._numbered("rollout", fields)
         if commit:
             self._step, self._version = message["step"], message["version"]
@@ -315,7 +317,7 @@ def same_features(arranged: FeatureNames, answered: FeatureNames) -> FeatureName
         StateVersionMismatch: the answer is of a version with other features or outputs.
     """
     ours, theirs = arranged.manifest, answered.manifest
-    if [(f.name, f.width) for f in ours.features] != [(f.name, f.width) for f in theirs.features]:
+    if ours.spelling != theirs.spelling:
         raise StateVersionMismatch(
             f"inputs were named for version {ours.version} of model {ours.name!r}, but version {theirs.version}, whose "
             "features are others, took the step. Clear or rewind the session.",

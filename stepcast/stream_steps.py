@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from . import codec
-from .codec import Answer, Layout, O_co, Rows, StepInputs
-from .features import FeatureNames, Floats
+from .codec import Answer, Layout, O_co, StepInputs
+from .features import FeatureNames, Floats, Rows
 from .inputs import Array, Columns, F, Form, NamedColumns, NamedRow, Records, Row, form
 from .signatures import described
 
@@ -43,8 +43,10 @@ class StreamStepOptions(TypedDict, total=False):
     session: str | None
 
 
+# A text is also what numpy takes for an array of no axes; a row comes first.
 @overload
-def asked_step(inputs: Row, **options: Unpack[StreamStepOptions]) -> AskedStep[NamedRow]: ...
+def asked_step(inputs: Row, **options: Unpack[StreamStepOptions]) -> AskedStep[NamedRow]:  # type: ignore[overload-overlap]
+    ...
 @overload
 def asked_step(inputs: Columns, **options: Unpack[StreamStepOptions]) -> AskedStep[NamedColumns]: ...
 @overload

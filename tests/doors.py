@@ -370,6 +370,9 @@ class NamedWire(Wire):
         super().__init__(packed)
         self._style = style
         self._widths = {feature["name"]: feature["width"] for feature in manifest["features"]}
+        self._categories = {
+            f["name"]: ["none of them", *f["categories"]] for f in manifest["features"] if f["categories"]
+        }
         self._outputs = manifest["classes"] or [output["name"] for output in manifest["outputs"]]
         self._classifies = manifest["classes"] is not None
 
@@ -379,7 +382,10 @@ class NamedWire(Wire):
             return super().encode(fields)
         plain = {**fields, "inputs": self.named(inputs)}
         if self.packed and inputs.ndim > 1 and self._style == "columns":
-            plain["inputs"] = {name: np.array(c, "<f4").tobytes() for name, c in self._columns(inputs).items()}
+            plain["inputs"] = {
+                name: self._plain(name, c) if name in self._categories else np.array(c, "<f4").tobytes()
+                for name, c in self._columns(inputs).items()
+            }
             plain["shape"] = list(inputs.shape[:-1])
         mask = fields.get("mask")
         return super().encode(plain if mask is None else {**plain, "mask": np.asarray(mask).tolist()})
@@ -395,7 +401,15 @@ class NamedWire(Wire):
         """Inputs (F), (N, F) or (N, T, F) by name, as plain lists and numbers."""
         if self._style == "records" and x.ndim == 2:
             return [self.named(row) for row in x]
-        return {name: _nulls(column.tolist()) for name, column in self._columns(x).items()}
+        return {name: self._plain(name, column) for name, column in self._columns(x).items()}
+
+    def _plain(self, name: str, column: Array) -> Any:
+        """A column as lists and numbers; categories as their texts."""
+        if name not in self._categories:
+            return _nulls(column.tolist())
+        texts = np.array([*self._categories[name], None], object)
+        found = texts[np.where(np.isnan(column), -1, np.nan_to_num(column)).astype(int)]
+        return found.tolist() if column.ndim else found
 
     def _columns(self, x: Array) -> dict[str, Array]:
         found, at = {}, 0

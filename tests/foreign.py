@@ -136,6 +136,34 @@ def twins(path: Path) -> Path:
     return save(path, nodes, inputs, outputs, {"W": W, "U": U, "V": V})
 
 
+def framed(path: Path, shape: list[Any], mixed: int) -> Path:
+    """Every number is added to a state of the same shape, less the mean along an axis: no steps and no rows there."""
+    node = helper.make_node
+    nodes = [
+        node("ReduceMean", ["x"], ["mean"], axes=[mixed], keepdims=1),
+        node("Sub", ["x", "mean"], ["centred"]),
+        node("Add", ["centred", "h"], ["h_next"]),
+        node("Tanh", ["h_next"], ["y"]),
+    ]
+    ports = {name: (name, T.FLOAT, shape) for name in ("x", "h", "y", "h_next")}
+    return save(path, nodes, [ports["x"], ports["h"]], [ports["y"], ports["h_next"]], {})
+
+
+def unsized(path: Path) -> Path:
+    """One step of a cell that takes four features, which its input does not say."""
+    node = helper.make_node
+    nodes = [
+        node("MatMul", ["x", "W"], ["xw"]),
+        node("MatMul", ["h", "U"], ["hu"]),
+        node("Add", ["xw", "hu"], ["sum"]),
+        node("Tanh", ["sum"], ["h_next"]),
+        node("MatMul", ["h_next", "V"], ["y"]),
+    ]
+    inputs, state = [("x", T.FLOAT, ["n", "width"])], ["n", UNITS]
+    outputs = [("y", T.FLOAT, ["n", 1]), ("h_next", T.FLOAT, state)]
+    return save(path, nodes, [*inputs, ("h", T.FLOAT, state)], outputs, {"W": W, "U": U, "V": V})
+
+
 def rated(path: Path) -> Path:
     """A sum of what was seen, ten times as large at a rate of 16000."""
     node = helper.make_node

@@ -18,7 +18,7 @@ import foreign
 import torch
 
 from service.engine.imports.onnx_graphs import import_onnx
-from stepcast.manifest import MODEL_FILE, Feature, Feedback, Output, sha256_of
+from stepcast.manifest import MODEL_FILE, CalendarChannel, Feature, Feedback, Output, sha256_of
 from training.config import Config
 from training.data.batch import Batch
 from training.data.source import Split
@@ -53,6 +53,20 @@ UNBOUNDED = (
     *("identity", "cube", "leakyrelu", "elu", "selu", "gelu", "swish", "mish", "softplus", "relu"),
     "thresholdedrelu",
 )
+COVARIATES = (
+    Feature(name="station", categories=("Brae", "Cape Wrath", "7"), embedding=2, missing="hold", static=True),
+    Feature(name="u", unit="m/s", mean=0.5, scale=2.0, missing="hold", indicator=True),
+    Feature(name="price", mean=1.0, scale=3.0, missing="hold", known=True, ahead=1),
+    *(
+        Feature(name=f"{of}_{wave}", calendar=CalendarChannel(of=of, wave=wave, zone=zone))
+        for of, wave, zone in (
+            ("hour", "sin", "America/New_York"),
+            ("hour", "cos", "America/New_York"),
+            ("week", "sin", "UTC"),
+        )
+    ),
+)
+STATION = 0
 PLACE_BY_PLACE = ("subtract", "mul", "average", "max", "min")
 QUIET = -0.25  # what the layers see where Toy's `quiet` reads 0
 
@@ -177,6 +191,7 @@ KINDS: dict[str, Kind] = {
     },
     "negative_binomial": Kind([GRU, {**OUT, "distribution": {"kind": "negative_binomial"}}], {"scaled": True}),
     "binary": Kind([GRU, {**OUT, "loss": "xent", "activation": "sigmoid"}]),
+    "covariates": Kind([LSTM, {**OUT, "residual": True}], {"reads": "covariates"}),
     "policies": Kind([LSTM, OUT], {"policies": ["mean", "zero", "hold"]}),
     "activations_bounded": Kind([*(dense(6, name) for name in BOUNDED), SIMPLE, OUT], spread=1.0),
     "activations_unbounded": Kind([*(dense(6, name) for name in UNBOUNDED), SIMPLE, OUT], spread=0.3),
@@ -276,7 +291,7 @@ class Toy:
         feedback: bool = False,
         *,
         policies: tuple[Policy, ...] | None = None,
-        reads: Literal["numbers", "token", "frame"] = "numbers",
+        reads: Literal["numbers", "token", "frame", "covariates"] = "numbers",
         quiet: bool = False,
         scaled: bool = False,
     ) -> None:
@@ -294,6 +309,9 @@ class Toy:
         if reads == "token" or feedback:
             self.features = (Feature(name="character", width=1 if reads == "token" else 3),)
             self.feedback = (Feedback(source="class", feature="character"),)
+        if reads == "covariates":
+            self.features, self.every_s = COVARIATES, 3600.0
+            self.feedback = (Feedback(source="u", feature="u"),)
         if reads == "frame":
             self.features, self.feedback = (Feature(name="frame", width=12),), ()
 
@@ -306,6 +324,8 @@ class Toy:
             x = torch.eye(3)[torch.randint(3, (8, 16), generator=generator)]
         else:
             x = torch.randn(8, 16, sum(f.width for f in self.features), generator=generator)
+        if self.reads == "covariates":
+            x[..., STATION] = torch.randint(4, (8, 16), generator=generator).float()  # 0: an unknown one
         if self.quiet:
             x[:, ::3] = 0.0
         yield Batch(x, torch.zeros(8, 16, len(self.outputs)))

@@ -257,7 +257,7 @@ CATALOGUE: dict[tuple[str, tuple[str, ...]], list[tuple[str, ...]]] = {
         ("(at[:, high] - at[:, low]).sum()", "at[:, high].sum()"),
         ("abs(p + q - 1) < 1e-9", "q > 0.5"),
         (".sum(axis=-1) / count**2", ".sum(axis=-1) / (count * count - 1)"),
-        ("there = present[..., k]", "there = present[..., 0]"),
+        ("there = present[..., place]", "there = present[..., k]"),
     ],
     ("masks.py", MASKS): [
         ("device=lengths.device) < lengths[:, None]", "device=lengths.device) <= lengths[:, None]"),
@@ -323,7 +323,7 @@ CATALOGUE: dict[tuple[str, tuple[str, ...]], list[tuple[str, ...]]] = {
         ("momentum=config.momentum, nesterov=True)", "momentum=config.momentum)"),
         ("math.pi * epoch / config.epochs", "math.pi * (epoch + 1) / config.epochs"),
         ("0.01 + 0.99 * 0.5 * (1 + math.cos", "0.5 * (1 + math.cos"),
-        ("[layer for _, layer in network.parts()]", "[layer for _, layer in network.parts()][:-1]"),
+        ("[layer for _, _, layer in network.parts()]", "[layer for _, _, layer in network.parts()][:-1]"),
         ('p.ndim > 1 and "bias" not in name', "p.ndim > 0"),
         (' and "gains" not in name', ""),
         ("if not (config.l1 or config.l2):", "if not (config.l1 and config.l2):"),
@@ -437,6 +437,12 @@ CATALOGUE: dict[tuple[str, tuple[str, ...]], list[tuple[str, ...]]] = {
         ("x = torch.where(valid_steps(lengths, x.shape[1])[..., None], x, 0.0)", "pass"),
         ("missing[..., self.indicated].to(filled.dtype)", "(~missing)[..., self.indicated].to(filled.dtype)"),
     ],
+    ("layers/vectors.py", ("test_table_covariates.py",)): [
+        ("inside = (x > -0.5) & (x < table.num_embeddings - 0.5)", "inside = ~torch.isnan(x)"),
+        ("table.weight[0] = 0.0", "pass"),
+        ("self._order[column] = at", "pass"),
+        ("behind += range(at + 1, at + size)", "behind += range(at, at + size - 1)"),
+    ],
     ("layers/output.py", HEAD): [
         ("y = y * self.scale + self.mean", "y = (y + self.mean) * self.scale"),
         ("target = y if base is None else y - base", "target = y if base is None else y + base"),
@@ -498,7 +504,7 @@ CATALOGUE: dict[tuple[str, tuple[str, ...]], list[tuple[str, ...]]] = {
         ("return seen[:, seen.shape[1] - reach :]", "return seen[:, :reach]"),
     ],
     ("layers/changes.py", ("test_network.py", "test_layers.py")): [
-        ("(count >= steps)", "(count > steps)"),
+        ("count >= lag.steps", "count > lag.steps"),
         ("torch.cat(channels, dim=2).clamp(-LIMIT, LIMIT)", "torch.cat(channels, dim=2)"),
         (".clamp(max=self.reach)", ""),
         ("change.scale / feature.scale", "change.scale"),

@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from scipy import stats
 from test_horizons import opened, recipe
 
 from stepcast.errors import ConfigError
+from stepcast.manifest import Distribution
 from training.__main__ import main
 from training.backtest import folds, markdown, write_page
 from training.baselines import Baselines
@@ -107,6 +109,23 @@ def test_interval_of_dependent_errors_is_wider_with_longer_blocks() -> None:
     np.testing.assert_allclose(whole[0], whole[1])  # one block is all there is
 
 
+def test_crps_and_coverage_are_of_the_models_distribution() -> None:
+    """Quantiles by literal numbers; a forecaster of one number has its absolute error; absent rows do not count."""
+    truth = np.array([[[1.0], [5.0], [NAN], [0.0]]])
+    parameters = np.array([[[[0.0, 2.0, 4.0]], [[1.0, 2.0, 3.0]], [[0.0, 0.0, 0.0]], [[-1.0, 0.0, 2.0]]]])
+    described = Distribution(kind="quantile", levels=(0.1, 0.5, 0.9), targets={"heat": ("a", "b", "c")})
+    forecasts = {"model": parameters[..., 1], "persistence": truth + 3}
+    one = Comparison(1, truth, forecasts, np.array([[1.0]]), described, parameters)
+    pinball = [0.1 * 1 + 0.5 * 1 + 0.1 * 3, 0.1 * 4 + 0.5 * 3 + 0.9 * 2, 0.1 * 1 + 0 + 0.1 * 2]
+    assert one.crps("model")[0] == pytest.approx(2 * np.mean(pinball) / 3)
+    assert one.crps("persistence").tolist() == one.mae("persistence").tolist() == [3.0]
+    coverage = one.coverage()
+    assert coverage is not None
+    assert coverage[0] == pytest.approx(2 / 3)
+    assert joined([one, one]).crps("model")[0] == pytest.approx(2 * np.mean(pinball) / 3)
+    assert comparison().coverage() is None
+
+
 # --- Baselines ----------------------------------------------------------------------------------------------------
 
 
@@ -199,29 +218,42 @@ def run(path: Path, *arguments: str) -> int:
     return main(["backtest", str(path), "--out", str(path.parent / "m"), *arguments])
 
 
+def crps_of(test: dict[str, Any], target: str) -> float:
+    """What the report of the training says."""
+    (found,) = (one["crps"] for one in test["distribution"]["targets"] if one["name"] == target)
+    return float(found)
+
+
 def test_backtest_of_an_exported_model_is_one_table_per_horizon(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The model's RMSE is that of its manifest, beside every baseline; the page is made of the same numbers."""
     path = recipe(tmp_path, (1, 3))
+    head = {"kind": "rnn_output", "residual": True, "distribution": {"kind": "quantile", "levels": [0.1, 0.5, 0.9]}}
+    settings = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump({**settings, "network": [{"kind": "lstm", "units": 4}, head]}))
     assert main(["train", str(path), "--out", str(tmp_path / "m"), "--runs", str(tmp_path / "r")]) == 0
     page = tmp_path / "page.md"
     page.write_text("Before\n<!-- backtest -->\nold\n<!-- end of backtest -->\nAfter\n")
     capsys.readouterr()
-    assert run(path, "--json", str(tmp_path / "scores.json"), "--page", str(page)) == 0
+    assert run(path, "--without", "trees", "--json", str(tmp_path / "scores.json"), "--page", str(page)) == 0
     printed = capsys.readouterr().out
     assert "3 x 1h ahead" in printed
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert list(scores["horizons"]) == ["1", "3"]
     three = scores["horizons"]["3"]["forecasters"]
-    assert list(three) == ["model", "rollout", "persistence", "day_before", "linear", "trees"]
+    assert list(three) == ["model", "rollout", "persistence", "day_before", "linear"]
     skill = json.loads((tmp_path / "m" / "heat" / "1" / "manifest.json").read_text())["provenance"]["metrics"]["skill"]
     assert three["model"]["heat"]["rmse"] == skill["3 ahead"]["heat"]["rmse"]
     assert three["persistence"]["mean"]["ratio"] == 1
     assert three["linear"]["heat"]["p_against_model"] is not None
     assert "p_against_model" not in three["model"]["heat"]
+    test = json.loads((tmp_path / "m" / "heat" / "1" / "manifest.json").read_text())["provenance"]["metrics"]["test"]
+    assert 0 <= three["model"]["heat"]["coverage_80"] <= 1
+    assert three["model"]["heat"]["crps"] == pytest.approx(crps_of(test, "heat+3h"), rel=1e-3)
+    assert "Within the model's 80 % interval" in page.read_text()
     low, high = three["model"]["mean"]["ratio_low"], three["model"]["mean"]["ratio_high"]
-    assert low <= three["model"]["mean"]["ratio"] <= high
+    assert 0 < low < high
     text = page.read_text()
     assert text.startswith("Before\n<!-- backtest -->\n\n**1 x 1h ahead**")
     assert text.endswith("<!-- end of backtest -->\nAfter\n")

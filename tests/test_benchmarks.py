@@ -326,3 +326,10 @@ def test_the_cost_of_the_sdk_is_measured_beside_bare_clients(memory_server: Runn
     assert len(lines) == 1 + len(times)
     assert lines[2].split()[:1] == ["http.client"]
     assert lines[2].split()[2] == "1.00"
+
+
+def test_voices_are_left_out_where_there_is_no_graph(tmp_path: Path) -> None:
+    """The scenario says which file it looked for."""
+    bench = Bench(None, silero=tmp_path / "none.onnx")  # type: ignore[arg-type]
+    with pytest.raises(StartFailed, match=r"none\.onnx. Give --silero FILE"):
+        scenarios.run("silero", bench, True)

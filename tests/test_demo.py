@@ -40,6 +40,8 @@ def test_demo_ends_with_forecast_against_truth_and_skill() -> None:
     ratio = re.search(r"temp \(°F\) +[\d.]+ +[\d.]+ +([\d.]+)", text)
     assert ratio is not None, text
     assert 0.5 < float(ratio[1]) < 1.0
+    assert "a day from 2013-11-11T00:00Z: temp °F" in text
+    assert re.search(r"JFK +\d+\.\d +\d+\.\d +\d+\.\d +\d+\.\d", text), text
 
 
 def test_demo_leaves_the_server_up_until_it_is_interrupted() -> None:

@@ -606,7 +606,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str]] = {
     "no units": (altered(lambda c: layer_of(c, nout=0)), "nout: is 0, wanted a number of units"),
     "layers that do not fit": (
         misfit,
-        r"zip: layer 1 of those with weights: has linear\.bias \[1\], linear\.weight \[1, 4\]",
+        r"zip: layer 1 of those with weights: has linear\.bias \[1\]",
     ),
     "an output from the middle": (altered(branching), "vertex 'v1' does not lead to the output 'v0'"),
     "a ring": (altered(ringed), "vertices wait for each other: v0, v1"),

@@ -17,7 +17,7 @@ from training.data.csv_sequences import CsvSequencesConfig
 from training.data.in_memory import Examples, Looked
 from training.data.python_class import PythonConfig
 from training.data.source import SPLITS, Source
-from training.data.table import TableConfig
+from training.data.table_config import TableConfig
 from training.data.tokens import Tokens
 from training.data.word_vectors import WordVectors, learn_word_vectors, read_word_vectors, write_word_vectors
 from training.examples.control_charts import KINDS, ControlCharts, chart

@@ -16,6 +16,7 @@ from stepcast.manifest import MANIFEST_FILE, MODEL_FILE, Manifest, read_manifest
 from training.activations import ActivationName
 from training.config import Config
 from training.data.in_memory import Examples, InMemory
+from training.distributions import Kind
 from training.evaluate import answers, evaluate
 from training.export import describe, next_version, publish, stage, state_tensors
 from training.golden import ROWS, STEPS, make_golden
@@ -205,4 +206,6 @@ def test_the_test_models_have_everything_that_makes_another_graph() -> None:
     wanted |= {("dense", "activation", name) for name in get_args(ActivationName)}
     wanted |= {(cell, "layer_norm", True) for cell in CELLS}
     wanted |= {("bidirectional", "last", True), ("rnn_output", "residual", True)}
+    there += [(kind, "distribution", said.kind) for kind, field, said in there if field == "distribution" and said]
+    wanted |= {("rnn_output", "distribution", kind) for kind in get_args(Kind)}
     assert [each for each in sorted(wanted, key=str) if each not in there] == []

@@ -51,8 +51,8 @@ def test_names_become_positions(named: Any, array: Any) -> None:
 
 
 def test_what_is_known_of_a_future_may_leave_out_anything() -> None:
-    """`partial` asks for no feature."""
-    np.testing.assert_array_equal(names().array({"b": [1, 2]}, partial=True)[:, :2], [[NAN, 1], [NAN, 2]])
+    """`future` asks for no feature."""
+    np.testing.assert_array_equal(names().array({"b": [1, 2]}, future=2)[:, :2], [[NAN, 1], [NAN, 2]])
 
 
 def test_missing_names_are_all_told() -> None:

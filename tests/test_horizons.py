@@ -10,10 +10,13 @@ import torch
 import yaml
 
 from stepcast.errors import ConfigError
-from stepcast.manifest import read_manifest
+from stepcast.manifest import Feature, Output, read_manifest
 from training.__main__ import main
 from training.config import load
 from training.data.table import TableSource
+from training.distributions import Gaussian
+from training.layers.output import Head
+from training.layers.specs import RnnOutputSpec
 from training.network import Network
 from training.skill import Measurement
 from training.stepper import Stepper
@@ -192,3 +195,24 @@ def test_class_has_one_horizon(tmp_path: Path) -> None:
     path = recipe(tmp_path, [1], columns={"heat": {}}, target_scale="value", label="load")
     with pytest.raises(ConfigError, match=r"horizon: got \[1\], but a label has one. Give a number."):
         load(path)
+
+
+def test_faithful_gaussian_learns_means_as_under_the_squared_error() -> None:
+    """The mean's gradient is its error, the scale's that of the likelihood; below the output only means are heard."""
+    random = torch.Generator().manual_seed(3)
+    z = torch.randn(2, 3, 4, generator=random, requires_grad=True)  # two targets: two means, two raw scales
+    target = torch.randn(2, 3, 2, generator=random)
+    (plain,) = torch.autograd.grad(Gaussian(False).losses(z, target).sum(), z)
+    (faithful,) = torch.autograd.grad(Gaussian(True).losses(z, target).sum(), z)
+    torch.testing.assert_close(faithful[..., :2], z[..., :2].detach() - target)
+    torch.testing.assert_close(faithful[..., 2:], plain[..., 2:])
+    features, outputs = [Feature(name="a")], [Output(name="b"), Output(name="c")]
+    spec = RnnOutputSpec.model_validate({"kind": "rnn_output", "distribution": {"kind": "gaussian", "faithful": True}})
+    head = Head(spec, 3, features, outputs, False)
+    hidden = torch.randn(2, 3, 3, generator=random, requires_grad=True)
+    total, _ = head.losses(head(hidden), None, target, None)
+    (gradient,) = torch.autograd.grad(total, hidden)
+    assert head.linear is not None
+    weight, bias = head.linear.weight.detach()[:2], head.linear.bias.detach()[:2]
+    torch.testing.assert_close(gradient, (hidden.detach() @ weight.T + bias - target) @ weight)
+    torch.testing.assert_close(head(hidden), head.linear(hidden))

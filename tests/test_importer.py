@@ -352,3 +352,108 @@ def test_a_manifest_of_another_graph_is_refused(tmp_path: Path) -> None:
     fields = partial(tmp_path, states=[{"input": "state", "output": "stateN"}], constants=[SR])
     with pytest.raises(ManifestError, match=r"no input 'sr', it has \['c0', 'h0', 'x'\]"):
         import_onnx(foreign.torch_lstm(tmp_path / "g.onnx"), tmp_path / "models", "m", None, fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"constants": [{"name": "sr", "values": None}]}, r"\$\.constants\[0\]\.values is null. Fill it in"),
+        ({"features": [{"name": "audio", "width": None}]}, r"\$\.features\.0\.width"),
+        ({"features": 5}, r"\$\.features"),
+        ({"input": {"batch_axis": "first"}}, r"\$\.input\.batch_axis"),
+        ({"states": "h"}, r"\$\.states"),
+        ({"states": [{"input": "h0", "shape": "wide"}]}, r"\$\.states\[0\]\.shape"),
+        ({"states": [{"input": "h0", "wide": 1}]}, r"\$\.states\[0\]\.wide"),
+        ({"constants": [{"values": [1]}]}, "no input None"),
+    ],
+)
+def test_a_field_of_a_wrong_type_is_named(tmp_path: Path, fields: dict[str, Any], words: str) -> None:
+    """Whatever stands in the file: a path and a sentence."""
+    with pytest.raises(ManifestError, match=words):
+        import_onnx(foreign.torch_lstm(tmp_path / "g.onnx"), tmp_path / "m", "m", None, partial(tmp_path, **fields))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--state", "h0"], "is not INPUT:OUTPUT"),
+        (["--state", "h0:cn", "--state", "nope:hn"], "no free tensor 'nope'"),
+        (["--constant", "sr"], "is not NAME=NUMBER"),
+        (["--batch-axis", "first"], "is not an axis"),
+        (["--time-axis", "h0=1"], "a state has no time axis"),
+        (["--features", "5"], "no step of 5 numbers"),
+    ],
+)
+def test_an_option_that_cannot_be_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], words: str
+) -> None:
+    """One line."""
+    file, models = foreign.torch_lstm(tmp_path / "g.onnx"), tmp_path / "models"
+    assert main(["import", str(file), "--models", str(models), *options]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert words in line
+    assert not models.exists()
+
+
+def test_options_say_what_a_manifest_says(tmp_path: Path) -> None:
+    """Features by name, axes, states: as fields of the manifest that is written; the name is the file's."""
+    file, models = foreign.torch_lstm(tmp_path / "pump.onnx"), tmp_path / "models"
+    given = "--features flow,pressure,speed,heat --outputs 3 --input x --output y --state h0:hn"
+    axes = "--batch-axis 0 --batch-axis h0=1 --time-axis input=1"
+    assert main(["import", "onnx", *given.split(), *axes.split(), "--models", str(models), str(file)]) == 0
+    manifest = read_manifest(models / "pump" / "1")
+    assert [feature.name for feature in manifest.features] == ["flow", "pressure", "speed", "heat"]
+    assert [state.batch_axis for state in manifest.states] == [1, 1]
+
+
+def test_how_many_features_there_are_is_asked_with_an_option(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A size that the graph leaves open, and a file whose null cannot be overlooked."""
+    file, draft = foreign.unsized(tmp_path / "g.onnx"), tmp_path / "draft.json"
+    command = ["import", str(file), "--models", str(tmp_path / "models")]
+    assert main([*command, "--questions", str(draft)]) == 1
+    said = capsys.readouterr().err
+    assert (
+        "how many features has a step? Input 'x' float32 [n, width] has no fixed size for them. Give --features N"
+        in said
+    )
+    assert "Likely" not in said
+    assert main([*command, "--manifest", str(draft)]) == 1
+    assert "width" in capsys.readouterr().err
+
+
+def test_sizes_that_were_only_the_examples_become_free(tmp_path: Path) -> None:
+    """Declared with two rows of five steps, none of its nodes depends on it: sessions step and batch, as numpy does."""
+    file = foreign.torch_lstm(tmp_path / "g.onnx", dims=(2, 5), rows=2)
+    made = import_onnx(file, tmp_path / "models", "m")
+    manifest = made.manifest
+    assert (manifest.rows, manifest.input.batch_axis, manifest.input.time_axis, manifest.n_features) == (
+        "many",
+        0,
+        1,
+        4,
+    )
+    assert [(state.batch_axis, state.shape) for state in manifest.states] == [(1, (1, 3)), (1, (1, 3))]
+    assert "2 rows along axis 0" in manifest.provenance.data
+    assert "5 steps along axis 1" in manifest.provenance.data
+    x = np.random.default_rng(4).normal(size=(3, 4, 4)).astype(np.float32)
+    runtime = Runtime(made.directory, device="cpu")
+    y, _ = runtime.run(x, None, np.frombuffer(runtime.initial(3), np.uint8).reshape(3, -1))
+    np.testing.assert_allclose(y, foreign.lstm_numpy(x, np.zeros((3, 3)), np.zeros((3, 3)))[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "mixed", "rows", "step"),
+    [
+        (["n", 5, 4], 1, "many", (5, 4)),  # a step needs the others of its chunk
+        ([1, 2, 4], 2, "many", (2, 4)),  # channels behind a row
+        ([2, 4], 0, "one", (2, 4)),  # rows that need each other
+    ],
+)
+def test_a_size_that_the_graph_needs_stays(
+    tmp_path: Path, shape: list[Any], mixed: int, rows: str, step: tuple[int, ...]
+) -> None:
+    """What cannot be proved stays as it was declared."""
+    made = import_onnx(foreign.framed(tmp_path / "g.onnx", shape, mixed), tmp_path / "models", "m").manifest
+    assert (made.rows, made.input.time_axis, made.input.shape) == (rows, None, step)

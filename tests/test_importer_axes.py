@@ -6,15 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import foreign
+import httpx
 import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
 from onnx import TensorProto as T
 from onnx import helper
+from serving import running
 
 from service.engine.imports.onnx_graphs import import_onnx
 from service.engine.model import Runtime
+from stepcast import imports
+from stepcast.errors import ManifestError
 from stepcast.manifest import MODEL_FILE, Manifest
 
 pytestmark = pytest.mark.service
@@ -162,6 +166,38 @@ def test_a_graph_that_mixes_rows_runs_row_by_row(tmp_path: Path, rows: int | str
     np.testing.assert_array_equal(stepped(runtime, x), want)
 
 
+def test_sessions_of_a_graph_of_one_row_are_served_together(tmp_path: Path) -> None:
+    """One batch step of three sessions answers each as if it were alone, and the model says how it runs."""
+    imported(mixing(tmp_path / "mixing.onnx", 1), states=[{"input": "total_in", "output": "total_out"}])
+    x = np.array([[1, 3], [10, 30], [5, 5]], np.float32)
+    with running(store="memory://", models=tmp_path / "models") as server, httpx.Client(base_url=server.url) as client:
+        assert client.get("/v1/models/m").json()["rows"] == "one"
+        body = {"sessions": ["a", "b", "c"], "inputs": x.tolist()}
+        answers = [client.post("/v1/models/m/step", json=body).json() for _ in range(2)]
+    want = x - x.mean(axis=1, keepdims=True)
+    np.testing.assert_array_equal([answer["outputs"] for answer in answers], [want, 2 * want])
+
+
+def hidden(path: Path) -> Path:
+    """An LSTM exported for one row and seven steps, its state hidden: zeros at first, dropped at the end."""
+    nodes = [
+        node("Transpose", ["x"], ["xt"], perm=[1, 0, 2]),
+        node("LSTM", ["xt", "W", "R"], ["all"], hidden_size=foreign.UNITS),
+        node("Squeeze", ["all", "one"], ["flat"]),
+        node("Transpose", ["flat"], ["y"], perm=[1, 0, 2]),
+    ]
+    weights = {"W": foreign.GATES, "R": foreign.BACK, "one": np.array([1])}
+    return foreign.save(path, nodes, [("x", T.FLOAT, [1, 7, 4])], [("y", T.FLOAT, [1, 7, 3])], weights)
+
+
+def test_a_hidden_state_of_one_row_is_lifted_and_takes_many(tmp_path: Path) -> None:
+    """Seven steps, a batch of 1 and no state were exported: sessions go on by single steps, and three run together."""
+    runtime, manifest = imported(hidden(tmp_path / "hidden.onnx"))
+    assert manifest.rows == "many"
+    x = np.random.default_rng(8).normal(size=(3, 21, 4)).astype(np.float32)
+    np.testing.assert_allclose(stepped(runtime, x), lstm_alone(x), 1e-4, 1e-5)
+
+
 @pytest.mark.parametrize("layout", ["time first", "rows in the middle"])
 def test_axes_need_no_names(tmp_path: Path, layout: str) -> None:
     """x [T, B, 3, 5] or [3, B, 5], y [T, B, 15] or [5, 3, B]: the axes are found by what happens along them."""
@@ -252,3 +288,61 @@ def test_branches_that_are_always_taken_are_decided(tmp_path: Path, kind: int, f
     assert "2 branches" in manifest.provenance.data
     x = np.arange(2 * 3 * 3, dtype=np.float32).reshape(2, 3, 3)
     np.testing.assert_array_equal(stepped(runtime, x), factor * x.cumsum(axis=1))
+
+
+def windowed(path: Path, rows: int | str = "B", opset: int = 17) -> Path:
+    """y = w * x over chunks of five values, of which two overlap on both sides; `count` counts the chunks."""
+    nodes = [
+        node("Mul", ["x", "w"], ["y"]),
+        node("Add", ["count_in", "one"], ["count_out"]),
+    ]
+    weights = {"w": np.array([1, 2, 3, 4, 5], np.float32), "one": np.ones((1, 1), np.float32)}
+    inputs = [("x", T.FLOAT, [rows, 1, 5]), ("count_in", T.FLOAT, [rows, 1])]
+    outputs = [("y", T.FLOAT, [rows, 1, 5]), ("count_out", T.FLOAT, [rows, 1])]
+    foreign.save(path, nodes, inputs, outputs, weights)
+    model = onnx.load(path)
+    model.opset_import[0].version = opset
+    onnx.save(model, path)
+    return path
+
+
+@pytest.mark.parametrize("rows", ["B", 1])
+def test_context_and_overlap_are_states(tmp_path: Path, rows: int | str) -> None:
+    """Three new values in and three final values out; what the server keeps is what a wrapper would keep."""
+    ports = {"input": {"context": 2}, "output": {"overlap": 2}}
+    runtime, manifest = imported(windowed(tmp_path / "w.onnx", rows), **ports)
+    assert (manifest.n_features, manifest.n_outputs, manifest.rows) == (3, 3, "many")
+    assert (manifest.input.context, manifest.output.overlap) == (2, 2)
+    assert {f"{state.layer}.{state.key}" for state in manifest.states} >= {"x.context", "y.overlap"}
+    x = np.arange(1, 4 * 6 * 3 + 1, dtype=np.float32).reshape(4, 6, 3)
+    for row, got in enumerate(stepped(runtime, x)):
+        chunk, total = np.zeros(5), np.zeros(6 * 3 + 2)
+        for step in range(6):
+            chunk = np.concatenate([chunk[3:], x[row, step]])
+            total[3 * step : 3 * step + 5] += chunk * [1, 2, 3, 4, 5]
+        np.testing.assert_array_equal(got.reshape(-1), total[: 6 * 3])
+
+
+@pytest.mark.parametrize(
+    ("ports", "opset", "words"),
+    [
+        ({"input": {"context": 5}}, 17, r"\$\.input\.context is 5, of 5 values that input 'x' takes"),
+        ({"output": {"overlap": 6}}, 17, r"\$\.output\.overlap is 6, output 'y' has 5 values"),
+        ({"input": {"context": 1}}, 10, "opset 10 is older than 11"),
+    ],
+)
+def test_context_that_cannot_be_is_refused(tmp_path: Path, ports: Any, opset: int, words: str) -> None:
+    """The field, and what the graph has."""
+    with pytest.raises(ManifestError, match=words):
+        imported(windowed(tmp_path / "w.onnx", opset=opset), **ports)
+
+
+def test_context_is_an_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the tensor's name or without; anything else than a number is named."""
+    file, models = str(windowed(tmp_path / "w.onnx")), str(tmp_path / "models")
+    assert imports.run([file, "--models", models, "--context", "x:2", "--overlap", "2"], "stepcast") == 0
+    said = capsys.readouterr().out
+    assert "3 features, 3 outputs" in said
+    assert "note: the last 2 values of 'x' are kept as a state" in said
+    with pytest.raises(ManifestError, match="--context 'x:two' is not a number of values"):
+        imports.run([file, "--models", models, "--context", "x:two"], "stepcast")

@@ -14,12 +14,14 @@ from stepcast.errors import ConfigError
 from stepcast.manifest import Distribution, Feature, Output
 from stepcast.predictive import Predictive
 from training.check import check_labels
+from training.data.batch import Batch
 from training.data.in_memory import Examples, InMemory
 from training.distributions import distribution_of
 from training.layers.distribution_specs import DistributionSpec
 from training.layers.specs import RnnLossSpec
 from training.network import Network
 from training.probabilistic import DistributionMetrics, central, crps, crps_of_samples, pinball, quantiles
+from training.report import forecast_of
 
 KINDS = ("gaussian", "student_t", "negative_binomial", "mixture")
 TARGETS = [Output(name="a", unit="1/h", mean=6.0, scale=2.0), Output(name="b", scale=0.5)]
@@ -238,6 +240,16 @@ def test_draws_have_the_distribution_of_the_parameters(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_draws_of_what_is_no_distribution_are_no_errors(kind: str) -> None:
+    """A parameter that is not finite gives NaN, in its own row; one that should be positive is made so."""
+    outputs = [Output(name=name) for name in ("t", *described(kind).targets["t"])]
+    good = [0.0, *PARAMETERS[kind][0]]
+    rows = np.array([good, [0.0, np.inf, *good[2:]], [*good[:-1], np.nan], [*good[:-1], -1.0]], np.float32)
+    made = Predictive(outputs, described(kind)).draw(rows, np.random.default_rng(1))
+    assert np.isfinite(made[:, 0]).tolist() == [True, False, False, True]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_generator_is_asked_in_the_order_that_is_written_down(kind: str) -> None:
     """The draws made again by hand, from a generator of the same seed."""
     rows = np.array(PARAMETERS[kind])
@@ -331,14 +343,14 @@ def test_crps_of_samples_is_that_of_their_steps() -> None:
 def test_metrics_count_what_is_present() -> None:
     """By value, over two batches with masks by output: CRPS, calibration, coverage and width."""
     outputs = [Output(name=name) for name in ("t", "u", "t@0.1", "u@0.1", "t@0.9", "u@0.9")]
-    targets = {name: (f"{name}@0.1", name, f"{name}@0.9") for name in "tu"}
+    targets = {name: (f"{name}@0.1", name, f"{name}@0.9") for name in "ut"}  # in another order than the labels
     metrics = DistributionMetrics(outputs, Distribution(kind="quantile", levels=(0.1, 0.5, 0.9), targets=targets))
     y = np.array([[0.0, 5.0], [1.0, 9.0], [3.0, 0.0], [2.0, 5.0]])
     present = np.array([[True, False], [True, True], [True, True], [False, False]])
     forecast = np.tile([1.0, 5.0, 0.5, 4.0, 2.5, 6.0], (4, 1))
     metrics.update(forecast[:1], y[:1], present[:1])
     metrics.update(forecast[1:], y[1:], present[1:])
-    t, u = metrics.result().targets
+    u, t = metrics.result().targets
     costs = pinball(np.array([0.5, 1.0, 2.5]), (0.1, 0.5, 0.9), np.array([0.0, 1.0, 3.0]))
     assert (t.name, t.rows, u.rows) == ("t", 3, 2)
     assert t.crps == pytest.approx(2 * costs.mean())
@@ -349,3 +361,17 @@ def test_metrics_count_what_is_present() -> None:
     empty = DistributionMetrics(outputs, metrics.predictive.distribution).result().targets[0]
     assert (empty.rows, empty.crps, empty.calibration) == (0, None, dict.fromkeys(("0.1", "0.5", "0.9")))
     assert central((0.05, 0.1, 0.5, 0.9, 0.95)) == [(pytest.approx(0.9), 0, 4), (pytest.approx(0.8), 1, 3)]
+
+
+def test_a_drawn_forecast_has_its_band() -> None:
+    """The 80 % interval of each target, whose distributions lie in another order, with gaps where nothing counts."""
+    outputs = [Output(name=name) for name in ("t", "u", "u@scale", "t@scale")]
+    pair = Distribution(kind="gaussian", targets={"u": ("u", "u@scale"), "t": ("t", "t@scale")})
+    y = torch.tensor([[[1.0, 20.0, 3.0, 0.5], [2.0, 30.0, 1.0, 0.1]]])
+    batch = Batch(y[..., :1], y[..., :2], y_mask=torch.tensor([[True, False]]))
+    drawn = forecast_of(outputs[:2], batch, y.numpy(), Predictive(outputs, pair))
+    away = 1.2815515655446004
+    assert drawn.band is not None
+    np.testing.assert_allclose(drawn.band[:, 0], [[1 - 0.5 * away, 20 - 3 * away], [1 + 0.5 * away, 20 + 3 * away]])
+    assert np.isnan(drawn.band[:, 1]).all()
+    np.testing.assert_array_equal(drawn.predicted[0], [1.0, 20.0])

@@ -28,7 +28,7 @@ from stepcast.manifest import Manifest, read_manifest
 
 pytestmark = pytest.mark.service
 
-KINDS = ("lstm", "policies", "rnn_loss_classes", "characters", "conv2d", "embedding", "foreign_lstm")
+KINDS = ("lstm", "policies", "rnn_loss_classes", "characters", "conv2d", "embedding", "foreign_lstm", "covariates")
 JSON, MSGPACK = bodies.JSON, bodies.MSGPACK
 PACKED = {"content-type": MSGPACK, "accept": JSON}
 NAN = float("nan")
@@ -60,8 +60,8 @@ def refused(response: httpx.Response, status: int, code: str) -> dict[str, Any]:
 def script(door: Script, model: str, name: str, batch: bool) -> list[Array]:
     """Steps of one and of three examples, with gaps and masks where they may be; outputs, then states."""
     x = np.nan_to_num(golden(model)["x"][:3, :4])  # (3, 4, F)
-    if model == "policies":
-        x[0, 1, 1] = x[1, 2, 0] = x[2, 0] = np.nan
+    if model in ("policies", "covariates"):
+        x[0, 1, 1] = x[1, 2, 0] = x[2, 0, :3] = np.nan
     found = []
     for t, seq in enumerate((1, None, 3, 4)):
         found.append(door.step(f"{name}-1", x[0, t], seq)[0])

@@ -12,7 +12,8 @@ from stepcast.errors import ConfigError
 from stepcast.manifest import read_manifest
 from training.__main__ import main
 from training.data.source import Source
-from training.data.table import TableConfig, TableSource
+from training.data.table import TableSource
+from training.data.table_config import TableConfig
 
 NAN = float("nan")
 ROWS = """place,when,heat,wind,gust

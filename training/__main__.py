@@ -3,7 +3,6 @@
 import argparse
 import shutil
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +12,17 @@ from rich.console import Console
 from stepcast.arguments import Parser
 from stepcast.errors import ConfigError, ManifestError
 from stepcast.manifest import MODEL_FILE, Feature, Manifest, Output, read_manifest, sha256_of
+from stepcast.predictive import Predictive
 
-from .backtest import FITTED, Forecaster, backtest, tables, trained, write_json, write_page
+from .backtest import FITTED, Forecaster, backtest, predictive_of, tables, trained, write_json, write_page
 from .check import check_names
 from .checkpoint import BEST_FILE, load_checkpoint, load_weights
 from .comparison import as_dict
-from .config import Config, load
 from .data.source import Source, Split
 from .data.table import TableSource
 from .evaluate import answers, evaluate
 from .export import describe, next_version, publish, stage, state_tensors
+from .job import Job, fit, open_job
 from .metrics import Result
 from .network import Network
 from .parallel import join, leading, leave
@@ -31,27 +31,12 @@ from .progress import Progress
 from .report import Forecast, forecast_of, print_report, write_report
 from .segments import labelled
 from .skill import Measurement, skill_table
-from .start import begin
 from .stepper import Stepper
-from .train import History, Trainer
+from .sweep import sweep
+from .train import History
 
 DISTANCES = (1, 6, 24)
 PLOT_FILE = "test_week.png"
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """What every command starts from."""
-
-    arguments: argparse.Namespace
-    config: Config
-    source: Source
-    console: Console
-
-    @property
-    def run_directory(self) -> Path:
-        """Where checkpoints of this model lie."""
-        return Path(self.arguments.runs) / self.config.name
 
 
 def main(argv: list[str] | None = None, prog: str = "python -m training") -> int:
@@ -59,7 +44,7 @@ def main(argv: list[str] | None = None, prog: str = "python -m training") -> int
     arguments = _parser(prog).parse_args(argv)
     console = Console(quiet=not leading())
     try:
-        return COMMANDS[arguments.command](_job(arguments, console))
+        return COMMANDS[arguments.command](open_job(arguments, console))
     except (ConfigError, ManifestError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
@@ -85,6 +70,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         if name == "train":
             command.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
             command.add_argument("--tensorboard", action="store_true", help="write event files beside the checkpoints")
+            command.add_argument("--sweep", type=Path, metavar="FILE", help="train many times, with values from ranges")
         if name == "evaluate":
             command.add_argument("--split", choices=("train", "validation", "test"), default="test")
             command.add_argument("--report", type=Path, help="directory for metrics.json, plots and report.html")
@@ -104,33 +90,17 @@ def _backtest_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--page", type=Path, metavar="FILE", help="write the tables between a page's marks")
 
 
-def _job(arguments: argparse.Namespace, console: Console) -> Job:
-    config = load(arguments.config, arguments.set)
-    if config.training.threads is not None:
-        torch.set_num_threads(config.training.threads)
-    source = config.data.open(batch=config.training.batch, seed=config.seed, root=arguments.config.absolute().parent)
-    console.print(f"{config.name}: {source.description}", highlight=False)
-    return Job(arguments, config, source, console)
-
-
 def train(job: Job) -> int:
-    """Train, and let the leading process export."""
-    config, world = job.config, join(job.config.training.device)
-    torch.manual_seed(config.seed)
-    network = Network.of(config.network, job.source)
-    check_names(network, job.source, config)
-    if (start := config.training.start) is not None:
-        taken = begin(network, start, job.arguments.config.absolute().parent)
-        job.console.print(f"begins with the weights of {start.file}: {', '.join(taken)}", highlight=False)
-    trainer = Trainer(network, job.source, config.training, world=world, seed=config.seed, directory=job.run_directory)
-    weights = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    """Train, and let the leading process export; of a sweep the best trial."""
+    if job.arguments.sweep:
+        return export(sweep(job))
+    world = join(job.config.training.device)
     if not world.leads:
-        trainer.fit(resume=job.arguments.resume)
+        fit(job, world)
         return 0
-    job.console.print(f"{weights} weights, {world.device}, {world.size} process(es)", highlight=False)
     tensorboard = job.run_directory / "tensorboard" if job.arguments.tensorboard else None
-    with Progress(config.training.epochs, console=job.console, tensorboard=tensorboard) as progress:
-        history = trainer.fit(resume=job.arguments.resume, progress=progress)
+    with Progress(job.config.training.epochs, console=job.console, tensorboard=tensorboard) as progress:
+        network, history = fit(job, world, progress)
     job.console.print(f"best epoch {history.best_epoch + 1}, {history.updates} updates", highlight=False)
     return _export(job, network, history)
 
@@ -212,7 +182,9 @@ def _forecast(job: Job, stepper: Stepper, manifest: Manifest) -> Forecast | None
         return None
     summary = manifest.readout == "last"
     found = answers(stepper, job.source, job.arguments.split, streaming=manifest.streaming, summary=summary)
-    return forecast_of(manifest.points, *next(found))
+    forecast = manifest.distribution
+    predictive = None if forecast is None else Predictive(manifest.outputs, forecast)
+    return forecast_of(manifest.points, *next(found), predictive)
 
 
 def _evaluate(job: Job, stepper: Stepper, manifest: Manifest, split: Split) -> Result:
@@ -279,7 +251,8 @@ def _published(job: Job) -> Forecaster:
     _check_fits(job.source, manifest)
     if not manifest.streaming:
         raise ConfigError(f"{directory}: is no model that can be stepped, a backtest needs one")
-    return lambda source: Stepper.of(directory, manifest)
+    predictive = predictive_of(manifest.outputs, manifest.distribution)
+    return lambda source: (Stepper.of(directory, manifest), predictive)
 
 
 def _exported_version(job: Job) -> int:

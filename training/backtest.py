@@ -20,6 +20,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from stepcast.errors import ConfigError
+from stepcast.manifest import Distribution, Output
+from stepcast.predictive import Predictive
 
 from .baselines import Baselines, Fitted
 from .comparison import Comparison, Floats, joined, rounded
@@ -35,7 +37,7 @@ from .train import Trainer
 Window = Literal["expanding", "sliding"]
 FITTED: tuple[Fitted, ...] = ("linear", "trees")
 Bounds = dict[Split, tuple[int, int]]
-Forecaster = Callable[[TableSource], Stepper]
+Forecaster = Callable[[TableSource], tuple[Stepper, Predictive | None]]
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,11 @@ class Backtest:
             "ratio_low": low[:-1],
             "ratio_high": high[:-1],
             "mase": comparison.mase(name),
+            "crps": comparison.crps(name),
         }
+        coverage = comparison.coverage() if name == "model" else None
+        if coverage is not None:
+            columns["coverage_80"] = coverage
         if name != "model":
             columns["p_against_model"] = comparison.diebold_mariano("model", name)
         score: dict[str, Any] = {
@@ -92,6 +98,9 @@ class Backtest:
             "ratio_low": rounded(low[-1]),
             "ratio_high": rounded(high[-1]),
             "mase": rounded(_known_mean(columns["mase"])),
+            # Of different units: the mean of the ratios to persistence's.
+            "crps_ratio": rounded(_known_mean(columns["crps"] / comparison.crps("persistence"))),
+            **({} if coverage is None else {"coverage_80": rounded(_known_mean(coverage))}),
         }
         return score
 
@@ -131,8 +140,8 @@ def backtest(
         spans.append((str(fold.times[start]), str(fold.times[stop - 1])))
         told(f"origin {number + 1}: {spans[-1][0]} to {spans[-1][1]}")
         if refit or not number:
-            stepper, baselines = forecaster(fold), Baselines(fold)
-        measurement = Measurement(stepper, fold, baselines)
+            (stepper, predictive), baselines = forecaster(fold), Baselines(fold)
+        measurement = Measurement(stepper, fold, predictive, baselines)
         for skill in measurement.skills(distances):
             at = measurement.origins(skill.ahead)
             more: dict[str, Floats] = {kind: baselines.fitted(kind, skill.ahead)[:, at] for kind in fitted}
@@ -168,18 +177,24 @@ def folds(source: TableSource, origins: int, *, refit: bool, window: Window) -> 
 def trained(config: Config, told: Callable[[str], None] = lambda line: None) -> Forecaster:
     """Train the recipe's network on a source: the exported graph is what forecasts."""
 
-    def forecaster(source: TableSource) -> Stepper:
+    def forecaster(source: TableSource) -> tuple[Stepper, Predictive | None]:
         torch.manual_seed(config.seed)
         network = Network.of(config.network, source)
         history = Trainer(network, source, config.training, seed=config.seed).fit()
         told(f"  best epoch {history.best_epoch + 1} of {history.epoch}")
         scratch = Path(tempfile.mkdtemp(prefix="stepcast-backtest-"))
         try:
-            return Stepper(stage(network, source, scratch), state_tensors(network))
+            stepper = Stepper(stage(network, source, scratch), state_tensors(network))
+            return stepper, predictive_of(network.head.outputs, network.head.described)
         finally:
             shutil.rmtree(scratch)
 
     return forecaster
+
+
+def predictive_of(outputs: Sequence[Output], distribution: Distribution | None) -> Predictive | None:
+    """What a model's outputs say besides one number for each target; None: nothing."""
+    return None if distribution is None else Predictive(outputs, distribution)
 
 
 def tables(result: Backtest) -> Iterator[Table]:
@@ -187,14 +202,17 @@ def tables(result: Backtest) -> Iterator[Table]:
     for comparison in result.comparisons:
         title = f"{comparison.ahead} x {result.every} ahead: RMSE / persistence's"
         table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-        for column in ("", *result.targets, "mean", "low", "high", "MASE"):
+        for column in ("", *result.targets, "mean", "low", "high", "MASE", "CRPS"):
             table.add_column(column, justify="right" if column else "left")
         scores = result._scores(comparison)["forecasters"]
         for name, score in scores.items():
             ratios = [_shown(score[target]["ratio"]) for target in (*result.targets, "mean")]
             mean = score["mean"]
-            bounds = (_shown(mean[key]) for key in ("ratio_low", "ratio_high", "mase"))
+            bounds = (_shown(mean[key]) for key in ("ratio_low", "ratio_high", "mase", "crps_ratio"))
             table.add_row(name.replace("_", " "), *ratios, *bounds)
+        if (coverage := comparison.coverage()) is not None:
+            shares = ", ".join(f"{t} {c:.0%}" for t, c in zip(result.targets, coverage, strict=True))
+            table.caption = f"within the 80 % interval: {_known_mean(coverage):.1%} ({shares})"
         yield table
 
 
@@ -204,14 +222,18 @@ def markdown(result: Mapping[str, Any]) -> str:
     for ahead, scores in result["horizons"].items():
         names = [name for name in next(iter(scores["forecasters"].values())) if name != "mean"]
         lines += [f"**{ahead} x {result['every']} ahead**", ""]
-        lines += [f"| | {' | '.join(names)} | mean | 95 % of the mean | MASE |", "|---" * (len(names) + 4) + "|"]
+        lines += [f"| | {' | '.join(names)} | mean | 95 % of the mean | MASE | CRPS |", "|---" * (len(names) + 5) + "|"]
         for name, score in scores["forecasters"].items():
             cells = [_shown(score[t]["ratio"]) + _star(score[t].get("p_against_model")) for t in names]
             mean = score["mean"]
             between = f"{_shown(mean['ratio_low'])} to {_shown(mean['ratio_high'])}"
-            cells += [_shown(mean["ratio"]), between, _shown(mean["mase"])]
+            cells += [_shown(mean["ratio"]), between, _shown(mean["mase"]), _shown(mean["crps_ratio"])]
             lines.append(f"| {name.replace('_', ' ')} | {' | '.join(cells)} |")
         lines.append("")
+        model = scores["forecasters"]["model"]
+        if "coverage_80" in model["mean"]:
+            shares = ", ".join(f"{t} {model[t]['coverage_80']:.1%}" for t in names)
+            lines += [f"Within the model's 80 % interval: {model['mean']['coverage_80']:.1%} ({shares}).", ""]
     return "\n".join(lines)
 
 

@@ -14,9 +14,11 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
+import torch
 from numpy.typing import NDArray
 from sklearn.ensemble import HistGradientBoostingRegressor
 from sklearn.linear_model import Ridge
+from threadpoolctl import threadpool_limits
 
 from .data.table import TableSource
 
@@ -147,11 +149,13 @@ def _trees(train: Rows, validation: Rows, everything: NDArray[np.float32]) -> Fl
         min_samples_leaf=50,
         l2_regularization=1.0,
         early_stopping=False,
-    ).fit(*train)
-    best = TREES - 1
-    if len(validation[1]):
-        best = int(np.argmin([np.square(y - validation[1]).mean() for y in trees.staged_predict(validation[0])]))
-    return np.asarray(next(islice(trees.staged_predict(everything), best, None)), np.float64)
+    )
+    with threadpool_limits(torch.get_num_threads()):  # what the recipe's `threads` says
+        trees.fit(*train)
+        best = TREES - 1
+        if len(validation[1]):
+            best = int(np.argmin([np.square(y - validation[1]).mean() for y in trees.staged_predict(validation[0])]))
+        return np.asarray(next(islice(trees.staged_predict(everything), best, None)), np.float64)
 
 
 def carried(values: Floats) -> Floats:

@@ -11,6 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from stepcast.manifest import Distribution
+
+from .probabilistic import crps, quantiles
+
 Floats = NDArray[np.float64]
 RESAMPLES = 1000
 
@@ -26,12 +30,16 @@ class Comparison:
         truth: (S, R, O), NaN where unknown.
         forecasts: By forecaster, each (S, R, O); NaN where it has none.
         scale: (S, O) mean absolute change over a season of the training rows, what MASE divides by.
+        distribution: Of the forecaster "model", if it says more than one number.
+        parameters: (S, R, O, P) of its distributions.
     """
 
     ahead: int
     truth: Floats
     forecasts: Mapping[str, Floats]
     scale: Floats
+    distribution: Distribution | None = None
+    parameters: Floats | None = None
 
     @property
     def there(self) -> NDArray[np.bool_]:
@@ -69,6 +77,25 @@ class Comparison:
         scale = np.where(self.scale > 0, self.scale, np.nan)[:, None]
         return _mean(np.abs(self.errors(name)) / scale, (0, 1))
 
+    def mae(self, name: str) -> Floats:
+        """Mean absolute error, (O,)."""
+        return _mean(np.abs(self.errors(name)), (0, 1))
+
+    def crps(self, name: str) -> Floats:
+        """Mean continuous ranked probability score, (O,); of a forecaster of one number its mean absolute error."""
+        if name != "model" or self.distribution is None or self.parameters is None:
+            return self.mae(name)
+        scores = crps(self.distribution, self.parameters, self.truth)
+        return _mean(np.where(self.there, scores, np.nan), (0, 1))
+
+    def coverage(self, share: float = 0.8) -> Floats | None:
+        """How much of what came lies within the model's central interval of a share, (O,); None without intervals."""
+        if self.distribution is None or self.parameters is None:
+            return None
+        bounds = quantiles(self.distribution, self.parameters, ((1 - share) / 2, (1 + share) / 2))  # (S, R, O, 2)
+        inside = (self.truth >= bounds[..., 0]) & (self.truth <= bounds[..., 1])
+        return _mean(np.where(self.there, inside.astype(np.float64), np.nan), (0, 1))
+
     def interval(self, name: str, block: int, *, level: float = 0.95, seed: int = 0) -> Floats:
         """Bounds of the ratio to persistence, (2, O + 1), the last column of the mean over targets.
 
@@ -103,7 +130,14 @@ def joined(parts: Sequence[Comparison]) -> Comparison:
     """One comparison of the origins of several, which have the same forecasters; MASE's scales are averaged."""
     forecasts = {n: np.concatenate([p.forecasts[n] for p in parts], axis=1) for n in parts[0].forecasts}
     truth = np.concatenate([p.truth for p in parts], axis=1)
-    return replace(parts[0], truth=truth, forecasts=forecasts, scale=np.mean([p.scale for p in parts], axis=0))
+    given = [p.parameters for p in parts if p.parameters is not None]
+    return replace(
+        parts[0],
+        truth=truth,
+        forecasts=forecasts,
+        scale=np.mean([p.scale for p in parts], axis=0),
+        parameters=np.concatenate(given, axis=1) if given else None,
+    )
 
 
 def rounded(value: float, places: int = 4) -> float | None:

@@ -13,7 +13,7 @@ from stepcast.manifest import ModelName
 
 from .data.csv_sequences import CsvSequencesConfig
 from .data.python_class import PythonConfig
-from .data.table import TableConfig
+from .data.table_config import TableConfig
 from .layers.spec import Shape
 from .layers.specs import LayerSpec, RnnLossSpec, RnnOutputSpec
 from .layers.stack import IllegalLayer, Placed, place

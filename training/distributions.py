@@ -75,6 +75,7 @@ class Distribution(nn.Module, ABC):
     kind: ClassVar[Kind]
     per_target: tuple[Parameter, ...]
     begin: tuple[float, ...]
+    faithful: bool = False
 
     @abstractmethod
     def forward(self, z: Tensor) -> Tensor:
@@ -172,13 +173,19 @@ def _running(graph: Graph, terms: Sequence[str]) -> list[str]:
 
 
 class Gaussian(Distribution):
-    """Mean and standard deviation; the loss is the negative log likelihood."""
+    """Mean and standard deviation; the loss is the negative log likelihood.
+
+    A faithful one learns its means as under the mean squared error, and from them alone the layers below: the scale
+    takes the means and the layers below as constants (Stirn et al., Faithful Heteroscedastic Regression with Neural
+    Networks, 2023).
+    """
 
     kind = "gaussian"
     per_target = (Parameter("", "location"), Parameter("@scale", "spread"))
 
-    def __init__(self) -> None:
+    def __init__(self, faithful: bool) -> None:
         super().__init__()
+        self.faithful = faithful
         self.begin = (0.0, _inverse_softplus(1.0))
 
     def forward(self, z: Tensor) -> Tensor:
@@ -187,7 +194,10 @@ class Gaussian(Distribution):
 
     def losses(self, z: Tensor, target: Tensor) -> Tensor:
         mean, scale = self(z).chunk(2, dim=-1)
-        return _normal_loss(mean, scale, target)
+        if not self.faithful:
+            return _normal_loss(mean, scale, target)
+        squares: Tensor = 0.5 * (target - mean).square()
+        return squares + _normal_loss(mean.detach(), scale, target)
 
     def write(self, graph: Graph, z: str, targets: int) -> str:
         mean, scale = self._parts(graph, z, targets)
@@ -335,7 +345,7 @@ def distribution_of(spec: DistributionSpec, targets: Sequence[Output]) -> Distri
         case QuantileSpec():
             return Quantiles(spec)
         case GaussianSpec():
-            return Gaussian()
+            return Gaussian(spec.faithful)
         case NegativeBinomialSpec():
             return NegativeBinomial(targets)
         case MixtureSpec():

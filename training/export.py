@@ -136,6 +136,7 @@ def manifest_of(
         readout="last" if network.summary else source.readout,
         states=state_tensors(network),
         streaming=network.streaming,
+        every_s=getattr(source, "every_s", None),  # sequences need not have a clock
         feedback=source.feedback if network.streaming else (),
         provenance=Provenance(
             libraries={library: importlib.metadata.version(library) for library in LIBRARIES},

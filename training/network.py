@@ -14,7 +14,7 @@ from .layers import build
 from .layers.base import Layer, LayerState, State
 from .layers.merging import merge, write_merge
 from .layers.observed import Observed
-from .layers.spec import Shape, learning_of
+from .layers.spec import Learns, Shape, learning_of
 from .layers.specs import LayerSpec, OutputSpec
 from .layers.stack import INPUT, IllegalLayer, Placed, place, token_readers
 from .layers.tasks import heads_of
@@ -50,8 +50,8 @@ class Network(nn.Module):
         self._ends = [p for p in placed if isinstance(p.spec, OutputSpec)]
         self.layers = nn.ModuleList(build(p) for p in placed if not isinstance(p.spec, OutputSpec))
         self.head = heads_of(self._ends, features, outputs, classification)
-        for one, layer in self.parts():
-            if (learning := learning_of(one.spec)) and learning.frozen:
+        for _, learning, layer in self.parts():
+            if learning and learning.frozen:
                 layer.requires_grad_(False)
         self.summary = self._ends[0].shape.summary
         self.reads_tokens = token_readers(placed)
@@ -94,11 +94,16 @@ class Network(nn.Module):
                 got = f"loss {head.loss.name} with activation {head.activation}"
                 raise IllegalLayer(end.index, f"task multi_label wants loss xent with activation sigmoid, got {got}")
 
-    def parts(self) -> Iterator[tuple[Placed, nn.Module]]:
-        """Every layer that stands in the list or was put in, with its place; the output layers last."""
+    def parts(self) -> Iterator[tuple[str, Learns | None, nn.Module]]:
+        """What may have weights, from below: its name, how it learns if that is its own matter, and the module.
+
+        First what reads the features, whose weights are the vectors of categories; the output layers are the last.
+        """
+        yield self.observed.name, None, self.observed
         below = (place for place in self._placed.values() if not isinstance(place.spec, OutputSpec))
-        yield from zip(below, self.layers, strict=True)
-        yield from zip(self._ends, (head for head, _ in self.head.tasks()), strict=True)
+        heads = (head for head, _ in self.head.tasks())
+        for one, layer in (*zip(below, self.layers, strict=True), *zip(self._ends, heads, strict=True)):
+            yield one.name, learning_of(one.spec), layer
 
     def stack(self) -> list[Layer]:
         """All layers that may carry state, from below."""

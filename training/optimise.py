@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from stepcast.errors import ConfigError
 
 from .config import TrainingConfig
-from .layers.spec import learning_of
 from .network import Network
 
 
@@ -43,8 +42,7 @@ def _groups(network: Network, config: TrainingConfig) -> list[dict[str, Any]]:
     """Weights that learn at one rate, and under adamw decay alike, side by side in the order of the network."""
     pulled = {id(p) for p in decayed(network)} if config.optimiser == "adamw" else set()
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
-    for place, layer in network.parts():
-        learning = learning_of(place.spec)
+    for _, learning, layer in network.parts():
         rate = (learning and learning.learning_rate) or config.learning_rate
         for weight in layer.parameters():
             if weight.requires_grad:
@@ -62,7 +60,7 @@ def rate_factor(config: TrainingConfig, epoch: int) -> float:
 
 def layers_of(network: Network) -> list[nn.Module]:
     """What counts as one layer for penalties and per-layer clipping."""
-    return [layer for _, layer in network.parts()]
+    return [layer for _, _, layer in network.parts()]
 
 
 def decayed(network: Network) -> list[nn.Parameter]:

@@ -69,6 +69,19 @@ def central(levels: Sequence[float]) -> list[tuple[float, int, int]]:
     return [(levels[j] - levels[i], i, j) for i, j in pairs]
 
 
+def band(predictive: Predictive, outputs: ArrayLike, share: float) -> Floats:
+    """Lower and upper end (2, ..., K) of the central intervals with a share, in the order of the point forecasts.
+
+    Args:
+        predictive: Of the model.
+        outputs: (..., O).
+        share: Of the distribution that lies between the ends.
+    """
+    levels = ((1 - share) / 2, (1 + share) / 2)
+    ends = quantiles(predictive.distribution, predictive.parameters(np.asarray(outputs)), levels)  # (..., K, 2)
+    return np.moveaxis(ends, -1, 0)[..., np.argsort(predictive.points)]
+
+
 # --- kinds ------------------------------------------------------------------------------------------------------------
 
 
@@ -254,12 +267,12 @@ class DistributionMetrics:
         self._width = np.zeros((targets, len(self.intervals)))
 
     def update(self, outputs: ArrayLike, labels: ArrayLike, present: NDArray[np.bool_]) -> None:
-        """Take in outputs (..., O) and labels (..., K), where present (..., K)."""
+        """Take in outputs (..., O) and labels (..., K), which lie as the point forecasts do, where present (..., K)."""
         parameters = self.predictive.parameters(np.asarray(outputs))  # (..., K, P)
         y = np.asarray(labels, np.float64)
-        for k in range(len(self._rows)):
-            there = present[..., k]
-            self._score(k, parameters[..., k, :][there], y[..., k][there])
+        for k, place in enumerate(self.predictive.points):
+            there = present[..., place]
+            self._score(k, parameters[..., k, :][there], y[..., place][there])
 
     def _score(self, k: int, parameters: Floats, truth: Floats) -> None:
         distribution = self.predictive.distribution

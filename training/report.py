@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from stepcast.manifest import Output, Provenance
+from stepcast.predictive import Predictive
 
 from .data.batch import Batch
 from .metrics import (
@@ -27,11 +28,12 @@ from .metrics import (
     RegressionResult,
     Result,
 )
-from .probabilistic import DistributionResult
+from .probabilistic import DistributionResult, band
 
 COLUMN_FIELDS = ("rows", "mse", "mae", "rmse", "rse", "r2", "correlation")
 LABEL_FIELDS = ("rows", "there", "accuracy", "precision", "recall", "f1", "roc_auc", "log_loss")
 CLASS_FIELDS = ("rows", "precision", "recall", "f1", "roc_auc")
+BAND = 0.8
 MOST_STEPS = 500  # of a forecast; more cannot be told apart on a page
 
 
@@ -43,28 +45,42 @@ class Forecast:
         names: Of the outputs, with units.
         predicted: (T, O), NaN where absent.
         actual: (T, O), NaN where absent.
+        band: (2, T, O), the ends of the central intervals with the share `BAND`; None: no distribution was forecast.
     """
 
     names: tuple[str, ...]
     predicted: NDArray[np.float64]
     actual: NDArray[np.float64]
+    band: NDArray[np.float64] | None = None
 
 
-def forecast_of(outputs: Sequence[Output], batch: Batch, predicted: NDArray[np.float32]) -> Forecast:
+def forecast_of(
+    outputs: Sequence[Output], batch: Batch, predicted: NDArray[np.float32], predictive: Predictive | None = None
+) -> Forecast:
     """The stretch of a batch's longest row, at most `MOST_STEPS` of it, with gaps where nothing counts.
 
     Args:
         outputs: The targets, for their names and units.
         batch: As the source gave it.
         predicted: (B, T, O), the targets first.
+        predictive: What distributions stand in `predicted`.
     """
     shape = (*batch.y.shape[:2], 1)
     present = np.ones(shape, np.bool_) if batch.y_mask is None else batch.y_mask.numpy().reshape(*shape[:2], -1)
     row = int(present.any(axis=2).sum(axis=1).argmax())
     names = tuple(f"{output.name} [{output.unit}]" if output.unit else output.name for output in outputs)
-    points = predicted[..., : len(outputs)]
-    both = (np.where(present[row], values[row], np.nan)[:MOST_STEPS] for values in (points, batch.y.numpy()))
-    return Forecast(names, *(values.astype(np.float64) for values in both))
+    there = present[row, :MOST_STEPS]  # (T, O) or (T, 1)
+    points, actual = (
+        np.where(there, values[row, :MOST_STEPS, : len(outputs)], np.nan).astype(np.float64)
+        for values in (predicted, batch.y.numpy())
+    )
+    ends = None
+    if predictive is not None:  # only of steps that are there: outputs of 0 are no distribution
+        ends = np.full((2, *actual.shape), np.nan)
+        some = there.any(axis=1)
+        ends[:, some] = band(predictive, predicted[row, :MOST_STEPS][some], BAND)
+        ends = np.where(there, ends, np.nan)
+    return Forecast(names, points, actual, ends)
 
 
 def print_report(result: Result, console: Console) -> None:
@@ -191,6 +207,9 @@ def _forecast(directory: Path, forecast: Forecast | None) -> Path | None:
         axes = figure.add_subplot(count, 1, number + 1, ylabel=name)
         axes.plot(forecast.actual[:, number], color="0.4", linewidth=1, label="actual")
         axes.plot(forecast.predicted[:, number], color="tab:blue", linewidth=1, label="predicted")
+        if forecast.band is not None:
+            low, high = forecast.band[..., number]
+            axes.fill_between(range(len(low)), low, high, alpha=0.25, linewidth=0, label=f"{BAND:.0%} interval")
         if number == 0:
             axes.legend(loc="upper right")
     figure.supxlabel("step")

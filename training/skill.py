@@ -2,12 +2,12 @@
 
 Measured on the exported model, one step at a time, every test hour of every series. At a horizon that the model has an
 output for, that output is its forecast. Further ahead the model runs free as the service's rollout does: its answers of
-one step ahead come back as readings, the calendar is known, all else is missing. A model of several horizons is
-measured in both ways, and one that says nothing of the next step in the first alone.
+one step ahead come back as readings, the calendar, what is known and what is static are given, all else is missing. A
+model of several horizons is measured in both ways, and one that says nothing of the next step in the first alone.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +15,11 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from rich.table import Table
 
+from stepcast.predictive import Predictive
+
 from .baselines import Baselines
 from .comparison import Comparison
-from .data.table import TableSource, feature_columns
+from .data.table import TableSource
 from .evaluate import present_steps
 from .stepper import Floats, States, Stepper
 
@@ -49,14 +51,21 @@ class Measurement:
     Args:
         stepper: The exported model.
         source: The table.
+        predictive: What the model's outputs say besides one number for each target.
         baselines: Of the same table, if they are there already.
     """
 
-    def __init__(self, stepper: Stepper, source: TableSource, baselines: Baselines | None = None) -> None:
-        self.stepper, self.source = stepper, source
+    def __init__(
+        self,
+        stepper: Stepper,
+        source: TableSource,
+        predictive: Predictive | None = None,
+        baselines: Baselines | None = None,
+    ) -> None:
+        self.stepper, self.source, self.predictive = stepper, source, predictive
         self.baselines = baselines or Baselines(source)
         self.columns = self.baselines.columns
-        self.calendar = [i for i, (_, _, column) in enumerate(feature_columns(source.config)) if column is None]
+        self.foreseen = [place for place, channel in enumerate(source.channels) if channel.foreseen]
         self.replay = self._replay()
 
     def _replay(self) -> Replay:
@@ -111,7 +120,7 @@ class Measurement:
         for ahead in range(1, steps):
             x = np.full((n_steps, n_series, n_features), np.nan, np.float32)
             at = np.minimum(replay.start + np.arange(n_steps) + ahead, source.x.shape[1] - 1)
-            x[..., self.calendar] = source.x[:, at][..., self.calendar].transpose(1, 0, 2)
+            x[..., self.foreseen] = source.x[:, at][..., self.foreseen].transpose(1, 0, 2)
             x = x.reshape(len(y), 1, n_features)
             x[:, 0, self.columns] = y
             out, states = self.stepper.run(x, lengths, states)
@@ -124,10 +133,17 @@ class Measurement:
         replay, baselines = self.replay, self.baselines
         origin = self.origins(ahead)
         model = direct if rolled is None or direct is not None else rolled
-        forecasts = {"model": model, **({"rollout": rolled} if direct is not None and ahead > 1 else {})}
-        given = {n: self._at(f, origin - replay.start) for n, f in forecasts.items() if f is not None}
+        said = {"model": model, **({"rollout": rolled} if direct is not None and ahead > 1 else {})}
+        given = {n: self._at(f, origin - replay.start) for n, f in said.items() if f is not None}
         truth = baselines.truth[:, origin + ahead]
-        return Comparison(ahead, truth, {**given, **baselines.naive(ahead, origin)}, baselines.scale)
+        forecasts = {**given, **baselines.naive(ahead, origin)}
+        comparison = Comparison(ahead, truth, forecasts, baselines.scale)
+        if self.predictive is None or direct is None:
+            return comparison
+        first = self.source.horizons.index(ahead) * len(self.columns)
+        parameters = self.predictive.parameters(replay.y[:, origin - replay.start])  # (S, R, K, P)
+        parameters = parameters[..., first : first + len(self.columns), :].astype(np.float64)
+        return replace(comparison, distribution=self.predictive.distribution, parameters=parameters)
 
     def origins(self, ahead: int) -> NDArray[np.int64]:
         """(R,) test steps whose forecasts can be compared with what came."""

@@ -25,7 +25,7 @@ class Weighted(NamedTuple):
 
 def weighted(network: Network) -> list[Weighted]:
     """The layers that have weights, from below; output layers are the last."""
-    return [Weighted(place.name, layer) for place, layer in network.parts() if any(True for _ in layer.parameters())]
+    return [Weighted(name, layer) for name, _, layer in network.parts() if any(True for _ in layer.parameters())]
 
 
 @torch.no_grad()

@@ -41,8 +41,21 @@ def nested(what: str, *ranks: int, item: dict[str, Any] = _NUMBER) -> Meta:
     return Meta(description=what, extra_json_schema={"anyOf": [schemas[rank] for rank in ranks]})
 
 
-_WIDE: Final = {"anyOf": [*_NUMBER["anyOf"], {"type": "array", "items": _NUMBER}]}
-_RECORD: Final = {"type": "object", "additionalProperties": _WIDE}
+_CELL: Final = {"anyOf": [*_NUMBER["anyOf"], {"type": "string"}]}  # text: a category
+_WIDE: Final = {"anyOf": [*_CELL["anyOf"], {"type": "array", "items": _NUMBER}]}
+_MOMENT: Final = {"anyOf": [{"type": "string", "format": "date-time"}, {"type": "number"}]}
+_SPACED: Final = {
+    "type": "object",
+    "properties": {"start": _MOMENT, "every": {"anyOf": [{"type": "string"}, {"type": "number"}]}},
+    "required": ["start"],
+    "additionalProperties": False,
+}
+_AT: Final = "the row's moment, in place of the calendar features: ISO 8601 with its offset, or Unix seconds"
+_RECORD: Final = {
+    "type": "object",
+    "properties": {"time": {**_MOMENT, "description": _AT}},
+    "additionalProperties": _WIDE,
+}
 READINGS: Final[dict[str, Number]] = {
     **{"temp": 39.02, "dewp": 26.06, "humid": 59.37, "wind_speed": 10.36, "pressure": 1012.0},
     **{"wind_dir_sin": -1.0, "wind_dir_cos": 0.0, "wind_gust": None, "precip": 0.0, "visib": 10.0},
@@ -55,10 +68,17 @@ _COLUMNS: Final = {name: [value, value] for name, value in READINGS.items()}
 
 def named(what: str, *ranks: int, examples: list[Any]) -> Meta:
     """The schema of inputs: arrays of some ranks, an object by feature name, or a list of records."""
-    columns = nested("", 0, 1, 2, 3).extra_json_schema
+    columns = nested("", 0, 1, 2, 3, item=_CELL).extra_json_schema
     arrays = nested(what, *ranks).extra_json_schema or {}
+    moments = (nested("", 0, 1, 2, item=_MOMENT).extra_json_schema or {})["anyOf"]
+    times = {"time": {"anyOf": [*moments, _SPACED], "description": f"{_AT}; of several steps also their start"}}
     by_name = [
-        {"type": "object", "additionalProperties": columns, "description": "by feature name"},
+        {
+            "type": "object",
+            "properties": times,
+            "additionalProperties": columns,
+            "description": "by feature name; a category is text",
+        },
         {"type": "array", "items": _RECORD, "minItems": 1, "description": "one record per example"},
     ]
     return Meta(description=what, examples=examples, extra_json_schema={"anyOf": [*arrays["anyOf"], *by_name]})
@@ -73,7 +93,7 @@ _Future = Annotated[
     named(
         "[H,F] or [N,H,F], null where nothing is known, or by feature name [H] or [N,H] of what is known",
         *(1, 2, 3),
-        examples=[{"hour_sin": [0.71], "hour_cos": [0.71], "season_cos": [0.98]}],
+        examples=[{"time": "2013-11-02T03:00:00Z"}, {"hour_sin": [0.71], "hour_cos": [0.71], "season_cos": [0.98]}],
     ),
 ]
 StateFields = Annotated[dict[str, Any], Meta(description=_STATE, extra_json_schema={"additionalProperties": _LAYER})]

@@ -6,7 +6,6 @@ version that takes the step, outputs are named by those of the version that made
 
 import math
 import re
-from functools import partial
 from typing import Any, Final, Literal
 
 import msgspec
@@ -14,8 +13,8 @@ import numpy as np
 from msgspec import Raw
 
 from stepcast.errors import InvalidRequest, ShapeMismatch, StateVersionMismatch
-from stepcast.features import FeatureNames, likeliest
-from stepcast.manifest import Manifest
+from stepcast.features import FeatureNames, Rows, likeliest
+from stepcast.manifest import TIME, Manifest
 
 from ..engine import arrays
 from ..engine.arrays import Floats, Form, Format
@@ -50,26 +49,48 @@ def style_of(raw: Any, kind: str) -> Style | None:
 
 
 def read(
-    raw: Any, shape: list[int] | None, kind: str, names: FeatureNames, style: Style, known: bool = False
+    raw: Any,
+    shape: list[int] | None,
+    kind: str,
+    names: FeatureNames,
+    style: Style,
+    *,
+    rows: Rows = "examples",
+    future: int | None = None,
 ) -> Floats:
     """Named inputs by position: [F] of numbers, [N,F] of records or columns [N], [N,T,F] of columns [N,T].
 
     Args:
         shape: Of the columns that are a `bin`, without the axis of a wide feature; None: [N].
-        known: They are what is known of a future: any feature may be left out.
+        rows: What the axis of columns [N] is.
+        future: They are what is known of so many steps of a rollout: any feature may be left out.
 
     Raises:
         InvalidRequest, ShapeMismatch, and what bodies.part raises.
     """
     if style == "records":
-        x = names.array(part(list[dict[str, Number | list[Number]]], raw, kind, "$.inputs"), partial=known)
+        cell: Any = Number | str | list[Number] if names.worded else Number | list[Number]
+        x = names.array(part(list[dict[str, cell]], raw, kind, "$.inputs"), rows=rows, future=future)
         if x.ndim != 2:
             raise ShapeMismatch("$.inputs has records of columns, want records of numbers", got=list(x.shape))
         return x
     plain = kind == JSON and isinstance(raw, Raw)
     cells = part(dict[str, Raw] if plain else dict[str, Any], raw, kind, "$.inputs")
-    column = partial(_column, shape=shape, kind=kind)
-    return names.array({name: column(cell, path=f"$.inputs.{name}") for name, cell in cells.items()}, partial=known)
+    columns = {
+        name: _words(cell, kind, f"$.inputs.{name}")
+        if name in names.worded
+        else _column(cell, shape, kind, f"$.inputs.{name}")
+        for name, cell in cells.items()
+    }
+    return names.array(columns, rows=rows, future=future)
+
+
+def _words(cell: Any, kind: str, path: str) -> Any:
+    """Categories or moments: text, numbers, lists of them, a start; FeatureNames says what is wrong with them."""
+    value = part(Any, cell, kind, path)
+    if isinstance(value, bytes):
+        raise InvalidRequest(f"{path} is a bin of float32, want text, a number, or a list of them")
+    return value
 
 
 def _column(cell: Any, shape: list[int] | None, kind: str, path: str) -> Number | Floats:
@@ -100,14 +121,37 @@ def record_of(manifest: Manifest) -> type[msgspec.Struct] | None:
     """One example's numbers as a struct, its fields in the order of the positions, null where they are left out.
 
     Returns:
-        None where there can be none: a feature has several values, or a name that JSON has to escape.
+        None where there can be none: a feature has several values, or text, or a name that JSON has to escape.
     """
-    if any(feature.width > 1 for feature in manifest.features):
+    if any(feature.width > 1 or feature.categories is not None for feature in manifest.features):
         return None
-    fields = {f"f{i}": feature.name for i, feature in enumerate(manifest.features)}
-    kinds = [(field, Number, None) for field in fields]
+    return _record([(feature.name, Number) for feature in manifest.features])
+
+
+def worded_record_of(manifest: Manifest) -> type[msgspec.Struct] | None:
+    """One example's moment, which stands for the calendar, and other features as a struct: what FeatureNames.row takes.
+
+    Returns:
+        None where there can be none: the model has no moment and no categories, or as for `record_of`.
+    """
+    given = [feature for feature in manifest.features if feature.calendar is None]
+    dated = len(given) < len(manifest.features)
+    if any(feature.width > 1 for feature in given) or not (dated or any(feature.categories for feature in given)):
+        return None
+    kinds: list[tuple[str, Any]] = [(TIME, str | float)] * dated
+    kinds += [(feature.name, str | int | None if feature.categories else Number) for feature in given]
+    return _record(kinds, needed=int(dated))
+
+
+def _record(kinds: list[tuple[str, Any]], needed: int = 0) -> type[msgspec.Struct] | None:
+    """A struct of these names and types, the first `needed` of which may not be left out."""
+    names = {f"f{place}": name for place, (name, _) in enumerate(kinds)}
+    fields: list[Any] = [
+        (field, kind) if place < needed else (field, kind, None)
+        for place, (field, (_, kind)) in enumerate(zip(names, kinds, strict=True))
+    ]
     try:
-        return msgspec.defstruct("Record", kinds, rename=fields, forbid_unknown_fields=True, gc=False)
+        return msgspec.defstruct("Record", fields, rename=names, forbid_unknown_fields=True, gc=False)
     except ValueError:
         return None
 

@@ -16,7 +16,14 @@ import msgspec
 import numpy as np
 from msgspec.structs import astuple
 
-from stepcast.errors import InvalidRequest, NonFinite, SessionNotFound, ShapeMismatch, StateVersionMismatch
+from stepcast.errors import (
+    InvalidRequest,
+    NonFinite,
+    SessionNotFound,
+    ShapeMismatch,
+    StateVersionMismatch,
+    StepcastError,
+)
 
 from ..engine import arrays
 from ..engine.arrays import Form
@@ -27,7 +34,7 @@ from ..sessions.many import Columns, Many
 from . import bodies
 from .answers import dumps, encode, pack
 from .bodies import JSON, MSGPACK, BatchBody, Number, Positive, StepBody, decode, frame, numbers
-from .names import Named, Names, check_layout, record_of, style_of
+from .names import Named, Names, check_layout, record_of, style_of, worded_record_of
 from .names import read as read_named
 
 _MOST_ROWS: Final = 1024  # examples in a step that is taken apart in one go
@@ -57,11 +64,11 @@ Axes = Form | Named  # of a caller's array, or how its inputs are named
 Plain = tuple[Any, bytes, Axes]  # a decoded struct, its inputs (N, F) as float32, and their axes
 
 
-def _decoders(record: type[msgspec.Struct] | None) -> tuple[Decoders, Decoders]:
-    """The decoders of bodies and of frames of steps whose inputs may be such a record."""
+def _decoders(record: type[msgspec.Struct] | None, alone: bool = False) -> tuple[Decoders, Decoders]:
+    """The decoders of bodies and of frames of steps whose inputs may be such a record; `alone`: are one."""
     lists, raw = list[Number | list[Number]], bytes
-    json = _with_inputs(PlainJson, lists if record is None else lists | record)
-    msgpack = _with_inputs(PlainMsgpack, raw if record is None else raw | record)
+    kinds = (record, record) if alone else (lists, raw) if record is None else (lists | record, raw | record)
+    json, msgpack = _with_inputs(PlainJson, kinds[0]), _with_inputs(PlainMsgpack, kinds[1])
     json_frame, msgpack_frame = (frame(body, Literal["step"], gc=False) for body in (json, msgpack))
     return (
         (msgspec.json.Decoder(json).decode, msgspec.msgpack.Decoder(msgpack).decode),
@@ -87,6 +94,11 @@ class Reader:
         self._named = Named(names, "F", "columns", served)
         record = None if renamed else record_of(served.manifest)  # else a session's own version has to be looked up
         self.bodies, self.frames = _decoders(record)
+        self._features_of = names.of(served).features
+        worded = None if renamed else worded_record_of(served.manifest)
+        self._worded: tuple[Decoders, Decoders] | None = None  # of steps by their moment, or with categories
+        if worded is not None:
+            self._worded = _decoders(worded, alone=True)
 
     def read(self, body: bytes, kind: str, decoders: Decoders) -> Plain | None:
         """A step; None: it is of another kind or no good, and goes the general way."""
@@ -108,6 +120,18 @@ class Reader:
                     return None
                 return asked, b"".join(map(self._pack_row, inputs)), "NF"
         except _NOT_PLAIN:
+            return None if self._worded is None else self._read_words(body, kind, decoders)
+
+    def _read_words(self, body: bytes, kind: str, decoders: Decoders) -> Plain | None:
+        """The same of a step of one example by its moment, or with categories."""
+        assert self._worded is not None
+        try:
+            asked = self._worded[decoders is self.frames][kind != JSON](body)
+            row = self._features_of.row(astuple(asked.inputs))
+            if kind != JSON and not all(value is None or math.isfinite(value) for value in row):
+                return None
+            return asked, self._pack_row(row), self._named
+        except (*_NOT_PLAIN, StepcastError):  # whose message the general way gives exactly
             return None
 
     def _pack_row(self, row: Sequence[Any]) -> bytes:

@@ -122,7 +122,7 @@ async def predict(states: States, call: Call) -> Done:
         values = bodies.numbers(asked.inputs, asked.shape, call.kind)
     else:
         check_layout(asked.format)
-        values = read_named(asked.inputs, asked.shape, call.kind, naming.features, style)
+        values = read_named(asked.inputs, asked.shape, call.kind, naming.features, style, rows="steps")
     x, mask, rank = arrays.sequences(values, asked.format, asked.mask, served.manifest, limits)
     y = (await states.sessions.run(served, x, mask, served.runtime.initial(len(x)))).reply()
     if served.manifest.readout == "last":
@@ -206,7 +206,8 @@ async def run_free(states: States, call: Call) -> Done:
     def by_name(manifest: Manifest) -> Floats:
         nonlocal naming
         naming = Naming(manifest)  # of the version that rolls out
-        return read_named(asked.inputs, asked.shape, call.kind, naming.features, style or "columns", known=True)
+        how = style or "columns"
+        return read_named(asked.inputs, asked.shape, call.kind, naming.features, how, future=asked.steps)
 
     known: Floats | Known | None = None
     if style is not None:

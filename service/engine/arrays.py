@@ -113,8 +113,26 @@ def check_readings(x: Floats, manifest: Manifest) -> None:
     check_infinite(x)
     lacking = np.flatnonzero(np.isnan(x).any(axis=(0, 1)) & needed(manifest))
     if len(lacking):
-        name = next(name for name, cut in manifest.feature_slices().items() if lacking[0] < cut.stop)
-        raise NonFinite(f"feature {name!r} has a missing reading; this model was not trained with any", feature=name)
+        cuts = manifest.feature_slices()
+        feature = next(f for f in manifest.features if lacking[0] < cuts[f.name].stop)
+        lacks = f"feature {feature.name!r} has a missing reading; this model was not trained with any"
+        advice = ". Give it, or by name the row's 'time'." if feature.calendar else ""
+        raise NonFinite(lacks + advice, feature=feature.name)
+
+
+def check_known(x: Floats, manifest: Manifest) -> None:
+    """Raises InvalidRequest where what is known of a rollout's future (N, H, F) lacks a feature that is always known.
+
+    A gap in it is a missing reading as any other.
+    """
+    cuts = manifest.feature_slices()
+    lacking = [f.name for f in manifest.features if f.known and np.isnan(x[..., cuts[f.name]]).all(axis=(1, 2)).any()]
+    if lacking:
+        told = ", ".join(map(repr, lacking))
+        raise InvalidRequest(
+            f"a rollout of model {manifest.name!r} is given what is known of its steps: $.inputs lack {told}",
+            missing=lacking,
+        )
 
 
 def needed(manifest: Manifest) -> Mask:

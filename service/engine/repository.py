@@ -5,6 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 from threading import Lock
 
+from stepcast.calendars import check_calendar
 from stepcast.errors import ManifestError, ModelNotFound, VersionFailed
 from stepcast.manifest import GOLDEN_FILE, MANIFEST_FILE, MODEL_FILE
 
@@ -27,7 +28,7 @@ class Served:
         self.fingerprint = bytes.fromhex(self.manifest.fingerprint)
         self.input_bytes = 4 * self.n_features  # of one row's inputs by one step
         outputs = self.manifest.classes or tuple(output.name for output in self.manifest.outputs)
-        self.names = tuple((f.name, f.width) for f in self.manifest.features), outputs  # what a position means
+        self.names = self.manifest.spelling, outputs  # what a position means
 
 
 class Repository:
@@ -121,6 +122,7 @@ class Repository:
         try:
             runtime = Runtime(directory, device=self._device, threads=self._threads)
             found = runtime.manifest
+            check_calendar(found)
             if (found.name, found.version) != (name, int(version)):
                 raise ManifestError(f"{directory}: manifest.json is of {found.name}/{found.version}")
             runtime.prove()

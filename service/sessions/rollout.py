@@ -193,12 +193,13 @@ def _known(plan: Plan, manifest: Manifest, rows: int, limit_bytes: int) -> Float
         raise TooLarge(f"a rollout of {what} takes {size} bytes (limit {limit_bytes})")
     given = plan.inputs(manifest) if callable(plan.inputs) else plan.inputs
     if given is None:
-        return np.full(want, np.nan, np.float32)
+        given = np.full(want, np.nan, np.float32)
     if given.shape not in (want, want[1:]):
         got = list(given.shape)
         raise ShapeMismatch(f"$.inputs has shape {got}, want {list(want[1:])} or {list(want)}", got=got)
     known = np.broadcast_to(given, want)
     arrays.check_infinite(known)
+    arrays.check_known(known, manifest)
     return arrays.canonical(known)
 
 

@@ -64,14 +64,19 @@ def names_of(manifest: "Manifest") -> "FeatureNames":
     return names
 
 
-def positions(named: Mapping[str, Any], names: "FeatureNames") -> Any:
+def positions(named: Mapping[str, Any], names: "FeatureNames", future: int | None = None) -> Any:
     """Readings by feature name as what a step takes; a name that is left out is a missing reading.
+
+    Args:
+        named: By feature name.
+        names: The model's.
+        future: They are what is known of so many steps of a rollout.
 
     Raises:
         ConfigError: a name is none of the model's, or a feature that may not be missing is left out.
     """
     try:
-        return names.array(named)
+        return names.array(named, future=future)
     except (InvalidRequest, ShapeMismatch) as error:
         raise ConfigError(str(error)) from error
 

@@ -144,7 +144,7 @@ def _data(seen: Look, numbers: Sequence[Column], targets: Sequence[str], folder:
     yield "  columns:  # target: to be forecast; missing: refuse, mean, zero or hold (the last reading)"
     for column in seen.columns:
         yield _column(column, column.name in targets, seen.rows, column in numbers)
-    yield "  # calendar: [hour, week]  # tells the network the time; a client then sends these features, too"
+    yield "  # calendar: [hour, week]  # tells the network the time; a client then sends each reading's, too"
     yield "  horizon: 1  # steps ahead"
     yield "  target_scale: change  # learn the change, not the value: belongs to residual below"
     validation, test = (seen.moment(seen.steps * part // 100).replace(tzinfo=None) for part in (70, 85))

@@ -140,7 +140,11 @@ def rollout(
     model: Model,
     session: SessionId,
     steps: Annotated[int, typer.Argument(min=1, help="How many.")],
-    known: Annotated[str, typer.Option(metavar="JSON", help="Known future inputs, [H,F] or [N,H,F].")] = "",
+    known: Annotated[
+        str, typer.Option(metavar="JSON", help="Known future inputs, [H,F] or [N,H,F], or by name [H] or [N,H].")
+    ] = "",
+    start: Annotated[str, typer.Option(metavar="TIME", help="The first step's moment, for the model's calendar.")] = "",
+    every: Annotated[str, typer.Option(help="From step to step, such as 15min; default: the model's.")] = "",
     commit: Annotated[bool, typer.Option("--commit", help="The session takes these steps.")] = False,
     temperature: Annotated[float, typer.Option(min=0, help="Of a classifier; 0 takes the likeliest class.")] = 0.0,
     seed: Annotated[int | None, typer.Option(help="Of the draws; the same seed draws the same.")] = None,
@@ -151,7 +155,7 @@ def rollout(
     """Run free, feeding predictions back; prints a line of JSON for each step, an example's one after the other."""
     with connected(url, key) as client:
         manifest = manifest_of(client, model)
-        inputs = readings.parse([known], manifest) if known else None
+        inputs = readings.future(known, start, every, steps, manifest)
         held = client.session(model, session)
         made = held.rollout(steps, inputs, commit=commit, temperature=temperature, seed=seed, paths=paths)
         names = names_of(manifest)

@@ -41,6 +41,7 @@ def main(url: str) -> int:
             with session.fork() as child:
                 assert_type(child.rollout(3, x[:3]).outputs, Floats)
                 assert_type(child.rollout(2, {"w": [1.0, 2.0]}).outputs["v"], Floats)
+                assert_type(child.rollout(3, x[:3]).quantiles, dict[str, Floats] | None)
             with session.stream() as stream:
                 assert_type(stream.send(row).result().outputs["v"], float)
                 outputs = [answer.outputs for answer in stream.map(x)]

@@ -30,6 +30,7 @@ class Source(Protocol):
         classes: Names of the classes; None without a choice between them.
         readout: "last" where only the last step of a sequence carries a label (many-to-one).
         feedback: Which outputs become which features when the model runs free.
+        every_s: Seconds from one step to the next. A source without a clock has no such attribute.
         description: One line on where the data came from, for the manifest's provenance.
     """
 

@@ -67,10 +67,10 @@ def build(placed: Placed) -> Layer:
             return Dense(name, spec, size)
         case TimeDistributedSpec():
             return Dense(name, spec.layer, size)
-        case LayerNormSpec():
-            return LayerNorm(name, size)
         case ActivationSpec():
             return Activation(name, spec)
+        case LayerNormSpec():
+            return LayerNorm(name, size)
         case DropoutSpec():
             return Dropout(name, spec)
         case EmbeddingSpec():

@@ -1,6 +1,7 @@
 """How much readings have changed over the last steps: a trend that a network need not take apart by itself."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,6 +15,21 @@ from .window import latest, write_latest
 
 LIMIT = 5.0
 """Changes are cut to this many usual ones: a glitch, or the first reading after none, is no trend."""
+
+
+@dataclass(frozen=True)
+class Lag:
+    """The changes over one number of steps.
+
+    Attributes:
+        steps: How many.
+        places: Of the readings among those that have changes.
+        scales: The usual change of each in normalised units.
+    """
+
+    steps: int
+    places: list[int]
+    scales: list[float]
 
 
 class Changes(nn.Module):
@@ -37,12 +53,11 @@ class Changes(nn.Module):
         for place, (_, feature) in enumerate(changing):
             for change in feature.changes:
                 by_steps.setdefault(change.steps, []).append((place, change.scale / feature.scale))
-        # Steps, which of `columns`, and the usual change of each in normalised units.
         self.lags = [
-            (steps, tuple(place for place, _ in entries), tuple(scale for _, scale in entries))
+            Lag(steps, [place for place, _ in entries], [scale for _, scale in entries])
             for steps, entries in sorted(by_steps.items())
         ]
-        self.size = sum(len(places) for _, places, _ in self.lags)
+        self.size = sum(len(lag.places) for lag in self.lags)
 
     def state_shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Shapes per row of the state tensors, by key."""
@@ -55,10 +70,10 @@ class Changes(nn.Module):
         series = torch.cat([state["before"], now], dim=1)  # (B, reach + T, C)
         count = state["seen"] + torch.arange(n_steps, device=z.device)  # (B, T), steps before each one
         channels = []
-        for steps, places, scales in self.lags:
-            then = series[:, self.reach - steps : self.reach - steps + n_steps, list(places)]
-            change = (now[..., list(places)] - then) / torch.tensor(scales, device=z.device)
-            channels.append(torch.where((count >= steps)[..., None], change, 0.0))
+        for lag in self.lags:
+            then = series[:, self.reach - lag.steps : self.reach - lag.steps + n_steps, lag.places]
+            change = (now[..., lag.places] - then) / torch.tensor(lag.scales, device=z.device)
+            channels.append(torch.where((count >= lag.steps)[..., None], change, 0.0))
         passed = n_steps if lengths is None else lengths[:, None]
         seen = (state["seen"] + passed).clamp(max=self.reach)
         before = latest(series, lengths, self.reach)
@@ -70,12 +85,12 @@ class Changes(nn.Module):
         series = graph.add("Concat", state["before"], now, axis=1)
         count = graph.add("Add", state["seen"], graph.add("Cast", graph.steps(), to=1))  # (B, T)
         channels = []
-        for steps, places, scales in self.lags:
-            stretch = [graph.ints(self.reach - steps), graph.ints(-steps), graph.ints(1)]
-            then = graph.add("Gather", graph.add("Slice", series, *stretch), graph.ints(*places), axis=2)
-            change = graph.add("Sub", graph.add("Gather", now, graph.ints(*places), axis=2), then)
-            known = graph.add("GreaterOrEqual", count, graph.constant(float(steps)))
-            scaled = graph.add("Div", change, graph.constant(scales))
+        for lag in self.lags:
+            stretch = [graph.ints(self.reach - lag.steps), graph.ints(-lag.steps), graph.ints(1)]
+            then = graph.add("Gather", graph.add("Slice", series, *stretch), graph.ints(*lag.places), axis=2)
+            change = graph.add("Sub", graph.add("Gather", now, graph.ints(*lag.places), axis=2), then)
+            known = graph.add("GreaterOrEqual", count, graph.constant(float(lag.steps)))
+            scaled = graph.add("Div", change, graph.constant(lag.scales))
             known = graph.add("Unsqueeze", known, graph.ints(2))
             channels.append(graph.add("Where", known, scaled, graph.constant(0.0)))
         joined = graph.add("Concat", *channels, axis=2)

@@ -31,6 +31,9 @@ class GaussianSpec(_Spec):
     """Mean and standard deviation of a normal distribution."""
 
     kind: Literal["gaussian"]
+    faithful: bool = Field(
+        default=False, description="means learn as under mse; the scale shapes neither them nor the layers below"
+    )
 
 
 class StudentTSpec(_Spec):

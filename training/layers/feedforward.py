@@ -19,6 +19,15 @@ def write_linear(graph: Graph, linear: nn.Linear, x: str) -> str:
     return graph.add("Add", y, graph.constant(linear.bias.detach().float().cpu().numpy()))
 
 
+def write_look_up(graph: Graph, table: nn.Embedding, x: str) -> str:
+    """Add a table's vectors (B, T, D) of the tokens x (B, T, 1) to a graph; another number is the nearest token."""
+    # Clipped, so that no input whatever can make the look-up fail.
+    last = graph.constant(table.num_embeddings - 1)
+    nearest = graph.add("Clip", graph.add("Round", x), graph.constant(0.0), last)
+    token = graph.add("Squeeze", graph.add("Cast", nearest, to=7), graph.ints(2))
+    return graph.add("Gather", graph.constant(table.weight.detach().cpu().numpy()), token, axis=0)
+
+
 class Dense(Layer):
     """activation(W x + b)."""
 
@@ -36,6 +45,20 @@ class Dense(Layer):
         return write_activation(graph, self.activation, write_linear(graph, self.linear, x)), {}
 
 
+class Activation(Layer):
+    """An activation alone."""
+
+    def __init__(self, name: str, spec: ActivationSpec) -> None:
+        super().__init__(name)
+        self.activation = spec.activation
+
+    def forward(self, x: Tensor, lengths: Tensor | None, state: LayerState) -> tuple[Tensor, LayerState]:
+        return ACTIVATIONS[self.activation](x), state
+
+    def write(self, graph: Graph, x: str, state: Mapping[str, str]) -> tuple[str, dict[str, str]]:
+        return write_activation(graph, self.activation, x), {}
+
+
 class LayerNorm(Layer):
     """Mean 0 and variance 1 over the values of each step, then a gain and a bias (Ba, Kiros and Hinton, 2016)."""
 
@@ -49,20 +72,6 @@ class LayerNorm(Layer):
     def write(self, graph: Graph, x: str, state: Mapping[str, str]) -> tuple[str, dict[str, str]]:
         gain, bias = (graph.constant(p.detach().float().cpu().numpy()) for p in (self.norm.weight, self.norm.bias))
         return graph.add("LayerNormalization", x, gain, bias, axis=-1, epsilon=self.norm.eps), {}
-
-
-class Activation(Layer):
-    """An activation alone."""
-
-    def __init__(self, name: str, spec: ActivationSpec) -> None:
-        super().__init__(name)
-        self.activation = spec.activation
-
-    def forward(self, x: Tensor, lengths: Tensor | None, state: LayerState) -> tuple[Tensor, LayerState]:
-        return ACTIVATIONS[self.activation](x), state
-
-    def write(self, graph: Graph, x: str, state: Mapping[str, str]) -> tuple[str, dict[str, str]]:
-        return write_activation(graph, self.activation, x), {}
 
 
 class Dropout(Layer):
@@ -132,8 +141,4 @@ class Embedding(Layer):
         return ACTIVATIONS[self.activation](self.table(token)), state
 
     def write(self, graph: Graph, x: str, state: Mapping[str, str]) -> tuple[str, dict[str, str]]:
-        # Clipped, so that no input whatever can make the look-up fail.
-        nearest = graph.add("Clip", graph.add("Round", x), graph.constant(0.0), graph.constant(self.vocabulary - 1))
-        token = graph.add("Squeeze", graph.add("Cast", nearest, to=7), graph.ints(2))
-        y = graph.add("Gather", graph.constant(self.table.weight.detach().cpu().numpy()), token, axis=0)
-        return write_activation(graph, self.activation, y), {}
+        return write_activation(graph, self.activation, write_look_up(graph, self.table, x)), {}

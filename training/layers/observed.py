@@ -13,6 +13,7 @@ from ..masks import valid_steps
 from .base import Layer, LayerState
 from .changes import Changes
 from .stack import INPUT
+from .vectors import Vectors
 
 
 class Observed(Layer):
@@ -21,7 +22,8 @@ class Observed(Layer):
     What stands in for a missing reading is the feature's policy: its mean, zero (in the caller's unit), or the last
     reading (`hold`). The memory of `hold` is a state tensor like any other, layer "observed", key "last", in
     normalised units; before the first reading it is 0, the mean. Features with an indicator get one more channel per
-    column, behind all others: 1 where the reading was missing. Behind these come the channels of `Changes`.
+    column, behind all others: 1 where the reading was missing. Behind these come the channels of `Changes`, and
+    the vectors of categories (`Vectors`).
     """
 
     mean: Tensor
@@ -38,7 +40,6 @@ class Observed(Layer):
         policies = np.repeat([f.missing for f in features], widths)
         indicators = np.repeat([f.indicator for f in features], widths)
         self.n_features = sum(widths)
-        self.columns = _columns(features)
         self.normalises = bool((mean != 0).any() or (scale != 1).any())
         self.fills = any(f.missing != "refuse" or f.indicator for f in features)
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32), persistent=False)
@@ -48,11 +49,13 @@ class Observed(Layer):
         self.register_buffer("held", torch.tensor(np.flatnonzero(policies == "hold")), persistent=False)
         self.register_buffer("indicated", torch.tensor(np.flatnonzero(indicators)), persistent=False)
         self.changes = Changes(features)
+        self.vectors = Vectors(features, self.n_features + len(self.indicated) + self.changes.size)
+        self.columns = _columns(features, self.vectors.places)
 
     @property
     def size(self) -> int:
         """Channels put out."""
-        return self.n_features + len(self.indicated) + self.changes.size
+        return self.n_features + len(self.indicated) + self.changes.size + self.vectors.size
 
     def state_shapes(self) -> Mapping[str, tuple[int, ...]]:
         held = {"last": (len(self.held),)} if len(self.held) else {}
@@ -67,7 +70,7 @@ class Observed(Layer):
         if self.changes.size:
             changes, after = self.changes(z[..., : self.n_features], lengths, state)
             z, state = torch.cat([z, changes], dim=2), {**state, **after}
-        return z, state
+        return self.vectors(z), state
 
     def _filled(self, x: Tensor, z: Tensor, lengths: Tensor | None, state: LayerState) -> tuple[Tensor, LayerState]:
         """Readings `x` in normalised units `z`, with something in place of the missing ones, and the indicators."""
@@ -91,7 +94,7 @@ class Observed(Layer):
         if self.changes.size:
             changes, behind = self.changes.write(graph, self._readings(graph, z), state)
             z, after = graph.add("Concat", z, changes, axis=2), {**after, **behind}
-        return z, after
+        return self.vectors.write(graph, z), after
 
     def _readings(self, graph: Graph, z: str) -> str:
         """The channels before the indicators."""
@@ -124,12 +127,12 @@ class Observed(Layer):
         return graph.add("Gather", both, graph.ints(*source.tolist()), axis=2)
 
 
-def _columns(features: Sequence[Feature]) -> Mapping[str, Sequence[int]]:
+def _columns(features: Sequence[Feature], vectors: Mapping[str, Sequence[int]]) -> Mapping[str, Sequence[int]]:
     """Where each feature stands in what is put out; indicators stand behind all values."""
     columns: dict[str, list[int]] = {}
     start, flag = 0, sum(f.width for f in features)
     for feature in features:
-        columns[feature.name] = [*range(start, start + feature.width)]
+        columns[feature.name] = [*vectors.get(feature.name, range(start, start + feature.width))]
         start += feature.width
         if feature.indicator:
             columns[feature.name] += range(flag, flag + feature.width)

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stepcast.manifest import Feature, Output
@@ -72,7 +73,14 @@ class Head(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Values before the activation, (B, T, O), or raw values of a distribution."""
-        return hidden if self.linear is None else self.linear(hidden)
+        if self.linear is None:
+            return hidden
+        distribution = self.loss.distribution
+        if distribution is None or not distribution.faithful:
+            return self.linear(hidden)  # type: ignore[no-any-return]
+        weight, bias, means = self.linear.weight, self.linear.bias, self.targets
+        others = F.linear(hidden.detach(), weight[means:], bias[means:])
+        return torch.cat([F.linear(hidden, weight[:means], bias[:means]), others], dim=-1)
 
     def base(self, observed: Tensor) -> Tensor | None:
         """What the answer is relative to, in the caller's units (B, T, O); None: nothing."""
@@ -152,7 +160,7 @@ def _check(
     loss = spec.distribution.kind if spec.distribution else spec.loss
     if spec.residual and loss in TAKES:
         raise IllegalStack(f"residual: loss {loss} takes labels {TAKES[loss][1]}, changes are of both signs")
-    if spec.residual and not {o.target or o.name for o in outputs} & {f.name for f in features if f.width == 1}:
+    if spec.residual and not {o.target or o.name for o in outputs} & {f.name for f in features if _moves(f)}:
         raise IllegalStack("residual: no output has the name of a feature")
 
 
@@ -164,7 +172,12 @@ def _bases(features: Sequence[Feature], moved: Sequence[Output | None]) -> tuple
         moved: Each output's target; None for an output that does not move.
     """
     starts = np.cumsum([0, *(f.width for f in features)])
-    places = {f.name: (int(starts[i]), f.scale, f.mean) for i, f in enumerate(features) if f.width == 1}
+    places = {f.name: (int(starts[i]), f.scale, f.mean) for i, f in enumerate(features) if _moves(f)}
     names = ((o.target or o.name) if o else "" for o in moved)
     columns, scales, means = zip(*(places.get(name, (0, 0.0, 0.0)) for name in names), strict=True)
     return torch.tensor(columns), torch.tensor(scales), torch.tensor(means)
+
+
+def _moves(feature: Feature) -> bool:
+    """Whether an output can move with a feature: it is a number."""
+    return feature.width == 1 and feature.embedding is None

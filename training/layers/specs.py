@@ -39,17 +39,17 @@ class DenseSpec(Learns):
         return replace(shape, size=self.units, frame=None)
 
 
-class LayerNormSpec(Learns):
-    """Each step's values, normalised over themselves, with a gain and a bias that learn."""
-
-    kind: Literal["layer_norm"]
-
-
 class ActivationSpec(Spec):
     """An activation alone (DL4J: ActivationLayer)."""
 
     kind: Literal["activation"]
     activation: ActivationName
+
+
+class LayerNormSpec(Learns):
+    """Each step's values, normalised over themselves, with a gain and a bias that learn."""
+
+    kind: Literal["layer_norm"]
 
 
 class DropoutSpec(Spec):

@@ -5,7 +5,7 @@ from typing import Any, Final
 from ..bodies import READINGS
 
 SESSION: Final = "kennedy"
-_NEXT_HOUR: Final = {"hour_sin": [0.71], "hour_cos": [0.71], "season_cos": [0.98]}
+_NEXT_HOURS: Final = {"time": "2013-11-02T03:00:00Z"}
 _OBSERVED: Final = {"last": [[0.0] * 9]}
 _LAYER: Final = {"h": [[0.0] * 64], "c": [[0.0] * 64]}
 
@@ -29,6 +29,6 @@ BODIES: Final[dict[str, Any]] = {
     "fork": {},
     "checkpoint": {"name": "evening"},
     "rewind": {"to": "evening"},
-    "rollout": {"steps": 1, "inputs": _NEXT_HOUR},
+    "rollout": {"steps": 3, "inputs": _NEXT_HOURS},
 }
 """By verb; `layer`: of the state of one layer."""

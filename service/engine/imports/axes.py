@@ -19,6 +19,7 @@ from ..arrays import Array
 from ..buffers import laid, taken
 from ..onnx_session import Port, one_line, open_session
 from .graphs import Graph
+from .questions import Question, Unclear
 from .roles import Roles, StatePorts
 
 ROWS: Final = 3  # that are run together
@@ -64,7 +65,7 @@ def found_layout(graph: Graph, roles: Roles, known: Mapping[str, Any]) -> Found:
                 why = why or str(error)
         if found:
             return _agreed(roles, found) if rows == "many" else found[0]
-    raise ManifestError(_unfixed(roles, features) if _is_unfixed(roles, known, features) else why)
+    raise _unfixed(roles, features) if _is_unfixed(roles, known, features) else ManifestError(why)
 
 
 def _is_unfixed(roles: Roles, known: Mapping[str, Any], features: int | None) -> bool:
@@ -77,23 +78,27 @@ def _is_unfixed(roles: Roles, known: Mapping[str, Any], features: int | None) ->
     return None in shapes or any(not list(_of_state(state, "one")) for state in roles.states)
 
 
-def _unfixed(roles: Roles, features: int | None) -> str:
+def _unfixed(roles: Roles, features: int | None) -> ManifestError:
     """Why there is no reading at all."""
     for state in roles.states:
         if len(state.input.dynamic) > 1:
             many = f"{len(state.input.dynamic)} dynamic axes"
-            return f"state input {state.input} has {many}. Give $.states with batch_axis and shape."
+            return ManifestError(f"state input {state.input} has {many}. Give $.states with batch_axis and shape.")
     if features is None:
-        return f"{roles.input}: how many features there are is not fixed in the graph. Give $.features."
-    return f"input {roles.input} has no step of {features} numbers, as $.features says. Correct $.features."
+        text = f"how many features has a step? Input {roles.input} has no fixed size for them."
+        block = [{"name": roles.input.name, "width": None}]
+        return Unclear(Question(text, ["--features N"], {"features": block}, likely=False))
+    return ManifestError(f"input {roles.input} has no step of {features} numbers, as $.features says. Correct it.")
 
 
 def _agreed(roles: Roles, found: Sequence[Found]) -> Found:
     """The first of the findings, if all have the same batch axes."""
     axes = sorted({one.layout.batch for one in found}, key=str)
     if len(axes) > 1:
-        said = f"which axis of input {roles.input} is the batch? {' and '.join(map(str, axes))} are both possible."
-        raise ManifestError(f"{said} Give $.input.batch_axis and time_axis.")
+        text = f"which axis of input {roles.input} is the batch? {' and '.join(map(str, axes))} are both possible."
+        batch, time = found[0].layout.batch, found[0].layout.time
+        options = [f"--batch-axis input={batch}", f"--time-axis input={'none' if time is None else time}"]
+        raise Unclear(Question(text, options, {"input": {"batch_axis": batch, "time_axis": time}}))
     return found[0]
 
 
@@ -147,7 +152,7 @@ def layouts(roles: Roles, known: Mapping[str, Any], features: int | None, rows: 
     for batch in batches:
         for time in [given["time_axis"]] if "time_axis" in given else _times(x, batch):
             shape = _row(x, (batch, time), given.get("shape"), features)
-            if shape is not None:
+            if shape is not None and (batch is None or batch != time):
                 yield from (Layout(batch, time, shape, each) for each in itertools.product(*states))
 
 

@@ -129,11 +129,15 @@ class _Walk:
         for name, axis in self._ends.items():
             if self._values[name][2:] != (axis, True):
                 raise _Stuck(f"state output {name!r} does not have the rows where its input has them")
+        weights = [onnx.numpy_helper.from_array(value, name) for name, value in self._weights.items()]
         onnx.replace(self._graph.node, nodes)
-        onnx.replace(
-            self._graph.initializer,
-            (onnx.numpy_helper.from_array(value, name) for name, value in self._weights.items()),
-        )
+        onnx.replace(self._graph.initializer, weights)
+        self._relabel()
+        onnx.prune(self._graph)
+        return self._model
+
+    def _relabel(self) -> None:
+        """Declare where inputs and outputs have the rows, and nothing that was true of one row only."""
         for port in self._graph.input:
             axis = self._axes.get(port.name)
             if axis is not None:
@@ -146,8 +150,6 @@ class _Walk:
             kind = onnx.helper.np_dtype_to_tensor_dtype(value.together.dtype)
             port.CopyFrom(onnx.helper.make_tensor_value_info(port.name, kind, sizes))
         del self._graph.value_info[:]
-        onnx.prune(self._graph)
-        return self._model
 
     def _written(self) -> list[Any]:
         """The nodes as they are written for many rows; where there is no way on, an earlier choice is changed."""
@@ -175,7 +177,7 @@ class _Walk:
             del ways[before[-1] + 1 :], chosen[before[-1] :]
         raise _Stuck(why)
 
-    def _ways(self, node: Any) -> Iterator["_Way"]:
+    def _ways(self, node: Any) -> Iterator[_Way]:
         """Ways to write a node that give each row what it gives alone; those that keep its tensors' axes first."""
         alone = [self._run([node], node, row) for row in range(ROWS)]
         later, known = [], set()

@@ -1,12 +1,14 @@
 """What an import is told, and what it must ask: all of it at once."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from pydantic import TypeAdapter, ValidationError
+
 from stepcast.errors import ManifestError
-from stepcast.manifest import Manifest
+from stepcast.manifest import Constant, Manifest, StateTensor
 
 _OURS: Final = frozenset({"schema_version", "name", "version", "sha256"})
 _LISTS: Final = {"states": "input", "constants": "name"}
@@ -16,7 +18,8 @@ def read_partial(path: Path | None) -> dict[str, Any]:
     """Fields of a manifest that are known, from a JSON file.
 
     Raises:
-        ManifestError: the file cannot be read, or has a field that no manifest has or that the import sets itself.
+        ManifestError: the file cannot be read, or has a field that no manifest has or that the import sets itself, or
+            a value that is null or of the wrong type.
     """
     try:
         known = json.loads(path.read_text()) if path else {}
@@ -24,18 +27,36 @@ def read_partial(path: Path | None) -> dict[str, Any]:
         raise ManifestError(f"{path}: cannot be read ({error})") from error
     if not isinstance(known, dict):
         raise ManifestError(f"{path}: is not an object")
-    for name in _LISTS:
-        entries = known.get(name, [])
-        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            raise ManifestError(f"{path}: $.{name} is not a list of objects")
-    for name in ("input", "output"):
-        if not isinstance(known.get(name, {}), dict):
-            raise ManifestError(f"{path}: $.{name} is not an object")
     if given := sorted(_OURS & set(known)):
         raise ManifestError(f"{path}: {given} are set by the import. Leave them out.")
     if unknown := sorted(set(known) - set(Manifest.model_fields)):
         raise ManifestError(f"{path}: unknown fields {unknown}")
+    for name, value in known.items():
+        for where, field, part in _parts(name, value):
+            if part is None and not where.endswith("_axis"):
+                raise ManifestError(f"{path}: {where} is null. Fill it in, or leave it out.")
+            try:
+                TypeAdapter(field).validate_python(part)
+            except ValidationError as error:
+                first = error.errors()[0]
+                inner = "".join(f".{key}" for key in first["loc"])
+                raise ManifestError(f"{path}: {where}{inner}: {first['msg']}") from error
     return known
+
+
+def _parts(name: str, value: Any) -> Iterator[tuple[str, Any, Any]]:
+    """The path, the type and the value of all that a field gives; a known state or constant may lack what it needs."""
+    if name not in _LISTS:
+        yield f"$.{name}", Manifest.model_fields[name].annotation, value
+        return
+    kind = StateTensor if name == "states" else Constant
+    yield f"$.{name}", list[dict[str, Any]], value
+    for number, entry in enumerate(value):
+        for key, part in entry.items():
+            where = f"$.{name}[{number}].{key}"
+            if key not in kind.model_fields:
+                raise ManifestError(f"{where}: unknown field, of {sorted(kind.model_fields)}")
+            yield where, kind.model_fields[key].annotation, part
 
 
 def joined(known: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
@@ -58,16 +79,21 @@ class Question(NamedTuple):
         text: Facts: which tensor, and what it may be.
         options: What answers it on the command line; a word in capitals stands for what only the user knows.
         fields: The same answer as fields of a manifest; None stands for what only the user knows.
+        likely: Whether the options are an answer as they stand.
     """
 
     text: str
     options: Sequence[str]
     fields: Mapping[str, Any]
+    likely: bool = True
 
-    @property
-    def likely(self) -> bool:
-        """Whether the options are an answer as they stand."""
-        return bool(self.options) and not any(option.rpartition("=")[2].isupper() for option in self.options)
+
+class Unclear(ManifestError):
+    """A graph of which one thing is not clear."""
+
+    def __init__(self, question: Question) -> None:
+        self.question = question
+        super().__init__(f"{question.text} Give {' '.join(question.options)}")
 
 
 class OpenQuestions(ManifestError):
@@ -82,7 +108,7 @@ class OpenQuestions(ManifestError):
     def __init__(self, file: Path, questions: Sequence[Question], draft: Mapping[str, Any]) -> None:
         self.questions, self.draft = questions, draft
         many = "a question is" if len(questions) == 1 else f"{len(questions)} questions are"
-        lines = [f"{q.text} Give {' '.join(q.options)}" if q.options else q.text for q in questions]
+        lines = [str(Unclear(question)) for question in questions]
         if len(lines) > 1:
             lines = [f"\n  {number}. {line}" for number, line in enumerate(lines, 1)]
         super().__init__(f"{file}: {many} open: {''.join(lines)}")

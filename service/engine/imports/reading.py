@@ -9,7 +9,7 @@ from stepcast.errors import ManifestError
 
 from .axes import Found, found_layout, layout_fields
 from .graphs import Graph
-from .questions import OpenQuestions, Question, joined
+from .questions import OpenQuestions, Question, Unclear, joined
 from .roles import Roles, StatePorts, roles_of
 
 
@@ -38,7 +38,10 @@ class Reading:
         """
         if self.roles.questions:
             raise self.asking([*self.roles.questions, *self._pairing(), *self._further()])
-        return found_layout(self.graph, self.roles, self.known)
+        try:
+            return found_layout(self.graph, self.roles, self.known)
+        except Unclear as error:
+            raise self.asking([error.question]) from error
 
     @property
     def layout(self) -> dict[str, Any]:
@@ -85,11 +88,13 @@ class Reading:
         """What is not clear either, given the likeliest answers."""
         if not all(question.likely for question in self.roles.questions):
             return []
-        likely = Reading(self.graph, self.asking(self.roles.questions).draft)
         try:
+            likely = Reading(self.graph, self.asking(self.roles.questions).draft)
             found_layout(self.graph, likely.roles, likely.known)
-        except ManifestError as error:
-            return [Question(str(error), [], {})]
+        except Unclear as error:
+            return [error.question]
+        except ManifestError:
+            return []  # the likeliest answers may be wrong
         return []
 
 

@@ -300,7 +300,7 @@ class _Roles:
             text += f" The graph compares it with {', '.join(f'{value:g}' for value in values)}." if values else ""
             text += " A step has one input of data: join several in the graph." if is_data(port.name) else ""
             answer = f"--constant {port.name}={f'{values[0]:g}' if values else 'VALUE'}"
-            self.questions.append(Question(text, [answer], {"constants": [fields]}))
+            self.questions.append(Question(text, [answer], {"constants": [fields]}, bool(values)))
 
 
 def _is_array(port: Port) -> bool:
