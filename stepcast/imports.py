@@ -58,6 +58,12 @@ def is_no_zip(file: Path) -> bool:
 
 KINDS: Final[dict[str, Kind]] = {
     "dl4j": Kind("training", "imports.dl4j_command", "a network that DL4J saved", is_zip_with("configuration.json")),
+    "keras": Kind(
+        "training",
+        "imports.keras_command",
+        "a network that Keras 3 saved",
+        is_zip_with("config.json", "model.weights.h5"),
+    ),
     "onnx": Kind("service", "engine.imports.onnx_command", "a recurrent ONNX graph", is_no_zip),
     "silero": Kind("service", "engine.imports.silero", "Silero's voice activity detector, by name only", None),
     "dtln": Kind("service", "engine.imports.dtln", "DTLN's noise suppression, by name only", None),
@@ -97,7 +103,7 @@ def parser(name: str, prog: str) -> Parser:
     made = Parser(prog=f"{prog} import", description=described, epilog=f"KIND is found by content. {kinds}.")
     made.add_argument("file", type=Path, metavar="FILE")
     made.add_argument("--name", type=_model_name, help="the model's name; default: the file's, without its ending")
-    made.add_argument("--version", type=int, help="default: the next free one")
+    made.add_argument("--version", type=_version, help="default: the next free one")
     made.add_argument("--models", type=Path, default=Path("models"), help="model repository to write to")
     module.options(made)
     return made
@@ -106,6 +112,12 @@ def parser(name: str, prog: str) -> Parser:
 def _module(name: str) -> Any:
     kind = KINDS[name]
     return load(f"{module_of(kind.room)}.{kind.module}", kind.room)
+
+
+def _version(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no version: 1 or more")
+    return int(text)
 
 
 def _check_file(file: Path) -> None:

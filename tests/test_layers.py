@@ -54,6 +54,11 @@ def cases() -> dict[str, tuple[Layers, list[Feature]]]:
         init = {"weight_init": "zero", "recurrent_init": "zero"} if name == "cube" else {}
         found[f"lstm-{name}"] = [{"kind": "lstm", "units": 3, "activation": name, **init}, OUT], plain()
         found[f"dense-{name}"] = [{"kind": "dense", "units": 3, "activation": name}, OUT], plain()
+    before = {"kind": "gru", "units": 5, "reset_after": False}
+    found["gru-reset_before"] = [before, {**before, "units": 3}, OUT], rich()
+    found["gru-reset_before-scan"] = [{**before, "activation": "mish"}, OUT], rich()
+    found["gru-reset_before-both"] = [{"kind": "bidirectional", "layer": before}, OUT], rich()
+    found["layer_norm-epsilon"] = [{"kind": "layer_norm", "epsilon": 0.01}, {"kind": "gru", "units": 4}, OUT], rich()
     for name in ("hardsigmoid", "softsign", "hardtanh"):
         for cell in ("lstm", "graves_lstm", "gru"):
             found[f"{cell}-gate_{name}"] = [{"kind": cell, "units": 3, "gate_activation": name}, OUT], plain()
@@ -438,3 +443,26 @@ def test_gradients_equal_finite_differences_under_masks(case: str) -> None:
             for leaf, direction in zip(leaves, directions, strict=True):
                 leaf += step * direction
         assert slope == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-4, abs=1e-7)
+
+
+def test_a_gru_that_resets_before_the_product_is_chos() -> None:
+    """Two steps by the equations of Cho et al. 2014, written out in numpy."""
+    net = network([{"kind": "gru", "units": 2, "reset_after": False}, OUT], plain(3), outputs=1)
+    layer = next(one for one in net.layers if isinstance(one, Recurrent))
+    w, u = layer.weight_ih.detach().double().numpy(), layer.weight_hh.detach().double().numpy()
+    b, c = layer.bias_ih.detach().double().numpy(), layer.bias_hh.detach().double().numpy()
+    x, h = np.array([[0.5, -1.0, 2.0], [1.0, 0.25, -0.5]]), np.array([0.3, -0.6])
+    (got,), (state,) = layer.unroll(torch.tensor(x[None], dtype=torch.float32), None, (torch.tensor(h[None]).float(),))
+    for step, now in enumerate(x):
+        r, z = (1 / (1 + np.exp(-(w[k] @ now + b[k] + u[k] @ h + c[k]))) for k in (slice(0, 2), slice(2, 4)))
+        n = np.tanh(w[4:] @ now + b[4:] + u[4:] @ (r * h) + c[4:])
+        h = (1 - z) * n + z * h
+        np.testing.assert_allclose(got[step].detach().numpy(), h, 1e-5, 1e-6)
+    np.testing.assert_allclose(state[0].detach().numpy(), h, 1e-5, 1e-6)
+
+
+def test_hardsigmoid6_is_not_hardsigmoid() -> None:
+    """relu6(x + 3) / 6 by literal values, beside clip(0.2 x + 0.5, 0, 1)."""
+    x = torch.tensor([-3.0, -2.6, 0.0, 1.5, 2.6, 3.0])
+    torch.testing.assert_close(ACTIVATIONS["hardsigmoid6"](x), torch.tensor([0.0, 0.4 / 6, 0.5, 0.75, 5.6 / 6, 1.0]))
+    torch.testing.assert_close(ACTIVATIONS["hardsigmoid"](x), torch.tensor([0.0, 0.0, 0.5, 0.8, 1.0, 1.0]))

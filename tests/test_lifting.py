@@ -17,6 +17,7 @@ from torch import nn
 
 from service.engine.imports.onnx_graphs import import_onnx
 from service.engine.model import Runtime
+from stepcast import imports
 from stepcast.errors import ManifestError
 
 F, H, OUTPUTS = 3, 4, 2
@@ -173,6 +174,25 @@ def test_a_fixed_number_of_steps_is_freed(tmp_path: Path) -> None:
     np.testing.assert_allclose(stepped(runtime, x), free, 1e-5, 1e-6)
 
 
+def test_one_row_of_the_examples_steps_becomes_any(tmp_path: Path) -> None:
+    """What exporters write where nobody names an axis: all of the example's sizes."""
+    file = tf2onnx(tmp_path / "fixed.onnx", steps=6, batch=1)
+    runtime = taken(file, tmp_path)
+    assert runtime.manifest.rows == "many"
+    assert states_of(runtime) == [("lstm_3", "h", (H,)), ("lstm_3", "c", (H,))]
+    x = RANDOM.normal(size=(3, 6, F)).astype(np.float32)
+    np.testing.assert_allclose(stepped(runtime, x), whole(file, x), 1e-5, 1e-6)
+
+
+def test_a_graph_without_a_state_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A product with a matrix has nothing to lift: a recurrent network that was unrolled looks like this."""
+    ports = [("x", T.FLOAT, ["rows", F])], [("y", T.FLOAT, ["rows", 4 * H])]
+    nodes = [node("MatMul", ["x", "W"], ["y"])]
+    file = foreign.save(tmp_path / "plain.onnx", nodes, *ports, {"W": np.ascontiguousarray(KERNELS["W4"][0].T)})
+    assert imports.run([str(file), "--models", str(tmp_path / "models")], "stepcast") == 0
+    assert "it has no state: what it answers to a step follows from this step alone" in capsys.readouterr().out
+
+
 def test_a_first_state_that_is_the_same_everywhere_is_told(tmp_path: Path) -> None:
     """It need not be zero: the manifest says what it is."""
     file = tf2onnx(tmp_path / "half.onnx", op="RNN", weights={"null": np.float32([0.5])})
@@ -292,10 +312,11 @@ REFUSED: list[tuple[Callable[[Path], Path], str]] = [
     (lambda file: twice(file, "LSTM", direction="reverse"), "reads time backwards: its answers need readings"),
     (mean_over_time, "something else in the graph looks at other steps"),
     (learned_start, "starts from values that differ"),
+    (lambda file: tf2onnx(file, batch=2, steps=6), "takes 2 rows at once and no other number"),
 ]
 
 
-@pytest.mark.parametrize(("make", "why"), REFUSED, ids=["bidirectional", "reverse", "mean", "learned"])
+@pytest.mark.parametrize(("make", "why"), REFUSED, ids=["bidirectional", "reverse", "mean", "learned", "two rows"])
 def test_what_cannot_be_lifted_is_refused(tmp_path: Path, make: Callable[[Path], Path], why: str) -> None:
     """One sentence that says why, and nothing is left behind."""
     with pytest.raises(ManifestError, match=why) as error:

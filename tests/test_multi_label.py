@@ -61,7 +61,7 @@ def test_labels_are_learned_measured_and_answered_by_name(tmp_path: Path, capsys
     assert measured["average"]["f1"] > 0.9
     assert main(["evaluate", str(recipe), *told, "--report", str(tmp_path / "report")]) == 0
     assert json.loads((tmp_path / "report" / "metrics.json").read_text()) == measured
-    with running(models=tmp_path / "models") as server, Client(server.url) as client:
+    with running(store="memory://", models=tmp_path / "models") as server, Client(server.url) as client:
         session = client.session("labels", "one")
         both = session.step({"x_0": 1.5, "x_1": 2.0}).outputs
         assert both.keys() == {"warm", "windy"}

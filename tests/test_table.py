@@ -1,10 +1,13 @@
 """One long CSV to a grid, features, labels, splits and lanes: by literal values."""
 
+import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -288,3 +291,78 @@ def test_table_without_a_target_is_refused() -> None:
                 "test": "2020-01-02",
             }
         )
+
+
+# --- Parquet -----------------------------------------------------------------------------------------------------
+
+
+def typed(directory: Path, **columns: Any) -> Path:
+    """ROWS as a Parquet file of typed columns: moments, floats, dictionary-coded names; `columns` replace them."""
+    frame = pd.read_csv(io.StringIO(ROWS), parse_dates=["when"])
+    frame["place"] = frame["place"].astype("category")
+    file = directory / "data.parquet"
+    frame.assign(**columns).to_parquet(file, row_group_size=4)
+    return file
+
+
+def test_a_parquet_file_is_the_same_table(tmp_path: Path) -> None:
+    """Grid, features, labels, statistics and batches, whatever the types and the zone of its moments."""
+    want = table(tmp_path)
+    moments = pd.read_csv(io.StringIO(ROWS), parse_dates=["when"])["when"]
+    kinds: dict[str, dict[str, Any]] = {
+        "typed": {},
+        "another zone": {"when": moments.dt.tz_convert("America/New_York")},
+        "no zone": {"when": moments.dt.tz_localize(None)},
+        "text": {
+            "when": moments.map(lambda at: at.isoformat()),
+            "heat": [str(x) for x in (1, 10, 14, "", 999, 12, 2, 20, 5)],
+        },
+        "narrow": {"wind": pd.array([90, 0, 180, None, 270, 90, 0, 0, 0], dtype="Int16")},
+    }
+    for kind, columns in kinds.items():
+        typed(tmp_path, **columns)
+        got = table(tmp_path, path="data.parquet")
+        assert got.series == want.series, kind
+        assert got.times.equals(want.times), kind
+        for a, b in ((got.x, want.x), (got.y, want.y), (got.grid.rows, want.grid.rows)):
+            np.testing.assert_array_equal(a, b, err_msg=kind)
+        assert (got.features, got.outputs) == (want.features, want.outputs), kind
+
+
+def test_only_the_columns_that_are_needed_are_read(tmp_path: Path) -> None:
+    """A column that nobody names may be of any type, lists too."""
+    typed(tmp_path, nested=[[1, 2]] * 9)
+    assert table(tmp_path, path="data.parquet").series == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("columns", "says"),
+    [
+        (
+            {"heat": [1, 10, 14, np.inf, 999, 12, 2, 20, 5]},
+            "data.parquet: row 3: column 'heat' has 'inf', wanted a number",
+        ),
+        ({"heat": ["1", "x", "14", "", "9", "12", "2", "20", "5"]}, "row 1: column 'heat' has 'x', wanted a number"),
+        ({"when": ["soon"] * 9}, "row 0: column 'when' has 'soon', wanted a moment"),
+        ({"when": pd.to_datetime(["2020-01-01T00:00Z"] * 9)}, "row 2: a second row of series 'a'"),
+    ],
+)
+def test_a_wrong_value_in_a_parquet_file_is_named_by_its_row(
+    columns: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    """Rows are numbered from 0: there is no header."""
+    typed(tmp_path, **columns)
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        table(tmp_path, path="data.parquet")
+
+
+def test_a_file_that_is_no_parquet_is_one_line(tmp_path: Path) -> None:
+    """Text, nothing at all, or a file that lacks a column."""
+    (tmp_path / "data.parquet").write_text(ROWS)
+    with pytest.raises(ConfigError, match=r"data\.parquet: no Parquet file"):
+        table(tmp_path, path="data.parquet")
+    with pytest.raises(ConfigError, match=r"none\.parquet: cannot be read"):
+        table(tmp_path, path="none.parquet")
+    typed(tmp_path)
+    with pytest.raises(ConfigError, match=r"no column 'heats' \(nearest: 'heat'\) among place, when, heat, wind, gust"):
+        table(tmp_path, path="data.parquet", columns={"heats": {"target": True}})

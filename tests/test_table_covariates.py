@@ -118,7 +118,7 @@ def test_a_static_column_is_there_at_every_step(tmp_path: Path) -> None:
     [
         (
             {"height": {"static": True}},
-            "data.csv:5: column 'height' has '5', wanted '4' as in line 2: it is static, and of",
+            "data.csv:5: column 'height' has '5', wanted '4' as in data.csv:2: it is static, and of",
         ),
         ({"heigth": {}}, "data.csv: no column 'heigth' (nearest: 'height') among place, when"),
         (
@@ -349,7 +349,7 @@ def test_a_residual_output_moves_with_its_reading_beside_categories() -> None:
 # --- from the recipe to the service ---------------------------------------------------------------------------------
 
 
-def test_covariates_are_learned_and_served_by_name(tmp_path: Path) -> None:
+def test_covariates_are_learned_and_served_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What decides the next value is known, static and a name: a model that learns them is right, and serves them."""
     random, hours = np.random.default_rng(6), 500
     heights, effects = {"low": 0.0, "high": 4.0}, {"up": 2.0, "down": -2.0, "flat": 0.0}
@@ -388,6 +388,18 @@ def test_covariates_are_learned_and_served_by_name(tmp_path: Path) -> None:
     assert features["mood"].categories == ("down", "flat", "up")
     assert features["hour_sin"].calendar is not None
     assert features["hour_sin"].calendar.zone == "Europe/Berlin"
+    for change, told in (
+        (
+            "data.columns.mood.categories=[up,down]",
+            "feature 'mood' has the categories 'up', 'down', in covered/1 'down', 'f",
+        ),
+        (
+            "data.zone=Asia/Tokyo",
+            "is sin(2 pi hours since 0:00 Asia/Tokyo / 24), in covered/1 sin(2 pi hours since 0:00 E",
+        ),
+    ):
+        assert main(["evaluate", str(tmp_path / "covered.yaml"), *places[:2], "--set", change]) == 2
+        assert told in capsys.readouterr().err
     with (
         running(store="memory://", models=tmp_path / "models") as server,
         httpx.Client(base_url=f"{server.url}/v1/models/covered/sessions", timeout=20) as http,

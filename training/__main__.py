@@ -161,7 +161,7 @@ def _check_fits(source: Source, manifest: Manifest) -> None:
     """See that the data has what the model takes and says.
 
     Raises:
-        ConfigError: other features or outputs.
+        ConfigError: other features or outputs, or the same ones read in another way.
     """
     for verb, wanted, given in (
         ("takes", manifest.features, source.features),
@@ -170,6 +170,17 @@ def _check_fits(source: Source, manifest: Manifest) -> None:
         took, got = (", ".join(_named(one) for one in some) for some in (wanted, given))
         if took != got:
             raise ConfigError(f"data: {manifest.name}/{manifest.version} {verb} {took}, the data gives {got}")
+    for model, data in zip(manifest.features, source.features, strict=True):
+        if model.categories != data.categories:
+            took, got = (", ".join(map(repr, one.categories or ())) or "none" for one in (model, data))
+            raise ConfigError(
+                f"data: feature {data.name!r} has the categories {got}, in {manifest.name}/{manifest.version} {took}. "
+                "List these in the recipe, in this order: categories."
+            )
+        if model.calendar is not None and (model.calendar, model.ahead) != (data.calendar, data.ahead):
+            raise ConfigError(
+                f"data: feature {data.name!r} is {data.unit}, in {manifest.name}/{manifest.version} {model.unit}"
+            )
 
 
 def _named(one: Feature | Output) -> str:

@@ -1,7 +1,7 @@
 """Activations by their DL4J names: as torch functions and as ONNX nodes.
 
-Where the two worlds disagree on a name, DL4J's formula counts: hardsigmoid is clip(0.2 x + 0.5, 0, 1), which is
-ONNX HardSigmoid's default and not torch's relu6(x + 3) / 6.
+Where the worlds disagree on a name, DL4J's formula counts: hardsigmoid is clip(0.2 x + 0.5, 0, 1), which is ONNX
+HardSigmoid's default. torch's and Keras 3's, relu6(x + 3) / 6, is hardsigmoid6.
 """
 
 from collections.abc import Callable
@@ -28,6 +28,7 @@ ActivationName = Literal[
     "softplus",
     "softsign",
     "hardsigmoid",
+    "hardsigmoid6",
     "hardtanh",
     "rationaltanh",
     "rectifiedtanh",
@@ -64,6 +65,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "softplus": lambda x: F.softplus(x, threshold=60.0),
     "softsign": F.softsign,
     "hardsigmoid": hardsigmoid,
+    "hardsigmoid6": F.hardsigmoid,
     "hardtanh": F.hardtanh,
     "rationaltanh": rationaltanh,
     "rectifiedtanh": lambda x: torch.relu(torch.tanh(x)),
@@ -83,6 +85,7 @@ ONNX_NODES: dict[str, tuple[str, dict[str, float]]] = {
     "softplus": ("Softplus", {}),
     "softsign": ("Softsign", {}),
     "hardsigmoid": ("HardSigmoid", {"alpha": 0.2, "beta": 0.5}),
+    "hardsigmoid6": ("HardSigmoid", {"alpha": 1 / 6, "beta": 0.5}),
     "softmax": ("Softmax", {"axis": -1}),
     "thresholdedrelu": ("ThresholdedRelu", {"alpha": 1.0}),
 }
@@ -97,6 +100,7 @@ RECURRENT_NODES: dict[str, tuple[str, float | None, float | None]] = {
     "softplus": ("Softplus", None, None),
     "softsign": ("Softsign", None, None),
     "hardsigmoid": ("HardSigmoid", 0.2, 0.5),
+    "hardsigmoid6": ("HardSigmoid", 1 / 6, 0.5),
     "identity": ("Affine", 1.0, 0.0),
 }
 

@@ -1,7 +1,8 @@
 """Opens graphs in onnxruntime and says what their inputs and outputs are."""
 
 import re
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeAlias
@@ -14,6 +15,7 @@ from stepcast.manifest import ITEM_BYTES, Manifest
 Session: TypeAlias = ort.InferenceSession
 RUNTIME_VERSION: Final = str(ort.__version__)
 _ORT_NAMES: Final = {"float32": "float", "float64": "double"}  # the others are named as in numpy
+_LIMIT_S: Final = 20.0
 _DTYPES: Final = {f"tensor({_ORT_NAMES.get(dtype, dtype)})": dtype for dtype in ITEM_BYTES}
 
 
@@ -108,6 +110,24 @@ def check_signature(manifest: Manifest, session: Session) -> None:
     extra = sorted({port.name for port in inputs} - set(takes))
     if extra:
         raise ManifestError(f"model.onnx has inputs that manifest.json does not speak of: {extra}")
+
+
+def run_within(
+    session: Session, outputs: Sequence[str], feeds: Mapping[str, Any], limit_s: float = _LIMIT_S
+) -> list[Any]:
+    """Run a graph that nobody knows yet; raises ManifestError if it takes longer than the limit: it may have no end."""
+    options = ort.RunOptions()
+    timer = threading.Timer(limit_s, setattr, (options, "terminate", True))
+    timer.daemon = True
+    timer.start()
+    try:
+        return list(session.run(outputs, feeds, options))
+    except Exception as error:  # onnxruntime's exceptions have no common base but this
+        if options.terminate:
+            raise ManifestError(f"the graph did not end within {limit_s:g} s, for a few rows of a few steps") from error
+        raise
+    finally:
+        timer.cancel()
 
 
 @contextmanager

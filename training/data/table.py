@@ -1,4 +1,4 @@
-"""One long CSV with a series key and a time column, such as hourly weather of three airports.
+"""One long CSV or Parquet file with a series key and a time column, such as hourly weather of three airports.
 
 Every series is put on a regular grid of time. A grid step without a row is absent (mask 0); an empty cell is a
 missing reading (NaN); nothing is invented. The label of a step is the target columns `horizon` steps later (of several
@@ -25,7 +25,7 @@ from .batch import Batch
 from .moments import check_resolution
 from .source import Split
 from .table_config import Channel, TableConfig, channels, output_name
-from .table_file import Grid, find, moment, read
+from .table_file import Grid, find, line, moment, read
 
 Floats = NDArray[np.float32]
 
@@ -95,8 +95,9 @@ class TableSource:
             if (lacking := present & np.isnan(self.x[..., place])).any():
                 series, step = np.argwhere(lacking)[0]
                 later = f" {channel.ahead} steps later" if channel.ahead else ""
+                where = line(path, int(self.grid.rows[series, step]))
                 raise ConfigError(
-                    f"{path}:{self.grid.rows[series, step]}: column {channel.source[0]!r} is empty{later}, and may not "
+                    f"{where}: column {channel.source[0]!r} is empty{later}, and may not "
                     "be missing. Fill it, or set missing: hold."
                 )
         return present

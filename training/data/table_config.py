@@ -46,7 +46,7 @@ class ColumnConfig(_Strict):
     )
     static: bool = Field(default=False, description="of a series, not of a moment, as a height is")
     values: dict[str | int, float | str] | Path | None = Field(
-        default=None, description="of a static column that the file does not have: by series, or a CSV of them"
+        default=None, description="of a static column that the file does not have: by series, or a file of them"
     )
     category: bool = Field(default=False, description="cells are names, not numbers")
     categories: tuple[str, ...] | None = Field(
@@ -91,7 +91,9 @@ class TableConfig(_Strict):
     """`data: {kind: table}`."""
 
     kind: Literal["table"]
-    path: Path = Field(description="the CSV file; relative to the configuration file, or inside `package`")
+    path: Path = Field(
+        description="the CSV or Parquet (.parquet, .pq) file; relative to the configuration file, or inside `package`"
+    )
     package: str | None = Field(default=None, description="an installed Python package that carries the file")
     series: str | None = Field(default=None, description="column that tells the series apart; None: there is one")
     time: str

@@ -5,12 +5,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from difflib import get_close_matches
+from functools import cached_property
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from pandas.api.types import is_datetime64_any_dtype, is_numeric_dtype
 
 from stepcast.errors import ConfigError
 
@@ -25,7 +27,7 @@ class Grid:
     """The file on its grid: S series, L steps, C columns; directions still one column, names as indices from 1.
 
     Attributes:
-        rows: The file's line of each step, -1 where it has none.
+        rows: The file's row (from 0) of each step, -1 where it has none.
         categories: The names of each column that has names.
     """
 
@@ -42,17 +44,35 @@ class Grid:
         return self.rows >= 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Cells:
-    """A column's text, stripped, and how to say where one of its cells stands."""
+    """A column, and how to say where one of its cells stands.
+
+    Attributes:
+        column: Text of a CSV; numbers, moments or text of a Parquet file, which keeps types.
+    """
 
     name: str
-    text: "pd.Series[str]"
+    column: "pd.Series[Any]"
     where: Callable[[int], str]
 
-    @property
+    @cached_property
+    def text(self) -> "pd.Series[str]":
+        """Stripped, and "" where nothing stands."""
+        there = self.column.notna()
+        return self.column.astype(object).map(str).where(there, "").astype(str).str.strip()
+
+    @cached_property
     def empty(self) -> "pd.Series[bool]":
+        if is_numeric_dtype(self.column) or is_datetime64_any_dtype(self.column):
+            return self.column.isna()
         return self.text.str.lower().isin(["", "na", "nan", "null"])
+
+    @cached_property
+    def numbers(self) -> NDArray[np.float64]:
+        """NaN where nothing stands, or no number."""
+        column = self.column if is_numeric_dtype(self.column) else self.text.mask(self.empty)
+        return pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
 
     def wrong(self, row: int, wanted: str) -> ConfigError:
         """What is wrong with a cell."""
@@ -84,7 +104,7 @@ def read(config: TableConfig, path: Path, root: Path) -> Grid:
     in_file = [name for name, column in config.columns.items() if column.values is None]
     frame = _frame(path, [config.time, *in_file, *filter(None, [config.series, config.label])])
     times = _times(_cells(frame, config.time, path))
-    keys = frame[config.series].to_numpy(dtype=str) if config.series else np.full(len(frame), "", dtype=np.str_)
+    keys = frame[config.series].astype(str).to_numpy(dtype=str) if config.series else np.full(len(frame), "")
     series = np.unique(keys)
     columns: list[NDArray[np.float64]] = []
     statics: dict[int, NDArray[np.float64]] = {}  # (S,) by column
@@ -116,22 +136,64 @@ def _below(root: Path, path: Path) -> Path:
 
 
 def _frame(path: Path, wanted: Sequence[str]) -> pd.DataFrame:
-    """A CSV as text."""
+    """A table with the columns that are wanted: of a CSV as text, of a Parquet file by their types."""
+    return _typed(path, wanted) if is_parquet(path) else _text(path, wanted)
+
+
+def _text(path: Path, wanted: Sequence[str]) -> pd.DataFrame:
     try:
         frame = pd.read_csv(path, dtype=str, keep_default_na=False)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: no CSV ({error})") from error
-    if absent := [name for name in wanted if name not in frame.columns]:
-        near = get_close_matches(absent[0], map(str, frame.columns), 1)
-        told = f" (nearest: {near[0]!r})" if near else ""
-        raise ConfigError(f"{path}: no column {', '.join(map(repr, absent))}{told} among {', '.join(frame.columns)}")
+    _check_columns(path, wanted, [str(name) for name in frame.columns])
     return frame
 
 
+def _typed(path: Path, wanted: Sequence[str]) -> pd.DataFrame:
+    parquet = _parquet()
+    try:
+        with path.open("rb") as file:
+            _check_columns(path, wanted, parquet.read_schema(file).names)
+            table = parquet.read_table(file, columns=list(wanted))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except (ValueError, NotImplementedError) as error:  # of which pyarrow's are made
+        raise ConfigError(f"{path}: no Parquet file ({error})") from error
+    frame: pd.DataFrame = table.to_pandas(ignore_metadata=True)
+    for name in frame.select_dtypes("category"):  # names that the file keeps once
+        frame[name] = frame[name].astype(object)
+    return frame
+
+
+def is_parquet(path: Path) -> bool:
+    """Whether a file is called one."""
+    return path.suffix.lower() in (".parquet", ".pq")
+
+
+def _parquet() -> Any:
+    try:
+        from pyarrow import parquet  # an extra of its own: CSV needs none of it
+    except ImportError as error:
+        raise ConfigError("a Parquet table needs pyarrow. pip install 'stepcast[parquet]'") from error
+    return parquet
+
+
+def _check_columns(path: Path, wanted: Sequence[str], there: Sequence[str]) -> None:
+    if absent := [name for name in wanted if name not in there]:
+        near = get_close_matches(absent[0], there, 1)
+        told = f" (nearest: {near[0]!r})" if near else ""
+        raise ConfigError(f"{path}: no column {', '.join(map(repr, absent))}{told} among {', '.join(there)}")
+
+
+def line(path: Path, row: int) -> str:
+    """Where a row (from 0) stands: a line of a CSV, whose first one is its header; the number of a Parquet file's."""
+    return f"{path}: row {row}" if is_parquet(path) else f"{path}:{row + 2}"
+
+
 def _cells(frame: pd.DataFrame, name: str, path: Path) -> _Cells:
-    return _Cells(name, frame[name].str.strip(), lambda row: f"{path}:{row + 2}: column {name!r}")
+    return _Cells(name, frame[name], lambda row: f"{line(path, row)}: column {name!r}")
 
 
 def _by_series(config: TableConfig, name: str, series: NDArray[np.str_], root: Path) -> _Cells:
@@ -140,31 +202,32 @@ def _by_series(config: TableConfig, name: str, series: NDArray[np.str_], root: P
     if isinstance(given, Path):
         path = _below(root, given)
         frame = _frame(path, [str(config.series), name])
-        known = frame[str(config.series)].tolist()
+        known = [str(key) for key in frame[str(config.series)]]
         if twice := sorted({key for key in known if known.count(key) > 1}):
             raise ConfigError(f"{path}: a second row of series {twice[0]!r}")
         cells, place = _cells(frame, name, path), {key: row for row, key in enumerate(known)}
     else:
         told = {str(key): value for key, value in (given or {}).items()}
-        texts = pd.Series([str(value) for value in told.values()], dtype=str).str.strip()
+        texts = pd.Series([str(value) for value in told.values()], dtype=str)
         inside, keys = f"data.columns.{name}.values", list(told)
         cells, place = _Cells(name, texts, lambda row: f"{inside}.{keys[row]}"), {key: i for i, key in enumerate(keys)}
         path = Path(inside)
     if absent := [str(key) for key in series if key not in place]:
         raise ConfigError(f"{path}: nothing of series {', '.join(map(repr, absent[:8]))}. Say what {name!r} is there.")
     rows = [place[str(key)] for key in series]
-    return _Cells(name, cells.text.iloc[rows].reset_index(drop=True), lambda at: cells.where(rows[at]))
+    return _Cells(name, cells.column.iloc[rows].reset_index(drop=True), lambda at: cells.where(rows[at]))
 
 
 def _times(cells: _Cells) -> pd.DatetimeIndex:
-    times = pd.to_datetime(cells.text, utc=True, errors="coerce", format="ISO8601")
+    typed = is_datetime64_any_dtype(cells.column)
+    times = pd.to_datetime(cells.column if typed else cells.text, utc=True, errors="coerce", format="ISO8601")
     if times.isna().any():
         raise cells.wrong(int(times.isna().to_numpy().argmax()), "a moment in ISO 8601")
     return pd.DatetimeIndex(times)
 
 
 def _numbers(cells: _Cells, config: ColumnConfig) -> NDArray[np.float64]:
-    numbers = pd.to_numeric(cells.text.mask(cells.empty), errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
+    numbers = cells.numbers
     wrong = (np.isnan(numbers) & ~cells.empty.to_numpy()) | np.isinf(numbers)
     if wrong.any():
         raise cells.wrong(int(wrong.argmax()), "a number")
@@ -181,10 +244,9 @@ def _constant(cells: _Cells, values: NDArray[np.float64], keys: NDArray[np.str_]
     if (other := ~np.isnan(values) & (values != first)).any():
         row = int(other.argmax())
         before = int(np.argmax((keys == keys[row]) & ~np.isnan(values)))
-        raise cells.wrong(
-            row,
-            f"{cells.text.iloc[before]!r} as in line {before + 2}: it is static, and of series {str(keys[row])!r}",
-        )
+        first_at = cells.where(before).rpartition(": column")[0].rpartition("/")[2]  # the file's name and its line
+        told = f"{cells.text.iloc[before]!r} as in {first_at}: it is static, and of series {str(keys[row])!r}"
+        raise cells.wrong(row, told)
     return np.asarray(by_series.first(), np.float64)
 
 
@@ -247,14 +309,14 @@ def _on_grid(
     at = np.asarray(np.round(offsets), dtype=np.int64)
     if (off := np.abs(offsets - at) > 1e-6).any():
         row = int(np.argmax(off))
-        raise ConfigError(f"{path}:{row + 2}: {times[row]} is not on the grid of {config.every} from {first}")
+        raise ConfigError(f"{line(path, row)}: {times[row]} is not on the grid of {config.every} from {first}")
     series, which = np.unique(keys, return_inverse=True)
     twice = pd.DataFrame({"series": which, "at": at}).duplicated().to_numpy()
     if twice.any():
         row = int(twice.argmax())
-        raise ConfigError(f"{path}:{row + 2}: a second row of series {str(keys[row])!r} at {times[row]}")
+        raise ConfigError(f"{line(path, row)}: a second row of series {str(keys[row])!r} at {times[row]}")
     n_steps = int(at.max()) + 1
     grid = np.full((len(series), n_steps, values.shape[1]), np.nan)
     rows = np.full((len(series), n_steps), -1, np.int64)
-    grid[which, at], rows[which, at] = values, np.arange(len(at)) + 2
+    grid[which, at], rows[which, at] = values, np.arange(len(at))
     return Grid(tuple(map(str, series)), pd.date_range(first, periods=n_steps, freq=step), grid, rows)

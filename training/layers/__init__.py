@@ -70,7 +70,7 @@ def build(placed: Placed) -> Layer:
         case ActivationSpec():
             return Activation(name, spec)
         case LayerNormSpec():
-            return LayerNorm(name, size)
+            return LayerNorm(name, spec, size)
         case DropoutSpec():
             return Dropout(name, spec)
         case EmbeddingSpec():

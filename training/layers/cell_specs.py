@@ -1,9 +1,9 @@
 """The recurrent kinds of the `network:` list, and the wrappers around them."""
 
 from dataclasses import replace
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ..activations import ActivationName
 from .spec import IllegalStack, Learns, Shape, Size, Spec
@@ -55,9 +55,16 @@ class GravesLstmSpec(_Gated):
 
 
 class GruSpec(_Gated):
-    """Gated recurrent unit, the reset gate behind the recurrent product (cuDNN's and ONNX's linear_before_reset)."""
+    """Gated recurrent unit, by default with the reset gate behind the recurrent product, as cuDNN has it."""
 
     kind: Literal["gru"]
+    reset_after: bool = Field(default=True, description="false: the reset gate scales the state before the product")
+
+    @model_validator(mode="after")
+    def _plain(self) -> Self:
+        if self.layer_norm and not self.reset_after:
+            raise ValueError("layer_norm normalises the product with the whole state. Set reset_after: true.")
+        return self
 
 
 class SlstmSpec(_Recurrent):

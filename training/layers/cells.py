@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..activations import ACTIVATIONS, write_activation
 from ..graph import Graph
-from .cell_specs import GravesLstmSpec, LstmSpec, SlstmSpec
+from .cell_specs import GravesLstmSpec, GruSpec, LstmSpec, SlstmSpec
 from .peephole import PeepholeLstm
 from .recurrent import AnyCellSpec, Recurrent
 from .stepwise import CellState, behind_last
@@ -107,9 +107,20 @@ class GravesLstm(Lstm):
 
 
 class Gru(Recurrent):
-    """r, z = s(W x_t + R h_{t-1} + b), n = a(W x_t + b + r (R h_{t-1} + b')), h_t = (1 - z) n + z h_{t-1}."""
+    """r, z = s(W x_t + R h_{t-1} + b), n = a(W x_t + b + r (R h_{t-1} + b')), h_t = (1 - z) n + z h_{t-1}.
+
+    Without `reset_after` the candidate is n = a(W x_t + b + R (r h_{t-1}) + b'), as first published (Cho et al. 2014).
+    """
 
     GATES, NODE, ORDER, KERNEL = 3, "GRU", (1, 0, 2), nn.GRU
+
+    def __init__(self, name: str, spec: GruSpec, size: int) -> None:
+        super().__init__(name, spec, size)
+        self.reset_after = spec.reset_after
+
+    @property
+    def standard(self) -> bool:
+        return super().standard and self.reset_after
 
     def step(self, projected: Tensor, state: CellState) -> CellState:
         (h,) = state
@@ -117,7 +128,10 @@ class Gru(Recurrent):
         r, z, n = projected.chunk(3, dim=1)
         recurrent_r, recurrent_z, recurrent_n = self.project_state(h).chunk(3, dim=1)
         r, z = s(r + recurrent_r), s(z + recurrent_z)
-        n = a(n + r * recurrent_n)
+        if self.reset_after:
+            n = a(n + r * recurrent_n)
+        else:
+            n = a(n + F.linear(r * h, self.weight_hh[2 * self.units :], self.bias_hh[2 * self.units :]))
         return (n + z * (h - n),)
 
     def write_step(self, graph: Graph, projected: str, state: list[str]) -> list[str]:
@@ -127,15 +141,20 @@ class Gru(Recurrent):
         recurrent = graph.add_many("Split", 3, self.write_recurrent(graph, h), sizes, axis=1)
         r = write_activation(graph, self.gate_activation, graph.add("Add", r, recurrent[0]))
         z = write_activation(graph, self.gate_activation, graph.add("Add", z, recurrent[1]))
-        n = graph.add("Add", n, graph.add("Mul", r, recurrent[2]))
-        n = write_activation(graph, self.activation, n)
+        if self.reset_after:
+            product = graph.add("Mul", r, recurrent[2])
+        else:
+            weight, bias = (w[2 * self.units :].detach().cpu().numpy() for w in (self.weight_hh, self.bias_hh))
+            product = graph.add("MatMul", graph.add("Mul", r, h), graph.constant(weight.T))
+            product = graph.add("Add", product, graph.constant(bias))
+        n = write_activation(graph, self.activation, graph.add("Add", n, product))
         return [graph.add("Add", n, graph.add("Mul", z, graph.add("Sub", h, n)))]
 
     def node_activations(self) -> list[str]:
         return [self.gate_activation, self.activation]
 
     def node_attributes(self) -> dict[str, Any]:
-        return {**super().node_attributes(), "linear_before_reset": 1}
+        return {**super().node_attributes(), "linear_before_reset": int(self.reset_after)}
 
 
 class Slstm(Lstm):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..activations import ACTIVATIONS, write_activation
 from ..graph import Graph
 from .base import Layer, LayerState
-from .specs import ActivationSpec, DenseSpec, DropoutSpec, EmbeddingSpec
+from .specs import ActivationSpec, DenseSpec, DropoutSpec, EmbeddingSpec, LayerNormSpec
 from .weights import initialise
 
 
@@ -62,9 +62,9 @@ class Activation(Layer):
 class LayerNorm(Layer):
     """Mean 0 and variance 1 over the values of each step, then a gain and a bias (Ba, Kiros and Hinton, 2016)."""
 
-    def __init__(self, name: str, size: int) -> None:
+    def __init__(self, name: str, spec: LayerNormSpec, size: int) -> None:
         super().__init__(name)
-        self.norm = nn.LayerNorm(size)
+        self.norm = nn.LayerNorm(size, eps=spec.epsilon)
 
     def forward(self, x: Tensor, lengths: Tensor | None, state: LayerState) -> tuple[Tensor, LayerState]:
         return self.norm(x), state

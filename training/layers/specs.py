@@ -50,6 +50,7 @@ class LayerNormSpec(Learns):
     """Each step's values, normalised over themselves, with a gain and a bias that learn."""
 
     kind: Literal["layer_norm"]
+    epsilon: float = Field(default=1e-5, gt=0, description="added to the variance")
 
 
 class DropoutSpec(Spec):
@@ -372,7 +373,7 @@ class OutputSpec(Spec):
         name = self.loss or ""
         if self.distribution is not None and (self.loss or self.activation):
             raise ValueError(f"distribution {self.distribution.kind} has its own loss and activation. Leave them out.")
-        bounded = {None: True, "softmax": True, "sigmoid": True, "hardsigmoid": True}
+        bounded = {None: True, "softmax": True, "sigmoid": True, "hardsigmoid": True, "hardsigmoid6": True}
         if name in CLASS_LOSSES and self.activation not in (None, "softmax"):
             raise ValueError(f"loss {name} wants activation softmax, got {self.activation}")
         if name == "xent" and self.activation == "softmax":
@@ -419,13 +420,13 @@ LayerSpec = Annotated[
     | ShiftSpec
     | DenseSpec
     | ActivationSpec
+    | LayerNormSpec
     | EmbeddingSpec
     | AttentionSpec
     | Conv1DSpec
     | Conv2DSpec
     | Pool2DSpec
     | DropoutSpec
-    | LayerNormSpec
     | RnnToCnnSpec
     | CnnToRnnSpec
     | IdentityAdapterSpec

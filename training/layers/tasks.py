@@ -140,7 +140,8 @@ def heads_of(
     for end in ends:
         spec = end.spec
         assert isinstance(spec, RnnOutputSpec | RnnLossSpec)
-        own = [_place(name, names, end.index) for name in spec.outputs or names]
+        # By number where none is named: names that stand there twice are refused later, by the manifest.
+        own = [_place(name, names, end.index) for name in spec.outputs or ()] or list(range(len(names)))
         try:
             heads.append(Head(spec, end.shape.size or 0, features, [outputs[at] for at in own], classification))
         except IllegalStack as error:

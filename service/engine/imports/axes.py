@@ -17,7 +17,7 @@ from stepcast.manifest import Tolerance
 
 from ..arrays import Array
 from ..buffers import laid, taken
-from ..onnx_session import Port, one_line, open_session
+from ..onnx_session import Port, one_line, open_session, run_within
 from .graphs import Graph
 from .questions import Question, Unclear
 from .roles import Roles, StatePorts
@@ -249,7 +249,9 @@ class Trial:
     def run(self, layout: Layout, x: Array, states: Sequence[Array], outputs: Sequence[str] = ()) -> list[Array]:
         """Outputs for x (B, T, *shape) and states (B, *shape), by default y and the next states; raises Wrong."""
         try:
-            return list(self._session.run(outputs or self._outputs, self.feeds(layout, x, states)))
+            return run_within(self._session, outputs or self._outputs, self.feeds(layout, x, states))
+        except ManifestError:
+            raise
         except Exception as error:  # onnxruntime's exceptions have no common base but this
             raise Wrong(f"the graph does not run as the manifest reads it: {one_line(error)}") from error
 

@@ -50,6 +50,8 @@ class _Framer:
         name = self._roles.input.name
         port = next(port for port in self._graph.input if port.name == name)
         size = _last_size(port)
+        if not port.type.tensor_type.shape.dim:
+            raise ManifestError(f"input {name!r} is not declared to have any axis, so nothing of it can be kept")
         if size is not None and size <= context:
             raise ManifestError(f"$.input.context is {context}, of {size} values that input {name!r} takes")
         make, before, after, new = onnx.helper.make_node, f"{name}.context", f"{name}.context.next", f"{name}.new"

@@ -259,6 +259,11 @@ class _Lifting:
                 ]
                 port.CopyFrom(onnx.helper.make_tensor_value_info(port.name, kind, names))
         size = found[len(outputs)][self.hidden[0].stateful.batch]
+        if isinstance(size, int) and size > 1:
+            why = f"takes {size} rows at once and no other number"
+            raise ManifestError(
+                f"{self.hidden[0].stateful.told} {why}. Export it with a dynamic batch axis, or one row."
+            )
         return size.name if isinstance(size, Axis) else size
 
     def _drop_last_states(self) -> None:

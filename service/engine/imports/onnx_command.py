@@ -109,6 +109,8 @@ def say(made: Imported) -> None:
     for state in manifest.states:
         where = f"{list(state.shape)}, axis {state.batch_axis}"
         print(f"state {state.layer}.{state.key}: {state.input!r} -> {state.output!r}, {where}")
+    if not manifest.states:
+        print("it has no state: what it answers to a step follows from this step alone")
     for done in made.done:
         print(f"note: {done}")
     if made.unanswered:

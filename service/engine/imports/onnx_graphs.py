@@ -26,7 +26,7 @@ from stepcast.manifest import GOLDEN_FILE, MODEL_FILE, Manifest, write_manifest
 from ..onnx_session import RUNTIME_VERSION
 from .batch import rebatched
 from .context import framed
-from .freed import many_rows, many_steps
+from .freed import any_size, many_rows, many_steps
 from .graphs import Graph
 from .lifting import lift
 from .newer import older
@@ -36,7 +36,7 @@ from .questions import OpenQuestions, joined, read_partial
 from .reading import Reading
 from .rewrites import Rewrite, rewritten
 
-REWRITES: Final[tuple[Rewrite, ...]] = (framed, plain, many_rows, many_steps, declared, rebatched, lift)
+REWRITES: Final[tuple[Rewrite, ...]] = (framed, plain, any_size, many_rows, many_steps, declared, rebatched, lift)
 """In this order; `older` stands before them, since only then onnxruntime can say what the graph's tensors are."""
 
 

@@ -11,6 +11,8 @@ from typing import Any, Final
 
 import numpy as np
 
+from stepcast.errors import ManifestError
+
 from .. import onnx_door as onnx
 from ..arrays import Array
 from .axes import Trial, Wrong
@@ -39,25 +41,44 @@ def plain(reading: Reading) -> Rewritten | None:
         decided = _Decider(reading, model).decide()
         if decided:
             done.append(f"{decided} branches that are always taken replaced their conditions")
-    return Rewritten(model, ", ".join(done)) if done else None
+    return Rewritten(model, ", ".join(done)) if done and _answers_alike(reading, model) else None
+
+
+def _answers_alike(reading: Reading, model: Any) -> bool:
+    """Whether a graph answers as the one that it was made of: converters may have faults."""
+    found, known = reading.found, reading.known
+    inputs = {port.name for port in model.graph.input}
+    left = [constant for constant in known.get("constants", ()) if constant["name"] in inputs]
+    old = Trial(reading.graph, reading.roles, known)
+    example = old.example(found.layout, 2 if found.rows == "many" else 1)
+    want = old.run(found.layout, *example)
+    try:
+        new = Trial(reading.graph.rewritten(model), reading.roles, {**known, "constants": left})
+        got = new.run(found.layout, *example)
+    except (ManifestError, Wrong):
+        return False
+    pairs = zip(got, want, strict=True)
+    return all(a.shape == b.shape and np.allclose(a, b, 1e-5, 1e-6, equal_nan=True) for a, b in pairs)
 
 
 def declared(reading: Reading) -> Rewritten | None:
     """Let outputs have no size that was only the exporter's example's: onnxruntime refuses buffers of another."""
     roles, found = reading.roles, reading.found
-    axes = {state.output.name: {axis} for state, (axis, _) in zip(roles.states, found.layout.states, strict=True)}
-    axes[roles.output.name] = {found.batch, found.time} if found.rows == "many" else {found.time}
+    axes: dict[str, set[int | None]] = {roles.output.name: {found.time}}
+    if found.rows == "many":
+        axes |= {s.output.name: {axis} for s, (axis, _) in zip(roles.states, found.layout.states, strict=True)}
+        axes[roles.output.name] = {found.batch, found.time}
     model, wrong = onnx.copy(reading.graph.model), []
     for port in model.graph.output:
-        for axis in axes.get(port.name, set()) - {None}:
-            dim = port.type.tensor_type.shape.dim[axis]
-            if dim.HasField("dim_value") and (found.rows == "many" or axis == found.time):
+        dims = port.type.tensor_type.shape.dim  # none, where nothing is declared
+        for axis, dim in enumerate(dims):
+            if axis in axes.get(port.name, ()) and dim.HasField("dim_value"):
                 wrong.append(f"size {dim.dim_value} of axis {axis} of output {port.name!r}")
                 dim.Clear()
     if not wrong:
         return None
     del model.graph.value_info[:]
-    return Rewritten(model, f"{', '.join(wrong)} was declared, but is not fixed")
+    return Rewritten(model, f"{', '.join(wrong)} was the example's only")
 
 
 def _converted(model: Any) -> Any | None:

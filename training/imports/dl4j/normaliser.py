@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from stepcast.errors import ManifestError
 
-from .archive import JAVA_OBJECT
 from .arrays import Stream, read_array
 
+JAVA_OBJECT = b"\xac\xed"  # how a Java serialisation stream begins; it would be code
 Columns = NDArray[np.float64]  # (F,)
 
 

@@ -12,12 +12,16 @@ from stepcast.errors import ManifestError
 from stepcast.manifest import Feature, Output
 
 from ...weights import Weights
+from ..archive import Archive
 from ..foreign import Foreign, outputs_of
-from .archive import COEFFICIENTS, CONFIGURATION, JAVA_OBJECT, NORMALISER, PREPROCESSOR, Archive
 from .arrays import Stream, read_array
 from .configuration import Link, read_configuration, specs_of
-from .normaliser import Normaliser, Scaling, read_normaliser
+from .normaliser import JAVA_OBJECT, Normaliser, Scaling, read_normaliser
 
+CONFIGURATION: Final = "configuration.json"
+COEFFICIENTS: Final = "coefficients.bin"
+NORMALISER: Final = "normalizer.bin"
+PREPROCESSOR: Final = "preprocessor.bin"
 MOST_CONFIGURATION_BYTES: Final = 16 << 20
 MOST_COEFFICIENT_BYTES: Final = 1 << 30
 HEADER_BYTES: Final = 1 << 12  # of an INDArray: modes, types, shape information
@@ -44,7 +48,7 @@ def read_saved(file: Path) -> Saved:
     Raises:
         ManifestError: it is damaged, does not fit itself, or holds what Stepcast has no layer for.
     """
-    with Archive(file) as archive:
+    with Archive(file, "DL4J", (CONFIGURATION, COEFFICIENTS, NORMALISER, PREPROCESSOR)) as archive:
         name = f"{file}: {CONFIGURATION}"
         links = read_configuration(archive.read(CONFIGURATION, MOST_CONFIGURATION_BYTES), name)
         flat = _coefficients(archive, sum(link.reading.count for link in links))

@@ -1,11 +1,11 @@
-"""The zip itself: only the entries that are known, read into memory, each within a limit.
+"""A zip that another framework saved: only the entries that are known, read into memory, each within a limit.
 
-Nothing is unpacked to disk. A serialised Java object is never read: it would be code.
+Nothing is unpacked to disk.
 """
 
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from types import TracebackType
@@ -13,26 +13,24 @@ from typing import Final, Self
 
 from stepcast.errors import ManifestError
 
-CONFIGURATION: Final = "configuration.json"
-COEFFICIENTS: Final = "coefficients.bin"
-NORMALISER: Final = "normalizer.bin"
-PREPROCESSOR: Final = "preprocessor.bin"
-ENTRIES: Final = (CONFIGURATION, COEFFICIENTS, NORMALISER, PREPROCESSOR)
-
-JAVA_OBJECT: Final = b"\xac\xed"  # how a Java serialisation stream begins
 MOST_ENTRIES: Final = 10_000
 _ENCRYPTED: Final = 0x1
 
 
 class Archive:
-    """An open ModelSerializer zip; use it as a context.
+    """An open zip; use it as a context.
+
+    Args:
+        file: The zip.
+        framework: Whose it is; errors name it.
+        entries: What may be read; the first must be there.
 
     Raises:
         ManifestError: not a zip, or one whose table of contents cannot be trusted.
     """
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
+    def __init__(self, file: Path, framework: str, entries: Sequence[str]) -> None:
+        self.file, self._framework, self._entries = file, framework, entries
         with self._readable():
             self._zip = zipfile.ZipFile(file)
         try:
@@ -70,7 +68,8 @@ class Archive:
         """Declared sizes of the known entries.
 
         Raises:
-            ManifestError: a name that leaves the archive, an entry that is there twice or encrypted, no configuration.
+            ManifestError: a name that leaves the archive, an entry that is there twice or encrypted, or the
+                first of those that are known is not there.
         """
         entries = self._zip.infolist()
         if len(entries) > MOST_ENTRIES:
@@ -82,13 +81,14 @@ class Archive:
                 raise ManifestError(f"{self.file}: entry {entry.filename!r} leads out of the archive. Do not trust it.")
             if entry.filename in sizes:
                 raise ManifestError(f"{self.file}: entry {entry.filename!r} is there twice")
-            if entry.filename not in ENTRIES:
+            if entry.filename not in self._entries:
                 continue
             if entry.flag_bits & _ENCRYPTED:
                 raise ManifestError(f"{self.file}: {entry.filename} is encrypted")
             sizes[entry.filename] = entry.file_size
-        if CONFIGURATION not in sizes:
-            raise ManifestError(f"{self.file}: has no {CONFIGURATION}, so it is no saved network of DL4J")
+        if self._entries[0] not in sizes:
+            said = f"has no {self._entries[0]}, so it is no saved network of {self._framework}"
+            raise ManifestError(f"{self.file}: {said}")
         return sizes
 
     @contextmanager
