@@ -431,6 +431,19 @@ CATALOGUE: dict[tuple[str, tuple[str, ...]], list[tuple[str, ...]]] = {
         ("dc += grad_c[t]", "pass"),
         ("o.addcmul_(to_o, c1).sigmoid_()", "o.addcmul_(to_o, c0).sigmoid_()"),
     ],
+    ("layers/changes.py", LAYERS): [
+        ("(count >= lag.steps)", "(count > lag.steps)"),
+        ("(now[..., lag.places] - then) /", "(now[..., lag.places] + then) /"),
+        ("change.scale / feature.scale", "change.scale"),
+        ('(state["seen"] + passed).clamp(max=self.reach)', 'state["seen"] + passed'),
+        (".clamp(-LIMIT, LIMIT), {", ", {"),
+    ],
+    ("averaging.py", UPDATES): [
+        ("(1 + self.updates) / (10 + self.updates)", "1.0"),
+        ("self.weights[name].lerp_(weight, 1 - decay)", "self.weights[name].lerp_(weight, decay)"),
+        ("self.network.load_state_dict(own)", "pass"),
+        ('weight.copy_(saved["weights"][name])', "pass"),
+    ],
     ("layers/observed.py", LAYERS): [
         ("z = (x - self.mean) / self.scale if", "z = (x - self.mean) * self.scale if"),
         ('np.where(policies == "zero", -mean / scale, 0.0)', 'np.where(policies == "zero", -mean, 0.0)'),
