@@ -71,7 +71,11 @@ def pins() -> dict[str, Version]:
     return {canonicalize_name(name): Version(version) for name, version in (line.split("==") for line in lines)}
 
 
-@pytest.mark.parametrize("extra", ["", *PROJECT["optional-dependencies"]])
+# GluonTS needs a pandas below 3, which constraints.txt does not have: this extra lives in an environment of its own.
+UNPINNED = {"peers"}
+
+
+@pytest.mark.parametrize("extra", ["", *sorted(PROJECT["optional-dependencies"].keys() - UNPINNED)])
 def test_every_dependency_has_a_tested_version(extra: str) -> None:
     """constraints.txt pins each direct dependency within the bounds of pyproject.toml."""
     pinned = pins()

@@ -26,6 +26,7 @@ from .job import Job, fit, open_job
 from .metrics import Result
 from .network import Network
 from .parallel import join, leading, leave
+from .peers import PEERS, chosen
 from .probabilistic import DistributionMetrics
 from .progress import Progress
 from .report import Forecast, forecast_of, print_report, write_report
@@ -86,6 +87,9 @@ def _backtest_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--no-refit", action="store_true", help="train before the first origin alone")
     command.add_argument("--window", choices=("expanding", "sliding"), default="expanding", help="of the training rows")
     command.add_argument("--without", action="append", default=[], choices=FITTED, help="leave a baseline out")
+    command.add_argument(
+        "--peers", default="", metavar="NAMES", help=f"train networks of others too: {','.join(PEERS)}"
+    )
     command.add_argument("--json", type=Path, metavar="FILE", help="write every score")
     command.add_argument("--page", type=Path, metavar="FILE", help="write the tables between a page's marks")
 
@@ -235,6 +239,7 @@ def compare(job: Job) -> int:
     def told(line: str) -> None:
         job.console.print(line, highlight=False)
 
+    peers = chosen(arguments.peers)
     result = backtest(
         job.config,
         source,
@@ -243,6 +248,7 @@ def compare(job: Job) -> int:
         refit=not arguments.no_refit,
         window=arguments.window,
         fitted=[kind for kind in FITTED if kind not in arguments.without],
+        peers=peers,
         distances=DISTANCES,
         told=told,
     )

@@ -30,6 +30,7 @@ from .data.source import Split
 from .data.table import TableSource
 from .export import stage, state_tensors
 from .network import Network
+from .peers import PEERS, Peer
 from .skill import Measurement
 from .stepper import Stepper
 from .train import Trainer
@@ -114,6 +115,7 @@ def backtest(
     refit: bool = True,
     window: Window = "expanding",
     fitted: Sequence[Fitted] = FITTED,
+    peers: Sequence[str] = (),
     distances: Sequence[int] = (1, 6, 24),
     told: Callable[[str], None] = lambda line: None,
 ) -> Backtest:
@@ -127,6 +129,7 @@ def backtest(
         refit: Fit anew before each of them?
         window: Training rows begin with the table, or so that they are as many before each origin.
         fitted: Which of the baselines that have to be fitted.
+        peers: Which libraries' networks, of `PEERS`; fitted as the baselines are.
         distances: Steps ahead of a model of one horizon; others have their own.
         told: Takes a line on what is being done.
 
@@ -141,10 +144,21 @@ def backtest(
         told(f"origin {number + 1}: {spans[-1][0]} to {spans[-1][1]}")
         if refit or not number:
             (stepper, predictive), baselines = forecaster(fold), Baselines(fold)
+            networks: dict[tuple[str, tuple[int, ...]], Peer] = {}
         measurement = Measurement(stepper, fold, predictive, baselines)
-        for skill in measurement.skills(distances):
+        skills = measurement.skills(distances)
+        reached = tuple(skill.ahead for skill in skills)
+        said = {}
+        for name in peers if reached else ():
+            title, network = PEERS[name]
+            told(f"  {title}")
+            if (name, reached) not in networks:
+                networks[name, reached] = network(fold, reached)
+            said[title] = networks[name, reached].forecasts(measurement.origins(min(reached)))
+        for skill in skills:
             at = measurement.origins(skill.ahead)
             more: dict[str, Floats] = {kind: baselines.fitted(kind, skill.ahead)[:, at] for kind in fitted}
+            more |= {title: forecasts[skill.ahead][:, : len(at)] for title, forecasts in said.items()}
             parts.setdefault(skill.ahead, []).append(skill.beside(more))
     if not parts:
         raise ConfigError("backtest: no horizon of the model lies within the test rows of an origin")
