@@ -1,5 +1,7 @@
 """Fixtures for all tests: servers from serving.py and redis_servers.py."""
 
+import os
+
 import pytest
 from redis_servers import (
     own_cluster,
@@ -28,6 +30,10 @@ __all__ = [
     "shared_redis",
     "spawn",
 ]
+
+# Before torch and scikit-learn are imported: tests run side by side, and the arrays are tiny. Threads of OpenMP that
+# wait for each other's processor spin.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")
