@@ -29,7 +29,6 @@ from training.data.source import Source
 from training.data.table import TableSource
 from training.evaluate import evaluate
 from training.export import describe, publish, stage, state_tensors
-from training.metrics import ClassificationResult
 from training.network import Network
 from training.skill import Measurement
 from training.stepper import Stepper
@@ -130,13 +129,13 @@ def _weights(network: Network) -> int:
 
 
 def _scores(stepper: Stepper, source: Source) -> dict[str, float]:
-    """On the test split, lower is better: bits of classes; of a table the mean ratio to persistence's error."""
+    """On the test split, lower is better: bits of classes, errors of numbers, of a table relative to persistence's."""
     if isinstance(source, TableSource):
         skills = Measurement(stepper, source).skills(DISTANCES)
         return {f"{skill.ahead} h": float(np.nanmean(skill.ratio("model"))) for skill in skills}
-    result = evaluate(stepper, source, "test")
-    assert isinstance(result, ClassificationResult)
-    return {"bits": result.bits or float("nan")}
+    result = evaluate(stepper, source, "test").as_dict()
+    named = ("bits", result["bits"]) if result["task"] == "classification" else ("rmse", result["average"]["rmse"])
+    return {named[0]: named[1] or float("nan")}
 
 
 def _single_step_us(directory: Path) -> float:

@@ -7,7 +7,7 @@ stepcast/client.py makes of each a method that waits and one that is awaited, st
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Generic, Literal, NamedTuple, TypedDict, TypeVar, overload
+from typing import Any, Final, Generic, NamedTuple, TypedDict, TypeVar, overload
 from urllib.parse import quote
 
 import msgspec
@@ -26,7 +26,7 @@ from .errors import (
 )
 from .features import FeatureNames, Floats
 from .inputs import Array, Columns, F, NamedColumns, NamedRow, O, Records, form
-from .manifest import Manifest
+from .manifest import Manifest, Task
 from .retry import Retry
 from .wire import Broken, Call, Reply
 
@@ -65,7 +65,7 @@ class ModelInfo(TypedDict):
     name: str
     version: int
     versions: list[int]
-    task: Literal["regression", "classification"]
+    task: Task
     streaming: bool
     device: str
     description: str

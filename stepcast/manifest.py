@@ -22,6 +22,7 @@ TIME: Final = "time"
 
 Name = Annotated[str, Field(min_length=1, max_length=128)]
 ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+Task = Literal["regression", "classification", "multi_label"]
 DType = Literal["float32", "float64", "float16", "int64", "int32", "bool"]
 ITEM_BYTES: dict[str, int] = {"float32": 4, "float64": 8, "float16": 2, "int64": 8, "int32": 4, "bool": 1}
 
@@ -251,7 +252,7 @@ class Manifest(_Strict):
     description: str = ""
     features: tuple[Feature, ...] = Field(min_length=1)
     outputs: tuple[Output, ...] = Field(min_length=1)
-    task: Literal["regression", "classification"]
+    task: Task = Field(description="multi_label: every output is the probability of a label, whatever the others are")
     classes: tuple[str, ...] | None = None
     distribution: Distribution | None = Field(default=None, description="None: outputs are point forecasts")
     readout: Literal["each", "last"] = Field(

@@ -46,6 +46,7 @@ BOUNDED = (
     "rationaltanh",
     "softsign",
     "hardsigmoid",
+    "hardsigmoid6",
     "rectifiedtanh",
     "softmax",
 )

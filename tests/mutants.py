@@ -133,9 +133,9 @@ CATALOGUE: dict[tuple[str, tuple[str, ...]], list[tuple[str, ...]]] = {
         ("state = self._advance(segment, state)", "pass"),
         ('if config.backprop == "truncated" else batch.x.shape[1]', ""),
         ("batch.starts is None or bool(batch.starts.all())", "batch.starts is None or bool(batch.starts.any())"),
-        ("return restarted(state, batch.starts)", "return state"),
-        ("return restarted(state, batch.starts)", "return restarted(state, ~batch.starts)"),
-        ("return restarted(state, batch.starts)", "return self.network.initial_state(rows)"),
+        ("return restarted(state, batch.starts, self.network.opening_state(rows, batch.begin))", "return state"),
+        ("return restarted(state, batch.starts,", "return restarted(state, ~batch.starts,"),
+        ("return restarted(state, batch.starts,", "return restarted(state, None,"),
         (
             "self.network.train_pass(block.x, block.x_mask, state)",
             "self.network.train_pass(block.x, block.x_mask, self._opening_state(batch, None))",
@@ -307,6 +307,10 @@ CATALOGUE: dict[tuple[str, tuple[str, ...]], list[tuple[str, ...]]] = {
         ("sum(defined) / len(defined)", "sum(defined) / len(values)"),
         ("present & ~np.isfinite(values)", "present & np.isnan(values) & False"),
     ],
+    ("metrics.py", ("test_multi_label.py",)): [
+        ("p[there, column, None], y[there, column, None]", "p[:, column, None], y[:, column, None]"),
+        ("there = result.classes[1]", "there = result.classes[0]"),
+    ],
     ("optimise.py", UPDATES): [
         ("            if weight.requires_grad:", "            if True:"),
         ("(learning and learning.learning_rate) or config.learning_rate", "config.learning_rate"),
@@ -366,7 +370,7 @@ CATALOGUE: dict[tuple[str, tuple[str, ...]], list[tuple[str, ...]]] = {
         ("n = a(n + r * recurrent_n)", "n = a(n + recurrent_n)"),
         ("self.bias_ih.data[self.units : 2 * self.units]", "self.bias_ih.data[: self.units]"),
         ('"LSTM", (0, 3, 1, 2), nn.LSTM', '"LSTM", (0, 1, 2, 3), nn.LSTM'),
-        ('"linear_before_reset": 1', '"linear_before_reset": 0'),
+        ('"linear_before_reset": int(self.reset_after)', '"linear_before_reset": 0'),
         ("spec.forget_bias\n        self.bias_hh.requires_grad_(False)", "spec.forget_bias"),
     ],
     ("layers/cells.py", RECURRENCES): [
@@ -395,8 +399,6 @@ CATALOGUE: dict[tuple[str, tuple[str, ...]], list[tuple[str, ...]]] = {
         ("scores / math.sqrt(self.units // self.heads) +", "scores +"),
         ("scores / math.sqrt(self.units // self.heads)", "scores / math.sqrt(self.units)"),
         (" + self.bias[:, back.clamp(0, self.reach)]", ""),
-        ("places = lengths[:, None] + torch", "places = 0 * lengths[:, None] + torch"),
-        ("return seen[:, seen.shape[1] - self.reach :]", "return seen[:, : self.reach]"),
         ("nn.init.zeros_(self.combine.bias)", "nn.init.ones_(self.combine.bias)"),
     ],
     ("layers/stepwise.py", LAYERS): [
@@ -428,6 +430,19 @@ CATALOGUE: dict[tuple[str, tuple[str, ...]], list[tuple[str, ...]]] = {
         ("grad_gates.flatten(0, 1).t() @ hs[:-1].flatten(0, 1)", "grad_gates.flatten(0, 1).t() @ hs[1:].flatten(0, 1)"),
         ("dc += grad_c[t]", "pass"),
         ("o.addcmul_(to_o, c1).sigmoid_()", "o.addcmul_(to_o, c0).sigmoid_()"),
+    ],
+    ("layers/changes.py", LAYERS): [
+        ("(count >= lag.steps)", "(count > lag.steps)"),
+        ("(now[..., lag.places] - then) /", "(now[..., lag.places] + then) /"),
+        ("change.scale / feature.scale", "change.scale"),
+        ('(state["seen"] + passed).clamp(max=self.reach)', 'state["seen"] + passed'),
+        (".clamp(-LIMIT, LIMIT), {", ", {"),
+    ],
+    ("averaging.py", UPDATES): [
+        ("(1 + self.updates) / (10 + self.updates)", "1.0"),
+        ("self.weights[name].lerp_(weight, 1 - decay)", "self.weights[name].lerp_(weight, decay)"),
+        ("self.network.load_state_dict(own)", "pass"),
+        ('weight.copy_(saved["weights"][name])', "pass"),
     ],
     ("layers/observed.py", LAYERS): [
         ("z = (x - self.mean) / self.scale if", "z = (x - self.mean) * self.scale if"),
@@ -476,9 +491,7 @@ CATALOGUE: dict[tuple[str, tuple[str, ...]], list[tuple[str, ...]]] = {
     ],
     ("layers/convolution.py", LAYERS): [
         ("self.reach = (spec.kernel - 1) * spec.dilation", "self.reach = spec.kernel * spec.dilation"),
-        ("places = lengths[:, None, None] + torch", "places = 0 * lengths[:, None, None] + torch"),
         ("count_include_pad=False", "count_include_pad=True"),
-        ("return seen[:, seen.shape[1] - self.reach :]", "return seen[:, : self.reach]"),
     ],
     ("layers/wrappers.py", LAYERS): [
         (
@@ -501,6 +514,16 @@ CATALOGUE: dict[tuple[str, tuple[str, ...]], list[tuple[str, ...]]] = {
         ("            start = stop\n", ""),
         ("seen = mask[..., places] if", "seen = mask[..., : len(places)] if"),
         ("head.losses(part, own, y[..., places], seen)", "head.losses(part, own, y[..., : len(places)], seen)"),
+    ],
+    ("layers/window.py", LAYERS): [
+        ("places = lengths[:, None] + torch", "places = 0 * lengths[:, None] + torch"),
+        ("return seen[:, seen.shape[1] - reach :]", "return seen[:, :reach]"),
+    ],
+    ("layers/changes.py", ("test_network.py", "test_layers.py")): [
+        ("count >= lag.steps", "count > lag.steps"),
+        ("torch.cat(channels, dim=2).clamp(-LIMIT, LIMIT)", "torch.cat(channels, dim=2)"),
+        (".clamp(max=self.reach)", ""),
+        ("change.scale / feature.scale", "change.scale"),
     ],
     ("layers/weights.py", LAYERS): [
         ('"xavier": 2.0 / (fan_in + fan_out)', '"xavier": 2.0 / fan_in'),

@@ -417,8 +417,8 @@ def test_label_columns_have_to_be_there(tmp_path: Path, write: Write, columns: t
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"task": "classification"}, "'classes' belongs to task 'classification'"),
-        ({"classes": 3}, "'classes' belongs to task 'classification'"),
+        ({"task": "classification"}, "'classes' belongs to tasks 'classification' and 'multi_label'"),
+        ({"classes": 3}, "'classes' belongs to tasks 'classification' and 'multi_label'"),
         (
             {"task": "classification", "classes": 2, "output_names": ["a"]},
             "'output_names' belongs to task 'regression'",

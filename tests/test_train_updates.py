@@ -520,6 +520,8 @@ def test_average_of_the_weights_is_what_is_validated_and_kept(tmp_path: Path) ->
     assert weights(one.network) == near(*average)
     errors = [average[0] * x + average[1] - y for x, y in ((1, -4), (2, 4), (3, 6))]
     assert history.losses[0][1] == pytest.approx(sum(e * e for e in errors) / 3, rel=1e-5)
+    trained_on = averaging(weight_average=0.15, epochs=2).fit().losses[1][0]  # not the average
+    assert trained_on == pytest.approx(sum((1.2 * x + 0.4 - y) ** 2 for x, y in ((1, -4), (2, 4), (3, 6))) / 3)
     second = line(epochs=2, **SGD)
     two = averaging(weight_average=0.15, epochs=2)
     two.epoch(0, Progress.silent())

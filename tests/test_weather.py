@@ -1,5 +1,6 @@
 """The weather recipe: what the committed model is worth, and the whole command from nothing."""
 
+import json
 import time
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from networks import CELLS
 from service.engine.model import Runtime
 from stepcast.manifest import read_manifest
 from training.__main__ import main
+from training.backtest import markdown, predictive_of
+from training.comparison import Comparison
 from training.config import load
 from training.data.table import TableSource
 from training.evaluate import present_steps
@@ -35,25 +38,55 @@ def source() -> TableSource:
 
 @pytest.fixture(scope="module")
 def measurement(source: TableSource) -> Measurement:
-    return Measurement(Stepper.of(MODEL, read_manifest(MODEL)), source)
+    manifest = read_manifest(MODEL)
+    return Measurement(Stepper.of(MODEL, manifest), source, predictive_of(manifest.outputs, manifest.distribution))
 
 
-def test_committed_model_beats_persistence(measurement: Measurement, source: TableSource) -> None:
-    """One hour ahead at most 0.87 for temperature and 0.91 on average, stepped one by one as it is served."""
-    (skill,) = measurement.skills([1])
+@pytest.fixture(scope="module")
+def skills(measurement: Measurement) -> list[Comparison]:
+    return measurement.skills([])
+
+
+def test_committed_model_reaches_its_figures_at_every_horizon(skills: list[Comparison], source: TableSource) -> None:
+    """Stepped one by one as it is served: its direct forecasts against persistence, none of them worse than that."""
+    one, six, day = skills
     assert source.targets == TARGETS
-    assert skill.rmse("persistence") == pytest.approx([1.55, 1.75, 4.67, 3.38, 1.11], rel=0.01)
-    assert skill.ratio("model")[0] <= 0.87
-    assert skill.ratio("model").mean() <= 0.91
-    assert (skill.rows > 3500).all()
+    assert one.rmse("persistence") == pytest.approx([1.55, 1.75, 4.67, 3.38, 1.11], rel=0.01)
+    assert one.ratio("model")[0] <= 0.84
+    assert one.ratio("model").mean() <= 0.861
+    assert six.ratio("model").mean() <= 0.77
+    assert day.ratio("model").mean() <= 0.77
+    for skill in skills:
+        assert (skill.ratio("model") < 1).all()
+        assert (skill.rmse("model") < skill.rmse("day_before")).all()
+        assert (skill.rows > 3400).all()
 
 
-def test_committed_model_beats_persistence_and_the_day_before_in_a_rollout(measurement: Measurement) -> None:
-    """Six hours ahead in every target, a day ahead on average."""
-    six, day = measurement.skills([6, 24])
-    assert (six.ratio("model") < 1).all()
-    assert (six.rmse("model") < six.rmse("day_before")).all()
-    assert day.ratio("model").mean() < 1
+def test_committed_model_beats_persistence_in_a_rollout(skills: list[Comparison]) -> None:
+    """Its forecasts of one hour fed back, six hours and a day ahead, in every target."""
+    for skill in skills[1:]:
+        assert (skill.ratio("rollout") < 1).all()
+
+
+def test_intervals_of_the_committed_model_cover_what_they_say(skills: list[Comparison]) -> None:
+    """Of all forecasts of all horizons together 77 to 83 % lie within the 80 % interval; a day ahead fewer do."""
+    shares = [coverage for skill in skills if (coverage := skill.coverage()) is not None]
+    assert 0.77 <= np.mean(shares) <= 0.83
+    for share, least in zip(shares, (0.80, 0.77, 0.72), strict=True):
+        assert least <= share.mean() <= 0.86
+    for skill in skills:
+        assert (skill.crps("model") < skill.mae("model")).all()
+
+
+def test_page_of_forecasts_shows_the_committed_model() -> None:
+    """The tables are those of the file of scores, and the model's errors are those of its manifest."""
+    scores = json.loads((ROOT / "docs" / "assets" / "forecasts.json").read_text())
+    assert markdown(scores) in (ROOT / "docs" / "forecasts.md").read_text()
+    skill = read_manifest(MODEL).provenance.metrics["skill"]
+    assert {f"{ahead} ahead" for ahead in scores["horizons"]} == set(skill)
+    for ahead, horizon in scores["horizons"].items():
+        for target in TARGETS:
+            assert horizon["forecasters"]["model"][target]["rmse"] == skill[f"{ahead} ahead"][target]["rmse"]
 
 
 def test_stepping_equals_the_full_pass(measurement: Measurement, source: TableSource) -> None:
@@ -107,16 +140,17 @@ def test_train_export_and_evaluate_from_the_command_line(tmp_path: Path, capsys:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_recipe_reaches_the_figure_it_states(tmp_path: Path) -> None:
-    """The recipe as it is: temperature at most 0.87 and all targets on average 0.91 of persistence, in minutes."""
-    assert "# Reaches: ratio <= 0.91" in RECIPE.read_text()
+    """The recipe as it is, on any machine: one, six and 24 hours ahead the means of the ratios that it states."""
+    assert "# Reaches: ratio <= 0.87" in RECIPE.read_text()
     started, threads = time.process_time(), torch.get_num_threads()
     assert main(["train", str(RECIPE), "--out", str(tmp_path / "models"), "--runs", str(tmp_path / "runs")]) == 0
     torch.set_num_threads(threads)
     assert time.process_time() - started < 300
     directory = tmp_path / "models" / "weather" / "1"
-    ahead = read_manifest(directory).provenance.metrics["skill"]["1 ahead"]
-    assert ahead["temp"]["ratio"] <= 0.87
-    assert np.mean([ahead[target]["ratio"] for target in TARGETS]) <= 0.91
+    skill = read_manifest(directory).provenance.metrics["skill"]
+    for ahead, most in (("1 ahead", 0.87), ("6 ahead", 0.78), ("24 ahead", 0.80)):
+        assert np.mean([skill[ahead][target]["ratio"] for target in TARGETS]) <= most
+    assert skill["1 ahead"]["temp"]["ratio"] <= 0.85
     Runtime(directory, device="cpu").prove()
 
 

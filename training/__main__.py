@@ -23,11 +23,12 @@ from .data.table import TableSource
 from .evaluate import answers, evaluate
 from .export import describe, next_version, publish, stage, state_tensors
 from .job import Job, fit, open_job
+from .metrics import Result
 from .network import Network
 from .parallel import join, leading, leave
 from .probabilistic import DistributionMetrics
 from .progress import Progress
-from .report import Forecast, Result, forecast_of, print_report, write_report
+from .report import Forecast, forecast_of, print_report, write_report
 from .segments import labelled
 from .skill import Measurement, skill_table
 from .stepper import Stepper
@@ -188,7 +189,7 @@ def _named(one: Feature | Output) -> str:
 
 def _forecast(job: Job, stepper: Stepper, manifest: Manifest) -> Forecast | None:
     """What is drawn of a regression: a series of the split's first batch."""
-    if manifest.task == "classification":
+    if manifest.task != "regression":
         return None
     summary = manifest.readout == "last"
     found = answers(stepper, job.source, job.arguments.split, streaming=manifest.streaming, summary=summary)

@@ -202,14 +202,14 @@ def tables(result: Backtest) -> Iterator[Table]:
     for comparison in result.comparisons:
         title = f"{comparison.ahead} x {result.every} ahead: RMSE / persistence's"
         table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-        for column in ("", *result.targets, "mean", "low", "high", "MASE", "CRPS"):
-            table.add_column(column, justify="right" if column else "left")
+        table.add_column("")
+        for column in (*result.targets, "mean", "MASE", "CRPS"):
+            table.add_column(column, justify="right", min_width=5, no_wrap=True)
         scores = result._scores(comparison)["forecasters"]
         for name, score in scores.items():
             ratios = [_shown(score[target]["ratio"]) for target in (*result.targets, "mean")]
             mean = score["mean"]
-            bounds = (_shown(mean[key]) for key in ("ratio_low", "ratio_high", "mase", "crps_ratio"))
-            table.add_row(name.replace("_", " "), *ratios, *bounds)
+            table.add_row(name.replace("_", " "), *ratios, *(_shown(mean[key]) for key in ("mase", "crps_ratio")))
         if (coverage := comparison.coverage()) is not None:
             shares = ", ".join(f"{t} {c:.0%}" for t, c in zip(result.targets, coverage, strict=True))
             table.caption = f"within the 80 % interval: {_known_mean(coverage):.1%} ({shares})"

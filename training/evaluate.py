@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from .data.batch import Batch, check_lanes
 from .data.source import Source, Split
-from .metrics import ClassificationResult, RegressionResult, metrics_for, presence
+from .metrics import RegressionResult, Result, metrics_for, presence
 from .probabilistic import DistributionMetrics
 from .segments import settle
 from .stepper import Floats, States, Stepper
@@ -23,7 +23,7 @@ def evaluate(
     streaming: bool = True,
     summary: bool = False,
     distribution: DistributionMetrics | None = None,
-) -> ClassificationResult | RegressionResult:
+) -> Result:
     """The masked metrics of a split.
 
     Args:
@@ -34,14 +34,14 @@ def evaluate(
         summary: Does only a row's last answer count?
         distribution: Measures the distributions, too, of a model that forecasts them.
     """
-    metrics = metrics_for(source.outputs, source.classes)
+    metrics = metrics_for(source.outputs, source.classes, source.task)
     for batch, y in answers(stepper, source, split, streaming=streaming, summary=summary):
         mask = None if batch.y_mask is None else batch.y_mask.numpy()
         metrics.update(y[..., : len(source.outputs)], batch.y.numpy(), mask)
         if distribution is not None:
             distribution.update(y, batch.y.numpy(), presence(mask, batch.y.shape))
     result = metrics.result()
-    if distribution is None or isinstance(result, ClassificationResult):
+    if distribution is None or not isinstance(result, RegressionResult):
         return result
     return replace(result, distribution=distribution.result())
 
@@ -97,6 +97,7 @@ def present_steps(batch: Batch) -> NDArray[np.bool_]:
 def _opening_states(stepper: Stepper, batch: Batch, states: States | None) -> States:
     """Fresh states for rows that start a sequence, the old ones for lanes that go on."""
     fresh = stepper.initial_states(batch.x.shape[0])
+    fresh |= {f"{n}.{k}": t.numpy() for n, layer in (batch.begin or {}).items() for k, t in layer.items()}
     if states is None or batch.starts is None:
         return fresh
     check_lanes(next((len(old) for old in states.values()), len(batch.starts)), batch)

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from stepcast.manifest import Output
+from stepcast.manifest import Output, Task
 
 from .probabilistic import DistributionResult
 from .roc import Scores, Thresholds
@@ -38,14 +38,17 @@ class Metrics(Protocol):
         """
         ...
 
-    def result(self) -> "ClassificationResult | RegressionResult":
+    def result(self) -> "Result":
         """The metrics of everything taken in so far."""
         ...
 
 
-def metrics_for(outputs: Sequence[Output], classes: Sequence[str] | None) -> Metrics:
-    """The accumulator for a model: by class if there are classes, else by output column."""
-    return ClassificationMetrics(classes) if classes else RegressionMetrics([output.name for output in outputs])
+def metrics_for(outputs: Sequence[Output], classes: Sequence[str] | None, task: Task = "regression") -> Metrics:
+    """The accumulator for a model: by class if there are classes, by label if there are labels, else by output."""
+    names = [output.name for output in outputs]
+    if task == "multi_label":
+        return MultiLabelMetrics(names)
+    return ClassificationMetrics(classes) if classes else RegressionMetrics(names)
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,37 @@ class ClassificationResult:
 
 
 @dataclass(frozen=True)
+class LabelResult:
+    """One label of several that may be there together. `there` counts the rows that have it."""
+
+    name: str
+    rows: int
+    there: int
+    accuracy: float | None
+    precision: float | None
+    recall: float | None
+    f1: float | None
+    roc_auc: float | None
+    log_loss: float | None
+
+
+@dataclass(frozen=True)
+class MultiLabelResult:
+    """Each label, and the averages over the labels for which a metric is defined."""
+
+    average: LabelResult
+    labels: tuple[LabelResult, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return {"task": "multi_label", **asdict(self)}
+
+    def summary(self) -> dict[str, Any]:
+        """`as_dict`: labels are few."""
+        return self.as_dict()
+
+
+@dataclass(frozen=True)
 class ColumnResult:
     """One output column. `rse` is the squared error relative to that of the labels' mean; `r2` is 1 - rse."""
 
@@ -131,6 +165,47 @@ class RegressionResult:
     def summary(self) -> dict[str, Any]:
         """`as_dict`: outputs are few."""
         return self.as_dict()
+
+
+Result = ClassificationResult | MultiLabelResult | RegressionResult
+
+
+class MultiLabelMetrics:
+    """Every label by itself, there above a probability of 0.5 (DL4J: EvaluationBinary); masks may be per label."""
+
+    def __init__(self, labels: Sequence[str]) -> None:
+        self._labels = {label: ClassificationMetrics([label]) for label in labels}
+
+    def update(self, predicted: ArrayLike, labels: ArrayLike, mask: ArrayLike | None = None) -> None:
+        """See `Metrics.update`; labels are 0 or 1."""
+        p, y, present = _entries(predicted, labels, mask, len(self._labels))
+        for column, metrics in enumerate(self._labels.values()):
+            there = present[:, column]
+            metrics.update(p[there, column, None], y[there, column, None])
+
+    def result(self) -> MultiLabelResult:
+        """See `Metrics.result`."""
+        labels = tuple(_label(metrics.result()) for metrics in self._labels.values())
+        fields = ("accuracy", "precision", "recall", "f1", "roc_auc", "log_loss")
+        average = {field: _mean([getattr(label, field) for label in labels]) for field in fields}
+        rows = max(label.rows for label in labels)
+        return MultiLabelResult(LabelResult("average", rows, sum(label.there for label in labels), **average), labels)
+
+
+def _label(result: ClassificationResult) -> LabelResult:
+    """One label, of what was measured as two classes: not there, and there."""
+    there = result.classes[1]
+    return LabelResult(
+        name=there.name,
+        rows=result.rows,
+        there=there.rows,
+        accuracy=result.accuracy,
+        precision=there.precision,
+        recall=there.recall,
+        f1=there.f1,
+        roc_auc=there.roc_auc,
+        log_loss=result.log_loss,
+    )
 
 
 class ClassificationMetrics:

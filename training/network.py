@@ -70,6 +70,7 @@ class Network(nn.Module):
         try:
             network = cls(specs, source.features, source.outputs, source.task == "classification")
             network._check_feedback(source)
+            network._check_labels(source)
         except IllegalLayer as error:
             raise ConfigError(f"{error.where}: {error}") from error
         return network
@@ -85,6 +86,13 @@ class Network(nn.Module):
                     f"embedding has a vocabulary of {reader.vocabulary}, the data feeds {len(classes)} classes back as "
                     f"{reader.feature or fed[0]!r}. Set vocabulary: {len(classes)}.",
                 )
+
+    def _check_labels(self, source: Source) -> None:
+        """Labels of which each may be there are probabilities apart from each other."""
+        for end, (head, _) in zip(self._ends, self.head.tasks(), strict=True):
+            if source.task == "multi_label" and (head.loss.name, head.activation) != ("xent", "sigmoid"):
+                got = f"loss {head.loss.name} with activation {head.activation}"
+                raise IllegalLayer(end.index, f"task multi_label wants loss xent with activation sigmoid, got {got}")
 
     def parts(self) -> Iterator[tuple[str, Learns | None, nn.Module]]:
         """What may have weights, from below: its name, how it learns if that is its own matter, and the module.
@@ -113,6 +121,24 @@ class Network(nn.Module):
             for layer in self.stack()
             if (shapes := layer.state_shapes())
         }
+
+    def opening_state(self, rows: int, begin: Mapping[str, Mapping[str, Tensor]] | None) -> State:
+        """The state that rows start from: what the data hands over, zeros for all else.
+
+        Raises:
+            ConfigError: it hands over what this network has no state for.
+        """
+        state = self.initial_state(rows)
+        for name, layer in (begin or {}).items():
+            for key, given in layer.items():
+                wanted = state.get(name, {}).get(key)
+                if wanted is None or wanted.shape != given.shape:
+                    there = "none" if wanted is None else list(wanted.shape)
+                    raise ConfigError(
+                        f"data: hands over state {name}.{key} {list(given.shape)}, the network has {there}"
+                    )
+                state[name][key] = given.to(wanted.dtype)
+        return state
 
     def forward(self, x: Tensor, mask: Tensor | None = None, state: State | None = None) -> tuple[Tensor, State]:
         """Answers in the caller's units, and the state after the last present step.
@@ -245,15 +271,20 @@ def detached(state: State) -> State:
     return {name: {key: tensor.detach() for key, tensor in layer.items()} for name, layer in state.items()}
 
 
-def restarted(state: State, starts: Tensor | None) -> State:
-    """The state with fresh zeros in the rows that start a new sequence; starts None means all of them."""
+def restarted(state: State, starts: Tensor | None, fresh: State | None = None) -> State:
+    """The state with a fresh one, of zeros if None, in the rows that start a new sequence; starts None: in all."""
     return {
         name: {
-            key: torch.zeros_like(t) if starts is None else torch.where(starts.view(-1, *[1] * (t.ndim - 1)), 0.0, t)
+            key: torch.where(_starting(starts, t), torch.zeros_like(t) if fresh is None else fresh[name][key], t)
             for key, t in layer.items()
         }
         for name, layer in state.items()
     }
+
+
+def _starting(starts: Tensor | None, like: Tensor) -> Tensor:
+    starts = like.new_ones(like.shape[:1], dtype=torch.bool) if starts is None else starts
+    return starts.view(-1, *[1] * (like.ndim - 1))
 
 
 def rows_of_state(state: State, default: int) -> int:

@@ -2,7 +2,7 @@
 
 import gc
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -41,7 +41,7 @@ class World:
         if len(rows):
             return rows_of(batch, rows)
         batch = rows_of(batch, torch.tensor([0]))
-        return Batch(batch.x, batch.y, batch.x_mask, torch.zeros(batch.y.shape[:2], dtype=torch.bool), batch.starts)
+        return replace(batch, y_mask=torch.zeros(batch.y.shape[:2], dtype=torch.bool))
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """The module as it is, or averaging its gradients over all processes."""
@@ -53,8 +53,7 @@ class World:
 
 def rows_of(batch: Batch, rows: Tensor) -> Batch:
     """Some rows of a batch."""
-    picked = [None if t is None else t[rows] for t in (batch.x_mask, batch.y_mask, batch.starts)]
-    return Batch(batch.x[rows], batch.y[rows], *picked)
+    return batch.each(lambda tensor: tensor[rows])
 
 
 def leading() -> bool:

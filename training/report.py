@@ -18,11 +18,20 @@ from stepcast.manifest import Output, Provenance
 from stepcast.predictive import Predictive
 
 from .data.batch import Batch
-from .metrics import MOST_CLASSES, ClassificationResult, ClassResult, ColumnResult, RegressionResult
+from .metrics import (
+    MOST_CLASSES,
+    ClassificationResult,
+    ClassResult,
+    ColumnResult,
+    LabelResult,
+    MultiLabelResult,
+    RegressionResult,
+    Result,
+)
 from .probabilistic import DistributionResult, band
 
-Result = ClassificationResult | RegressionResult
 COLUMN_FIELDS = ("rows", "mse", "mae", "rmse", "rse", "r2", "correlation")
+LABEL_FIELDS = ("rows", "there", "accuracy", "precision", "recall", "f1", "roc_auc", "log_loss")
 CLASS_FIELDS = ("rows", "precision", "recall", "f1", "roc_auc")
 BAND = 0.8
 MOST_STEPS = 500  # of a forecast; more cannot be told apart on a page
@@ -117,6 +126,9 @@ def _tables(result: Result) -> Iterator[tuple[str, tuple[str, ...], list[tuple[s
         if result.distribution is not None:
             yield from _distribution_tables(result.distribution)
         return
+    if isinstance(result, MultiLabelResult):
+        yield "Labels", ("label", *LABEL_FIELDS), [_row(one, LABEL_FIELDS) for one in (*result.labels, result.average)]
+        return
     yield "Classification", ("metric", "value"), list(_summary(result))
     if len(result.classes) <= MOST_CLASSES:  # metrics.json has them all
         yield "Classes", ("class", *CLASS_FIELDS), [_row(one, CLASS_FIELDS) for one in result.classes]
@@ -150,7 +162,7 @@ def _summary(result: ClassificationResult) -> Iterator[tuple[str, str]]:
         yield f"top {n}", _text(share)
 
 
-def _row(item: ColumnResult | ClassResult, fields: Sequence[str]) -> tuple[str, ...]:
+def _row(item: ColumnResult | ClassResult | LabelResult, fields: Sequence[str]) -> tuple[str, ...]:
     return (_visible(item.name), *(_text(getattr(item, field)) for field in fields))
 
 

@@ -14,11 +14,7 @@ from .data.batch import Batch
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch on a device."""
-    tensors = (batch.x, batch.y, batch.x_mask, batch.y_mask, batch.starts)
-    x, y, *rest = (None if t is None else t.to(device, non_blocking=True) for t in tensors)
-    assert x is not None
-    assert y is not None
-    return Batch(x, y, *rest)
+    return batch.each(lambda tensor: tensor.to(device, non_blocking=True))
 
 
 def settle(batch: Batch, *, fillable: Tensor, summary: bool) -> Batch:

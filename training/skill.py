@@ -183,7 +183,8 @@ def skill_table(source: TableSource, skills: Sequence[Comparison]) -> Table:
     naive = [n for n in skills[0].forecasts if n not in ("model", "rollout")] if skills else []
     forecasters = ["model", *(["rollout"] if rolled else []), *naive[:2]]  # a terminal is narrow
     for name in ("target", "ahead", *forecasters, "model / persistence"):
-        table.add_column(name.replace("_", " "), justify="left" if name == "target" else "right")
+        first = name == "target"
+        table.add_column(name.replace("_", " "), justify="left" if first else "right", no_wrap=first)
     for skill in skills:
         errors = [skill.rmse(n) if n in skill.forecasts else None for n in forecasters]
         ratio = skill.ratio("model")

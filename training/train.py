@@ -209,9 +209,9 @@ class Trainer:
         """Fresh state for rows that start a sequence, the old one for lanes that go on."""
         rows = batch.x.shape[0]
         if state is None or batch.starts is None or bool(batch.starts.all()):
-            return self.network.initial_state(rows)
+            return self.network.opening_state(rows, batch.begin)
         check_lanes(rows_of_state(state, rows), batch)
-        return restarted(state, batch.starts)
+        return restarted(state, batch.starts, self.network.opening_state(rows, batch.begin))
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.config.precision == "float32":

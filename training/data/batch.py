@@ -1,6 +1,7 @@
 """What travels from a reader to the loss: padded sequences and what of them is real."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -23,6 +24,14 @@ class Batch:
     x_mask: Tensor | None = None  # (B, T) bool
     y_mask: Tensor | None = None  # (B, T) or (B, T, O) bool
     starts: Tensor | None = None  # (B,) bool; None: every row starts a sequence
+    # States that rows start from, by layer and key, (B, ...); zeros for all that is not there.
+    begin: Mapping[str, Mapping[str, Tensor]] | None = field(default=None, kw_only=True)
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        """The batch with every tensor changed: moved to a device, or some rows of it."""
+        masks = (None if t is None else change(t) for t in (self.x_mask, self.y_mask, self.starts))
+        begin = {name: {key: change(t) for key, t in layer.items()} for name, layer in (self.begin or {}).items()}
+        return Batch(change(self.x), change(self.y), *masks, begin=begin or None)
 
 
 def check_lanes(before: int, batch: Batch) -> None:

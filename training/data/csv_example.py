@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from stepcast.errors import ConfigError
+from stepcast.manifest import Task
 
 from .align import one_hot
 from .csv_file import NO_CLASSES, Classes, read_csv
@@ -20,9 +21,11 @@ class ExampleFormat(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    task: Literal["regression", "classification"]
+    task: Task
     classes: tuple[str, ...] | Annotated[int, Field(ge=2)] | None = Field(
-        default=None, description="names, or how many; a label is an index into them, or one of the names"
+        default=None,
+        description="names, or how many; a label is an index into them, or one of the names. "
+        "Of multi_label the names of the labels, which have a column of 0 and 1 each",
     )
     label_columns: tuple[int, ...] | None = Field(
         default=None, description="labels are in the feature files, in these columns; from 0, or -1 for the last"
@@ -34,9 +37,9 @@ class ExampleFormat(BaseModel):
 
     @model_validator(mode="after")
     def _classes_fit(self) -> Self:
-        if (self.task == "classification") != (self.classes is not None):
-            raise ValueError("'classes' belongs to task 'classification', and only to it")
-        if self.classes is not None and self.label_columns is not None and len(self.label_columns) != 1:
+        if (self.task == "regression") != (self.classes is None):
+            raise ValueError("'classes' belongs to tasks 'classification' and 'multi_label', and only to them")
+        if self.task == "classification" and self.label_columns is not None and len(self.label_columns) != 1:
             raise ValueError(f"'label_columns' has {len(self.label_columns)} columns, a class index is one")
         return self
 
@@ -71,7 +74,8 @@ class ExampleFormat(BaseModel):
 
     def _named_labels(self, columns: tuple[int, ...]) -> Classes:
         """What may stand in label columns beside numbers."""
-        return Classes(self.classes, columns) if isinstance(self.classes, tuple) else NO_CLASSES
+        indexed = self.task == "classification"
+        return Classes(self.classes, columns) if indexed and isinstance(self.classes, tuple) else NO_CLASSES
 
     def _label_columns(self, values: Numbers, path: Path) -> list[int]:
         """Where the labels are, counted from 0."""
@@ -100,6 +104,9 @@ class ExampleFormat(BaseModel):
         names = self.class_names
         if names is None:
             return labels
+        if self.task == "multi_label":
+            self._check_labels(labels, len(names), path, skipped)
+            return labels
         if labels.shape[1] != 1:
             raise ConfigError(f"{path}: {labels.shape[1]} label columns, a class index is one")
         column = labels[:, 0]
@@ -110,3 +117,13 @@ class ExampleFormat(BaseModel):
             raise ConfigError(f"{where}: class {column[wrong[0]]:g}, wanted an index in 0..{len(names) - 1}")
         rows = one_hot(np.where(there, column, 0).astype(np.int64), len(names))
         return np.where(there[:, None], rows, np.nan)
+
+    def _check_labels(self, labels: Numbers, count: int, path: Path, skipped: int) -> None:
+        """A column for each label, and nothing but 0 and 1 in it where it is known."""
+        if labels.shape[1] != count:
+            raise ConfigError(f"{path}: {labels.shape[1]} label columns, data.classes names {count} labels")
+        wrong = np.argwhere(~np.isin(labels, (0, 1)) & ~np.isnan(labels))
+        if len(wrong):
+            row, column = wrong[0]
+            where = f"{path}, line {skipped + row + 1}"
+            raise ConfigError(f"{where}: label {column + 1} is {labels[row, column]:g}, wanted 0 or 1")

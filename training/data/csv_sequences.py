@@ -12,7 +12,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from stepcast.errors import ConfigError
-from stepcast.manifest import Feature, Feedback, Output
+from stepcast.manifest import Feature, Feedback, Output, Task
 
 from .align import Alignment, align
 from .batch import Batch
@@ -112,12 +112,12 @@ class CsvSequences:
         self.outputs = self._outputs()
 
     @property
-    def task(self) -> Literal["regression", "classification"]:
+    def task(self) -> Task:
         return self._config.task
 
     @property
     def classes(self) -> tuple[str, ...] | None:
-        return self._config.class_names
+        return self._config.class_names if self.task == "classification" else None
 
     @property
     def readout(self) -> Literal["each", "last"]:
@@ -182,8 +182,8 @@ class CsvSequences:
         )
 
     def _outputs(self) -> tuple[Output, ...]:
-        if self.classes is not None:
-            return tuple(Output(name=name) for name in self.classes)
+        if (names := self._config.class_names) is not None:  # of classes, or of labels
+            return tuple(Output(name=name) for name in names)
         names = _names("output_names", self._config.output_names, "y", self._widths[1])
         numbers = self._moments[1].normalisation(self._config.normalise_labels)
         return tuple(Output(name=n, mean=mean, scale=scale) for n, (mean, scale) in zip(names, numbers, strict=True))

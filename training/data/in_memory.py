@@ -8,7 +8,7 @@ from typing import Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from stepcast.manifest import Feature, Feedback, Output
+from stepcast.manifest import Feature, Feedback, Output, Task
 
 from .align import Alignment, Array, align
 from .batch import Batch
@@ -77,7 +77,7 @@ class InMemory:
     splits: Mapping[Split, Examples]
     features: tuple[Feature, ...]
     outputs: tuple[Output, ...]
-    task: Literal["regression", "classification"]
+    task: Task
     batch: int
     seed: int
     classes: tuple[str, ...] | None = None

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
-from stepcast.manifest import Feature, Feedback, Output
+from stepcast.manifest import Feature, Feedback, Output, Task
 
 from .batch import Batch
 
@@ -26,8 +26,8 @@ class Source(Protocol):
     Attributes:
         features: What stands in the last axis of `Batch.x`, in order; the widths sum to F.
         outputs: What stands in the last axis of `Batch.y`, in order; O of them.
-        task: "classification" has one-hot labels and as many `classes` as outputs.
-        classes: Names of the classes; None for regression.
+        task: "classification" has one-hot labels and as many `classes` as outputs; "multi_label" a 0 or 1 per output.
+        classes: Names of the classes; None without a choice between them.
         readout: "last" where only the last step of a sequence carries a label (many-to-one).
         feedback: Which outputs become which features when the model runs free.
         every_s: Seconds from one step to the next. A source without a clock has no such attribute.
@@ -41,7 +41,7 @@ class Source(Protocol):
     def outputs(self) -> tuple[Output, ...]: ...
 
     @property
-    def task(self) -> Literal["regression", "classification"]: ...
+    def task(self) -> Task: ...
 
     @property
     def classes(self) -> tuple[str, ...] | None: ...

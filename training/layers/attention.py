@@ -12,6 +12,7 @@ from .base import Layer, LayerState
 from .feedforward import write_linear
 from .specs import AttentionSpec
 from .weights import initialise
+from .window import latest, write_latest
 
 
 class Attention(Layer):
@@ -50,7 +51,7 @@ class Attention(Layer):
         weights = scores.masked_fill(~allowed[:, None], -torch.inf).softmax(dim=-1)  # (B, heads, T, W + T)
         seen = torch.einsum("bhts,bshd->bthd", weights, self._split(values)).flatten(2)
         after = {"keys": keys, "values": values, "valid": valid}
-        return self.combine(seen), {key: self._window(t, lengths) for key, t in after.items()}
+        return self.combine(seen), {key: latest(t, lengths, self.reach) for key, t in after.items()}
 
     def _back(self, n_steps: int, device: torch.device) -> Tensor:
         """How many steps each key lies behind each query, (T, W + T); negative: ahead of it."""
@@ -60,13 +61,6 @@ class Attention(Layer):
     def _split(self, x: Tensor) -> Tensor:
         """(B, T, U) to (B, T, heads, U / heads)."""
         return x.view(*x.shape[:2], self.heads, -1)
-
-    def _window(self, seen: Tensor, lengths: Tensor | None) -> Tensor:
-        """The last W valid steps of what was seen, state and input, (B, W, ...)."""
-        if lengths is None:
-            return seen[:, seen.shape[1] - self.reach :]
-        places = lengths[:, None] + torch.arange(self.reach, device=seen.device)
-        return seen.gather(1, places.view(*places.shape, *[1] * (seen.ndim - 2)).expand(-1, -1, *seen.shape[2:]))
 
     def write(self, graph: Graph, x: str, state: Mapping[str, str]) -> tuple[str, dict[str, str]]:
         three = graph.ints(*[self.units] * 3)
@@ -85,7 +79,7 @@ class Attention(Layer):
         mixed = graph.add("MatMul", weights, self._write_split(graph, seen["values"], [0, 2, 1, 3]))
         joined = graph.add("Reshape", graph.add("Transpose", mixed, perm=[0, 2, 1, 3]), graph.ints(0, 0, self.units))
         y = write_linear(graph, self.combine, joined)
-        return y, {name: self._write_window(graph, tensor) for name, tensor in seen.items()}
+        return y, {name: write_latest(graph, tensor, self.reach) for name, tensor in seen.items()}
 
     def _write_ones(self, graph: Graph, x: str) -> str:
         """Ones (B, T)."""
@@ -107,9 +101,3 @@ class Attention(Layer):
         """(B, T, U) as (B, T, heads, U / heads), its axes in this order."""
         split = graph.add("Reshape", x, graph.ints(0, 0, self.heads, self.units // self.heads))
         return graph.add("Transpose", split, perm=order)
-
-    def _write_window(self, graph: Graph, seen: str) -> str:
-        """`_window` in ONNX."""
-        lengths = graph.add("Unsqueeze", graph.add("Cast", graph.lengths, to=7), graph.ints(1))
-        places = graph.add("Add", lengths, graph.ints(*range(self.reach)))  # (B, W)
-        return graph.add("GatherND", seen, graph.add("Unsqueeze", places, graph.ints(2)), batch_dims=1)

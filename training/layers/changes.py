@@ -97,4 +97,4 @@ class Changes(nn.Module):
         joined = graph.add("Clip", joined, graph.constant(-LIMIT), graph.constant(LIMIT))
         passed = graph.add("Unsqueeze", graph.add("Cast", graph.lengths, to=1), graph.ints(1))
         seen = graph.add("Min", graph.add("Add", state["seen"], passed), graph.constant(float(self.reach)))
-        return joined, {"before": write_latest(graph, series, self.reach, len(self.columns)), "seen": seen}
+        return joined, {"before": write_latest(graph, series, self.reach), "seen": seen}

@@ -39,7 +39,7 @@ class Conv1D(Layer):
         after = {}
         if self.reach:
             x = graph.add("Concat", state["last"], x, axis=1)
-            after["last"] = write_latest(graph, x, self.reach, self.size)
+            after["last"] = write_latest(graph, x, self.reach)
         y = graph.add("Transpose", x, perm=[0, 2, 1])
         weight, bias = (graph.constant(p.detach().cpu().numpy()) for p in self.convolution.parameters())
         y = graph.add("Conv", y, weight, bias, dilations=list(self.convolution.dilation))
