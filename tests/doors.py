@@ -281,7 +281,9 @@ class WebSocketDoor:
         self._opened = ExitStack()
         address = f"ws{url.removeprefix('http')}/v1/models/{model}/stream"
         try:
-            self._socket = self._opened.enter_context(connect(address, max_size=None, compression=None))
+            self._socket = self._opened.enter_context(
+                connect(address, max_size=None, compression=None, ping_interval=None)
+            )
         except InvalidStatus as error:
             raise from_problem(json.loads(error.response.body)) from error
         self._packed, self._wire = packed, wire(url, model, packed, named)
