@@ -1,5 +1,7 @@
 """Fixtures for all tests: servers from serving.py and redis_servers.py."""
 
+import os
+
 import pytest
 from redis_servers import (
     own_cluster,
@@ -29,6 +31,10 @@ __all__ = [
     "spawn",
 ]
 
+# Before torch and scikit-learn are imported: tests run side by side, and the arrays are tiny. Threads of OpenMP that
+# wait for each other's processor spin.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 @pytest.fixture(scope="session")
 def anyio_backend() -> str:
@@ -37,6 +43,6 @@ def anyio_backend() -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first, so that no worker is left alone with one at the end."""
+    """The laws first, which take one worker for long, then files with slow tests: none is left alone at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    items.sort(key=lambda item: (item.path.name != "test_laws.py", item.path not in slow))

@@ -519,12 +519,6 @@ CATALOGUE: dict[tuple[str, tuple[str, ...]], list[tuple[str, ...]]] = {
         ("places = lengths[:, None] + torch", "places = 0 * lengths[:, None] + torch"),
         ("return seen[:, seen.shape[1] - reach :]", "return seen[:, :reach]"),
     ],
-    ("layers/changes.py", ("test_network.py", "test_layers.py")): [
-        ("count >= lag.steps", "count > lag.steps"),
-        ("torch.cat(channels, dim=2).clamp(-LIMIT, LIMIT)", "torch.cat(channels, dim=2)"),
-        (".clamp(max=self.reach)", ""),
-        ("change.scale / feature.scale", "change.scale"),
-    ],
     ("layers/weights.py", LAYERS): [
         ('"xavier": 2.0 / (fan_in + fan_out)', '"xavier": 2.0 / fan_in'),
         ('"relu": 2.0 / fan_in', '"relu": 1.0 / fan_in'),

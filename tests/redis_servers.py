@@ -90,8 +90,8 @@ class RedisServer:
         self.config = folder / "redis.conf"
         folder.mkdir(parents=True)
         lines = [f"port {self.port}", "bind 127.0.0.1", f"dir {folder}", f"logfile {folder}/log", *settings]
-        if not sentinel:
-            lines = ['save ""', "appendonly yes", *lines]
+        if not sentinel:  # Redis 7 would wait 5 s for more replicas before it sends the first its data
+            lines = ['save ""', "appendonly yes", "repl-diskless-sync-delay 0", *lines]
         self.config.write_text("\n".join([*lines, ""]))
         self._command = [PROGRAMS[version or VERSIONS[0]], str(self.config), *(["--sentinel"] if sentinel else [])]
         self._process: subprocess.Popen[bytes] | None = None

@@ -279,7 +279,7 @@ def test_client_whose_answer_was_lost_steps_once(memory_server: Running, client:
 def test_client_without_a_server_says_so() -> None:
     """After its tries; nothing hangs."""
     with (
-        Client(f"http://127.0.0.1:{free_port()}") as client,
+        Client(f"http://127.0.0.1:{free_port()}", retry=Retry(first_pause_s=0.01)) as client,
         pytest.raises(Unavailable, match="ConnectionRefusedError"),
     ):
         client.models()

@@ -278,9 +278,10 @@ class Image:
             assert done.returncode == 0, f"RUN {value}\n{done.stdout.decode()}\n{done.stderr.decode()}"
 
     def environment(self, **more: str) -> dict[str, str]:
+        """The image's variables and few of the host's; pip writes no bytecode, half the time and half the files."""
         outside = {n: v for n, v in os.environ.items() if n in ("HOME", "LANG") or n.startswith("PIP_")}
         path = f"{self.venv / 'bin'}{os.pathsep}{os.environ['PATH']}"
-        return {**outside, "PATH": path, **self.variables, **more}
+        return {**outside, "PIP_NO_COMPILE": "1", "PATH": path, **self.variables, **more}
 
     def execute(self, *command: str, **variables: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

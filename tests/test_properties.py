@@ -26,7 +26,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from serving import MODELS
+from serving import MODELS, few_models
 
 from service.engine.model import Runtime
 from service.engine.repository import Repository
@@ -70,7 +70,7 @@ def runtime() -> Runtime:
 
 @cache
 def repository() -> Repository:
-    found = Repository(MODELS, device="cpu", threads=1)
+    found = Repository(few_models(), device="cpu", threads=1)
     found.scan()
     return found
 

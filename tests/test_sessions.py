@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from asking import ask
-from serving import MODELS
+from serving import MODELS, few_models
 
 from service.engine.repository import Repository
 from service.records.block import Block
@@ -41,8 +41,9 @@ KIND = "lstm"
 X = np.array([[[0.1, 0.2, 0.3]]], np.float32)
 
 
-def rooms(store: Store, models: Path = MODELS, **settings: Any) -> States:
+def rooms(store: Store, models: Path | None = None, **settings: Any) -> States:
     """Sessions and states on a store."""
+    models = models or few_models()
     repository = Repository(models, device="cpu", threads=1)
     repository.scan()
     return States(Sessions(repository, store, Settings(models=models, **settings), Metrics()))

@@ -15,7 +15,7 @@ import numpy as np
 import orjson
 import pytest
 from asking import Answer, ask
-from serving import MODELS
+from serving import MODELS, few_models
 
 from service.engine.repository import Repository
 from service.records.block import Block
@@ -35,8 +35,9 @@ pytestmark = [pytest.mark.anyio, pytest.mark.service]
 KIND = "lstm"
 
 
-def sessions_on(store: Store, models: Path = MODELS, **settings: Any) -> Sessions:
+def sessions_on(store: Store, models: Path | None = None, **settings: Any) -> Sessions:
     """Sessions of the models of a directory."""
+    models = models or few_models()
     repository = Repository(models, device="cpu", threads=1)
     repository.scan()
     return Sessions(repository, store, Settings(models=models, **settings), Metrics())
@@ -129,7 +130,7 @@ async def test_rows_of_every_kind_are_one_batch_and_equal_the_whole_pass(log_ste
 
 async def test_a_guilty_row_fails_alone_whatever_its_batch() -> None:
     """A row of a batch, of three examples, and a row of no session: the others are as if it had not been there."""
-    sessions, kind = sessions_on(MemoryStore()), "lstm_normed"
+    sessions, kind = sessions_on(MemoryStore(), MODELS), "lstm_normed"
     served = sessions.repository.live(kind)
     x, three = readings(1, 1, 0, kind), readings(3, 1, 1, kind)
     bad = np.full_like(x, 3e38)
@@ -292,7 +293,7 @@ async def a_roster(sessions: Sessions, names: list[str], kind: str = KIND) -> An
 
 async def test_a_guilty_row_of_a_roster_fails_alone() -> None:
     """The others take their step, all are as if there had been no roster, and the next batch step goes on."""
-    sessions, names = sessions_on(MemoryStore()), [f"s{i}" for i in range(40)]
+    sessions, names = sessions_on(MemoryStore(), MODELS), [f"s{i}" for i in range(40)]
     x = await a_roster(sessions, names, "lstm_normed")
     bad = x.copy()
     bad[7] = 3e38

@@ -6,8 +6,8 @@ from ..bodies import READINGS
 
 SESSION: Final = "kennedy"
 _NEXT_HOURS: Final = {"time": "2013-11-02T03:00:00Z"}
-_OBSERVED: Final = {"last": [[0.0] * 9]}
-_LAYER: Final = {"h": [[0.0] * 64], "c": [[0.0] * 64]}
+_OBSERVED: Final = {"last": [[0.0] * 9], "before": [[[0.0] * 5] * 24], "seen": [[0.0]]}
+_LAYER: Final = {"h": [[0.0] * 128], "c": [[0.0] * 128]}
 
 PARAMETERS: Final[dict[str, Any]] = {
     "model": "weather",
@@ -24,7 +24,7 @@ BODIES: Final[dict[str, Any]] = {
     "batch": {"sessions": [SESSION, "newark"], "inputs": [READINGS, READINGS]},
     "predict": {"inputs": [READINGS, READINGS]},
     "create": {"examples": 1},
-    "state.set": {"state": {"observed": _OBSERVED, "lstm_0": _LAYER, "lstm_1": _LAYER}},
+    "state.set": {"state": {"observed": _OBSERVED, "lstm_0": _LAYER}},
     "layer": {"state": _OBSERVED},
     "fork": {},
     "checkpoint": {"name": "evening"},

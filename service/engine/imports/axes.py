@@ -148,6 +148,8 @@ def layouts(roles: Roles, known: Mapping[str, Any], features: int | None, rows: 
     given, x = known.get("input", {}), roles.input
     shared = [axis for axis in x.dynamic if x.shape[axis] in names]
     batches = [given["batch_axis"]] if "batch_axis" in given else shared or _batches(x, rows)
+    if rows == "one" and roles.states and not any(port.input.dynamic for port in roles.states):
+        batches = sorted(batches, key=x.dynamic.__contains__)  # what the states lack is rather time
     states = [list(_of_state(state, rows)) for state in roles.states]
     for batch in batches:
         for time in [given["time_axis"]] if "time_axis" in given else _times(x, batch):

@@ -38,9 +38,10 @@ def rebatched(reading: Reading) -> Rewritten | None:
     candidates = layouts(reading.roles, reading.known, features, "one")
     with_rows = (c for c in candidates if None not in (c.batch, *(axis for axis, _ in c.states)))
     why = ""
-    for layout in itertools.islice(with_rows, _MOST_LAYOUTS):
+    tried = list(itertools.islice(with_rows, _MOST_LAYOUTS))
+    for blocks, layout in itertools.product((False, True), tried):
         try:
-            model = _Walk(reading, layout).model()
+            model = _Walk(reading, layout, blocks=blocks).model()
             _prove(reading, layout, model)
         except _Stuck as error:
             why = why or str(error)
@@ -83,13 +84,19 @@ class _Value(NamedTuple):
 
     Attributes:
         axis: Where the rows are; None: nowhere, it is the same for all, or a size.
-        proper: Whether each row's own tensor has that axis too, of size 1; else it has an axis less.
+        proper: Whether each row's own tensor has that axis too; else it has an axis less. Mostly its size is 1. If not,
+            the rows lie there in blocks, as the bands of three frames on the batch axis of a GRU over bands do.
     """
 
     together: Array
     alone: list[Array]
     axis: int | None = None
     proper: bool = True
+
+    @property
+    def plain(self) -> bool:
+        """Whether the rows have an axis of their own, where each row's tensor has one of size 1; or no axis."""
+        return self.axis is None or (self.proper and self.together.shape[self.axis] == ROWS)
 
 
 class _Way(NamedTuple):
@@ -100,9 +107,10 @@ class _Way(NamedTuple):
 
 
 class _Walk:
-    """One way through a graph, with rows on these axes of the inputs. Raises _Stuck."""
+    """One way through a graph, with rows on these axes of the inputs; also in blocks, if said. Raises _Stuck."""
 
-    def __init__(self, reading: Reading, layout: Layout) -> None:
+    def __init__(self, reading: Reading, layout: Layout, *, blocks: bool) -> None:
+        self._blocks, self._own = blocks, dict[tuple[str, ...], list[list[Array] | None]]()
         self._model = onnx.copy(reading.graph.model)
         self._graph, self._opset = self._model.graph, onnx.opset(self._model)
         self._weights = {i.name: onnx.numpy_helper.to_array(i) for i in self._graph.initializer}
@@ -145,7 +153,7 @@ class _Walk:
         for port in self._graph.output:
             value = self._values[port.name]
             sizes = [f"{port.name}_{at}" for at in range(value.together.ndim)]
-            if value.axis is not None:
+            if value.axis is not None and value.plain:
                 sizes[value.axis] = "rows"
             kind = onnx.helper.np_dtype_to_tensor_dtype(value.together.dtype)
             port.CopyFrom(onnx.helper.make_tensor_value_info(port.name, kind, sizes))
@@ -179,41 +187,54 @@ class _Walk:
 
     def _ways(self, node: Any) -> Iterator[_Way]:
         """Ways to write a node that give each row what it gives alone; those that keep its tensors' axes first."""
-        alone = [self._run([node], node, row) for row in range(ROWS)]
+        alone = self._alone(node)
         later, known = [], set()
         for nodes in itertools.chain([[node]], self._others(node)):
-            together = self._run(nodes, node, None)
+            together = self._run(nodes, node)
             if together is None or None in alone:
                 continue
             values = [_matched(a, [one[n] for one in alone if one]) for n, a in enumerate(together)]
             found = [value for value in values if value is not None]
             lie = tuple((value.axis, value.proper) for value in found)
-            if len(found) == len(values) and lie not in known:
+            in_blocks = any(value.proper and not value.plain for value in found)
+            if len(found) == len(values) and lie not in known and (self._blocks or not in_blocks):
                 known.add(lie)
-                if all(value.proper for value in found):
+                if all(value.plain for value in found):
                     yield _Way(nodes, found)
                 else:
                     later.append(_Way(nodes, found))
         yield from later
 
-    def _run(self, nodes: Sequence[Any], whose: Any, row: int | None) -> list[Array] | None:
-        """What nodes make of the outputs of one of them, for one row or all; None where they do not run."""
+    def _alone(self, node: Any) -> list[list[Array] | None]:
+        """What a node makes for each row, however the nodes before it are written."""
+        key = tuple(node.output)
+        if key not in self._own:
+            self._own[key] = self._runs([node], node, range(ROWS))
+        return self._own[key]
+
+    def _run(self, nodes: Sequence[Any], whose: Any) -> list[Array] | None:
+        """What nodes make of the outputs of one of them, for all rows; None where they do not run."""
+        return self._runs(nodes, whose, [None])[0]
+
+    def _runs(self, nodes: Sequence[Any], whose: Any, rows: Sequence[int | None]) -> list[list[Array] | None]:
+        """The same for each of these rows; None stands for all of them together."""
         made = {name for node in nodes for name in node.output}
         names = {name for node in nodes for name in (*node.input, *onnx.captured(node))} - made - {""}
         fed = sorted(names - self._weights.keys())
         values = {name: self._values[name] for name in fed}
-        feeds = {name: value.together if row is None else value.alone[row] for name, value in values.items()}
+        feeds = [{n: v.together if row is None else v.alone[row] for n, v in values.items()} for row in rows]
         kind = onnx.helper.np_dtype_to_tensor_dtype
         info = onnx.helper.make_tensor_value_info
-        inputs = [info(name, kind(value.dtype), None) for name, value in feeds.items()]
+        inputs = [info(name, kind(value.dtype), None) for name, value in feeds[0].items()]
         outputs = [onnx.ValueInfoProto(name=name) for name in whose.output if name]
         weights = [onnx.numpy_helper.from_array(self._weights[n], n) for n in sorted(names & self._weights.keys())]
         graph = onnx.helper.make_graph(nodes, "part", inputs, outputs, weights)
         part = onnx.helper.make_model(graph, opset_imports=self._model.opset_import, ir_version=self._model.ir_version)
         try:
-            return list(open_session(part.SerializeToString(), "cpu", quiet=True).run(None, feeds))
+            session = open_session(part.SerializeToString(), "cpu", quiet=True)
+            return [list(session.run(None, each)) for each in feeds]
         except Exception:  # onnxruntime's exceptions have no common base but this; most ways of writing it do not run
-            return None
+            return [None] * len(feeds)
 
     # --- other ways to write a node ---------------------------------------------------------------------------------
 
@@ -230,12 +251,14 @@ class _Walk:
                 yield [onnx.helper.make_node("Identity", node.input[:1], node.output)]
             if not first.proper:
                 yield from self._moved(node, first.axis)
+        if node.op_type in _RECURRENT and self._blocks:
+            yield from self._in_blocks(node)
         yield from self._expanded(node, values)
 
     def _reshaped(self, node: Any, first: _Value) -> Iterator[list[Any]]:
         """Another size than 1 for the rows, or an axis for them."""
         asked = self._values[node.input[1]].alone[0].tolist()
-        made = self._run([node], node, 0)
+        made = self._alone(node)[0]
         got = list(made[0].shape) if made else []
         for at, size in enumerate(got):
             if size == 1 and at == first.axis:
@@ -244,6 +267,54 @@ class _Walk:
                 yield [self._with(node, 1, [*got[:at], -1, *got[at + 1 :]])]
         for at in range(len(got) + 1):
             yield [self._with(node, 1, [*got[:at], -1, *got[at:]])]
+        for at in sorted(range(len(got)), key=lambda at: got[at] != 1) if self._blocks else ():
+            yield self._laid(node.input[0], first, got, at, node.output[0])
+
+    def _laid(self, name: str, value: _Value, shape: Sequence[int], at: int, out: str) -> list[Any]:
+        """Nodes that give each row's tensor another shape, the rows lying along an axis of it, in blocks."""
+        make, nodes, own = onnx.helper.make_node, list[Any](), list(value.alone[0].shape)
+        axis = value.axis or 0
+
+        def then(operator: str, *numbers: int) -> None:
+            to = f"{_NAME}{next(self._numbers)}"
+            if operator == "Transpose":
+                nodes.append(make(operator, [name], [to], perm=numbers))
+            else:
+                nodes.append(make(operator, [name, self._constant(numbers)], [to]))
+
+        if any(size != 1 for size in own[:axis]):  # else the rows come first in memory
+            if value.proper:
+                then("Reshape", *own[:axis], -1, *own[axis:])
+                name = nodes[-1].output[0]
+            rank = len(own) + 1
+            then("Transpose", axis, *(other for other in range(rank) if other != axis))
+            name = nodes[-1].output[0]
+        if any(size != 1 for size in shape[:at]):
+            then("Reshape", -1, *shape)
+            name = nodes[-1].output[0]
+            then("Transpose", *range(1, at + 1), 0, *range(at + 1, len(shape) + 1))
+            name = nodes[-1].output[0]
+        then("Reshape", *shape[:at], -1, *shape[at + 1 :])
+        nodes[-1].output[0] = out
+        return nodes
+
+    def _in_blocks(self, node: Any) -> Iterator[list[Any]]:
+        """A recurrent node whose states have their rows on another axis than its batch, that of layers, say."""
+        new, before, after = _copied(node), list[Any](), list[Any]()
+        for number, output in zip((5, 6), (1, 2), strict=True):
+            name = node.input[number] if len(node.input) > number else ""
+            value = self._values.get(name)
+            if value is None or value.axis is None:
+                continue
+            own = value.alone[0].shape
+            new.input[number] = f"{_NAME}{next(self._numbers)}"
+            before += self._laid(name, value, own, 1, new.input[number])
+            if len(node.output) > output and node.output[output]:
+                new.output[output] = f"{_NAME}{next(self._numbers)}"
+                blocks = _Value(value.together, value.alone, 1)
+                after += self._laid(new.output[output], blocks, own, value.axis, node.output[output])
+        if before:
+            yield [*before, new, *after]
 
     def _other_axes(self, node: Any, first: _Value) -> Iterator[list[Any]]:
         """An axis less is put in or taken out: that of the rows."""
@@ -336,7 +407,7 @@ def _matched(together: Array, alone: Sequence[Array]) -> _Value | None:
     """How a tensor of all rows holds the rows' own; None: it does not."""
     each = list(alone)
     for at, size in enumerate(together.shape):
-        if size == ROWS and all(map(_near, np.split(together, ROWS, at), each)):
+        if size and size % ROWS == 0 and all(map(_near, np.split(together, ROWS, at), each)):
             return _Value(together, each, at)
     if all(_near(together, one) for one in each):
         return _Value(together, each)

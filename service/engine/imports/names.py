@@ -19,6 +19,8 @@ _DATA: Final = re.compile(
     "denoised|mask|gains?|scores?|result|action|far|near|ref(erence)?"
 )
 _BESIDE: Final = re.compile("vad|l?snr|loudness|energy|confidence|aux")
+_LENGTH: Final = re.compile("len|lens|length|lengths")
+_RESET: Final = re.compile("first|starts?|reset|begin|dones?|terminals?")
 _SYNONYMS: Final = {"hidden": "h", "hid": "h", "cell": "c", "states": "state", "caches": "cache"}
 _MADE: Final = re.compile(r"onnx::.*|\d+|getitem(_\d+)?|Identity(_\d+)?|StatefulPartitionedCall|serving_default_.*")
 _GLUED: Final = re.compile(
@@ -105,6 +107,16 @@ def is_data(name: str) -> bool:
 def is_beside(name: str) -> bool:
     """Whether a name speaks of data that is given beside the answer proper: how loud it was, whether anybody spoke."""
     return any(_BESIDE.fullmatch(word) for word in _all_words(name))
+
+
+def is_length(name: str) -> bool:
+    """Whether a name speaks of how much of the data is valid: `length`, `seq_lens`; `cache_len` is a state's."""
+    return not is_state(name) and any(_LENGTH.fullmatch(word) for word in _all_words(name))
+
+
+def is_reset(name: str) -> bool:
+    """Whether a name speaks of a flag that begins a session anew: `is_first`, `episode_starts`."""
+    return not is_state(name) and any(_RESET.fullmatch(word) for word in _all_words(name))
 
 
 def _all_words(name: str) -> list[str]:

@@ -28,6 +28,7 @@ from .batch import rebatched
 from .context import framed
 from .freed import any_size, many_rows, many_steps
 from .graphs import Graph
+from .joining import joined_data
 from .lifting import lift
 from .newer import older
 from .plain import declared, plain
@@ -37,7 +38,7 @@ from .reading import Reading
 from .rewrites import Rewrite, rewritten
 
 REWRITES: Final[tuple[Rewrite, ...]] = (framed, plain, any_size, many_rows, many_steps, declared, rebatched, lift)
-"""In this order; `older` stands before them, since only then onnxruntime can say what the graph's tensors are."""
+"""In this order; `older` and `joined_data` stand before them, since they change what the graph's tensors are."""
 
 
 class Imported(NamedTuple):
@@ -77,7 +78,7 @@ def import_onnx(
 
 def import_graph(graph: Graph, models: Path, name: str, version: int | None, known: Mapping[str, Any]) -> Imported:
     """The same for a graph that is in memory; `known` are fields of a manifest."""
-    reading, first = rewritten(Reading(graph, known), (older,))
+    reading, first = rewritten(Reading(graph, known), (older, joined_data))
     target = models / name / str(version or _next_version(models / name))
     if target.exists():
         raise ManifestError(f"{target} exists. Take another --version.")

@@ -24,12 +24,14 @@ from stepcast.manifest import ITEM_BYTES
 from ..onnx_session import Port
 from .flow import Flow
 from .graphs import Graph
-from .names import Likeness, is_beside, is_data, is_state, likeness
+from .names import Likeness, is_beside, is_data, is_length, is_reset, is_state, likeness
 from .questions import Question
 
 _TRIED: Final = 5  # states that are paired by trying all ways
 _MOST: Final = 2**28  # numbers in a tensor: what is tried must be in memory several times
 _FLOATS: Final = ("float32", "float64", "float16")
+
+JOIN: Final = ","  # between the names of inputs that are joined
 
 Pairs: TypeAlias = list[tuple[Port, Port]]
 
@@ -164,7 +166,8 @@ class _Roles:
         return likeness(port.name, result.name) is Likeness.FULL and self._may_be_named(port, result)
 
     def _nearly_named(self, port: Port, result: Port) -> bool:
-        return likeness(port.name, result.name) > Likeness.NONE and self._may_be_named(port, result)
+        alike = likeness(port.name, result.name) > Likeness.NONE and self._may_be_named(port, result)
+        return alike and not is_length(port.name)
 
     def _may_be_named(self, port: Port, result: Port) -> bool:
         """Whether neither tensor is called data, and the graph's nodes do not say otherwise."""
@@ -177,7 +180,8 @@ class _Roles:
 
     def _carried(self, port: Port, result: Port) -> bool:
         way = self.flow.way(port.name, result.name)
-        return way is not None and way.carried and not is_data(port.name) and not is_data(result.name)
+        is_named = any(speaks(p.name) for p in (port, result) for speaks in (is_data, is_length))
+        return way is not None and way.carried and not is_named
 
     def _continued(self, alike: Callable[[Port, Port], bool]) -> Pairs:
         """Free inputs with the one output that continues each; these are free no more."""
@@ -216,6 +220,7 @@ class _Roles:
         ports = [port for port in self.free["input"].values() if _is_array(port)]
         floats = [port for port in ports if port.dtype in _FLOATS]
         ports = floats or ports
+        ports = [port for port in ports if not is_reset(port.name)] or ports
         if not ports:
             every = ", ".join(map(str, self.sides["input"].values()))
             raise ManifestError(f"{self.graph.file}: none of the inputs {every} can carry data")
@@ -232,6 +237,9 @@ class _Roles:
     def _data_output(self) -> Port:
         """The one free output that can carry the data."""
         ports = [port for port in self.free["output"].values() if port.dtype in ITEM_BYTES]
+        called = [port for port in ports if self._is_called_data(port) and not is_beside(port.name)]
+        if len(called) == 1:  # an action may be a number of int64, its value is a float
+            return called[0]
         ports = [port for port in ports if port.dtype in _FLOATS] or ports
         if not ports:
             every = ", ".join(map(str, self.sides["output"].values()))
@@ -256,6 +264,8 @@ class _Roles:
         """Pairings of all free inputs that can be states, by the fewest products on their ways; the best, all alike."""
         outputs = [port for port in self.free["output"].values() if not is_data(port.name)]
         states = [port for port in self.free["input"].values() if self._ways(port, outputs)]
+        if "output" not in self.data and len(self.free["output"]) <= len(states):  # one is left for the answer
+            states = [port for port in states if not self._may_be_joined(port)]
         if not states or len(states) > _TRIED:
             return [self._in_order(states, outputs)]
         ranked: list[tuple[tuple[int, ...], Pairs]] = []
@@ -271,8 +281,7 @@ class _Roles:
 
     def _ways(self, port: Port, outputs: Iterable[Port]) -> list[tuple[Port, tuple[int, ...]]]:
         """The outputs that may continue an input, and how unlikely each is: its shape, its way's products, carried."""
-        single = not port.dynamic and math.prod(size for size in port.shape if isinstance(size, int)) == 1
-        if not _is_array(port) or single:  # a number for all rows is rather a constant
+        if not _has_values(port) or is_length(port.name) or is_reset(port.name):
             return []
         ways = [(result, self.flow.way(port.name, result.name)) for result in outputs if _fits(port, result)]
         return [(result, (_oddness(port, result), way.products, not way.carried)) for result, way in ways if way]
@@ -289,23 +298,50 @@ class _Roles:
         return pairs
 
     def _ask_for_the_rest(self) -> None:
-        """Inputs that nothing explains: a constant that the graph knows is suggested, never set."""
+        """Inputs that nothing explains: more data to be joined, constants; what is likely is suggested, never set."""
+        more = [port for port in self.free["input"].values() if self._may_be_joined(port)]
+        if more:
+            order = list(self.sides["input"])
+            parts = sorted([self.data["input"], *more], key=lambda port: order.index(port.name))
+            text = f"do the inputs {', '.join(map(str, parts))} all carry data of a step? Nothing else explains "
+            text += "them. --input joins them, in this order; or give --input one of them, --constant the others."
+            names = JOIN.join(port.name for port in parts)
+            self.questions = [question for question in self.questions if "input" not in question.fields]
+            self.questions.append(Question(text, [f"--input {names}"], {"input": {"name": names}}))
         for port in self.free["input"].values():
-            values = self.flow.compared_with(port.name)
-            dims = [size if isinstance(size, int) else 1 for size in port.shape]
-            fields = {"name": port.name, "dtype": port.dtype, "shape": dims, "values": values[:1] or None}
-            fits = any(_fits(port, result) for result in self.sides["output"].values())
-            text = f"what is input {port}? It is not the data, and "
-            text += "no output is surely its next value." if fits else "no output can be its next value."
-            text += f" The graph compares it with {', '.join(f'{value:g}' for value in values)}." if values else ""
-            text += " A step has one input of data: join several in the graph." if is_data(port.name) else ""
-            answer = f"--constant {port.name}={f'{values[0]:g}' if values else 'VALUE'}"
-            self.questions.append(Question(text, [answer], {"constants": [fields]}, bool(values)))
+            if port not in more:
+                self.questions.append(self._constant(port))
+
+    def _may_be_joined(self, port: Port) -> bool:
+        """Whether a free input may carry data beside the others."""
+        kind = port.dtype in _FLOATS or is_data(port.name)
+        spoken = is_state(port.name) or is_reset(port.name) or is_length(port.name)
+        return kind and _has_values(port) and not spoken and port.dtype != "bool"
+
+    def _constant(self, port: Port) -> Question:
+        """Asks for the value of an input: one that the graph compares it with, or 0 for a flag that begins anew."""
+        values = self.flow.compared_with(port.name)
+        likely = values[:1] or [0.0] * is_reset(port.name)
+        dims = [size if isinstance(size, int) else 1 for size in port.shape]
+        fields = {"name": port.name, "dtype": port.dtype, "shape": dims, "values": likely or None}
+        fits = any(_fits(port, result) for result in self.sides["output"].values())
+        text = f"what is input {port}? It is not the data, and "
+        text += "no output is surely its next value." if fits else "no output can be its next value."
+        text += f" The graph compares it with {', '.join(f'{value:g}' for value in values)}." if values else ""
+        text += " A session that begins anew is a new or a cleared one here." if is_reset(port.name) else ""
+        text += " It is rather how many steps of a chunk are valid." if is_length(port.name) else ""
+        answer = f"--constant {port.name}={f'{likely[0]:g}' if likely else 'VALUE'}"
+        return Question(text, [answer], {"constants": [fields]}, bool(likely))
 
 
 def _is_array(port: Port) -> bool:
     """Whether it can have rows."""
     return bool(port.shape) and port.dtype in ITEM_BYTES
+
+
+def _has_values(port: Port) -> bool:
+    """Whether it may differ from row to row: a single number of no dynamic axis is rather a constant for all."""
+    return _is_array(port) and (bool(port.dynamic) or math.prod(s for s in port.shape if isinstance(s, int)) > 1)
 
 
 def _fits(port: Port, result: Port) -> bool:
