@@ -8,6 +8,8 @@ import onnx
 from onnx import TensorProto as T
 from onnx import helper, numpy_helper
 
+from service.engine.model import Runtime
+
 Array = np.ndarray[Any, Any]
 RANDOM = np.random.default_rng(7)
 FEATURES, UNITS = 4, 3
@@ -326,3 +328,14 @@ ODD: dict[str, Any] = {
     "output": {"name": "y", "batch_axis": 0, "time_axis": None},
     "constants": [{"name": "scale", "dtype": "int64", "shape": [], "values": [10]}],
 }
+
+
+def stepped(runtime: Runtime, x: Any) -> Any:
+    """Outputs (B, T, O) of steps x (B, T, F) of all rows together, one at a time, from the initial state."""
+    states = np.frombuffer(runtime.initial(len(x)), np.uint8).reshape(len(x), -1)
+    outputs = []
+    for step in range(x.shape[1]):
+        after = np.empty_like(states)
+        outputs.append(runtime.step(np.ascontiguousarray(x[:, step]), [states], [after]))
+        states = after
+    return np.stack(outputs, axis=1)

@@ -36,17 +36,6 @@ def imported(file: Path, **known: Any) -> tuple[Runtime, Manifest]:
     return runtime, runtime.manifest
 
 
-def stepped(runtime: Runtime, x: Array) -> Array:
-    """Outputs (B, T, O) of steps x (B, T, F), one at a time, from the initial state."""
-    states = np.frombuffer(runtime.initial(len(x)), np.uint8).reshape(len(x), -1).copy()
-    outputs = []
-    for step in range(x.shape[1]):
-        after = np.empty_like(states)
-        outputs.append(runtime.step(np.ascontiguousarray(x[:, step]), [states], [after]))
-        states = after
-    return np.stack(outputs, axis=1)
-
-
 def lstm_alone(x: Array) -> Array:
     """What foreign.torch_lstm's mathematics says, from zeros."""
     zeros = np.zeros((len(x), foreign.UNITS))
@@ -91,7 +80,7 @@ def test_an_lstm_steps_as_numpy_does_however_it_is_declared(tmp_path: Path, case
     runtime, manifest = imported(LSTMS[case](tmp_path / "lstm.onnx"), **known)
     assert (manifest.rows, manifest.input.batch_axis, manifest.states[0].batch_axis) == ("many", 0, 1)
     x = np.random.default_rng(4).normal(size=(5, 6, 4)).astype(np.float32)
-    np.testing.assert_allclose(stepped(runtime, x), lstm_alone(x), 1e-4, 1e-5)
+    np.testing.assert_allclose(foreign.stepped(runtime, x), lstm_alone(x), 1e-4, 1e-5)
     blank = np.frombuffer(runtime.initial(5), np.uint8).reshape(5, -1)
     np.testing.assert_allclose(runtime.run(x, None, blank)[0], lstm_alone(x), 1e-4, 1e-5)
 
@@ -136,7 +125,7 @@ def test_a_graph_of_one_row_takes_many(tmp_path: Path, rows: int | str) -> None:
         h = np.zeros((1, 3), np.float32)
         for step in range(6):
             want[row, step], h = session.run(["y", "h_next"], {"x": x[row, [step]], "h": h})
-    np.testing.assert_allclose(stepped(runtime, x), want, 1e-5, 1e-6)
+    np.testing.assert_allclose(foreign.stepped(runtime, x), want, 1e-5, 1e-6)
     assert want[2, 3, 3] == 7
 
 
@@ -163,7 +152,7 @@ def test_a_graph_that_mixes_rows_runs_row_by_row(tmp_path: Path, rows: int | str
     assert "one row a run: node ReduceMean 'mean' mixes rows, or drops them" in manifest.provenance.data
     x = np.arange(3 * 4 * 2, dtype=np.float32).reshape(3, 4, 2) ** 2
     want = (x - x.mean(axis=2, keepdims=True)).cumsum(axis=1)
-    np.testing.assert_array_equal(stepped(runtime, x), want)
+    np.testing.assert_array_equal(foreign.stepped(runtime, x), want)
 
 
 def test_sessions_of_a_graph_of_one_row_are_served_together(tmp_path: Path) -> None:
@@ -195,7 +184,7 @@ def test_a_hidden_state_of_one_row_is_lifted_and_takes_many(tmp_path: Path) -> N
     runtime, manifest = imported(hidden(tmp_path / "hidden.onnx"))
     assert manifest.rows == "many"
     x = np.random.default_rng(8).normal(size=(3, 21, 4)).astype(np.float32)
-    np.testing.assert_allclose(stepped(runtime, x), lstm_alone(x), 1e-4, 1e-5)
+    np.testing.assert_allclose(foreign.stepped(runtime, x), lstm_alone(x), 1e-4, 1e-5)
 
 
 @pytest.mark.parametrize("layout", ["time first", "rows in the middle"])
@@ -225,7 +214,7 @@ def test_axes_need_no_names(tmp_path: Path, layout: str) -> None:
     want = values.cumsum(axis=1)
     if layout != "time first":
         want = want.reshape(4, 3, 3, 5).transpose(0, 1, 3, 2).reshape(4, 3, 15)
-    np.testing.assert_array_equal(stepped(runtime, values), want)
+    np.testing.assert_array_equal(foreign.stepped(runtime, values), want)
 
 
 def test_a_chunk_of_fixed_length_is_one_step(tmp_path: Path) -> None:
@@ -243,7 +232,7 @@ def test_a_chunk_of_fixed_length_is_one_step(tmp_path: Path) -> None:
     x = np.arange(3 * 4 * 12, dtype=np.float32).reshape(3, 4, 12) ** 2
     chunks = x.reshape(3, 4, 6, 2)
     want = (chunks - chunks.mean(axis=2, keepdims=True)).cumsum(axis=1).reshape(3, 4, 12)
-    np.testing.assert_allclose(stepped(runtime, x), want, 1e-5)
+    np.testing.assert_allclose(foreign.stepped(runtime, x), want, 1e-5)
 
 
 def branches(path: Path) -> Path:
@@ -288,7 +277,7 @@ def test_branches_that_are_always_taken_are_decided(tmp_path: Path, kind: int, f
     assert manifest.constants == ()
     assert "2 branches" in manifest.provenance.data
     x = np.arange(2 * 3 * 3, dtype=np.float32).reshape(2, 3, 3)
-    np.testing.assert_array_equal(stepped(runtime, x), factor * x.cumsum(axis=1))
+    np.testing.assert_array_equal(foreign.stepped(runtime, x), factor * x.cumsum(axis=1))
 
 
 def windowed(path: Path, rows: int | str = "B", opset: int = 17) -> Path:
@@ -316,7 +305,7 @@ def test_context_and_overlap_are_states(tmp_path: Path, rows: int | str) -> None
     assert (manifest.input.context, manifest.output.overlap) == (2, 2)
     assert {f"{state.layer}.{state.key}" for state in manifest.states} >= {"x.context", "y.overlap"}
     x = np.arange(1, 4 * 6 * 3 + 1, dtype=np.float32).reshape(4, 6, 3)
-    for row, got in enumerate(stepped(runtime, x)):
+    for row, got in enumerate(foreign.stepped(runtime, x)):
         chunk, total = np.zeros(5), np.zeros(6 * 3 + 2)
         for step in range(6):
             chunk = np.concatenate([chunk[3:], x[row, step]])

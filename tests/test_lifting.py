@@ -50,17 +50,6 @@ def taken(file: Path, folder: Path) -> Runtime:
     return runtime
 
 
-def stepped(runtime: Runtime, x: Any) -> Any:
-    """Outputs (B, T, O) for x (B, T, F), step by step from the initial state."""
-    states = np.frombuffer(runtime.initial(len(x)), np.uint8).reshape(len(x), -1)
-    parts = []
-    for step in range(x.shape[1]):
-        after = np.empty_like(states)
-        parts.append(runtime.step(np.ascontiguousarray(x[:, step]), [states], [after]))
-        states = after
-    return np.stack(parts, axis=1)
-
-
 def whole(file: Path, x: Any) -> Any:
     """What the graph itself answers for whole sequences, row by row."""
     session = ort.InferenceSession(str(file), providers=["CPUExecutionProvider"])
@@ -105,7 +94,7 @@ def test_what_torch_exports_without_a_state_steps_as_torch_answers(
     with torch.no_grad():
         answers = [network(torch.from_numpy(x[:, : step + 1])) for step in range(7)]
     expected = np.stack([answer.numpy() if last else answer.numpy()[:, -1] for answer in answers], axis=1)
-    np.testing.assert_allclose(stepped(runtime, x), expected, 1e-5, 1e-6)
+    np.testing.assert_allclose(foreign.stepped(runtime, x), expected, 1e-5, 1e-6)
 
 
 def tf2onnx(file: Path, *, op: str = "LSTM", steps: Any = None, batch: Any = None, **changes: Any) -> Path:
@@ -160,7 +149,7 @@ def test_what_tf2onnx_writes_is_lifted(tmp_path: Path, op: str, lengths: bool) -
     runtime = taken(file, tmp_path)
     assert states_of(runtime) == [("lstm_3", key, (H,)) for key in ("hc" if op == "LSTM" else "h")]
     x = RANDOM.normal(size=(3, 6, F)).astype(np.float32)
-    np.testing.assert_allclose(stepped(runtime, x), whole(file, x), 1e-5, 1e-6)
+    np.testing.assert_allclose(foreign.stepped(runtime, x), whole(file, x), 1e-5, 1e-6)
 
 
 def test_a_fixed_number_of_steps_is_freed(tmp_path: Path) -> None:
@@ -169,9 +158,9 @@ def test_a_fixed_number_of_steps_is_freed(tmp_path: Path) -> None:
     runtime = taken(file, tmp_path)
     assert runtime.manifest.n_features == F
     x = RANDOM.normal(size=(3, 6, F)).astype(np.float32)
-    np.testing.assert_allclose(stepped(runtime, x), whole(file, x), 1e-5, 1e-6)
+    np.testing.assert_allclose(foreign.stepped(runtime, x), whole(file, x), 1e-5, 1e-6)
     free = whole(tf2onnx(tmp_path / "free.onnx"), x := RANDOM.normal(size=(2, 9, F)).astype(np.float32))
-    np.testing.assert_allclose(stepped(runtime, x), free, 1e-5, 1e-6)
+    np.testing.assert_allclose(foreign.stepped(runtime, x), free, 1e-5, 1e-6)
 
 
 def test_one_row_of_the_examples_steps_becomes_any(tmp_path: Path) -> None:
@@ -181,7 +170,7 @@ def test_one_row_of_the_examples_steps_becomes_any(tmp_path: Path) -> None:
     assert runtime.manifest.rows == "many"
     assert states_of(runtime) == [("lstm_3", "h", (H,)), ("lstm_3", "c", (H,))]
     x = RANDOM.normal(size=(3, 6, F)).astype(np.float32)
-    np.testing.assert_allclose(stepped(runtime, x), whole(file, x), 1e-5, 1e-6)
+    np.testing.assert_allclose(foreign.stepped(runtime, x), whole(file, x), 1e-5, 1e-6)
 
 
 def test_a_graph_without_a_state_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -199,7 +188,7 @@ def test_a_first_state_that_is_the_same_everywhere_is_told(tmp_path: Path) -> No
     runtime = taken(file, tmp_path)
     assert [state.initial for state in runtime.manifest.states] == [0.5]
     x = RANDOM.normal(size=(2, 4, F)).astype(np.float32)
-    np.testing.assert_allclose(stepped(runtime, x), whole(file, x), 1e-5, 1e-6)
+    np.testing.assert_allclose(foreign.stepped(runtime, x), whole(file, x), 1e-5, 1e-6)
 
 
 def test_last_states_that_are_outputs_become_states(tmp_path: Path) -> None:
@@ -232,7 +221,7 @@ def test_scan_that_starts_from_zeros_is_lifted(tmp_path: Path) -> None:
     runtime = taken(foreign.save(tmp_path / "scan.onnx", nodes, *ports, {"width": np.array([F])}), tmp_path)
     assert states_of(runtime) == [("running_sum", "s0", (F,))]
     x = np.arange(2 * 4 * F, dtype=np.float32).reshape(2, 4, F)
-    np.testing.assert_array_equal(stepped(runtime, x), x.cumsum(axis=1))
+    np.testing.assert_array_equal(foreign.stepped(runtime, x), x.cumsum(axis=1))
 
 
 AXES = {"scan_input_axes": [1], "scan_output_axes": [1]}
@@ -395,7 +384,7 @@ def test_linear_attention_keeps_its_state(tmp_path: Path, domain: str, rule: str
     runtime = taken(attention(tmp_path / "attention.onnx", domain, rule), tmp_path)
     assert states_of(runtime) == [("mixer", "s", (HEADS, KEY, VALUE))]
     x = RANDOM.normal(size=(2, 6, runtime.manifest.n_features)).astype(np.float32) / 2
-    np.testing.assert_allclose(stepped(runtime, x), attention_numpy(x, rule), 1e-5, 1e-5)
+    np.testing.assert_allclose(foreign.stepped(runtime, x), attention_numpy(x, rule), 1e-5, 1e-5)
 
 
 @pytest.mark.parametrize("domain", ["", "com.microsoft"], ids=["opset27", "microsoft"])
@@ -406,7 +395,7 @@ def test_a_causal_convolution_keeps_what_it_looks_at(tmp_path: Path, domain: str
     x = RANDOM.normal(size=(2, 6, F)).astype(np.float32)
     padded = np.concatenate([np.zeros((2, 3, F), np.float32), x], axis=1)
     z = BIAS + sum(padded[:, tap : tap + 6] * KERNEL[:, 0, tap] for tap in range(4))
-    np.testing.assert_allclose(stepped(runtime, x), z / (1 + np.exp(-z)), 1e-5, 1e-6)
+    np.testing.assert_allclose(foreign.stepped(runtime, x), z / (1 + np.exp(-z)), 1e-5, 1e-6)
 
 
 def test_an_operator_that_is_too_new_is_named(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import foreign
 import numpy as np
 import onnxruntime as ort
 import pytest
@@ -50,17 +51,6 @@ def imported(models: Path, capsys: pytest.CaptureFixture[str], *arguments: str) 
     return runtime
 
 
-def served(runtime: Runtime, x: Array) -> Array:
-    """Outputs (B, T, O) of steps x (B, T, F) of all rows together."""
-    states = np.frombuffer(runtime.initial(len(x)), np.uint8).reshape(len(x), -1).copy()
-    outputs = []
-    for step in range(x.shape[1]):
-        after = np.empty_like(states)
-        outputs.append(runtime.step(np.ascontiguousarray(x[:, step]), [states], [after]))
-        states = after
-    return np.stack(outputs, axis=1)
-
-
 def bare(file: str) -> ort.InferenceSession:
     """The published graph, untouched."""
     options = ort.SessionOptions()
@@ -99,7 +89,7 @@ def test_silero_is_its_own_wrapper(tmp_path: Path, capsys: pytest.CaptureFixture
     assert frame == (512 if rate == 16_000 else 256)
     audio = np.stack([speech(FRAMES * frame, rate, seed) for seed in SPEAKERS])
     want = np.array([list(silero_wrapped(file, row, rate)) for row in audio], np.float32)
-    got = served(runtime, audio.reshape(len(SPEAKERS), FRAMES, frame))
+    got = foreign.stepped(runtime, audio.reshape(len(SPEAKERS), FRAMES, frame))
     assert want.min() < 0.1 < 0.7 < want.max()
     np.testing.assert_array_equal(got[:, :, 0], want)
 
@@ -118,7 +108,7 @@ def test_the_recipe_by_hand_is_the_preset(
     by_hand = imported(tmp_path, capsys, str(FILES / file), *answers)
     preset = imported(tmp_path, capsys, "silero", str(FILES / file))
     audio = speech(20 * 512, 16_000, 5).reshape(1, 20, 512)
-    np.testing.assert_array_equal(served(by_hand, audio), served(preset, audio))
+    np.testing.assert_array_equal(foreign.stepped(by_hand, audio), foreign.stepped(preset, audio))
 
 
 def test_the_recipes_page_shows_what_happens(tmp_path: Path) -> None:
@@ -155,8 +145,8 @@ def test_a_graph_of_dtln_is_itself_in_a_batch(
         x = np.abs(np.fft.rfft(x.astype(np.float64))).astype(np.float32)
     want = np.stack([dtln_alone(file, row) for row in x])
     assert np.abs(want).max() > 0.1
-    np.testing.assert_allclose(served(plain, x), want, rtol=0, atol=0 if file == "dtln_1.onnx" else 1e-6)
-    np.testing.assert_allclose(served(runtime, x), want, rtol=0, atol=2e-6 if runtime.quick else 1e-6)
+    np.testing.assert_allclose(foreign.stepped(plain, x), want, rtol=0, atol=0 if file == "dtln_1.onnx" else 1e-6)
+    np.testing.assert_allclose(foreign.stepped(runtime, x), want, rtol=0, atol=2e-6 if runtime.quick else 1e-6)
 
 
 def dtln_wrapped(audio: Array) -> Array:
@@ -183,7 +173,7 @@ def test_dtln_is_its_own_wrapper(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert (runtime.manifest.n_features, runtime.manifest.n_outputs) == (128, 128)
     audio = np.stack([speech(FRAMES * 128, 16_000, seed) for seed in SPEAKERS])
     want = np.stack([dtln_wrapped(row) for row in audio])
-    got = served(runtime, audio.reshape(len(SPEAKERS), FRAMES, 128))
+    got = foreign.stepped(runtime, audio.reshape(len(SPEAKERS), FRAMES, 128))
     assert np.abs(want).max() > 0.1
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)
 

@@ -26,7 +26,6 @@ from stepcast.predictive import Predictive
 from .baselines import Baselines, Fitted
 from .comparison import Comparison, Floats, joined, rounded
 from .config import Config
-from .data.source import Split
 from .data.table import TableSource
 from .export import stage, state_tensors
 from .network import Network
@@ -37,7 +36,6 @@ from .train import Trainer
 
 Window = Literal["expanding", "sliding"]
 FITTED: tuple[Fitted, ...] = ("linear", "trees")
-Bounds = dict[Split, tuple[int, int]]
 Forecaster = Callable[[TableSource], tuple[Stepper, Predictive | None]]
 
 
