@@ -16,7 +16,7 @@ from stepcast.predictive import Predictive
 
 from .backtest import FITTED, Forecaster, backtest, predictive_of, tables, trained, write_json, write_page
 from .check import check_names
-from .checkpoint import BEST_FILE, load_checkpoint, load_weights
+from .checkpoint import BEST_FILE, check_meaning, fitting, load_checkpoint, load_weights
 from .comparison import as_dict
 from .data.source import Source, Split
 from .data.table import TableSource
@@ -118,6 +118,8 @@ def export(job: Job) -> int:
         raise ConfigError(f"{path}: no such file. Train first.")
     load_weights(network, path)
     saved = load_checkpoint(job.run_directory, torch.device("cpu"))
+    with fitting(path):
+        check_meaning(saved or {}, job.source)
     return _export(job, network, History(**saved["history"]) if saved else None)
 
 
