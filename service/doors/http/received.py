@@ -7,6 +7,8 @@ from starlette.requests import ClientDisconnect, Request
 
 from stepcast.errors import Malformed, TooLarge, UnsupportedMediaType
 
+from ..large import aside
+
 ENCODINGS: Final = ("gzip", "x-gzip", "deflate")
 _ZLIB: Final = zlib.MAX_WBITS
 _GZIP: Final = zlib.MAX_WBITS | 16
@@ -34,7 +36,7 @@ async def read(request: Request, limit: int) -> bytes:
     except ClientDisconnect as error:
         raise Malformed("the connection was lost in the body") from error
     packed = b"".join(parts)
-    return _unpack(packed, encoding, limit) if packed and encoding in ENCODINGS else packed
+    return await aside(size, _unpack, packed, encoding, limit) if packed and encoding in ENCODINGS else packed
 
 
 def _unpack(packed: bytes, encoding: str, limit: int) -> bytes:

@@ -19,6 +19,7 @@ from .. import bodies, state_files
 from ..answers import FILES, Answer, Headers, answer_type, encode, problem, request_type
 from ..bodies import JSON
 from ..keys import Keys
+from ..large import aside
 from ..steps import Pending, Steps, Way
 from ..verbs import VERBS, Call
 from . import openapi, received
@@ -97,9 +98,9 @@ class Routes:
             principal = self._keys.authenticate(headers).require(verb.role)
             body, path = await received.read(request, self._limit) if sent else b"", request.path_params
             if kind in FILES:
-                asked = bodies.convert(state_files.read(body, kind, self._limit), verb.body, "the file")
+                asked = await aside(len(body), _from_file, body, kind, self._limit, verb.body)
             else:
-                asked = bodies.decode(body or b"{}", verb.body, kind if body else JSON)
+                asked = await aside(len(body), bodies.decode, body or b"{}", verb.body, kind if body else JSON)
             _fill(asked, request, route.queries)
             match = request.headers.get("if-match")
             call = Call(principal.namespace, path.get("model", ""), path.get("session", ""), asked, kind, match)
@@ -140,6 +141,15 @@ class Routes:
         response = await self._on_error(request, ours)
         response.headers.update(error.headers or {})
         return response
+
+
+def _from_file(body: bytes, kind: str, limit: int, struct: type[msgspec.Struct]) -> msgspec.Struct:
+    """The body of a state put that a file stands for."""
+    fields = state_files.read(body, kind, limit)
+    state = fields.pop("state")
+    asked = bodies.convert({**fields, "state": {}}, struct, "the file")
+    asked.state = state  # type: ignore[attr-defined]  # arrays, not parts of a body
+    return asked
 
 
 def respond(answer: Answer) -> Response:
