@@ -69,11 +69,14 @@ def test_committed_model_beats_persistence_in_a_rollout(skills: list[Comparison]
 
 
 def test_intervals_of_the_committed_model_cover_what_they_say(skills: list[Comparison]) -> None:
-    """Of all forecasts of all horizons together 77 to 83 % lie within the 80 % interval; a day ahead fewer do."""
+    """Of all forecasts of all horizons together 77 to 83 % lie within the 80 % interval; a day ahead fewer do.
+
+    Before calibration it was 84.6, 79.5 and 74.9 %.
+    """
     shares = [coverage for skill in skills if (coverage := skill.coverage()) is not None]
     assert 0.77 <= np.mean(shares) <= 0.83
-    for share, least in zip(shares, (0.80, 0.77, 0.72), strict=True):
-        assert least <= share.mean() <= 0.86
+    for share, least in zip(shares, (0.77, 0.77, 0.75), strict=True):
+        assert least <= share.mean() <= 0.82
     for skill in skills:
         assert (skill.crps("model") < skill.mae("model")).all()
 
@@ -108,6 +111,7 @@ def test_committed_model_is_of_the_recipe(source: TableSource) -> None:
     assert manifest.points == source.outputs
     assert [(f.source, f.feature) for f in manifest.feedback] == [(t, t) for t in TARGETS]
     assert type(load(RECIPE)).model_validate(manifest.provenance.config) == load(RECIPE)
+    assert set(manifest.provenance.metrics["spread_factors"]) == {output.name for output in source.outputs}
 
 
 def test_train_export_and_evaluate_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,6 +125,8 @@ def test_train_export_and_evaluate_from_the_command_line(tmp_path: Path, capsys:
         "data.test=2013-12-20",
         "--set",
         "network.1.units=8",
+        "--set",
+        "training.calibrate=null",
     ]
     assert main(["train", str(RECIPE), *places, *short]) == 0
     printed = capsys.readouterr().out
@@ -145,7 +151,7 @@ def test_recipe_reaches_the_figure_it_states(tmp_path: Path) -> None:
     started, threads = time.process_time(), torch.get_num_threads()
     assert main(["train", str(RECIPE), "--out", str(tmp_path / "models"), "--runs", str(tmp_path / "runs")]) == 0
     torch.set_num_threads(threads)
-    assert time.process_time() - started < 300
+    assert time.process_time() - started < 600
     directory = tmp_path / "models" / "weather" / "1"
     skill = read_manifest(directory).provenance.metrics["skill"]
     for ahead, most in (("1 ahead", 0.87), ("6 ahead", 0.78), ("24 ahead", 0.80)):

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
@@ -24,15 +23,15 @@ from stepcast.manifest import Distribution, Output
 from stepcast.predictive import Predictive
 
 from .baselines import Baselines, Fitted
+from .calibration import calibrate
 from .comparison import Comparison, Floats, joined, rounded
 from .config import Config
 from .data.table import TableSource
 from .export import stage, state_tensors
-from .network import Network
+from .job import fit_anew
 from .peers import PEERS, Peer
 from .skill import Measurement
 from .stepper import Stepper
-from .train import Trainer
 
 Window = Literal["expanding", "sliding"]
 FITTED: tuple[Fitted, ...] = ("linear", "trees")
@@ -190,10 +189,9 @@ def trained(config: Config, told: Callable[[str], None] = lambda line: None) -> 
     """Train the recipe's network on a source: the exported graph is what forecasts."""
 
     def forecaster(source: TableSource) -> tuple[Stepper, Predictive | None]:
-        torch.manual_seed(config.seed)
-        network = Network.of(config.network, source)
-        history = Trainer(network, source, config.training, seed=config.seed).fit()
+        network, history = fit_anew(config, source)
         told(f"  best epoch {history.best_epoch + 1} of {history.epoch}")
+        calibrate(network, source, config, told)
         scratch = Path(tempfile.mkdtemp(prefix="stepcast-backtest-"))
         try:
             stepper = Stepper(stage(network, source, scratch), state_tensors(network))

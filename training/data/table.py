@@ -8,7 +8,7 @@ horizons: of each one in turn), or the class that stands in the label column.
 import math
 from collections.abc import Iterator, Sequence
 from copy import copy
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -69,6 +69,25 @@ class TableSource:
         other.features = other._describe_features()
         other.outputs = other._describe_outputs()
         return other
+
+    def folds(self, count: int) -> Iterator[tuple["TableSource", "TableSource"]]:
+        """The training rows without one of `count` stretches of time, and a source whose test rows it is, in turn.
+
+        Without it means without its labels, those of steps before it included. Its readings are still read.
+
+        Raises:
+            ConfigError: there are fewer training steps.
+        """
+        start, stop = self.bounds["train"]
+        cuts = np.linspace(start, stop, count + 1).astype(int).tolist()
+        if len(set(cuts)) <= count:
+            raise ConfigError(f"training.folds: {count}, there are {stop - start} training steps")
+        for first, last in pairwise(cuts):
+            rest = copy(self)
+            rest.y = self.y.copy()
+            for index, ahead in enumerate(self.ahead):
+                rest.y[:, max(0, first - ahead) : last, index] = np.nan
+            yield rest, self.between({**self.bounds, "test": (first, last)})
 
     def _bounds(self) -> dict[Split, tuple[int, int]]:
         """First and last + 1 grid step of each split."""

@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from stepcast.calendars import describe
 from stepcast.manifest import TIME, CalendarChannel
@@ -121,6 +121,19 @@ class TableConfig(_Strict):
     validation: datetime = Field(description="first moment of the validation rows; training is all before; UTC")
     test: datetime = Field(description="first moment of the test rows")
     warm_up: int = Field(default=168, ge=0, description="unscored steps before validation and test rows")
+
+    @field_validator("every")
+    @classmethod
+    def _a_step(cls, every: str) -> str:
+        from pandas import Timedelta  # slow to import, and not needed for recipes without a table
+
+        try:
+            is_one = Timedelta(every) > Timedelta(0)  # NaT is not
+        except ValueError:
+            is_one = False
+        if not is_one:
+            raise ValueError(f"{every!r} is no step of time. Write a number and a unit: 1h, 15min, 1D.")
+        return every
 
     @model_validator(mode="before")
     @classmethod
