@@ -123,8 +123,8 @@ class GluontsDeepar:
     """GluonTS' `DeepAREstimator` (Salinas et al., 2020): an LSTM that draws sample paths, one value at a time.
 
     It forecasts single series, so the changes of every target of every series are one, told apart by two static
-    categories and standardised by the training rows. It reads its own lags and time features, and the table's calendar;
-    it has no place for readings that are not known in advance. A forecast is the mean of its sample paths.
+    categories. It reads its own lags and time features, and the table's calendar; it has no place for readings that are
+    not known in advance. A forecast is the mean of its sample paths.
     """
 
     PATHS = 50
@@ -136,8 +136,7 @@ class GluontsDeepar:
 
         self.distances = distances
         (start, validation), (_, test), _ = (source.bounds[s] for s in ("train", "validation", "test"))
-        self.readings, changes = _targets(source, carried(source.x.astype(np.float64)))
-        self.mean, self.scale, self.scaled = _standardised(changes, start, validation)
+        self.readings, self.changes = _targets(source, carried(source.x.astype(np.float64)))
         calendar = [k for k, channel in enumerate(source.channels) if channel.calendar is not None]
         self.known = source.x[0][:, calendar].T  # (C, L), of all series
         self.start = pd.Period(source.times[0].tz_localize(None), freq=source.config.every)
@@ -151,7 +150,6 @@ class GluontsDeepar:
                 num_feat_dynamic_real=len(calendar),
                 num_feat_static_cat=2,
                 cardinality=[len(self.readings), len(source.targets)],
-                scaling=False,
                 num_batches_per_epoch=150,
                 num_parallel_samples=self.PATHS,
                 trainer_kwargs={
@@ -172,7 +170,7 @@ class GluontsDeepar:
         """Changes [start, stop) as GluonTS wants them, the calendar `beyond` steps further."""
         item: dict[str, Any] = {
             "start": self.start + start,
-            "target": self.scaled[series, start:stop, target],
+            "target": self.changes[series, start:stop, target],
             "feat_static_cat": np.array([series, target]),
         }
         if len(self.known):
@@ -189,7 +187,7 @@ class GluontsDeepar:
         torch.manual_seed(self.seed)
         with _quiet():
             for (s, o, r), forecast in zip(asked, self.predictor.predict(items), strict=True):
-                path = self.readings[s, origin[r], o] + np.cumsum(forecast.mean * self.scale[o] + self.mean[o])
+                path = self.readings[s, origin[r], o] + np.cumsum(forecast.mean)
                 for ahead in self.distances:
                     said[ahead][s, r, o] = path[ahead - 1]
         return said
