@@ -5,6 +5,7 @@ make bench ARGS="--quick"                    all, short rounds
 make bench ARGS="--only asgi-echo,http-json-redis"
 make bench ARGS="--only growth,lone"         scenarios have names too
 make bench ARGS="--only silero"              voices per core in real time; Silero's graph is not in the repository
+make bench ARGS="--only exports"             networks as torch's exporters write them, imported, beside our own export
 make bench ARGS="--only cost,aof"            what dear steps cost beside plain ones; Redis without page dropping
 make bench ARGS="--against ../before"        another checkout's servers take turns with this one's; both columns
 make bench ARGS="--only cuda"                needs a GPU; python -m benchmarks.device --device cpu tries it without

@@ -26,9 +26,14 @@ from .engine.batch_invariance import try_batches
 from .engine.golden import placements
 from .engine.model import Runtime
 from .settings import PREFIX, Settings
-from .telemetry import WORKERS
+from .telemetry import WORKERS, log
+
+if sys.platform != "win32":
+    import resource
 
 OPTIONS = ("models", "store", "device", "host", "port", "workers")  # of `serve`: settings too
+OTHER_FILES = 256
+"""Files that a server has open beside its connections: stores, models, libraries."""
 
 
 class Uvicorn(uvicorn.Server):
@@ -60,6 +65,24 @@ def _announce(listener: socket.socket, example: bool) -> None:
         print(f"a first step: stepcast step control_charts demo value=30.5 --url http://{host}:{port}", flush=True)
 
 
+def _room_for(connections: int) -> None:
+    """Raise the limit of open files as far as the connections need, if the system allows it."""
+    if sys.platform == "win32":
+        return
+    needed = connections + OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY:
+        needed = min(needed, hard)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    if needed < connections + OTHER_FILES:
+        log.warning(
+            "the system allows %d open files, for %d connections %d are needed: raise its limit or lower "
+            "STEPCAST_CONNECTIONS_LIMIT",
+            *(needed, connections, connections + OTHER_FILES),
+        )
+
+
 def serve(arguments: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT."""
     if arguments.example:
@@ -71,6 +94,7 @@ def serve(arguments: argparse.Namespace) -> int:
         raise ConfigError("store 'memory://' is one process's own memory: it cannot serve several workers")
     os.environ.update({PREFIX + name.upper(): text for name, text in given.items() if text is not None})  # for workers
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    _room_for(settings.connections_limit)
     config = uvicorn.Config(
         create_app(settings, freezes=True) if alone else f"{__package__}.app:from_environ",
         factory=not alone,
@@ -88,6 +112,7 @@ def serve(arguments: argparse.Namespace) -> int:
         ssl_keyfile=arguments.ssl_keyfile,
         server_header=False,
         date_header=False,
+        proxy_headers=False,  # wrong keys are counted by the address of the connection: nobody can write that
     )
     if alone:
         logging.getLogger("uvicorn.error").addFilter(OneLine())

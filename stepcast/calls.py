@@ -21,6 +21,7 @@ from .errors import (
     Draining,
     NotReady,
     StepcastError,
+    TooManyConnections,
     Unavailable,
     from_problem,
 )
@@ -257,7 +258,8 @@ def _manifest(message: dict[str, Any]) -> Manifest:
 
 
 def _again(call: Call, error: StepcastError) -> bool:
-    if error.status == 429 or isinstance(error, (Draining, NotReady)):  # refused: certainly not applied
+    if error.status in (408, 429) or isinstance(error, (Draining, NotReady, TooManyConnections)):
+        # refused: certainly not applied
         return True
     return call.safe and error.status in (503, 504)
 

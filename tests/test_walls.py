@@ -22,7 +22,7 @@ DOORS = {
     "httptools": ["stepcast/wire.py"],
     "fastapi": ["service/app.py", "service/doors/http/"],
     "starlette": ["service/app.py", "service/doors/http/"],
-    "uvicorn": ["service/__main__.py", "service/doors/http/connection.py", "service/doors/websocket/connection.py"],
+    "uvicorn": ["service/__main__.py", "service/doors/http/guard.py", "service/doors/websocket/connection.py"],
     "prometheus_client": ["service/telemetry.py"],
     "redis": ["service/store/redis/"],
     "hiredis": ["service/store/redis/"],

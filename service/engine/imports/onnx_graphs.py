@@ -108,7 +108,8 @@ def _proved(folder: Path, reading: Reading, target: Path, first: Sequence[str]) 
     reading, then = rewritten(reading, REWRITES)
     done = [*first, *then]
     made = {"task": "regression", "lengths": reading.roles.lengths, "provenance": _provenance(file, done)}
-    fields = {**made, **reading.known, **reading.layout, "name": target.parent.name, "version": int(target.name)}
+    fields = {**made, "single_steps": "exact", **reading.known, **reading.layout}
+    fields |= {"name": target.parent.name, "version": int(target.name)}
     fields["sha256"] = hashlib.sha256(reading.graph.content).hexdigest()
     try:
         manifest = Manifest.model_validate(fields)
