@@ -19,10 +19,12 @@ from training.calibration import calibrate, fitted
 from training.check import check_held_out
 from training.config import Config, load
 from training.data.in_memory import Examples, InMemory
+from training.data.table import TableSource
 from training.distributions import distribution_of
 from training.evaluate import evaluate
 from training.export import stage, state_tensors
 from training.graph import Graph
+from training.job import fit_anew
 from training.layers.output import Head
 from training.metrics import RegressionResult
 from training.network import Network
@@ -154,7 +156,8 @@ def test_point_forecasts_stay_and_all_else_moves_away_from_them(
     factors, given = torch.tensor([2.0, 0.5]), torch.tensor(parameters)
     assert made.stretched(given, factors).tolist() == stretched
     graph = Graph(len(parameters))
-    graph.output(made.write_stretched(graph, graph.x, factors), "y", ["B", "T", len(parameters)])
+    written, scale = made.write_stretched(graph, graph.x, factors, torch.ones(len(parameters)))
+    graph.output(graph.add("Mul", written, graph.constant(scale.numpy())), "y", ["B", "T", len(parameters)])
     session = onnxruntime.InferenceSession(graph.model(doc="").SerializeToString())
     lengths = np.ones(1, np.int32)
     (y,) = session.run(["y"], {"x": given.numpy()[None, None], "lengths": lengths})
@@ -221,6 +224,29 @@ def probabilistic(directory: Path, **training: Any) -> Path:
     tree["training"] |= training
     path.write_text(yaml.safe_dump(tree))
     return path
+
+
+@torch.no_grad()
+def test_folds_measure_each_stretch_by_a_network_that_has_not_learned_from_it(tmp_path: Path) -> None:
+    """The same by hand in torch: train without each stretch, answer it, and take the factors of all rows together."""
+    whole = load(probabilistic(tmp_path, calibrate="folds", folds=2))
+    source = whole.data.open(batch=2, seed=0, root=tmp_path)
+    assert isinstance(source, TableSource)
+    parts = []
+    for rest, block in source.folds(2):
+        with torch.enable_grad():
+            other, _ = fit_anew(whole, rest)
+        (batch,) = block.batches("test")
+        assert batch.y_mask is not None
+        rows = batch.y_mask.any(dim=-1)
+        y, _ = other(batch.x, batch.x_mask)
+        parts.append([one[rows].numpy() for one in (y, batch.y, batch.y_mask)])
+    net = Network.of(whole.network, source)
+    assert isinstance(net.head, Head)
+    outputs, labels, there = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    want = dict(zip(("heat", "load", "heat+3h", "load+3h"), fitted(net.head, outputs, labels, there), strict=True))
+    with torch.enable_grad():
+        assert calibrate(net, source, whole) == pytest.approx(want, rel=1e-3)
 
 
 @pytest.mark.parametrize("how", [{"calibrate": "validation"}, {"calibrate": "folds", "folds": 2}])

@@ -15,7 +15,7 @@ from stepcast.errors import ConfigError, ManifestError
 from stepcast.manifest import MODEL_FILE, Feature, Manifest, Output, read_manifest, sha256_of
 from stepcast.predictive import Predictive
 
-from .backtest import FITTED, Forecaster, backtest, predictive_of, tables, trained, write_json, write_page
+from .backtest import FITTED, Forecaster, backtest, predictive_of, tables, trained, with_kept, write_json, write_page
 from .calibration import calibrate
 from .check import check_held_out, check_names
 from .checkpoint import BEST_FILE, check_meaning, fitting, load_checkpoint, load_weights
@@ -92,6 +92,7 @@ def _backtest_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--peers", default="", metavar="NAMES", help=f"train networks of others too: {','.join(PEERS)}"
     )
+    command.add_argument("--keep-peers", action="store_true", help="keep rows of peers that --json's FILE has")
     command.add_argument("--json", type=Path, metavar="FILE", help="write every score")
     command.add_argument("--page", type=Path, metavar="FILE", help="write the tables between a page's marks")
 
@@ -262,10 +263,15 @@ def compare(job: Job) -> int:
     )
     for table in tables(result):
         job.console.print(table)
+    scores = result.as_dict()
+    if arguments.keep_peers and arguments.json:
+        scores, gone = with_kept(scores, arguments.json)
+        for title in gone:
+            told(f"{title}: was measured beside other forecasts, and is left out. Train it again: --peers")
     if arguments.json:
-        write_json(arguments.json, result)
+        write_json(arguments.json, scores)
     if arguments.page:
-        write_page(arguments.page, result)
+        write_page(arguments.page, scores)
     return 0
 
 

@@ -117,15 +117,19 @@ class Distribution(nn.Module, ABC):
         about = torch.where(about, points, 0.0)
         return about + (parameters - about) * by
 
-    def write_stretched(self, graph: Graph, parameters: str, factors: Tensor) -> str:
-        """Write `stretched` into a graph: the name of its parameters."""
+    def write_stretched(self, graph: Graph, parameters: str, factors: Tensor, scale: Tensor) -> tuple[str, Tensor]:
+        """Write `stretched` into a graph: the name of its parameters, and what these are to be multiplied by.
+
+        That is `scale` (P * K,), or what does both in one product where all is stretched about 0.
+        """
         targets = len(factors)
-        about, by = self._about(targets), graph.constant(self._stretch(factors).cpu().numpy())
+        about, by = self._about(targets), self._stretch(factors)
         if not about[targets:].any():
-            return graph.add("Mul", parameters, by)
+            return parameters, scale * by
         points = graph.add("Gather", parameters, graph.ints(*list(range(targets)) * len(self.per_target)), axis=2)
         centre = graph.add("Where", graph.constant(about.numpy(), np.bool_), points, graph.constant(0.0))
-        return graph.add("Add", centre, graph.add("Mul", graph.add("Sub", parameters, centre), by))
+        away = graph.add("Mul", graph.add("Sub", parameters, centre), graph.constant(by.cpu().numpy()))
+        return graph.add("Add", centre, away), scale
 
     def _about(self, targets: int) -> Tensor:
         """(P * K,), which parameters are stretched about the point forecast; all others about 0."""

@@ -128,15 +128,15 @@ class Head(nn.Module):
     def write(self, graph: Graph, observed: str, hidden: str) -> str:
         """Add this layer to a graph: the answer's name."""
         z = hidden if self.linear is None else write_linear(graph, self.linear, hidden)
-        distribution = self.loss.distribution
+        distribution, scale = self.loss.distribution, self.scale
         if distribution is None:
             y = write_activation(graph, self.activation, z)
         else:
             y = distribution.write(graph, z, self.targets)
             if self.stretches:
-                y = distribution.write_stretched(graph, y, self.stretch)
-        if not self.identity_scale:
-            scaled = graph.add("Mul", y, graph.constant(self.scale.cpu().numpy()))
+                y, scale = distribution.write_stretched(graph, y, self.stretch, scale)
+        if not self.identity_scale or self.stretches:
+            scaled = graph.add("Mul", y, graph.constant(scale.cpu().numpy()))
             y = graph.add("Add", scaled, graph.constant(self.mean.cpu().numpy()))
         if not self.residual:
             return y
