@@ -27,7 +27,7 @@ from service.scoring import files
 from service.scoring.landing import Landing
 from service.scoring.layout import Wanted, layout_of
 from service.scoring.rows import RowReader
-from service.scoring.scratch import Saved
+from service.scoring.scratch import Saved, Scratch
 from service.scoring.states import BEFORE
 from service.settings import Settings
 from stepcast.client import Client
@@ -381,6 +381,8 @@ GOOD = TEXT.encode()
         ("in.csv", GOOD, ("--version", 7), "no version 7 of model 'lstm'"),
         ("in.csv", GOOD, ("--out", "here.xlsx"), "want a file called .csv, .parquet or .pq"),
         ("in.csv", GOOD, ("--continue",), "--continue goes on from the sessions of a store. Name it: --store URL"),
+        ("in.csv", GOOD, ("--store", "memory://"), "--store memory:// ends with this command"),
+        ("in.csv", GOOD, ("--out", "/nowhere/at/all.csv"), "all.csv.unfinished: cannot be made (No such file"),
         ("in.csv", GOOD, ("--session", "a b"), "session id 'a b' is not 1 to 256"),
         ("in.csv", GOOD, ("--mask", "key"), "in.csv:2: column 'key' has 'a', wanted 0 or 1"),
         ("in.csv", b"\x1f\x8b\x08" + bytes(range(256)) * 4, (), "in.csv"),
@@ -424,6 +426,17 @@ def test_no_bytes_make_a_traceback(tmp_path: Path, capsys: pytest.CaptureFixture
             ]
             assert main([str(word) for word in words]) in (0, 1, 2)
             assert capsys.readouterr().err.count("\n") <= 1
+
+
+def test_a_run_that_is_under_way_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A second process with the same output is refused, as is a table that is to be its own output."""
+    table, out = tmp_path / "in.csv", tmp_path / "out.csv"
+    table.write_bytes(GOOD)
+    (tmp_path / "out.csv.unfinished").mkdir()
+    scratch = Scratch(tmp_path / "out.csv.unfinished" / "progress.db", "another plan", b"n" * 16)
+    assert "progress.db: cannot be used (database is locked)" in refused(capsys, table, "lstm", out, "--key", "key")
+    scratch.close()
+    assert "is the table itself" in refused(capsys, table, "lstm", table, "--force")
 
 
 def test_an_output_that_is_there_is_not_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
