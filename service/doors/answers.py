@@ -45,7 +45,7 @@ def problem(error: BaseException, metrics: Metrics | None = None) -> Answer:
 def document(error: StepcastError, metrics: Metrics | None = None) -> dict[str, Any]:
     """An error's problem document; the metrics count it."""
     if metrics is not None:
-        metrics.errors.labels(error.code).inc()
+        metrics.errors_of(error.code).inc()
     return error.problem()
 
 

@@ -12,7 +12,7 @@ from typing import Any, Final, cast
 import msgspec
 from websockets.frames import CloseCode
 
-from stepcast.errors import Draining, InvalidRequest, StepcastError
+from stepcast.errors import DeadlineExceeded, Draining, InvalidRequest, StepcastError
 from stepcast.protocol import MARKER, STEP, ServerConversation, Ticket
 
 from ...sessions.core import Answers
@@ -31,6 +31,10 @@ SLOW_OPERATIONS: Final = 8
 DRAIN_SHARE: Final = 0.8
 """The share of drain_s that sockets have; the rest is for the close frames and the store."""
 
+LATE_SHARE: Final = 0.8
+"""The share of deadline_s that a frame may wait, for its turn and for its run; who would wait longer is refused."""
+RETRY_S: Final = 0.5
+_LATE: Final = "the frame waited too long behind others of its socket; it was not applied. Send fewer, or retry later."
 _SHUTTING_DOWN: Final = "the server is shutting down"
 _BESIDE: Final = frozenset({"models", "model", "version", "retire", "load", "predict", "list"})
 """Verbs that are about no session: HTTP alone has them."""
@@ -102,11 +106,22 @@ class Conversation:
         self._steps, self._connection, self._principal = steps, connection, principal
         self._way, self._session = way, session
         self._settings = steps.states.settings
+        self._late = DeadlineExceeded(_LATE, retry_after_s=RETRY_S)
         self._talk: ServerConversation[None, Answer] = ServerConversation(self._settings.frames_limit)
         self._slow = asyncio.Semaphore(SLOW_OPERATIONS)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._load = steps.turns.load(way.model)
         self._may_step = ROLES.index(principal.role) >= ROLES.index("step")
         self._look()
+
+    @property
+    def namespace(self) -> str:
+        """Whose socket it is."""
+        return self._principal.namespace
+
+    def wait_s(self) -> float:
+        """How long a step that is accepted now waits for its run, as far as that is known."""
+        return self._load.wait_s()
 
     def room(self) -> int:
         """How many more frames may be in flight; when there is room again, `WebSocketConnection.pump` is called."""
@@ -118,7 +133,9 @@ class Conversation:
         way, own = self._way, self._session
         if way.seen != self._steps.repository.changes:
             self._look()
-        plain = way.reader.read(payload, kind, way.reader.frames) if self._plain and not self._talk.draining else None
+        load, plain = self._load, None
+        if self._plain and load.waiting < load.limit and not self._talk.draining:
+            plain = way.reader.read(payload, kind, way.reader.frames)
         if plain is not None:
             named = plain[0].session
             session = own or named
@@ -128,6 +145,17 @@ class Conversation:
                     self._step(frame)
                 return
         self._take(payload, kind)
+
+    def late(self, opcode: int, payload: bytes) -> None:
+        """Refuse a frame that waited too long for its turn; a marker steps nothing and is taken all the same."""
+        kind = JSON if opcode == TEXT else MSGPACK
+        head, own = _head(payload, kind), self._session
+        if head.op == MARKER:
+            self._take(payload, kind)
+            return
+        session = head.session if own is None else own
+        self._talk.refuse(session, self.problem(head.id, session, self._late, kind))
+        self._go_on()
 
     def drain(self) -> None:
         """Answer what was accepted, then close; refuse what comes."""
@@ -151,6 +179,8 @@ class Conversation:
         try:
             if head.op not in FRAME_TYPES:
                 raise InvalidRequest(f"$.op is {head.op!r}, want one of {', '.join(FRAME_TYPES)}")
+            if head.op == STEP and not self._talk.draining:
+                self._steps.turns.admit(self._way.model)  # before its readings are read
             asked: Any = bodies.decode(payload, FRAME_TYPES[head.op], kind)
             if head.op == MARKER:
                 self._talk.mark(_encode({"id": asked.id, "op": MARKER}, kind))
@@ -243,7 +273,7 @@ class Conversation:
         if self._connection.disconnected:
             return
         if self._talk.room <= 0:  # there is room now; but first let the caller go on
-            asyncio.get_running_loop().call_soon(self._connection.pump)
+            self._connection.want()
         self._talk.finish(frame, answer)
         self._go_on()
 
