@@ -11,9 +11,11 @@ from uvicorn.config import Config
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.frames import CloseCode
 
-from stepcast.errors import IntakeFull
+from stepcast.errors import IntakeFull, Malformed, StepcastError
 
+from ..answers import head_of, problem
 from ..intake import Share
+from ..request_ids import new_id
 from . import rfc6455 as framing
 from .rfc6455 import BadFrame, Framer, Message
 
@@ -205,8 +207,19 @@ class WebSocketConnection(WebSocketsSansIOProtocol):
             self._framer.feed(data)
         else:
             super().data_received(data)
-            if self.handshake_initiated and not self.transport.is_closing():
+            if not self.handshake_initiated:  # the head is whole, but the library gave it up without an answer
+                self._refuse(
+                    Malformed(f"the handshake is no WebSocket's: {self.conn.handshake_exc or 'it ends early'}")
+                )
+            elif not self.transport.is_closing():
                 self.transport.pause_reading()  # until the door has the connection
+
+    def _refuse(self, error: StepcastError) -> None:
+        """Refuse a handshake that reaches no application."""
+        answer = problem(error)
+        fields = b"connection: close\r\nx-request-id: %s\r\n" % new_id()
+        self.transport.write(b"%s%d\r\n\r\n%s" % (head_of(answer, fields), len(answer.body), answer.body))
+        self.transport.close()
 
     def _take_usual(self, conversation: "Conversation") -> bool:
         """Hand on whole messages where nothing stands in the way; whether that was all, and all is as it was."""
