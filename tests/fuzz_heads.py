@@ -3,7 +3,7 @@
     make fuzz-heads ARGS="--minutes 10 --seed 1"
 
 Hypothesis mutates the corpus (tests/data/fuzz_heads: what clients send, and what once did harm). What must hold: an
-answer to everything, no 500, no traceback in the log, no hang, little memory, and another client's steps go on meanwhile.
+answer to everything, no 500, no traceback in the log, no hang, little memory, and the steps of another client go on.
 """
 
 import argparse

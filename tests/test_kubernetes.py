@@ -253,7 +253,29 @@ def test_prod_keeps_replicas_through_change() -> None:
     spread = manifests.service_pod["topologySpreadConstraints"]
     assert [s["topologyKey"] for s in spread] == ["topology.kubernetes.io/zone", "kubernetes.io/hostname"]
     (resources,) = [c["resources"] for c in manifests.service_pod["containers"]]
-    assert resources["limits"] == resources["requests"]
+    assert resources["limits"]["memory"] == resources["requests"]["memory"]
+
+
+def test_prod_autoscaler_fires_before_a_worker_is_at_its_limit() -> None:
+    """Utilization is a share of the request, and one worker's event loop takes one core at most."""
+    manifests = render("overlays/prod")
+    (metric,) = manifests.one("HorizontalPodAutoscaler", "stepcast")["spec"]["metrics"]
+    resources = manifests.service["resources"]
+    cores = float(resources["requests"]["cpu"]) * metric["resource"]["target"]["averageUtilization"] / 100
+    assert Settings.read(manifests.settings()).workers == 1
+    assert 0.5 <= cores <= 0.8
+    assert float(resources["limits"]["cpu"]) > 1, "the limit must not be what ends its growth"
+
+
+def test_prod_lets_scrapes_and_ingress_controllers_in() -> None:
+    (policy,) = render("overlays/prod").kind("NetworkPolicy")
+    (rule,) = policy["spec"]["ingress"]
+    (names,) = [
+        expression["values"]
+        for source in rule["from"]
+        for expression in source.get("namespaceSelector", {}).get("matchExpressions", [])
+    ]
+    assert names == ["ingress-nginx", "monitoring"]
 
 
 def test_models_volume_of_the_operations_page_renders(tmp_path: Path) -> None:

@@ -143,7 +143,7 @@ async def test_block_creates_sessions_where_there_are_none(store: Store, key: st
     assert await replaced(store, Block(keys, None, new, 60.0)) == [False] + [True] * (count - 1)
     assert await store.load(keys) == [there, *new[1:]]
     assert await store.list_sides(keys[0]) == ["c"]
-    assert await store.change([Write(keys[0], token(there), None)]) == [True]
+    assert await store.change([Write(keys[0], token(there), None, touch_sides=True)]) == [True]
     assert await replaced(store, Block(keys[:1], None, new[:1])) == [True]
     assert await store.load(keys) == new
     assert await store.list_sides(keys[0]) == []
@@ -259,9 +259,9 @@ async def test_sides_are_set_with_the_record_or_not_at_all(store: Store, key: st
     assert await store.load_side(key, "a") is None
     assert await store.list_sides(key) == []
     await store.change([Write(key, None, first, 60.0, {"b": b"1", "a": b"2"})])
-    assert await store.change([Write(key, token(second), second, 60.0, {"a": b"no", "z": b"no"})]) == [False]
+    assert await store.change([Write(key, token(second), second, 60.0, {"a": b"no", "z": b"no"}, True)]) == [False]
     assert await store.list_sides(key) == ["a", "b"]
-    assert await store.change([Write(key, token(first), second, 60.0, {"a": b"3"})]) == [True]
+    assert await store.change([Write(key, token(first), second, 60.0, {"a": b"3"}, True)]) == [True]
     assert await store.load_side(key, "a") == b"3"
     assert await store.load_side(key, "b") == b"1"
     assert await store.load_side(key, "c") is None
@@ -270,7 +270,7 @@ async def test_sides_are_set_with_the_record_or_not_at_all(store: Store, key: st
 async def test_sides_die_with_the_session(store: Store, key: str) -> None:
     first, second = record(1), record(2)
     await store.change([Write(key, None, first, None, {"a": b"1"})])
-    await store.change([Write(key, token(first), None)])
+    await store.change([Write(key, token(first), None, touch_sides=True)])
     assert await store.list_sides(key) == []
     await store.change([Write(key, None, second)])
     assert await store.list_sides(key) == []
@@ -314,7 +314,7 @@ async def test_store_agrees_with_a_dict_whatever_the_order(store: Store, key: st
     keys = [f"{key}-{i}" for i in range(4)]
     for _ in range(400):
         chosen = random.sample(keys, random.randint(1, 4))
-        writes = [_random_write(random, k, model.get(k)) for k in chosen]
+        writes = [_random_write(random, k, model.get(k), bool(sides.get(k))) for k in chosen]
         expected = []
         for write in writes:
             old = model.get(write.key)
@@ -326,11 +326,11 @@ async def test_store_agrees_with_a_dict_whatever_the_order(store: Store, key: st
         assert await store.list_sides(keys[0]) == sorted(sides.get(keys[0], {}))
 
 
-def _random_write(random: Random, key: str, old: bytes | None) -> Write:
+def _random_write(random: Random, key: str, old: bytes | None, has_sides: bool) -> Write:
     expect = random.choice([None, token(record()), *[token(old) if old else None] * 4])
     data = None if random.random() < 0.2 else record(random.randrange(1000))
     names = {random.choice("abc"): random.randbytes(5)} if random.random() < 0.3 else None
-    return Write(key, expect, data, random.choice([None, 60.0]), names, random.random() < 0.3)
+    return Write(key, expect, data, random.choice([None, 60.0]), names, has_sides)
 
 
 def _apply(write: Write, model: dict[str, bytes], sides: dict[str, dict[str, bytes]]) -> None:

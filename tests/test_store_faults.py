@@ -546,7 +546,7 @@ async def test_cluster_slot_that_moves_is_followed(own_cluster: list[RedisServer
         server.cli("CLUSTER", "SETSLOT", slot, "NODE", ids[target])
     (current,) = await store.load([key])
     assert current is not None
-    assert await store.change([Write(key, token(current), None)]) == [True]
+    assert await store.change([Write(key, token(current), None, touch_sides=True)]) == [True]
     await store.close()
 
 

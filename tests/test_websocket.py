@@ -162,7 +162,7 @@ BAD = [
     ('{"id": 1e400, "session": "far", "inputs": [1, 2, 3]}', "invalid_request"),
     ('{"id": 1, "session": "far", "inputs": [1e999', "non_finite"),
     ('{"id": 1, "session": "far", "inputs": [1, Infinity', "non_finite"),
-    ('{"id": 1, "session": "far", "inputs": [1e999], "mask": ' + "[" * 100_000, "non_finite"),
+    ('{"id": 1, "session": "far", "inputs": [1e999], "mask": ' + "[" * 100_000, "malformed"),
     ('{"id": "\\ud800", "session": "far", "inputs": [1, 2, 3]}', "malformed"),
     ('{"id": 1, "session": "\\udfff", "inputs": [1, 2, 1e999]}', "non_finite"),
     ('{"id": "\\ud83d", "session": "far", "inputs": [1, 2, 1e999]}', "non_finite"),

@@ -8,15 +8,18 @@ import functools
 import json
 import math
 import re
-from typing import Annotated, Any, Final, Literal, TypeVar, cast
+from contextlib import suppress
+from typing import Annotated, Any, Final, Literal, TypeVar, cast, get_type_hints
 
 import msgspec
 import numpy as np
 from msgspec import Meta, Raw
 
-from stepcast.errors import InvalidRequest, Malformed, NonFinite, ShapeMismatch
+from stepcast.errors import InvalidRequest, Malformed, NonFinite, ShapeMismatch, TooLarge
 
 from ..engine.arrays import Floats, Format
+from . import large
+from .large import LARGE_BYTES, weigh
 
 JSON: Final = "application/json"
 MSGPACK: Final = "application/msgpack"
@@ -87,16 +90,16 @@ def named(what: str, *ranks: int, examples: list[Any]) -> Meta:
 _NAMES: Final = {"type": "array", "items": {"type": "string", "pattern": ID_PATTERN}}
 _LAYER: Final = {"anyOf": [{"type": "array"}, {"type": "object", "additionalProperties": {"type": "array"}}]}
 _STATE: Final = "layer, then key: [N, H]; of one layer, key: [N, H]"
-_Mask = Annotated[Any, nested("1 present, 0: the state stays as it is", 0, 1, 2, item=_FLAG)]
+_Mask = Annotated[Raw, nested("1 present, 0: the state stays as it is", 0, 1, 2, item=_FLAG)]
 _Future = Annotated[
-    Any,
+    Raw,
     named(
         "[H,F] or [N,H,F], null where nothing is known, or by feature name [H] or [N,H] of what is known",
         *(1, 2, 3),
         examples=[{"time": "2013-11-02T03:00:00Z"}, {"hour_sin": [0.71], "hour_cos": [0.71], "season_cos": [0.98]}],
     ),
 ]
-StateFields = Annotated[dict[str, Any], Meta(description=_STATE, extra_json_schema={"additionalProperties": _LAYER})]
+StateFields = Annotated[dict[str, Raw], Meta(description=_STATE, extra_json_schema={"additionalProperties": _LAYER})]
 
 
 class Nothing(msgspec.Struct, forbid_unknown_fields=True):
@@ -115,7 +118,7 @@ class StepBody(msgspec.Struct, forbid_unknown_fields=True):
         ),
     ]
     seq: Positive | None = None
-    mask: _Mask | None = None
+    mask: _Mask = msgspec.field(default_factory=Raw)
     format: Format = "NWC"
     shape: list[int] | None = None
     version_policy: Policy | None = None
@@ -148,7 +151,7 @@ class PredictBody(msgspec.Struct, forbid_unknown_fields=True):
             examples=[_COLUMNS, [READINGS, READINGS], [_BY_POSITION] * 2],
         ),
     ]
-    mask: _Mask | None = None
+    mask: _Mask = msgspec.field(default_factory=Raw)
     format: Format = "NWC"
     shape: list[int] | None = None
     version: Positive | None = None
@@ -212,7 +215,7 @@ class RolloutBody(msgspec.Struct, forbid_unknown_fields=True):
     """A rollout: `inputs` are what is known of the future, null where it is not; `paths`: how many are drawn."""
 
     steps: Positive
-    inputs: _Future = None
+    inputs: _Future = msgspec.field(default_factory=Raw)
     commit: bool = False
     seq: Positive | None = None
     temperature: Annotated[float, Meta(ge=0, le=100)] = 0.0
@@ -268,14 +271,28 @@ def decode(body: bytes, kind: type[B], content_type: str) -> B:
 def _lenient(body: bytes, kind: type[B], first: Exception) -> B:
     """JSON with NaN and Infinity, as Python's json writes it, and with integers such as 5.0, as others do."""
     try:
-        plain = json.loads(body, parse_constant=_number, parse_float=_number)
+        plain = _plain(body) if len(body) <= LARGE_BYTES else _plain_fields(body, kind)
         return msgspec.json.decode(msgspec.json.encode(plain), type=kind)
-    except NonFinite:
+    except (NonFinite, TooLarge):
         raise
     except msgspec.ValidationError as error:
         raise InvalidRequest(str(error)) from error
     except (ValueError, RecursionError, TypeError, msgspec.MsgspecError) as error:
         raise Malformed(f"the body is not JSON: {first}") from error
+
+
+def _plain(body: Any) -> Any:
+    return json.loads(bytes(body), parse_constant=_number, parse_float=_number)
+
+
+def _plain_fields(body: bytes, kind: Any) -> dict[str, Any]:
+    """The fields of a large body; those that the struct takes as they are stay so, without NaN."""
+    fields: dict[str, Any] = decoder(dict[str, Raw], JSON).decode(large.without_constants(body))
+    raw = {name for name, hint in get_type_hints(kind).items() if hint in (Raw, dict[str, Raw])}
+    for name in fields.keys() - raw:
+        weigh(memoryview(fields[name]), False, f"$.{name[:64]}")
+        fields[name] = _plain(fields[name])
+    return fields
 
 
 def _number(text: str) -> Number:
@@ -297,8 +314,13 @@ def convert(value: Any, kind: type[B], what: str, strict: bool = True) -> B:
 
 
 def part(kind: Any, raw: Any, content_type: str, path: str) -> Any:
-    """A part of a body, Raw or decoded, as a type; the errors (as of `decode`) say where it stands."""
+    """A part of a body, Raw or decoded, as a type; the errors (as of `decode`) say where it stands.
+
+    Raises TooLarge where it is too much to be decoded whole.
+    """
     try:
+        if isinstance(raw, Raw):
+            weigh(memoryview(raw), content_type != JSON, path)
         return decoder(kind, content_type).decode(raw) if isinstance(raw, Raw) else msgspec.convert(raw, kind)
     except msgspec.ValidationError as error:
         text = str(error).replace("`$", f"`{path}") if "`$" in str(error) else f"{error} - at `{path}`"
@@ -310,6 +332,8 @@ def part(kind: Any, raw: Any, content_type: str, path: str) -> Any:
 
 _LISTS: Final[dict[int, Any]] = {1: list[Number], 2: list[list[Number]], 3: list[list[list[Number]]]}
 _OPENING: Final = re.compile(rb"[\[ \t\r\n]*")
+_MAP: Final = re.compile(rb"[ \t\r\n]*\{|[\x80-\x8f\xde\xdf]")  # in JSON, and in msgpack
+_NOTHING: Final = (b"", b"null", b"\xc0")
 
 
 def numbers(raw: Any, shape: list[int] | None, content_type: str, path: str = "$.inputs") -> Floats:
@@ -322,6 +346,8 @@ def numbers(raw: Any, shape: list[int] | None, content_type: str, path: str = "$
         raw = part(Any, raw, MSGPACK, path)
     if isinstance(raw, bytes):
         return _from_bytes(raw, shape, path)
+    if isinstance(raw, Raw) and len(memoryview(raw)) > LARGE_BYTES:
+        return large.array(memoryview(raw), path)
     rank = _rank(raw)
     if rank not in _LISTS:
         raise ShapeMismatch(f"{path} is not an array of rank 1 to 3")
@@ -331,6 +357,40 @@ def numbers(raw: Any, shape: list[int] | None, content_type: str, path: str = "$
             return np.array(values, np.float32)
     except ValueError as error:
         raise ShapeMismatch(f"{path} is ragged: its rows have different lengths") from error
+
+
+def said(raw: Raw) -> Raw | None:
+    """A part of a body that may be left out; None: it is, or null."""
+    return None if bytes(memoryview(raw)[:5]) in _NOTHING else raw
+
+
+def flags(raw: Any, content_type: str, path: str = "$.mask") -> Any:
+    """A mask: a flag, nested lists of flags, or an array of numbers; None: there is none."""
+    raw = said(raw)
+    if raw is not None and content_type == JSON and len(memoryview(raw)) > LARGE_BYTES:
+        return large.array(bytes(raw).replace(b"true", b"1").replace(b"false", b"0"), path)
+    return None if raw is None else part(Any, raw, content_type, path)
+
+
+def tensors(state: dict[str, Any], content_type: str) -> dict[str, Any]:
+    """A state's layers, or one layer's keys: arrays, lists or bytes; what comes from a file is there already."""
+    found: dict[str, Any] = {}
+    for name, raw in state.items():
+        where = f"$.state.{name[:64]}"
+        if isinstance(raw, Raw) and _MAP.match(raw):
+            keys = part(dict[str, Raw], raw, content_type, where)
+            found[name] = {key: _tensor(keys[key], content_type, f"{where}.{key[:64]}") for key in keys}
+        else:
+            found[name] = _tensor(raw, content_type, where) if isinstance(raw, Raw) else raw
+    return found
+
+
+def _tensor(raw: Raw, content_type: str, path: str) -> Any:
+    value = part(Any, raw, content_type, path)
+    if isinstance(value, list) and len(memoryview(raw)) > LARGE_BYTES:
+        with suppress(ValueError):  # a ragged one is refused by its reader
+            return np.array(value)
+    return value
 
 
 def _rank(value: Any) -> int:

@@ -7,10 +7,10 @@ A step of one or more examples is taken apart in one go: msgspec decodes it, str
 import asyncio
 import math
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Literal, NamedTuple, Protocol
 
 import msgspec
 import numpy as np
@@ -26,14 +26,15 @@ from stepcast.errors import (
 )
 
 from ..engine import arrays
-from ..engine.arrays import Form
+from ..engine.arrays import Floats, Form, Mask
 from ..engine.repository import Served
 from ..sessions.core import Address, Answers, Waiter
 from ..sessions.edits import States, check_id
 from ..sessions.many import Columns, Many
 from . import bodies
 from .answers import dumps, encode, pack
-from .bodies import JSON, MSGPACK, BatchBody, Number, Positive, StepBody, decode, frame, numbers
+from .bodies import JSON, MSGPACK, BatchBody, Number, Positive, StepBody, decode, flags, frame, numbers
+from .large import LARGE_BYTES, aside, size_of
 from .names import Named, Names, check_layout, record_of, style_of, worded_record_of
 from .names import read as read_named
 
@@ -287,6 +288,15 @@ class Pending(HttpWaiter):
             self.future.set_exception(error)
 
 
+class Read(NamedTuple):
+    """What a step's inputs are: (N, T, F), their mask (N, T), the caller's axes; checked against a version."""
+
+    x: Floats
+    mask: Mask | None
+    form: Axes
+    served: Served
+
+
 class Way:
     """Where the steps of a namespace's sessions of a model go; `prefix` is that of the sessions' keys."""
 
@@ -340,6 +350,9 @@ class Steps:
         try:
             if way.seen != self.repository.changes:
                 self.look(way)
+            if len(body) > LARGE_BYTES:
+                self._soon(self._take_large(way, session, body, kind, asker))
+                return
             plain = way.reader.read(body, kind, way.reader.bodies)
             if plain is not None:
                 asked, data, asker.form = plain
@@ -350,11 +363,23 @@ class Steps:
             if len(self.repository.versions(way.model)) == 1:
                 self.start(way, session, general, kind, asker)
             else:
-                task = asyncio.get_running_loop().create_task(self.start_own(way, session, general, kind, asker))
-                self._tasks.add(task)
-                task.add_done_callback(self._tasks.discard)
+                self._soon(self.start_own(way, session, general, kind, asker))
         except Exception as error:
             asker.refused(error)
+
+    def _soon(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _take_large(self, way: Way, session: str, body: bytes, kind: str, asker: HttpWaiter) -> None:
+        """The same of a body that would hold up others."""
+        try:
+            asked = await aside(len(body), decode, body, StepBody, kind)
+        except Exception as error:
+            asker.refused(error)
+        else:
+            await self.start_own(way, session, asked, kind, asker)
 
     def queue(self, way: Way, session: str, data: bytes, seq: int | None, asker: Asker) -> None:
         """Queue a step (N, F) of a session that is not hot and idle; raises what it is refused with at once."""
@@ -367,31 +392,41 @@ class Steps:
     ) -> None:
         """Queue a step of any kind, checked against a version (None: the live one); raises what it is refused with."""
         address, served = way.address(session), served or self.look(way).served
+        self._hand(address, asked, asker, self._read(way, asked, kind, served))
+
+    def _read(self, way: Way, asked: StepBody, kind: str, served: Served) -> Read:
+        """The inputs of a step, checked against a version; in any thread."""
         style = style_of(asked.inputs, kind)
         if style is None:
             values = numbers(asked.inputs, asked.shape, kind)
         else:
             check_layout(asked.format)
             values = read_named(asked.inputs, asked.shape, kind, self.names(way.model).of(served).features, style)
-        x, mask, rank = arrays.step_inputs(values, asked.format, asked.mask, served.manifest, self._limits)
+        x, mask, rank = arrays.step_inputs(values, asked.format, flags(asked.mask, kind), served.manifest, self._limits)
         form = arrays.form_of(rank, asked.format)
-        asker.form = form if style is None else Named(self.names(way.model), form, style, served)
-        named = None if style is None else served
-        self.turns.step(address, x, mask, asked.seq, asker, asked.version_policy, named)
+        return Read(x, mask, form if style is None else Named(self.names(way.model), form, style, served), served)
+
+    def _hand(self, address: Address, asked: StepBody, asker: Asker, read: Read) -> None:
+        """Queue a step whose inputs were read; raises what it is refused with."""
+        asker.form = read.form
+        named = read.served if isinstance(read.form, Named) else None
+        self.turns.step(address, read.x, read.mask, asked.seq, asker, asked.version_policy, named)
 
     async def start_own(self, way: Way, session: str, asked: StepBody, kind: str, asker: Asker) -> None:
-        """Queue a step whose inputs may be another version's than the live one's: the session's own."""
+        """Queue a step that is large, or whose inputs may be of the session's own version, not of the live one."""
         try:
-            served = None
-            if style_of(asked.inputs, kind) is not None and self.repository.renamed(way.model):
+            address, size = way.address(session), size_of(asked.inputs, asked.mask)
+            one, served = len(self.repository.versions(way.model)) == 1, None
+            if not one and style_of(asked.inputs, kind) is not None and self.repository.renamed(way.model):
                 served = await self._own(way, session)
             try:
-                self.start(way, session, asked, kind, asker, served)
+                read = await aside(size, self._read, way, asked, kind, served or self.look(way).served)
             except (ShapeMismatch, NonFinite, InvalidRequest):
-                own = None if served is not None else await self._own(way, session)
+                own = None if one or served is not None else await self._own(way, session)
                 if own is None:
                     raise
-                self.start(way, session, asked, kind, asker, own)
+                read = await aside(size, self._read, way, asked, kind, own)
+            self._hand(address, asked, asker, read)
         except Exception as error:
             asker.refused(error)
 
@@ -404,12 +439,37 @@ class Steps:
     def take_many(self, way: Way, body: bytes, kind: str, asker: HttpWaiter) -> None:
         """Take the body of a batch step. All that comes of it, the asker hears, maybe before this returns."""
         try:
+            if len(body) > LARGE_BYTES:
+                self._soon(self._take_large_many(way, body, kind, asker))
+                return
             served, asked = self.look(way).served, decode(body, BatchBody, kind)
             names = partial(bodies.part, list[str], asked.sessions, kind, "$.sessions")
-            read, step = (
-                partial(read_columns, asked, kind, served, self.names(way.model), asker),
-                self.turns.batch_steps.step,
-            )
-            step(way.namespace, way.model, bytes(asked.sessions), names, read, way.address, asker.stepped_many)
+            read = partial(read_columns, asked, kind, served, self.names(way.model), asker)
+            self._step_many(way, asked, names, read, asker)
         except Exception as error:
             asker.refused(error)
+
+    async def _take_large_many(self, way: Way, body: bytes, kind: str, asker: HttpWaiter) -> None:
+        """The same of a body that would hold up others; it is refused for its number of sessions before its columns."""
+        try:
+            served, size = self.look(way).served, len(body)
+            asked = await aside(size, decode, body, BatchBody, kind)
+            names = await aside(size, bodies.part, list[str], asked.sessions, kind, "$.sessions")
+            self.turns.batch_steps.admit(served, len(names))
+            columns = await aside(size, read_columns, asked, kind, served, self.names(way.model), asker, len(names))
+            if self.look(way).served is not served:  # the columns were read for another version: once more
+                columns = read_columns(asked, kind, self.look(way).served, self.names(way.model), asker, len(names))
+            self._step_many(way, asked, lambda: names, lambda _: columns, asker)
+        except Exception as error:
+            asker.refused(error)
+
+    def _step_many(
+        self,
+        way: Way,
+        asked: BatchBody,
+        names: Callable[[], list[str]],
+        read: Callable[[int], Columns],
+        asker: HttpWaiter,
+    ) -> None:
+        step, sessions = self.turns.batch_steps.step, bytes(asked.sessions)
+        step(way.namespace, way.model, sessions, names, read, way.address, asker.stepped_many)

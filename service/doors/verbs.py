@@ -7,7 +7,7 @@ codes, entity tags and files; the WebSocket adds order.
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -24,6 +24,7 @@ from ..sessions.rollout import Known, Plan, rollout
 from ..sessions.stored import etag
 from . import bodies
 from .bodies import JSON
+from .large import aside, size_of
 from .names import Naming, check_layout, style_of
 from .names import read as read_named
 
@@ -118,12 +119,16 @@ async def predict(states: States, call: Call) -> Done:
     limits = arrays.Limits(settings.steps_limit, settings.examples_limit)
     style = style_of(asked.inputs, call.kind)
     naming = None if style is None else Naming(served.manifest)
-    if naming is None or style is None:
-        values = bodies.numbers(asked.inputs, asked.shape, call.kind)
-    else:
-        check_layout(asked.format)
-        values = read_named(asked.inputs, asked.shape, call.kind, naming.features, style, rows="steps")
-    x, mask, rank = arrays.sequences(values, asked.format, asked.mask, served.manifest, limits)
+
+    def read() -> arrays.Inputs:
+        if naming is None or style is None:
+            values = bodies.numbers(asked.inputs, asked.shape, call.kind)
+        else:
+            check_layout(asked.format)
+            values = read_named(asked.inputs, asked.shape, call.kind, naming.features, style, rows="steps")
+        return arrays.sequences(values, asked.format, bodies.flags(asked.mask, call.kind), served.manifest, limits)
+
+    x, mask, rank = await aside(size_of(asked.inputs, asked.mask), read)
     y = (await states.sessions.run(served, x, mask, served.runtime.initial(len(x)))).reply()
     if served.manifest.readout == "last":
         y = arrays.last_present(y, mask)
@@ -169,7 +174,10 @@ async def get_state(states: States, call: Call) -> Done:
 
 async def set_state(states: States, call: Call) -> Done:
     """Set the state of all layers, or of one (rnnSetPreviousState)."""
-    new = NewState(**{name: getattr(call.asked, name) for name in NewState.__slots__})
+    asked = call.asked
+    state = await aside(size_of(*asked.state.values()), bodies.tensors, asked.state, call.kind)
+    given = {name: getattr(asked, name) for name in NewState.__slots__}
+    new = NewState(**{**given, "state": state})
     return _about(states, call.address, await states.put(call.address, new, call.if_match))
 
 
@@ -200,20 +208,22 @@ async def rewind(states: States, call: Call) -> Done:
 
 async def run_free(states: States, call: Call) -> Done:
     """Run free, feeding predictions back."""
-    asked, style = call.asked, style_of(call.asked.inputs, call.kind)
+    asked, future = call.asked, bodies.said(call.asked.inputs)
+    style = None if future is None else style_of(future, call.kind)
     naming: Naming | None = None
 
-    def by_name(manifest: Manifest) -> Floats:
+    async def by_name(manifest: Manifest) -> Floats:
         nonlocal naming
         naming = Naming(manifest)  # of the version that rolls out
         how = style or "columns"
-        return read_named(asked.inputs, asked.shape, call.kind, naming.features, how, future=asked.steps)
+        read = partial(read_named, future, asked.shape, call.kind, naming.features, how, future=asked.steps)
+        return await aside(size_of(future), read)
 
     known: Floats | Known | None = None
     if style is not None:
         known = by_name
-    elif asked.inputs is not None:
-        known = bodies.numbers(asked.inputs, asked.shape, call.kind)
+    elif future is not None:
+        known = await aside(size_of(future), bodies.numbers, future, asked.shape, call.kind)
     plan = Plan(
         asked.steps,
         known,

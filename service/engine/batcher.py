@@ -21,6 +21,9 @@ from .arrays import Floats, Lengths, RunGraph
 Commit: TypeAlias = Awaitable[object] | None  # what comes after a run, and is awaited
 
 UNFINISHED_RUNS: Final = 2  # that wait for their commit while the next one runs; more would only make batches small
+SLOW_COMMIT_S: Final = (
+    0.05  # those that wait longer do not count: a server of the store that hangs has its own steps only
+)
 MOST_NOTES: Final = 1 << 16  # runs remembered for the metrics until these are read
 
 # Where batches come in between, a chunk takes this share of its time: what comes meanwhile waits for its end. Then
@@ -96,6 +99,7 @@ class Batcher(Generic[B]):
         self._resting = False  # no chunk for a while
         self._closing = False  # then chunks rest no more
         self._unfinished: set[asyncio.Future[Any]] = set()
+        self._slow: set[asyncio.Future[Any]] = set()  # those that do not count any more
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="stepcast-run")  # has no thread until it is needed
         self._made: deque[tuple[int, float]] = deque(maxlen=MOST_NOTES)
         # Moving averages: a run's fixed cost is not told apart from its cells'.
@@ -115,8 +119,9 @@ class Batcher(Generic[B]):
         """Wait until everything that is queued has been finished."""
         self._closing = True
         self._rested()
-        while self._called or self._task or self._unfinished:
-            await asyncio.wait([self._task or asyncio.ensure_future(asyncio.sleep(0)), *self._unfinished])
+        while self._called or self._task or self._unfinished or self._slow:
+            task = self._task or asyncio.ensure_future(asyncio.sleep(0))
+            await asyncio.wait([task, *self._unfinished, *self._slow])
         self._pool.shutdown(wait=False)
 
     def take_runs(self) -> list[tuple[int, float]]:
@@ -150,7 +155,7 @@ class Batcher(Generic[B]):
         try:
             while self._batches or self._chunk_due():
                 while len(self._unfinished) >= UNFINISHED_RUNS:
-                    await asyncio.wait(self._unfinished, return_when=asyncio.FIRST_COMPLETED)
+                    await self._wait_for_commit()
                 if self._batches:
                     batch = self._batches.popleft()
                     if batch.begin(time.monotonic()):
@@ -161,6 +166,16 @@ class Batcher(Generic[B]):
         finally:
             self._task = None
             self._look_soon()
+
+    async def _wait_for_commit(self) -> None:
+        """Wait for one of the unfinished, but not for long."""
+        first = asyncio.FIRST_COMPLETED
+        done, late = await asyncio.wait(self._unfinished, timeout=SLOW_COMMIT_S, return_when=first)
+        if not done:
+            self._unfinished -= late
+            self._slow |= late
+            for commit in late:
+                commit.add_done_callback(self._slow.discard)
 
     def _rested(self) -> None:
         """Chunks may go on."""

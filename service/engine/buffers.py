@@ -90,7 +90,7 @@ class Buffers(NamedTuple):
     """The buffers for B rows, and the graph bound to them."""
 
     binding: Any
-    x: Array  # (B, ...)
+    x: Array  # (B, F), or (B, ...) where the graph's lies so that no view has its rows flat
     before: list[Array]  # (B, *shape) of each state tensor
     after: list[Array]
     y: Array  # (B, ...)
@@ -124,7 +124,7 @@ class BoundSteps:
             return np.concatenate([self.step(*row) for row in each])
         with self._lock:
             bound = self._bound.get(len(x)) or self._bind(len(x))
-            bound.x[:] = x.reshape(bound.x.shape)
+            bound.x[:] = x if bound.x.ndim == 2 else x.reshape(bound.x.shape)
             for packed, buffer in self._in_pairs(before, bound.before):
                 buffer[...] = packed
             self._session.run_with_iobinding(bound.binding)
@@ -142,7 +142,8 @@ class BoundSteps:
             return y, after.tobytes()
         with self._lock:
             bound = self._bound.get(1) or self._bind(1)  # its tensors lie as a packed row does
-            bound.x[0] = np.frombuffer(x, np.float32).reshape(bound.x.shape[1:])
+            values = np.frombuffer(x, np.float32)
+            bound.x[0] = values if bound.x.ndim == 2 else values.reshape(bound.x.shape[1:])
             self._read[:size] = np.frombuffer(record, np.uint8, size, at)
             self._session.run_with_iobinding(bound.binding)
             return _sound(bound), self._written[:size].tobytes()
@@ -192,6 +193,8 @@ class BoundSteps:
             binding.bind_cpu_input(name, value)
         old = [before[s.input].reshape(rows, *s.shape) for s in spec.states]
         new = [made[s.output].reshape(rows, *s.shape) for s in spec.states]
+        flat = x.reshape(rows, -1)
+        x = flat if np.may_share_memory(flat, x) else x
         bound = Buffers(binding, x, old, new, made[spec.output.name], floats)
         if len(self._bound) >= _MOST_BOUND:
             self._bound.clear()

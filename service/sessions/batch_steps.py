@@ -28,6 +28,10 @@ class BatchSteps:
         self._repository, self._cache, self._rosters = repository, cache, rosters
         self._lanes, self._settings, self._ask = lanes, settings, ask
 
+    def admit(self, served: Served, count: int) -> None:
+        """Raises NotStreaming, QueueFull or Draining where a batch step of so many sessions would be refused."""
+        self._lanes.admit(served, count)
+
     def step(
         self,
         namespace: str,

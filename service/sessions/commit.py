@@ -97,8 +97,8 @@ class Commits:
             batch.lane.commits.append(time.perf_counter() - batch.started)
             if self._cache.bytes > self._cache.limit_bytes:
                 self._cache.evict()
-            if batch.committed is not None and not batch.committed.done():
-                batch.committed.set_result(None)
+        if batch.committed is not None and not batch.committed.done():
+            batch.committed.set_result(None)  # by the first of several servers: one that hangs holds up its own alone
 
     def _advance_some(self, batch: Batch, group: Group, rows: Sequence[int], outcome: Outcome) -> None:
         """Some rows were refused by the store, or it is unknown what it has."""

@@ -228,7 +228,7 @@ class States:
 
         async def edit(found: Record | None) -> Edit:
             record = self.ledger.there(address, found)
-            chosen = await self._free_name(address, name or f"step-{record.step}")
+            chosen = await self._free_name(address, record, name or f"step-{record.step}")
             answer.update(session=address.session, name=chosen, step=record.step)
             after = record.changed(self.ledger.clock(), flags=record.flags | HAS_CHECKPOINTS)
             return Edit(after, {chosen: record.encode()})
@@ -238,9 +238,13 @@ class States:
         await self.ledger.change(address, edit)
         return answer
 
-    async def _free_name(self, address: Address, name: str) -> str:
+    async def _names(self, address: Address, record: Record) -> list[str]:
+        """Names of a session's checkpoints; its record says whether there are any."""
+        return await self.sessions.store.list_sides(address.key) if record.flags & HAS_CHECKPOINTS else []
+
+    async def _free_name(self, address: Address, record: Record, name: str) -> str:
         """A checkpoint's name, if the session has room for one of that name."""
-        names = await self.sessions.store.list_sides(address.key)
+        names = await self._names(address, record)
         if name in names:
             raise CheckpointExists(f"session {address.session!r} has a checkpoint {name!r}", checkpoint=name)
         limit = self.settings.checkpoints_limit
@@ -250,9 +254,8 @@ class States:
 
     async def checkpoints(self, address: Address) -> list[dict[str, Any]]:
         """A session's checkpoints, by name."""
-        await self.exists(address)
         found = []
-        for name in await self.sessions.store.list_sides(address.key):
+        for name in await self._names(address, await self.exists(address)):
             data = await self.sessions.store.load_side(address.key, name)
             if data is not None:
                 found.append({"name": name, "step": self.ledger.decode(address.key, data).step})
@@ -264,7 +267,9 @@ class States:
         Raises SessionNotFound, CheckpointNotFound or PreconditionFailed.
         """
         before = await self.exists(address)
-        data = await self.sessions.store.load_side(address.key, check_id(to, "checkpoint"))
+        data = None
+        if before.flags & HAS_CHECKPOINTS:
+            data = await self.sessions.store.load_side(address.key, check_id(to, "checkpoint"))
         missing = CheckpointNotFound(f"session {address.session!r} has no checkpoint {to!r}", checkpoint=to)
         if data is None:
             raise missing

@@ -7,7 +7,7 @@ feature too, its number wins.
 
 import asyncio
 import struct
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from secrets import randbits
 from typing import Any
@@ -28,7 +28,7 @@ from .edits import States
 from .fan import Fan
 from .stored import Edit
 
-Known = Callable[[Manifest], Floats]
+Known = Callable[[Manifest], Awaitable[Floats]]
 """Reads what is known of the future by the names of the version that rolls out."""
 
 
@@ -72,7 +72,7 @@ async def rollout(states: States, address: Address, plan: Plan) -> dict[str, Any
         view = states.viewed(address, states.ledger.there(address, found))
         record, served = view.record, view.served
         fan = Fan(served.manifest, plan.paths, plan.levels) if plan.paths else None
-        known = _known(plan, served.manifest, max(1, record.examples), states.settings.body_limit_bytes)
+        known = await _known(plan, served.manifest, max(1, record.examples), states.settings.body_limit_bytes)
         payload = _payload(plan, known)
         digest = states.sessions.digests.named(b"rollout", *payload)
         outputs, step, edited = _stored(record, plan, digest, payload, address), plan.seq, None
@@ -183,7 +183,7 @@ class _Feed:
         return np.asarray((weights < draws).sum(axis=1), np.int64)
 
 
-def _known(plan: Plan, manifest: Manifest, rows: int, limit_bytes: int) -> Floats:
+async def _known(plan: Plan, manifest: Manifest, rows: int, limit_bytes: int) -> Floats:
     """What is known of the future, (N, H, F), NaN where nothing is; TooLarge where it or the answer would not fit."""
     want = (rows, plan.steps, manifest.n_features)
     size = 4 * rows * (1 + plan.paths) * plan.steps * max(manifest.n_features, manifest.n_outputs)
@@ -191,7 +191,7 @@ def _known(plan: Plan, manifest: Manifest, rows: int, limit_bytes: int) -> Float
     if size > limit_bytes:
         what = f"{rows} examples by {plan.steps} steps" + (f" on {plan.paths} paths each" if plan.paths else "")
         raise TooLarge(f"a rollout of {what} takes {size} bytes (limit {limit_bytes})")
-    given = plan.inputs(manifest) if callable(plan.inputs) else plan.inputs
+    given = await plan.inputs(manifest) if callable(plan.inputs) else plan.inputs
     if given is None:
         given = np.full(want, np.nan, np.float32)
     if given.shape not in (want, want[1:]):

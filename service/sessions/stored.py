@@ -92,10 +92,10 @@ class Ledger:
             if edited is None:
                 return found
             token, after = found.token if found else None, edited.record
+            has_sides = found is not None and bool(found.flags & HAS_CHECKPOINTS)
             if after is None:
-                write = Write(address.key, token, None)
+                write = Write(address.key, token, None, touch_sides=has_sides)
             else:
-                has_sides = bool(after.flags & HAS_CHECKPOINTS)
                 write = Write(address.key, token, after.encode(), self.ttl_s(after), edited.sides, has_sides)
             (applied,) = await self.store.change([write])
             if applied:

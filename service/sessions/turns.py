@@ -277,7 +277,12 @@ class Sessions:
         self._to_load.append(session)
 
     async def _load(self) -> None:
+        """Load what is to be loaded, each group of the store by itself."""
         sessions, self._to_load = self._to_load, []
+        groups = self.store.apart([session.key for session in sessions])
+        await asyncio.gather(*(self._load_all([sessions[place] for place in group]) for group in groups))
+
+    async def _load_all(self, sessions: list[Session]) -> None:
         try:
             found = await self.store.load([session.key for session in sessions])
         except Exception as error:

@@ -22,7 +22,7 @@ class Write(NamedTuple):
     record: bytes | None  # the new record; None: forget the session and its side records
     ttl_s: float | None = None  # until the session is forgotten unless written again; None: never. Side records follow
     sides: Mapping[str, bytes] | None = None  # side records to set in the same atomic operation
-    touch_sides: bool = False  # the session has side records: give them the new time to live too
+    touch_sides: bool = False  # the session has side records: they get the new time to live, or are forgotten with it
 
 
 Done = Callable[[Sequence[int], list[bool] | BaseException], None]
@@ -45,6 +45,9 @@ class Store(Protocol):
 
     async def ping(self) -> None:
         """Return if the store can take a write now."""
+
+    def apart(self, keys: Sequence[str]) -> Sequence[Sequence[int]]:
+        """Places of keys in groups: one that is slow or lost should not hold up the load of another."""
 
     async def load(self, keys: Sequence[str]) -> list[bytes | None]:
         """The records under `keys`, in order; None where there is none (or it has expired)."""

@@ -61,6 +61,9 @@ class MemoryStore:
     async def ping(self) -> None:
         """Memory can always take a write."""
 
+    def apart(self, keys: Sequence[str]) -> Sequence[Sequence[int]]:
+        return [range(len(keys))]
+
     async def load(self, keys: Sequence[str]) -> list[bytes | None]:
         now = self._clock()
         return [self._live(key, now) for key in keys]

@@ -119,6 +119,9 @@ class SqliteStore:
     async def ping(self) -> None:
         await self._on(self._writer, _touch)
 
+    def apart(self, keys: Sequence[str]) -> Sequence[Sequence[int]]:
+        return [range(len(keys))]
+
     async def load(self, keys: Sequence[str]) -> list[bytes | None]:
         return await self._on(self._reader, _load, keys, self._clock_ms())
 

@@ -8,6 +8,7 @@ from starlette.requests import ClientDisconnect, Request
 from stepcast.errors import Malformed, TooLarge, UnsupportedMediaType
 
 from ..intake import Share
+from ..large import aside
 
 ENCODINGS: Final = ("gzip", "x-gzip", "deflate")
 _ZLIB: Final = zlib.MAX_WBITS
@@ -43,7 +44,7 @@ async def read(request: Request, limit: int, share: Share) -> bytes:
     packed = b"".join(parts)
     if not packed or encoding not in ENCODINGS:
         return packed
-    whole = _unpack(packed, encoding, limit)
+    whole = await aside(size, _unpack, packed, encoding, limit)
     share.hold(len(whole))
     return whole
 

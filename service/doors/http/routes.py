@@ -20,6 +20,7 @@ from ..answers import FILES, Headers, answer_type, check_page, encode, problem, 
 from ..bodies import JSON
 from ..intake import Intake, Share
 from ..keys import Keys, Principal
+from ..large import aside
 from ..steps import Pending, Steps, Way
 from ..verbs import VERBS, Call
 from . import openapi, received
@@ -107,9 +108,9 @@ class Routes:
         async def answer(request: Request, headers: Headers, principal: Principal, kind: str, body: bytes) -> Response:
             path = request.path_params
             if kind in FILES:
-                asked = bodies.convert(state_files.read(body, kind, self._limit), verb.body, "the file")
+                asked = await aside(len(body), _from_file, body, kind, self._limit, verb.body)
             else:
-                asked = bodies.decode(body or b"{}", verb.body, kind if body else JSON)
+                asked = await aside(len(body), bodies.decode, body or b"{}", verb.body, kind if body else JSON)
             _fill(asked, request, route.queries)
             match = request.headers.get("if-match")
             call = Call(principal.namespace, path.get("model", ""), path.get("session", ""), asked, kind, match)
@@ -156,6 +157,15 @@ class Routes:
         response = await self._on_error(request, ours)
         response.headers.update(error.headers or {})
         return response
+
+
+def _from_file(body: bytes, kind: str, limit: int, struct: type[msgspec.Struct]) -> msgspec.Struct:
+    """The body of a state put that a file stands for."""
+    fields = state_files.read(body, kind, limit)
+    state = fields.pop("state")
+    asked = bodies.convert({**fields, "state": {}}, struct, "the file")
+    asked.state = state  # type: ignore[attr-defined]  # arrays, not parts of a body
+    return asked
 
 
 def _told(request: Request) -> str:

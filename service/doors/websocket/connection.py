@@ -268,8 +268,9 @@ class WebSocketConnection(WebSocketsSansIOProtocol):
         return message
 
     def _is_late(self) -> bool:
-        """Whether the oldest message has waited too long; nothing is late for a client that does not read."""
-        return self._now - self._held[0][0] > self._patience_s and self.writable.is_set()
+        """Whether the oldest message has waited too long, and is refused; but not to a client that does not read."""
+        late = self._now - self._held[0][0] > self._patience_s
+        return late and self.writable.is_set() and cast("Conversation", self._conversation).refuses
 
     def _blocked(self) -> bool:
         return cast("Conversation", self._conversation).room() <= 0 or not self.writable.is_set()

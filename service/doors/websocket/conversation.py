@@ -7,6 +7,7 @@ A step costs no task and no await: its answer is written when it is there, and l
 import asyncio
 import contextlib
 import json
+from collections.abc import Coroutine
 from typing import Any, Final, cast
 
 import msgspec
@@ -21,6 +22,7 @@ from .. import bodies
 from ..answers import document, encode
 from ..bodies import JSON, MSGPACK, FrameId
 from ..keys import ROLES, Principal
+from ..large import LARGE_BYTES, aside
 from ..steps import Axes, Steps, Way, packed, text
 from ..verbs import VERBS, Call
 from .connection import WebSocketConnection
@@ -54,6 +56,8 @@ FRAME_TYPES: Final[dict[str, Any]] = {
     **{op: bodies.frame(verb.body) for op, verb in VERBS.items() if op not in _BESIDE},
 }
 
+Asked = tuple[Head, Any]
+"""A frame's head, and its struct or what is wrong with it."""
 Answer = tuple[int, bytes]
 """Opcode and payload of a frame that is ready to be sent."""
 Taken = tuple[Any, bytes | None, Axes]
@@ -97,6 +101,20 @@ class Frame(Ticket[None, Answer]):
         self._conversation.finish(self, self._conversation.problem(self.asked.id, self.session, error, self.kind))
 
 
+class LargeFrame(Frame):
+    """One of many bytes: until it is answered its socket takes no other frame."""
+
+    __slots__ = ()
+
+    def stepped(self, answers: Answers, row: int, step: int) -> None:
+        super().stepped(answers, row, step)
+        self._conversation.lighter()
+
+    def refused(self, error: BaseException) -> None:
+        super().refused(error)
+        self._conversation.lighter()
+
+
 class Conversation:
     """What is said on one connection. `session` is that of all frames; None: each names its own."""
 
@@ -111,6 +129,7 @@ class Conversation:
         self._slow = asyncio.Semaphore(SLOW_OPERATIONS)
         self._tasks: set[asyncio.Task[None]] = set()
         self._load = steps.turns.load(way.model)
+        self._loaded = False  # a large frame is read, or waits for its answer
         self._may_step = ROLES.index(principal.role) >= ROLES.index("step")
         self._look()
 
@@ -125,17 +144,23 @@ class Conversation:
 
     def room(self) -> int:
         """How many more frames may be in flight; when there is room again, `WebSocketConnection.pump` is called."""
-        return self._talk.room
+        return 0 if self._loaded else self._talk.room
 
     def message(self, opcode: int, payload: bytes) -> None:
         """Take a frame: a step that is taken apart in one go starts here, everything else goes the general way."""
         kind = JSON if opcode == TEXT else MSGPACK
+        if len(payload) > LARGE_BYTES:
+            self._loaded = True
+            self._soon(self._take_large(payload, kind))
+            return
         way, own = self._way, self._session
         if way.seen != self._steps.repository.changes:
             self._look()
-        load, plain = self._load, None
-        if self._plain and load.waiting < load.limit and not self._talk.draining:
-            plain = way.reader.read(payload, kind, way.reader.frames)
+        load = self._load
+        if load.waiting >= load.limit and not self._talk.draining:
+            self._take_when_full(payload, kind)
+            return
+        plain = way.reader.read(payload, kind, way.reader.frames) if self._plain and not self._talk.draining else None
         if plain is not None:
             named = plain[0].session
             session = own or named
@@ -149,12 +174,32 @@ class Conversation:
     def late(self, opcode: int, payload: bytes) -> None:
         """Refuse a frame that waited too long for its turn; a marker steps nothing and is taken all the same."""
         kind = JSON if opcode == TEXT else MSGPACK
-        head, own = _head(payload, kind), self._session
+        head = _head(payload, kind)
         if head.op == MARKER:
             self._take(payload, kind)
-            return
-        session = head.session if own is None else own
-        self._talk.refuse(session, self.problem(head.id, session, self._late, kind))
+        else:
+            self._turn_away(head, kind, self._late)
+
+    @property
+    def refuses(self) -> bool:
+        """Whether frames may be refused in their turn: not while one before them is read aside."""
+        return not self._loaded
+
+    def _take_when_full(self, payload: bytes, kind: str) -> None:
+        """Take a frame while no step may come: one is refused before its readings are read."""
+        head = _head(payload, kind)
+        try:
+            if head.op == STEP:
+                self._steps.turns.admit(self._way.model)
+        except StepcastError as error:
+            self._turn_away(head, kind, error)
+        else:
+            self._take(payload, kind)
+
+    def _turn_away(self, head: Head, kind: str, error: StepcastError) -> None:
+        """Answer a frame of which nothing but the head was read."""
+        session = head.session if self._session is None else self._session
+        self._talk.refuse(session, self.problem(head.id, session, error, kind))
         self._go_on()
 
     def drain(self) -> None:
@@ -175,23 +220,40 @@ class Conversation:
 
     def _take(self, payload: bytes, kind: str) -> None:
         """Take any frame; one that reaches no session is answered with its error, in its turn."""
-        head, own = _head(payload, kind), self._session
+        self._take_read(_read(payload, kind), kind, Frame)
+
+    async def _take_large(self, payload: bytes, kind: str) -> None:
+        """The same of a frame that would hold up others; no other one is taken meanwhile, so all keep their order."""
         try:
-            if head.op not in FRAME_TYPES:
-                raise InvalidRequest(f"$.op is {head.op!r}, want one of {', '.join(FRAME_TYPES)}")
-            if head.op == STEP and not self._talk.draining:
-                self._steps.turns.admit(self._way.model)  # before its readings are read
-            asked: Any = bodies.decode(payload, FRAME_TYPES[head.op], kind)
+            read: Asked = await aside(len(payload), _read, payload, kind)
+        except StepcastError as error:
+            read = Head(), error
+        if self._connection.disconnected or not self._take_read(read, kind, LargeFrame):
+            self.lighter()
+
+    def lighter(self) -> None:
+        """A large frame is answered: others may come."""
+        self._loaded = False
+        self._connection.want()
+
+    def _take_read(self, read: Asked, kind: str, frame: type[Frame]) -> bool:
+        """Take a frame that was read; whether it waits for an answer now."""
+        (head, asked), own, begun = read, self._session, False
+        try:
+            if isinstance(asked, Exception):
+                raise asked
             if head.op == MARKER:
-                self._talk.mark(_encode({"id": asked.id, "op": MARKER}, kind))
+                self._talk.mark(_encode({"id": head.id, "op": MARKER}, kind))
             else:
-                self._begin(asked, kind)
+                self._begin(asked, kind, frame)
+                begun = True
         except Exception as error:
             session = head.session if own is None else own
             self._talk.refuse(session, self.problem(head.id, session, error, kind))
         self._go_on()
+        return begun
 
-    def _begin(self, asked: Any, kind: str) -> None:
+    def _begin(self, asked: Any, kind: str, made: type[Frame]) -> None:
         """Hand a frame to the conversation, or raise the StepcastError that is its answer."""
         if self._talk.draining:
             raise Draining(f"{_SHUTTING_DOWN}. Connect again.", retry_after_s=1.0)
@@ -203,9 +265,10 @@ class Conversation:
         if own not in (None, session):
             raise InvalidRequest(f"$.session is {session!r}, this socket is for {own!r}")
         self._way.address(session)
-        # Where versions differ in features, a step may have to look at its session first: it waits for earlier frames.
-        alone = asked.op != STEP or self._steps.looks_first(self._way.model, asked, kind)
-        frame = Frame(self, (asked, None, "F"), kind, session, not alone)
+        # A large step, and where versions differ in features one that may have to look at its session first, wait for
+        # earlier frames.
+        alone = asked.op != STEP or made is LargeFrame or self._steps.looks_first(self._way.model, asked, kind)
+        frame = made(self, (asked, None, "F"), kind, session, not alone)
         if self._talk.begin(session, frame):
             self._start(frame)
 
@@ -224,9 +287,12 @@ class Conversation:
         if frame.step:
             self._step(frame)
         elif not self._connection.disconnected:  # what a client that is gone still held back is forgotten
-            task = asyncio.get_running_loop().create_task(self._operate(frame))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._soon(self._operate(frame))
+
+    def _soon(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def _step(self, frame: Frame) -> None:
         """Queue a step."""
@@ -259,6 +325,8 @@ class Conversation:
                 frame.refused(error)
                 return
         self.finish(frame, _encode(answer, frame.kind))
+        if isinstance(frame, LargeFrame):
+            self.lighter()
 
     def answered(self, frame: Frame, opcode: int, payload: bytes) -> None:
         """A step has its answer."""
@@ -288,11 +356,24 @@ def _encode(answer: dict[str, Any], kind: str) -> Answer:
     return TEXT if kind == JSON else BINARY, encode(answer, kind)
 
 
+def _read(payload: bytes, kind: str) -> Asked:
+    """What a frame asks; in any thread."""
+    head = _head(payload, kind)
+    try:
+        if head.op not in FRAME_TYPES:
+            raise InvalidRequest(f"$.op is {head.op!r}, want one of {', '.join(FRAME_TYPES)}")
+        return head, bodies.decode(payload, FRAME_TYPES[head.op], kind)
+    except Exception as error:
+        return head, error
+
+
 def _head(payload: bytes, kind: str) -> Head:
     """What can be read of a frame's head, even if the frame is no good."""
     try:
         head: Head = bodies.decoder(Head, kind).decode(payload)
     except bodies.UNREADABLE:
+        if len(payload) > LARGE_BYTES:
+            return Head()
         try:
             head = msgspec.convert(json.loads(payload, parse_constant=lambda _: None), Head)
         except (ValueError, RecursionError, msgspec.MsgspecError):  # not even that

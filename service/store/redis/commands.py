@@ -32,6 +32,7 @@ while at <= #ARGV do
   key, at = key + 1, at + 4
   local side, count = nil, 0
   if sides ~= '' then side, count, key = KEYS[key], tonumber(sides), key + 1 end
+  local behind = at + 2 * math.abs(count)
   if redis.call('GETRANGE', main, {TOKEN.start}, {TOKEN.stop - 1}) ~= expect then
     applied[#applied + 1] = 0
   else
@@ -40,21 +41,26 @@ while at <= #ARGV do
     elseif ttl == '' then redis.call('SET', main, record)
     else redis.call('SET', main, record, 'PX', ttl) end
     if side then
-      if record == '' or expect == '' then redis.call('UNLINK', side) end
-      if record ~= '' and count >= 0 then
+      if record == '' or count < 0 then redis.call('UNLINK', side) end
+      count = math.abs(count)
+      if record ~= '' then
         for j = at, at + 2 * count - 2, 2 do redis.call('HSET', side, ARGV[j], ARGV[j + 1]) end
         if ttl == '' then redis.call('PERSIST', side) else redis.call('PEXPIRE', side, ttl) end
       end
     end
   end
-  if count > 0 then at = at + 2 * count end
+  at = behind
 end
 return applied
 """
 """Per session in ARGV: token expected ('': none), record ('': forget), ms to live ('': for ever), number of side
-records (-1: none, and none to touch; '': neither that nor a key for them), then name and bytes of each. In KEYS: the
-record's and, where there is a number, that of the side records. Returns 1 where it was applied. SET is the first
-change, since Redis asks for free memory only at a script's first one."""
+records to set (negative: they are the first; 0: there are some, give them the time to live; '': none, and no key for
+them), then name and bytes of each. In KEYS: the record's and, where there is a number, that of the side records.
+Returns 1 where it was applied. SET is the first change, since Redis asks for free memory only at a script's first one.
+
+A session without side records has one key in its commands: in a cluster, commands of two are refused while their slot
+moves if one of them is not there. What a session that was evicted or deleted from outside has left under the second
+key is forgotten when side records are first set."""
 
 
 def pack(*words: str | bytes | int) -> bytes:
@@ -82,13 +88,17 @@ def change(writes: Sequence[Write]) -> bytes:
     keys: list[str] = []
     values: list[bytes | str] = []
     for key, expect, record, ttl_s, sides, touch_sides in writes:
-        is_step = expect is not None and record is not None
-        count = f"{len(sides)}" if sides else "0" if touch_sides else "" if is_step else "-1"
+        count = f"{len(sides) if touch_sides else -len(sides)}" if sides else "0" if touch_sides else ""
         keys += (main(key), side(key)) if count else (main(key),)
         values += (expect or b"", record or b"", _ttl(ttl_s), count)
         for name, data in (sides or {}).items():
             values += (name, data)
     return pack("EVALSHA", _SHA, len(keys), *keys, *values)
+
+
+def touch(key: str, ttl_s: float | None) -> bytes:
+    """Gives a session's side records their time to live."""
+    return pack("PERSIST", side(key)) if ttl_s is None else pack("PEXPIRE", side(key), _ttl(ttl_s))
 
 
 class Frames:
@@ -97,11 +107,9 @@ class Frames:
     def __init__(self) -> None:
         self._frame = lru_cache(_MOST_FRAMES)(_frame)
 
-    def commands(self, block: Block, parts: Sequence[range]) -> list[bytes]:
+    def commands(self, block: Block, parts: Sequence[range], touch_sides: bool) -> list[bytes]:
         """One command for each of `parts`, rows of a block."""
-        tokens = block.expected() if len(block) == 1 else block.tokens  # a lone block makes no array for this
-        is_new = tokens is None or not len(tokens[0])
-        sides = b"0" if block.touch_sides else b"-1" if is_new else b""
+        sides = b"0" if touch_sides else b""
         begin = block.place if block.stays and isinstance(block.place, list) else _heads(block.keys, parts, bool(sides))
         if block.stays:
             block.place = begin  # the commands of the next block of these keys begin the same

@@ -11,7 +11,7 @@ from stepcast.errors import InvalidRequest
 
 from ...records.block import Block
 from .. import Done, Write
-from .commands import PREFIX, ROWS, WRITES, Frames, change, main, pack, side
+from .commands import PREFIX, ROWS, WRITES, Frames, change, main, pack, side, touch
 from .connection import Refused, Replies, ask
 from .topology import Node, Nodes
 
@@ -46,6 +46,9 @@ class RedisStore:
     async def ping(self) -> None:
         await self._nodes.run(["ping"], [pack("SET", "stepcast:ping:{ping}", "", "PX", 1)])
 
+    def apart(self, keys: Sequence[str]) -> Sequence[Sequence[int]]:
+        return self._nodes.apart(keys)
+
     async def load(self, keys: Sequence[str]) -> list[bytes | None]:
         parts = _parts(len(keys), min(_LOADS_PER_COMMAND, self._nodes.most))
         commands = [pack("MGET", *map(main, keys[part.start : part.stop])) for part in parts]
@@ -59,10 +62,24 @@ class RedisStore:
             rows = places if len(parts) == len(block) else [row for place in places for row in parts[place]]
             done(rows, replies if isinstance(replies, BaseException) else [flag == 1 for flag in chain(*replies)])
 
-        keys = [block.keys[part.start] for part in parts]
-        self._nodes.send(keys, self._frames.commands(block, parts), told)
+        keys, touches = [block.keys[part.start] for part in parts], block.touch_sides
+        if touches and self._nodes.one_key:
+            self._touch(keys, block.ttl_s)
+            touches = False
+        self._nodes.send(keys, self._frames.commands(block, parts, touches), told)
+
+    def _touch(self, keys: Sequence[str], ttl_s: float | None) -> None:
+        """Give side records their time to live by commands of their own; what fails is made good by the next step."""
+        self._nodes.send(keys, [touch(key, ttl_s) for key in keys], _heard)
 
     async def change(self, writes: Sequence[Write]) -> list[bool]:
+        if self._nodes.one_key:
+            for key, _, record, ttl_s, sides, touch_sides in writes:
+                if record and touch_sides and not sides:
+                    self._touch([key], ttl_s)
+            writes = [
+                write if write.sides or not write.record else write._replace(touch_sides=False) for write in writes
+            ]
         parts = _parts(len(writes), min(WRITES, self._nodes.most))
         commands = [change(writes[part.start : part.stop]) for part in parts]
         replies = await self._nodes.run([writes[part.start].key for part in parts], commands)
@@ -91,6 +108,10 @@ class RedisStore:
         """The reply to `command` if the session is there, else None."""
         exists, reply = await self._nodes.run([key, key], [pack("EXISTS", main(key)), command])
         return reply if exists else None
+
+
+def _heard(places: Sequence[int], replies: Replies | BaseException) -> None:
+    """Nobody waits for these."""
 
 
 @lru_cache(1024)

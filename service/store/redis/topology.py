@@ -60,6 +60,7 @@ class Nodes:
     """The servers of one store: one primary."""
 
     most = 1 << 30  # sessions that one command may name
+    one_key = False  # whether a command of a step names one key: two cannot be had while their slot moves
     not_done = frozenset({"NOSCRIPT"})  # what a server says that has done nothing, which another try may mend
 
     def __init__(self, node: Node | None, options: StoreOptions) -> None:
@@ -74,6 +75,10 @@ class Nodes:
         Every command is told once, some at a time: a server that hangs holds up its own only.
         """
         self._send(self._node, range(len(commands)), keys, commands, told)
+
+    def apart(self, keys: Sequence[str]) -> Sequence[Sequence[int]]:
+        """Places of keys by the server that has them."""
+        return [range(len(keys))]
 
     async def run(self, keys: Sequence[str], commands: Sequence[bytes]) -> Replies:
         """The replies to commands. Raises StoreUnavailable where one is missing or an error."""
@@ -168,7 +173,8 @@ class Cluster(Nodes):
     """
 
     most = 1
-    not_done = frozenset({"NOSCRIPT", "MOVED", "ASK", "TRYAGAIN"})
+    one_key = True
+    not_done = frozenset({"NOSCRIPT", "MOVED", "ASK", "TRYAGAIN", "CLUSTERDOWN"})
 
     def __init__(self, seeds: Sequence[Server], options: StoreOptions) -> None:
         super().__init__(None, options)
@@ -196,11 +202,17 @@ class Cluster(Nodes):
         raise failure from cause
 
     def send(self, keys: Sequence[str], commands: Sequence[bytes], told: Told) -> None:
+        for node, mine in self._by_node(keys).items():
+            self._send(node, mine, keys, commands, told)
+
+    def apart(self, keys: Sequence[str]) -> Sequence[Sequence[int]]:
+        return list(self._by_node(keys).values())
+
+    def _by_node(self, keys: Sequence[str]) -> dict[Node | None, list[int]]:
         by_node: dict[Node | None, list[int]] = {}
         for i, key in enumerate(keys):
             by_node.setdefault(self._owners[slot_of(key)], []).append(i)
-        for node, mine in by_node.items():
-            self._send(node, mine, keys, commands, told)
+        return by_node
 
     def primaries(self) -> list[Node]:
         return [node for node in dict.fromkeys(self._owners) if node]
