@@ -20,6 +20,7 @@ from .codec import Layout
 from .errors import (
     Draining,
     NotReady,
+    QuotaExceeded,
     StepcastError,
     Unavailable,
     from_problem,
@@ -257,6 +258,8 @@ def _manifest(message: dict[str, Any]) -> Manifest:
 
 
 def _again(call: Call, error: StepcastError) -> bool:
+    if isinstance(error, QuotaExceeded):  # time alone mends nothing
+        return False
     if error.status == 429 or isinstance(error, (Draining, NotReady)):  # refused: certainly not applied
         return True
     return call.safe and error.status in (503, 504)

@@ -33,6 +33,7 @@
     |   +-- NoFeedback                the model cannot run free
     |   +-- NonFinite                 an input, output or state is infinite (or NaN where that is no reading)
     +-- QueueFull 429                 with retry_after_s
+    +-- QuotaExceeded 429             the namespace has as many sessions or bytes as it may
     +-- Internal 500                  a defect of ours; never caused by an input
     +-- Unavailable 503
     |   +-- StoreUnavailable          with retry_after_s; whether the step was applied shows on retry with seq
@@ -213,6 +214,10 @@ class NonFinite(Unprocessable):
 
 class QueueFull(StepcastError):
     code, status, title, close_code = "queue_full", 429, "Queue full", 1013
+
+
+class QuotaExceeded(StepcastError):
+    code, status, title, close_code = "quota_exceeded", 429, "Quota exceeded", 1008
 
 
 class Internal(StepcastError):
