@@ -115,7 +115,8 @@ demo: $(STAMP)
 	$(BIN)/python demo/replay.py $(if $(filter 0,$(TRAIN)),--committed,) $(ARGS)
 
 forecasts: $(STAMP)
-	$(BIN)/python -m training backtest training/recipes/weather.yaml --page docs/forecasts.md --json docs/assets/forecasts.json $(ARGS)
+	$(BIN)/python -m training backtest training/recipes/weather.yaml --page docs/forecasts.md --json docs/assets/forecasts.json \
+	  --keep-peers $(ARGS)
 
 serve: $(STAMP)
 	$(BIN)/python -m service serve $(ARGS)

@@ -182,7 +182,7 @@ def _one(name: str, what: str, prepare: Callable[..., Run], **how: object) -> Co
 
 def everyone() -> list[Contender]:
     """All, in turn: who has a twin stands next to it."""
-    memory, gaps, foreign = {"store": "memory"}, {"served": "bench-gaps"}, {"served": "bench-foreign"}
+    memory, gaps, foreign = {"store": "memory"}, {"served": "bench-gaps"}, {"served": "bench-imported"}
     http, socket, batch = "HTTP JSON", "WebSocket 4 x 16", f"batch step of {SESSIONS}"
     plain = "Redis, append-only file as it is"
     return [

@@ -59,7 +59,7 @@ class Shape:
 
 
 GAPS = Shape("bench-gaps", kind="gaps")
-FOREIGN = Shape("bench-foreign", kind="foreign")
+FOREIGN = Shape("bench-imported", kind="foreign")
 SERVED = (Shape(), GAPS, FOREIGN)
 """What every server of a benchmark serves."""
 
@@ -229,6 +229,7 @@ def _manifest(shape: Shape) -> dict[str, Any]:
         "outputs": [{"name": f"o{i}"} for i in range(shape.outputs)],
         "task": "regression",
         "lengths": None if foreign else "lengths",
+        "single_steps": "exact" if foreign else "quick",
         "states": [
             {
                 "layer": state.layer,

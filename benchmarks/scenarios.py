@@ -351,6 +351,13 @@ def silero(bench: Bench, quick: bool) -> Rounds:
     return (yield from silero.silero(bench, quick))
 
 
+def exports(bench: Bench, quick: bool) -> Rounds:
+    """See exports.exports."""
+    from . import exports
+
+    return (yield from exports.exports(bench, quick))
+
+
 SCENARIOS: dict[str, Scenario] = {
     "open-loop": open_loop,
     "lone": lone,
@@ -359,9 +366,10 @@ SCENARIOS: dict[str, Scenario] = {
     "growth": growth,
     "workers": workers,
     "silero": silero,
+    "exports": exports,
     "cuda": cuda,
 }
-WITH_SERVERS = SCENARIOS.keys() - {"cuda", "silero"}  # whose servers may be another checkout's too
+WITH_SERVERS = SCENARIOS.keys() - {"cuda", "silero", "exports"}  # whose servers may be another checkout's too
 
 
 def plain(result: Result) -> str:

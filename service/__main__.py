@@ -16,7 +16,7 @@ from uvicorn.supervisors import Multiprocess
 from stepcast import imports
 from stepcast.arguments import Parser
 from stepcast.errors import ConfigError, ManifestError, StepcastError
-from stepcast.rooms import example_models
+from stepcast.rooms import example_models, load
 
 from .app import create_app
 from .doors.http.connection import HttpConnection
@@ -25,10 +25,16 @@ from .doors.websocket.connection import WebSocketConnection
 from .engine.batch_invariance import try_batches
 from .engine.golden import placements
 from .engine.model import Runtime
+from .scoring.options import declare
 from .settings import PREFIX, Settings
-from .telemetry import WORKERS
+from .telemetry import WORKERS, log
+
+if sys.platform != "win32":
+    import resource
 
 OPTIONS = ("models", "store", "device", "host", "port", "workers")  # of `serve`: settings too
+OTHER_FILES = 256
+"""Files that a server has open beside its connections: stores, models, libraries."""
 
 
 class Uvicorn(uvicorn.Server):
@@ -60,6 +66,24 @@ def _announce(listener: socket.socket, example: bool) -> None:
         print(f"a first step: stepcast step control_charts demo value=30.5 --url http://{host}:{port}", flush=True)
 
 
+def _room_for(connections: int) -> None:
+    """Raise the limit of open files as far as the connections need, if the system allows it."""
+    if sys.platform == "win32":
+        return
+    needed = connections + OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY:
+        needed = min(needed, hard)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    if needed < connections + OTHER_FILES:
+        log.warning(
+            "the system allows %d open files, for %d connections %d are needed: raise its limit or lower "
+            "STEPCAST_CONNECTIONS_LIMIT",
+            *(needed, connections, connections + OTHER_FILES),
+        )
+
+
 def serve(arguments: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT."""
     if arguments.example:
@@ -71,6 +95,7 @@ def serve(arguments: argparse.Namespace) -> int:
         raise ConfigError("store 'memory://' is one process's own memory: it cannot serve several workers")
     os.environ.update({PREFIX + name.upper(): text for name, text in given.items() if text is not None})  # for workers
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    _room_for(settings.connections_limit)
     config = uvicorn.Config(
         create_app(settings, freezes=True) if alone else f"{__package__}.app:from_environ",
         factory=not alone,
@@ -88,6 +113,7 @@ def serve(arguments: argparse.Namespace) -> int:
         ssl_keyfile=arguments.ssl_keyfile,
         server_header=False,
         date_header=False,
+        proxy_headers=False,  # wrong keys are counted by the address of the connection: nobody can write that
     )
     if alone:
         logging.getLogger("uvicorn.error").addFilter(OneLine())
@@ -123,6 +149,11 @@ def check(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def score(arguments: argparse.Namespace) -> int:
+    """Step a table; see scoring/command.py, which needs pyarrow."""
+    return int(load(f"{__package__}.scoring.command", "parquet").run(arguments))
+
+
 def make_key(arguments: argparse.Namespace) -> int:
     """Print a new key, which is kept nowhere, and the line for the key file that knows it by its hash."""
     key, line = new_key(arguments.name, arguments.role, arguments.namespace)
@@ -146,6 +177,9 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     prove.add_argument("directory", type=Path, metavar="MODEL_DIR")
     prove.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     prove.set_defaults(run=check)
+    tables = commands.add_parser("score", help="step a table of any size, without a server")
+    declare(tables)
+    tables.set_defaults(run=score)
     commands.add_parser("import", aliases=["import-onnx"], add_help=False, help="take in a model made by others")
     make = commands.add_parser("key", help="make an API key, and its line for STEPCAST_API_KEYS_FILE")
     make.add_argument("name", metavar="NAME", help="whose key it is: logs show it")

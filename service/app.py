@@ -14,11 +14,13 @@ from stepcast.errors import ManifestError, NotReady, StepcastError
 
 from .doors.answers import problem
 from .doors.bodies import JSON
+from .doors.hosts import Hosts
 from .doors.http import pages
-from .doors.http.envelope import Envelope
+from .doors.http.envelope import Envelope, respond
 from .doors.http.heads import Heads
 from .doors.http.openapi import describe_probe
-from .doors.http.routes import Routes, respond
+from .doors.http.routes import Routes
+from .doors.intake import Intake
 from .doors.keys import Keys, origins
 from .doors.steps import Steps
 from .doors.websocket.handshake import Handshake, Receive, Scope, Send
@@ -38,7 +40,7 @@ class Server:
         self.settings, self._freezes, self.ready = settings, freezes, False
         self.metrics = Metrics()
         self._scrape = Scrape(self.metrics, self._gauge, os.environ.get(WORKERS))
-        keys = self._keys = Keys(settings.api_keys, settings.api_keys_file)
+        keys = self._keys = Keys(settings.api_keys, settings.api_keys_file, settings.tries_limit)
         self.repository = Repository(
             settings.models,
             device=settings.device,
@@ -57,10 +59,11 @@ class Server:
         self.store = open_store(settings.store, durability=settings.durability, options=options)
         self.sessions = Sessions(self.repository, self.store, settings, self.metrics)
         steps = Steps(States(self.sessions))
-        self.heads = Heads(steps, keys, settings, self.metrics)
+        hosts, intake = Hosts(settings.hosts, keys.needed), Intake(settings.intake_bytes, settings.tenant_intake_bytes)
+        self.heads = Heads(steps, keys, hosts, intake, settings, self.metrics)
         sockets = Handshake(steps, keys, settings, self.metrics)
-        self.api = self._api(Routes(steps, keys, self.metrics))
-        self._envelope = Envelope(self.api, sockets)
+        self.api = self._api(Routes(steps, keys, intake, self.metrics))
+        self._envelope = Envelope(self.api, sockets, hosts, self.metrics)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._envelope(scope, receive, send)

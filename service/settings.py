@@ -83,7 +83,17 @@ class Settings(BaseModel):
     tenant_limit_bytes: int = _of(0, "Most bytes of one namespace's sessions, without checkpoints; 0: any.", ge=0)
     checkpoints_limit: int = _of(64, "Most checkpoints per session.", ge=0)
     frames_limit: int = _of(256, "WebSocket frames in flight per socket before it is not read.", ge=1)
-    stall_s: float = _of(30.0, "Longest time a WebSocket client may leave answers unread before it is cut off.", gt=0)
+    stall_s: float = _of(30.0, "Longest time a client may leave answers unread before it is cut off.", gt=0)
+    head_limit_bytes: int = _of(2**16, "Largest request line with headers, before 414 or 431.", ge=4096)
+    read_s: float = _of(
+        20.0,
+        "Longest time for the head of a request to come whole, before 408; its body has as long, and a second more for "
+        "each 16 KiB of it that came.",
+        gt=0,
+    )
+    connections_limit: int = _of(16_384, "Open connections per process before 503.", ge=1)
+    intake_bytes: int = _of(2**28, "Bytes of requests in flight per process before 429.", ge=2**20)
+    tenant_intake_bytes: int = _of(2**27, "The same for one namespace; without keys there is one.", ge=2**20)
     log_steps: int = _of(0, "Inputs kept per session for version policy 'replay'; 0: none are kept.", ge=0)
     version_policy: Literal["pin", "reset", "replay"] = _of(
         "pin",
@@ -96,6 +106,13 @@ class Settings(BaseModel):
         "",
         "File of keys, a line each, as `stepcast key` prints it: NAME ROLE NAMESPACE sha256:HEX; read again when it "
         "changes. With a file every call needs a key.",
+    )
+    tries_limit: int = _of(20, "Wrong keys per address before 429; all come back within a minute. 0: any number.", ge=0)
+    hosts: str = _of(
+        "",
+        "Names that clients may call the server by, separated by commas; .example.org: all below it, *: every name. "
+        "Empty: every name if keys are needed, else names without a dot or of reserved endings. IP addresses and "
+        "localhost always hold.",
     )
     cors_origins: str = _of("", "Origins allowed to call from a browser, separated by commas.")
     docs: bool = _of(True, "Serve /docs, /redoc, /openapi.json and /asyncapi.json.")

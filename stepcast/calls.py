@@ -22,6 +22,7 @@ from .errors import (
     NotReady,
     QuotaExceeded,
     StepcastError,
+    TooManyConnections,
     Unavailable,
     from_problem,
 )
@@ -260,7 +261,8 @@ def _manifest(message: dict[str, Any]) -> Manifest:
 def _again(call: Call, error: StepcastError) -> bool:
     if isinstance(error, QuotaExceeded):  # time alone mends nothing
         return False
-    if error.status == 429 or isinstance(error, (Draining, NotReady)):  # refused: certainly not applied
+    if error.status in (408, 429) or isinstance(error, (Draining, NotReady, TooManyConnections)):
+        # refused: certainly not applied
         return True
     return call.safe and error.status in (503, 504)
 

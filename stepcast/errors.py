@@ -12,6 +12,7 @@
     |   +-- CheckpointNotFound
     |   +-- RouteNotFound
     +-- MethodNotAllowed 405
+    +-- RequestTimeout 408            the request did not come whole in time; nothing of it was applied
     +-- Conflict 409
     |   +-- StepConflict              a gap in seq, or the same seq with another payload
     |   +-- ExamplesMismatch          another N than the session's
@@ -23,7 +24,10 @@
     |   +-- VersionFailed             the version's files do not prove themselves: it is not served
     +-- PreconditionFailed 412        If-Match named another revision
     +-- TooLarge 413
+    |   +-- AddressTooLong 414
+    |   +-- HeadTooLarge 431
     +-- UnsupportedMediaType 415
+    +-- UnknownHost 421               a name that this server does not go by
     +-- Unprocessable 422
     |   +-- InvalidRequest            well-formed, but a field is missing, unknown or of the wrong type
     |   +-- InvalidSessionId
@@ -33,10 +37,13 @@
     |   +-- NoFeedback                the model cannot run free
     |   +-- NonFinite                 an input, output or state is infinite (or NaN where that is no reading)
     +-- QueueFull 429                 with retry_after_s
+    |   +-- IntakeFull                too many bytes of requests in flight
+    |   +-- TooManyTries              too many wrong keys from one address
     +-- QuotaExceeded 429             the namespace has as many sessions or bytes as it may
     +-- Internal 500                  a defect of ours; never caused by an input
     +-- Unavailable 503
     |   +-- StoreUnavailable          with retry_after_s; whether the step was applied shows on retry with seq
+    |   +-- TooManyConnections
     |   +-- NotReady
     |   +-- Draining
     +-- DeadlineExceeded 504          the step was not applied
@@ -132,6 +139,10 @@ class MethodNotAllowed(StepcastError):
     code, status, title, close_code = "method_not_allowed", 405, "Method not allowed", 1008
 
 
+class RequestTimeout(StepcastError):
+    code, status, title, close_code = "request_timeout", 408, "Request timeout", 1008
+
+
 class Conflict(StepcastError):
     code, status, title, close_code = "conflict", 409, "Conflict", 1008
 
@@ -176,8 +187,20 @@ class TooLarge(StepcastError):
     code, status, title, close_code = "too_large", 413, "Too large", 1009
 
 
+class AddressTooLong(TooLarge):
+    code, status, title = "address_too_long", 414, "Address too long"
+
+
+class HeadTooLarge(TooLarge):
+    code, status, title = "head_too_large", 431, "Head too large"
+
+
 class UnsupportedMediaType(StepcastError):
     code, status, title, close_code = "unsupported_media_type", 415, "Unsupported media type", 1003
+
+
+class UnknownHost(StepcastError):
+    code, status, title, close_code = "unknown_host", 421, "Unknown host name", 1008
 
 
 class Unprocessable(StepcastError):
@@ -216,6 +239,14 @@ class QueueFull(StepcastError):
     code, status, title, close_code = "queue_full", 429, "Queue full", 1013
 
 
+class IntakeFull(QueueFull):
+    code, title = "intake_full", "Too many bytes in flight"
+
+
+class TooManyTries(QueueFull):
+    code, title, close_code = "too_many_tries", "Too many wrong keys", 1008
+
+
 class QuotaExceeded(StepcastError):
     code, status, title, close_code = "quota_exceeded", 429, "Quota exceeded", 1008
 
@@ -230,6 +261,10 @@ class Unavailable(StepcastError):
 
 class StoreUnavailable(Unavailable):
     code, title = "store_unavailable", "Session store unavailable"
+
+
+class TooManyConnections(Unavailable):
+    code, title = "too_many_connections", "Too many connections"
 
 
 class NotReady(Unavailable):

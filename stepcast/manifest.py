@@ -266,6 +266,10 @@ class Manifest(_Strict):
     rows: Literal["many", "one"] = Field(
         default="many", description="one: the graph takes one row a run, so the server runs it row by row"
     )
+    single_steps: Literal["quick", "exact"] = Field(
+        default="quick",
+        description="exact: the bits that model.onnx gives; quick: within rounding, recurrent nodes as equations",
+    )
     streaming: bool = True
     every_s: float | None = Field(default=None, gt=0, description="seconds from one step to the next")
     feedback: tuple[Feedback, ...] = ()

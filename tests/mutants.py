@@ -46,6 +46,7 @@ GRAPHS = ("test_graphs.py", "test_layers.py")
 RECURRENCES = ("test_recurrences.py", "test_layers.py")
 LAYERS = ("test_train_layers.py", "test_network.py", "test_layers.py")
 DISTRIBUTIONS = ("test_likelihoods.py", "test_distributions.py")
+CALIBRATION = ("test_calibration.py",)
 HEAD = ("test_train_layers.py", "test_train_updates.py", "test_network.py")
 
 
@@ -243,6 +244,27 @@ CATALOGUE: dict[tuple[str, tuple[str, ...]], list[tuple[str, ...]]] = {
         ("mean = (weights * means).sum(dim=-2, keepdim=True)", "mean = means.mean(dim=-2, keepdim=True)"),
         ("return F.softplus(z) + floor", "return F.softplus(z)"),
         ("means = np.linspace(-1.0, 1.0, components)", "means = np.zeros(components)"),
+    ],
+    ("distributions.py", CALIBRATION): [
+        ("return about + (parameters - about) * by", "return parameters * by"),
+        ('("location", "spread", "dispersion") for', '("location", "spread") for'),
+        ("return parameters, scale * by", "return parameters, scale"),
+        ("about = torch.where(about, points, 0.0)", "about = points"),
+    ],
+    ("calibration.py", CALIBRATION): [
+        ("cost(np.exp(left)) > cost(np.exp(right))", "cost(np.exp(left)) < cost(np.exp(right))"),
+        ("np.where(there, scores, 0.0)", "scores"),
+        ("head.stretch = torch.ones_like(head.stretch)", "pass"),
+        ("labels[:, places]", "labels[:, ::-1][:, places]"),
+        ('_held_out(network, block, "test")', '_held_out(network, block, "validation")'),
+    ],
+    ("data/table.py", CALIBRATION): [
+        ("max(0, first - ahead) : last", "first : last"),
+        ("rest.y = self.y.copy()", "pass"),
+    ],
+    ("checkpoint.py", ("test_train.py",)): [
+        ("if before != now:", "if False:"),
+        ("zip_longest(names", "zip(names"),
     ],
     ("probabilistic.py", ("test_likelihoods.py",)): [
         ("2 * pinball(parameters", "pinball(parameters"),

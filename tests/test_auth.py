@@ -9,9 +9,12 @@ from uuid import uuid4
 import httpx
 import pytest
 from serving import MODELS, Running, running
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import connect
 
 from service.doors.keys import ANYBODY, Keys, Principal
-from stepcast.errors import Forbidden, Unauthorized
+from service.doors.tries import Tries
+from stepcast.errors import Forbidden, TooManyTries, Unauthorized
 
 pytestmark = pytest.mark.service
 
@@ -194,16 +197,16 @@ def test_keys_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(hmac, "compare_digest", watch)
     keys = Keys("read:a:first-key,step:b:second-key,admin:c:third-key")
-    assert keys.authenticate({b"x-api-key": b"first-key"}) == Principal("a", "read")
+    assert keys.authenticate({b"x-api-key": b"first-key"}, "1.2.3.4") == Principal("a", "read")
     want = [hashlib.sha256(key).digest() for key in (b"first-key", b"second-key", b"third-key")]
     assert [one for one, _ in seen] == want
     with pytest.raises(Unauthorized):
-        keys.authenticate({b"x-api-key": b"fourth-key"})
+        keys.authenticate({b"x-api-key": b"fourth-key"}, "1.2.3.4")
 
 
 def test_without_keys_everybody_is_admin_of_one_namespace() -> None:
     """No key needed, none looked at."""
-    assert Keys("").authenticate({b"x-api-key": b"whatever"}) == ANYBODY
+    assert Keys("").authenticate({b"x-api-key": b"whatever"}, "1.2.3.4") == ANYBODY
     ANYBODY.require("admin")
     with pytest.raises(Forbidden):
         Principal("a", "read").require("step")
@@ -226,3 +229,81 @@ def test_cors_allows_the_origins_that_are_named() -> None:
         for origin, allowed in (("https://a.example", True), ("https://evil.example", False)):
             response = httpx.post(f"{server.url}{LSTM}/sessions/s/step", json=ONES, headers={"origin": origin})
             assert ("access-control-allow-origin" in response.headers) is allowed
+
+
+def test_wrong_keys_are_limited_by_address() -> None:
+    """After that many every key from there is refused, also by the short way, but those that were right from there."""
+    keys = "step:acme:key-of-a-stepper,step:acme:key-of-another"
+    with (
+        running(store="memory://", api_keys=keys, tries_limit=3) as server,
+        httpx.Client(base_url=server.url) as client,
+    ):
+
+        def step(key: str | None) -> tuple[int, str]:
+            headers = {} if key is None else {"x-api-key": key}
+            answer = client.post(f"{LSTM}/sessions/s/step", json=ONES, headers=headers)
+            return answer.status_code, code(answer)
+
+        assert step("key-of-a-stepper") == (200, "")
+        for _ in range(5):
+            assert step(None) == (401, "unauthorized"), "who sends no key guesses none"
+        for number in range(3):
+            assert step(f"guess-{number}") == (401, "unauthorized")
+        for key in ("guess-4", "key-of-another"):
+            refused = client.post(f"{LSTM}/sessions/s/step", json=ONES, headers={"x-api-key": key})
+            problem = refused.json()
+            assert (refused.status_code, problem["code"], problem["limit"]) == (429, "too_many_tries", 3)
+            assert 1 <= problem["retry_after_s"] <= 20
+            assert refused.headers["retry-after"] == str(round(problem["retry_after_s"]))
+        assert step("key-of-a-stepper") == (200, "")
+        with pytest.raises(InvalidStatus, match="429"):
+            connect(f"{server.url}{LSTM}/stream?key=key-of-another".replace("http", "ws"))
+        with connect(f"{server.url}{LSTM}/stream?key=key-of-a-stepper".replace("http", "ws")):
+            pass
+
+
+def test_a_known_head_does_not_speak_for_an_address_that_guesses() -> None:
+    """A key in use elsewhere is remembered with its head; from an address that is blocked it is refused, too."""
+    with running(store="memory://", api_keys="step:acme:key-of-a-stepper", tries_limit=2) as server:
+        local = httpx.HTTPTransport(local_address="127.0.0.2")
+        with httpx.Client(base_url=server.url) as user, httpx.Client(base_url=server.url, transport=local) as thief:
+            for client, key, wanted in (
+                *((user, "key-of-a-stepper", 200), (thief, "guess-1", 401), (thief, "guess-2", 401)),
+                *((thief, "key-of-a-stepper", 429), (user, "key-of-a-stepper", 200)),
+            ):
+                answer = client.post(f"{LSTM}/sessions/s/step", json=ONES, headers={"x-api-key": key})
+                assert answer.status_code == wanted
+
+
+def test_tries_come_back_and_are_counted_by_network() -> None:
+    """One each 60 s / limit; an IPv6 network of 64 bits counts as one address; what is remembered is bounded."""
+    now = [0.0]
+    tries = Tries(3, lambda: now[0])
+    for address in ("2001:db8::1", "2001:db8::2:3", "2001:db8::ffff%eth0"):
+        tries.check(address, b"k")
+        tries.wrong(address)
+    with pytest.raises(TooManyTries, match=r"limit 3.*Retry after 20 s"):
+        tries.check("2001:db8::4", b"k")
+    tries.check("2001:db8:1::4", b"k")
+    now[0] = 10.0
+    with pytest.raises(TooManyTries, match="Retry after 10 s"):
+        tries.check("2001:db8::4", b"k")
+    now[0] = 20.0
+    tries.check("2001:db8::4", b"k")
+    assert not tries.blocked
+    tries.wrong("2001:db8::4")
+    with pytest.raises(TooManyTries):
+        tries.check("2001:db8::4", b"k")
+    tries.right("2001:db8::4", b"good")
+    tries.check("2001:db8::5", b"good")
+    tries.forget()
+    with pytest.raises(TooManyTries):
+        tries.check("2001:db8::5", b"good")
+    for number in range(10_000):
+        for _ in range(3):
+            tries.wrong(f"10.0.{number >> 8}.{number & 255}")
+    assert len(tries._spent) == len(tries.blocked) <= 4096
+    off = Tries(0)
+    for _ in range(100):
+        off.wrong("1.2.3.4")
+    off.check("1.2.3.4", b"k")

@@ -1,9 +1,16 @@
 """import: what torch exports is taken in unaided; a sample of the table in docs/import.md, which a command makes."""
 
 import itertools
+from pathlib import Path
 
+import onnx
 import pytest
-from export_matrix import AXES, EXPORTERS, HEAD, KINDS, NETWORKS, PAGE, SAID_BY_NOBODY, STYLES, Network, results
+from export_matrix import AXES, EXPORTERS, HEAD, KINDS, NETWORKS, PAGE, SAID_BY_NOBODY, STYLES, Network, export, results
+
+from service.engine.buffers import step_ports
+from service.engine.imports.onnx_graphs import import_onnx
+from service.engine.model import Runtime
+from service.engine.single_step_graph import single_step_graph
 
 SAMPLE = [
     ("TorchScript", "dynamic", Network("LSTM", 2, False), [SAID_BY_NOBODY, "h0, hn", "hx, hy"]),
@@ -23,6 +30,20 @@ def test_what_torch_exports_is_imported_unaided(exporter: str, axes: str, networ
     for style, result in found.items():
         assert not result.refused, style
         assert result.error < 1e-5, style
+
+
+@pytest.mark.parametrize("exporter", EXPORTERS)
+def test_a_step_of_what_torch_exports_is_its_recurrent_nodes(tmp_path: Path, exporter: str) -> None:
+    """Weights, shapes and moves of axes that exporters put into the graph cost no node of a single step."""
+    network = Network("LSTM", 2, True)
+    export(network, tmp_path / "g.onnx", dynamo=EXPORTERS[exporter], dynamic=True)
+    runtime = Runtime(import_onnx(tmp_path / "g.onnx", tmp_path, "m").directory, device="cpu")
+    ports = step_ports(runtime._session, runtime.manifest, {})
+    made = single_step_graph(runtime.directory / "model.onnx", ports, None, exact=True)
+    assert made is not None
+    kinds = [node.op_type for node in onnx.load_from_string(made.model).graph.node]
+    assert sorted(kinds) == ["Identity", "LSTM", "LSTM", "Squeeze", "Squeeze"], "the last state is the answer too"
+    assert runtime.quicken()
 
 
 def test_the_table_has_a_line_for_each_row_of_the_matrix() -> None:

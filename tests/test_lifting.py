@@ -163,6 +163,19 @@ def test_a_fixed_number_of_steps_is_freed(tmp_path: Path) -> None:
     np.testing.assert_allclose(foreign.stepped(runtime, x), free, 1e-5, 1e-6)
 
 
+def test_a_number_of_steps_that_reshapes_hold_is_freed(tmp_path: Path) -> None:
+    """As torch's exporters write it for an example of six steps."""
+    after = [
+        node("Transpose", ["all"], ["rows_last"], perm=[0, 2, 1, 3]),
+        node("Reshape", ["rows_last", "to"], ["flat"]),
+    ]
+    file = tf2onnx(tmp_path / "fixed.onnx", steps=6, after=after, weights={"to": np.array([6, -1, H])})
+    runtime = taken(file, tmp_path)
+    x = RANDOM.normal(size=(3, 9, F)).astype(np.float32)
+    free = whole(tf2onnx(tmp_path / "free.onnx"), x)
+    np.testing.assert_allclose(foreign.stepped(runtime, x), free, 1e-5, 1e-6)
+
+
 def test_one_row_of_the_examples_steps_becomes_any(tmp_path: Path) -> None:
     """What exporters write where nobody names an axis: all of the example's sizes."""
     file = tf2onnx(tmp_path / "fixed.onnx", steps=6, batch=1)

@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import foreign
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -13,8 +14,10 @@ from serving import MODELS
 
 from service.engine import model as runtime_module
 from service.engine.buffers import ROWS, Ports
+from service.engine.imports.onnx_graphs import import_onnx
 from service.engine.model import Runtime
 from service.engine.repository import Repository
+from service.engine.settled import settle
 from service.engine.single_step_graph import SingleStepGraph, single_step_graph
 from stepcast.errors import NonFinite
 
@@ -235,6 +238,85 @@ def test_other_nodes_stay(tmp_path: Path, op: str, options: dict[str, Any]) -> N
     assert single_step_graph(recurrent_model(tmp_path / "model.onnx", op, **options), PORTS, "lengths") is None
 
 
+@pytest.mark.parametrize(
+    ("op", "options"),
+    [
+        ("LSTM", {}),
+        ("LSTM", {"bias": False, "peepholes": True}),
+        ("LSTM", {"clip": 0.5, "activations": ["HardSigmoid", "Tanh", "Softsign"]}),
+        ("GRU", {"linear_before_reset": 1}),
+        ("RNN", {}),
+    ],
+)
+@pytest.mark.parametrize("rows", [1, 4])
+def test_an_exact_graph_keeps_the_nodes_and_every_bit(
+    tmp_path: Path, op: str, options: dict[str, Any], rows: int
+) -> None:
+    """Lengths and moves of axes are gone, but for one: the last state is y too, and cannot be one port for both."""
+    path = recurrent_model(tmp_path / "model.onnx", op, **options)
+    made = single_step_graph(path, PORTS, "lengths", exact=True)
+    assert made is not None
+    graph = onnx.load_from_string(made.model).graph
+    assert [node.op_type for node in graph.node if node.op_type != "Identity"] == [op, "Squeeze"]
+    assert "lengths" not in {port.name for port in graph.input}
+    assert made.ports["h.in"][0][1] == (1, ROWS, H)
+    assert made.ports["x"][0][1] == (1, ROWS, F)
+    want, got = outputs_of(str(path), rows), outputs_of(made, rows)
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        np.testing.assert_array_equal(got[name], value)
+
+
+def test_weights_that_the_graph_puts_together_become_equations(tmp_path: Path) -> None:
+    """torch's dynamo exporter slices the gates of a large network and joins them in ONNX's order."""
+    path = recurrent_model(tmp_path / "model.onnx", "LSTM")
+    want, model = outputs_of(str(path), 3), onnx.load(str(path))
+    graph = model.graph
+    (whole,) = (value for value in graph.initializer if value.name == "W")
+    i, o, f, c = np.split(numpy_helper.to_array(whole), 4, axis=1)
+    whole.CopyFrom(numpy_helper.from_array(np.concatenate([i, f, c, o], axis=1), "torch"))
+    for name, place in {"zero": 0, "one": H, "three": 3 * H, "four": 4 * H}.items():
+        graph.initializer.append(numpy_helper.from_array(np.array([place]), name))
+    graph.node.insert(0, helper.make_node("Concat", ["i", "o", "fc"], ["W"], axis=1))
+    for name, start, end in (("i", "zero", "one"), ("o", "three", "four"), ("fc", "one", "three")):
+        graph.node.insert(0, helper.make_node("Slice", ["torch", start, end, "second"], [name]))
+    onnx.save(model, str(path))
+    made = single_step_graph(path, PORTS, "lengths")
+    assert made is not None
+    assert not {"LSTM", "Slice"} & {node.op_type for node in onnx.load_from_string(made.model).graph.node}
+    got = outputs_of(made, 3)
+    for name, value in want.items():
+        np.testing.assert_allclose(got[name], value, 1e-5, 1e-6)
+
+
+def test_what_no_input_decides_is_computed_once() -> None:
+    """Weights put together, and sizes of a shape of which others are unknown; what is random or has rows stays."""
+    model = onnx.parser.parse_model("""
+    <ir_version: 8, opset_import: ["": 17]>
+    g (float[rows, 2, 3] x) => (float[rows, 6] y, float[2] noise, int64[1] many)
+    <int64[1] zero = {0}, int64[1] one = {1}, int64[1] two = {2}, float[2, 3] w = {1, 2, 3, 4, 5, 6}>
+    {
+        upper = Slice (w, zero, one, zero)
+        lower = Slice (w, one, two, zero)
+        swapped = Concat <axis = 0> (lower, upper)
+        scaled = Mul (x, swapped)
+        shape = Shape (scaled)
+        many = Slice (shape, zero, one)
+        step = Gather (shape, one)
+        last = Shape <start = -1> (scaled)
+        width = Mul (step, last)
+        flat = Concat <axis = 0> (many, width)
+        y = Reshape (scaled, flat)
+        noise = RandomNormal <shape = [2]> ()
+    }""")
+    made = settle(model)
+    assert [node.op_type for node in made.graph.node] == ["Mul", "Shape", "Slice", "Concat", "Reshape", "RandomNormal"]
+    values = {value.name: numpy_helper.to_array(value).tolist() for value in made.graph.initializer}
+    assert values["swapped"] == [[4, 5, 6], [1, 2, 3]]
+    assert values["width"] == [6]
+    assert {dim.dim_value for value in made.graph.output for dim in value.type.tensor_type.shape.dim} == {0, 1, 2, 6}
+
+
 def test_a_selection_that_repeats_stays(tmp_path: Path) -> None:
     """Where(row is present, one row for all, state) is as many rows as there are states."""
     path = recurrent_model(tmp_path / "model.onnx", "RNN")
@@ -259,8 +341,8 @@ def test_a_selection_that_repeats_stays(tmp_path: Path) -> None:
 def test_a_graph_that_is_wrong_is_not_taken(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """golden.npz is the judge: steps go on by model.onnx, and the log says so."""
 
-    def wrong(path: Path, ports: Ports, lengths: str | None) -> SingleStepGraph | None:
-        made = single_step_graph(path, ports, lengths)
+    def wrong(path: Path, ports: Ports, lengths: str | None, *, exact: bool) -> SingleStepGraph | None:
+        made = single_step_graph(path, ports, lengths, exact=exact)
         assert made is not None
         model = onnx.load_from_string(made.model)
         for value in model.graph.initializer:
@@ -277,6 +359,23 @@ def test_a_graph_that_is_wrong_is_not_taken(monkeypatch: pytest.MonkeyPatch, cap
     want, new = runtime.run(x[:, None], None, states)
     np.testing.assert_allclose(runtime.step(x, [states], [after]), want[:, 0], 1e-6, 1e-7)
     np.testing.assert_allclose(after.view(np.float32), new.view(np.float32), 1e-6, 1e-7)
+
+
+def test_a_graph_that_rounds_otherwise_is_not_taken_for_exact_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Equations are within the tolerance of golden.npz, and not model.onnx bit for bit."""
+    directory = import_onnx(foreign.torch_lstm(tmp_path / "g.onnx"), tmp_path, "g").directory
+    exact = Runtime(directory, device="cpu")
+    assert exact.manifest.single_steps == "exact"
+    assert exact.quicken()
+    monkeypatch.setattr(runtime_module, "single_step_graph", lambda *args, exact: single_step_graph(*args))
+    rounding = Runtime(directory, device="cpu")
+    with caplog.at_level(logging.WARNING):
+        assert not rounding.quicken()
+    assert "single steps are not bit for bit those of model.onnx" in caplog.text
+    (directory / "manifest.json").write_text((directory / "manifest.json").read_text().replace('"exact"', '"quick"'))
+    assert Runtime(directory, device="cpu").quicken()
 
 
 def test_a_repository_serves_it_and_refuses_what_is_not_finite() -> None:

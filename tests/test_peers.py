@@ -3,6 +3,7 @@
 import json
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -85,3 +86,42 @@ def test_backtest_has_a_row_of_the_peer(name: str, tmp_path: Path) -> None:
         rows = [horizon["forecasters"][n]["heat"]["rmse"] for n in (names[-1], "model", "linear", "persistence")]
         assert len(set(rows)) == 4
         assert 0 < rows[0] < 100
+
+
+def test_rows_of_peers_are_kept_beside_the_same_forecasts_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file with a row that this run does not train: kept with its day, dropped beside another model, or unasked."""
+    path, scores, page = recipe(tmp_path, (1, 3)), tmp_path / "scores.json", tmp_path / "page.md"
+    page.write_text("<!-- backtest -->\n<!-- end of backtest -->\n")
+    files = ["--json", str(scores), "--page", str(page)]
+    options = ["--origins", "1", "--without", "trees", "--out", str(tmp_path / "m"), *files]
+
+    def run(*more: str) -> dict[str, Any]:
+        assert main(["backtest", str(path), *options, *more]) == 0
+        told: dict[str, Any] = json.loads(scores.read_text())
+        return told
+
+    plain = run()
+    assert plain["peers"] == {}
+    row = {ahead: {**at["forecasters"]["linear"], "mark": ahead} for ahead, at in plain["horizons"].items()}
+    made = {"with": "darts 0.48.1", "on": "2026-01-02"}
+    for ahead, at in plain["horizons"].items():
+        at["forecasters"]["darts_lstm"] = row[ahead]
+    given = json.dumps({**plain, "peers": {"darts_lstm": made}})
+
+    scores.write_text(given)
+    kept = run("--keep-peers")
+    assert kept == json.loads(given)
+    assert "| darts lstm | " in page.read_text()
+    assert "darts lstm: trained with darts 0.48.1 on 2026-01-02." in page.read_text()
+
+    assert run()["peers"] == {}
+    assert "darts" not in page.read_text() + scores.read_text()
+
+    scores.write_text(given)
+    capsys.readouterr()
+    other = run("--keep-peers", "--set", "seed=5")
+    assert other["peers"] == {}
+    assert "darts_lstm" not in other["horizons"]["1"]["forecasters"]
+    assert "darts_lstm: was measured beside other forecasts, and is left out." in capsys.readouterr().out

@@ -10,10 +10,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from test_horizons import recipe
 
 from stepcast.errors import ConfigError
 from stepcast.manifest import read_manifest
 from training.__main__ import main
+from training.config import load
 from training.data.source import Source
 from training.data.table import TableSource
 from training.data.table_config import TableConfig
@@ -275,6 +277,14 @@ def test_a_table_of_classes_trains_and_serves_by_their_names(tmp_path: Path) -> 
     manifest = read_manifest(tmp_path / "models" / "direction" / "1")
     assert (manifest.task, manifest.classes) == ("classification", ("falling", "rising"))
     assert manifest.provenance.metrics["test"]["accuracy"] > 0.9
+
+
+@pytest.mark.parametrize("every", ["h", "an hour", "", "0h", "-1h"])
+def test_every_wants_a_number_and_a_unit(every: str, tmp_path: Path) -> None:
+    """In our words, with the key; not by pandas when the file is open already."""
+    path, told = recipe(tmp_path), "is no step of time. Write a number and a unit: 1h, 15min, 1D."
+    with pytest.raises(ConfigError, match=re.escape(f"{path}: data.every: {every!r} {told}")):
+        load(path, [f"data.every={every!r}"])
 
 
 def test_table_without_a_target_is_refused() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from stepcast.errors import ConfigError
 from stepcast.manifest import Feature, Feedback, Output
 from training.__main__ import main
-from training.checkpoint import load_checkpoint
+from training.checkpoint import check_meaning, load_checkpoint, meaning_of
 from training.data.batch import Batch
 from training.data.in_memory import Examples, InMemory
 from training.data.source import Source, Split
@@ -183,6 +183,51 @@ def test_checkpoint_of_another_configuration_is_refused(tmp_path: Path, change: 
     fit(echo_source(), tmp_path, epochs=1)
     with pytest.raises(ConfigError, match=rf"last\.pt: is of another configuration \(.*{reason}"):
         fit(echo_source(), tmp_path, epochs=2, resume=True, **change)
+
+
+def test_checkpoint_of_another_vocabulary_of_the_same_size_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another text of as many characters: weights fit, and mean something else. Resume and export say which."""
+    for name, letters in (("a", "abcd"), ("b", "abcx")):
+        (tmp_path / f"{name}.txt").write_text("".join(letters[i * i % 4] for i in range(400)) + letters * 100)
+    recipe = Path(__file__).parents[1] / "training" / "recipes" / "characters.yaml"
+    sets = ["training.epochs=1", "training.batch=2", "network.1.units=4", "network.2.units=4"]
+    places = ["--out", str(tmp_path / "models"), "--runs", str(tmp_path / "runs")]
+
+    def run(verb: str, name: str, *flags: str) -> int:
+        given = [word for value in (*sets, f"data.options.path={tmp_path}/{name}.txt") for word in ("--set", value)]
+        return main([verb, str(recipe), *given, *places, *flags])
+
+    assert run("train", "a") == 0
+    for verb, *flags in (("train", "--resume"), ("export",)):
+        assert run(verb, "b", *flags) == 2
+        assert "of another configuration (number 3 of the outputs was 'd', is 'x')" in capsys.readouterr().err
+    assert run("train", "a", "--resume") == 0
+    assert run("export", "a") == 0
+
+
+@pytest.mark.parametrize(
+    ("told", "change"),
+    [
+        ("number 0 of the features was 'x', is 'z'", {"features": (Feature(name="z"),)}),
+        ("number 0 of the outputs was 'y', is 'z'", {"outputs": (Output(name="z"),)}),
+        ("number 1 of the classes was 'b', is None", {"classes": ("a",)}),
+        (
+            "number 0 of the categories of 'x' was 'north', is 'south'",
+            {"features": (Feature(name="x", categories=("south", "north"), embedding=2),)},
+        ),
+    ],
+)
+def test_every_name_of_the_data_is_told_apart(told: str, change: dict[str, Any]) -> None:
+    """Features, outputs, classes, and the categories of a feature, each by its place."""
+    north = Feature(name="x", categories=("north", "south"), embedding=2)
+    named = replace(echo_source(), classes=("a", "b"), features=(north,))
+    saved = {"meaning": meaning_of(named)}
+    check_meaning(saved, named)
+    check_meaning({}, named)  # a checkpoint of a version that did not say
+    with pytest.raises(ValueError, match=told):
+        check_meaning(saved, replace(named, **change))
 
 
 SHORT = ["data.options.train=2", "data.options.validation=1", "data.options.test=1", "training.schedule=constant"]

@@ -8,14 +8,22 @@ import numpy as np
 import pytest
 import torch
 from networks import CELLS
+from pyarrow import parquet
 
 from service.engine.model import Runtime
+from service.engine.repository import Repository
+from service.scoring import files
+from service.scoring.rows import RowReader
+from service.scoring.work import Plan, Work
+from service.settings import Settings
+from stepcast.features import FeatureNames
 from stepcast.manifest import read_manifest
 from training.__main__ import main
 from training.backtest import markdown, predictive_of
 from training.comparison import Comparison
 from training.config import load
 from training.data.table import TableSource
+from training.data.table_file import find
 from training.evaluate import present_steps
 from training.skill import Measurement
 from training.stepper import Stepper
@@ -69,11 +77,14 @@ def test_committed_model_beats_persistence_in_a_rollout(skills: list[Comparison]
 
 
 def test_intervals_of_the_committed_model_cover_what_they_say(skills: list[Comparison]) -> None:
-    """Of all forecasts of all horizons together 77 to 83 % lie within the 80 % interval; a day ahead fewer do."""
+    """Of all forecasts of all horizons together 77 to 83 % lie within the 80 % interval; a day ahead fewer do.
+
+    Before calibration it was 84.6, 79.5 and 74.9 %.
+    """
     shares = [coverage for skill in skills if (coverage := skill.coverage()) is not None]
     assert 0.77 <= np.mean(shares) <= 0.83
-    for share, least in zip(shares, (0.80, 0.77, 0.72), strict=True):
-        assert least <= share.mean() <= 0.86
+    for share, least in zip(shares, (0.77, 0.77, 0.75), strict=True):
+        assert least <= share.mean() <= 0.82
     for skill in skills:
         assert (skill.crps("model") < skill.mae("model")).all()
 
@@ -101,6 +112,29 @@ def test_stepping_equals_the_full_pass(measurement: Measurement, source: TableSo
         assert np.abs((stepped - whole[0]) / scale).max() < 1e-3  # changes are far smaller than readings
 
 
+def test_score_makes_of_the_raw_table_what_training_made_of_it(source: TableSource, tmp_path: Path) -> None:
+    """Directions, ranges, NA and the calendar: every input of every row, bit for bit, and then the answers."""
+    manifest, served = read_manifest(MODEL), Repository(MODEL.parents[1], device="cpu", threads=1).load("weather", 1)
+    raw = find(source.config, RECIPE.parent)
+    work = Work(Plan(raw, tmp_path / "out.parquet"), served, Settings.read({}))
+    chunks = list(files.chunks([raw], work.layout.columns, files.Position(), 10_000))
+    rows = [RowReader(manifest, FeatureNames(manifest), work.layout, "all", bool).read(chunk) for chunk in chunks]
+    x = np.concatenate([each.x for each in rows])
+    series, steps = np.nonzero(source.present)
+    np.testing.assert_array_equal(x[source.grid.rows[series, steps]], source.x[series, steps])
+    assert work.run(lambda done, of: None).rows == len(x) == len(steps)
+    table = parquet.read_table(tmp_path / "out.parquet")
+    y = np.stack([table[output.name].to_numpy() for output in manifest.outputs], axis=1)
+    place = source.series.index("JFK")
+    present = np.flatnonzero(source.present[place])
+    assert len(present) < len(source.times)  # there are gaps
+    want, _ = served.runtime.run(
+        source.x[place, present][None], None, np.frombuffer(served.runtime.initial(1), np.uint8)[None]
+    )
+    np.testing.assert_allclose(y[source.grid.rows[place, present]], want[0], rtol=1e-4, atol=1e-4)
+    assert table["step"].to_numpy()[source.grid.rows[place, present]].tolist() == list(range(1, len(present) + 1))
+
+
 def test_committed_model_is_of_the_recipe(source: TableSource) -> None:
     """Features, statistics, feedback and configuration are those of the file in the repository."""
     manifest = read_manifest(MODEL)
@@ -108,6 +142,7 @@ def test_committed_model_is_of_the_recipe(source: TableSource) -> None:
     assert manifest.points == source.outputs
     assert [(f.source, f.feature) for f in manifest.feedback] == [(t, t) for t in TARGETS]
     assert type(load(RECIPE)).model_validate(manifest.provenance.config) == load(RECIPE)
+    assert set(manifest.provenance.metrics["spread_factors"]) == {output.name for output in source.outputs}
 
 
 def test_train_export_and_evaluate_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,6 +156,8 @@ def test_train_export_and_evaluate_from_the_command_line(tmp_path: Path, capsys:
         "data.test=2013-12-20",
         "--set",
         "network.1.units=8",
+        "--set",
+        "training.calibrate=null",
     ]
     assert main(["train", str(RECIPE), *places, *short]) == 0
     printed = capsys.readouterr().out
@@ -145,7 +182,7 @@ def test_recipe_reaches_the_figure_it_states(tmp_path: Path) -> None:
     started, threads = time.process_time(), torch.get_num_threads()
     assert main(["train", str(RECIPE), "--out", str(tmp_path / "models"), "--runs", str(tmp_path / "runs")]) == 0
     torch.set_num_threads(threads)
-    assert time.process_time() - started < 300
+    assert time.process_time() - started < 600
     directory = tmp_path / "models" / "weather" / "1"
     skill = read_manifest(directory).provenance.metrics["skill"]
     for ahead, most in (("1 ahead", 0.87), ("6 ahead", 0.78), ("24 ahead", 0.80)):

@@ -3,6 +3,7 @@
 import argparse
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from stepcast.errors import ConfigError, ManifestError
 from stepcast.manifest import MODEL_FILE, Feature, Manifest, Output, read_manifest, sha256_of
 from stepcast.predictive import Predictive
 
-from .backtest import FITTED, Forecaster, backtest, predictive_of, tables, trained, write_json, write_page
-from .check import check_names
-from .checkpoint import BEST_FILE, load_checkpoint, load_weights
+from .backtest import FITTED, Forecaster, backtest, predictive_of, tables, trained, with_kept, write_json, write_page
+from .calibration import calibrate
+from .check import check_held_out, check_names
+from .checkpoint import BEST_FILE, check_meaning, fitting, load_checkpoint, load_weights
 from .comparison import as_dict
 from .data.source import Source, Split
 from .data.table import TableSource
@@ -90,6 +92,7 @@ def _backtest_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--peers", default="", metavar="NAMES", help=f"train networks of others too: {','.join(PEERS)}"
     )
+    command.add_argument("--keep-peers", action="store_true", help="keep rows of peers that --json's FILE has")
     command.add_argument("--json", type=Path, metavar="FILE", help="write every score")
     command.add_argument("--page", type=Path, metavar="FILE", help="write the tables between a page's marks")
 
@@ -113,17 +116,21 @@ def export(job: Job) -> int:
     """Export the best weights of an earlier run."""
     network = Network.of(job.config.network, job.source)
     check_names(network, job.source, job.config)
+    check_held_out(network, job.source, job.config)
     path = job.run_directory / BEST_FILE
     if not path.exists():
         raise ConfigError(f"{path}: no such file. Train first.")
     load_weights(network, path)
     saved = load_checkpoint(job.run_directory, torch.device("cpu"))
+    with fitting(path):
+        check_meaning(saved or {}, job.source)
     return _export(job, network, History(**saved["history"]) if saved else None)
 
 
 def _export(job: Job, network: Network, history: History | None) -> int:
-    """Stage, measure as served, publish."""
+    """Calibrate, stage, measure as served, publish."""
     out: Path = job.arguments.out
+    factors = calibrate(network, job.source, job.config, partial(job.console.print, highlight=False))
     staged = stage(network, job.source, out)
     try:
         stepper = Stepper(staged, state_tensors(network))
@@ -132,6 +139,8 @@ def _export(job: Job, network: Network, history: History | None) -> int:
             network, job.source, job.config, sha256=sha256_of(staged / MODEL_FILE), version=version, metrics={}
         )
         metrics = _measure(job, stepper, manifest, plot=staged / PLOT_FILE)
+        if factors:
+            metrics["spread_factors"] = factors
         if history is not None:
             metrics["training"] = history.as_dict()
         provenance = manifest.provenance.model_copy(update={"metrics": metrics})
@@ -254,10 +263,15 @@ def compare(job: Job) -> int:
     )
     for table in tables(result):
         job.console.print(table)
+    scores = result.as_dict()
+    if arguments.keep_peers and arguments.json:
+        scores, gone = with_kept(scores, arguments.json)
+        for title in gone:
+            told(f"{title}: was measured beside other forecasts, and is left out. Train it again: --peers")
     if arguments.json:
-        write_json(arguments.json, result)
+        write_json(arguments.json, scores)
     if arguments.page:
-        write_page(arguments.page, result)
+        write_page(arguments.page, scores)
     return 0
 
 

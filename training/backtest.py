@@ -9,13 +9,12 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
@@ -24,15 +23,15 @@ from stepcast.manifest import Distribution, Output
 from stepcast.predictive import Predictive
 
 from .baselines import Baselines, Fitted
+from .calibration import calibrate
 from .comparison import Comparison, Floats, joined, rounded
 from .config import Config
 from .data.table import TableSource
 from .export import stage, state_tensors
-from .network import Network
-from .peers import PEERS, Peer
+from .job import fit_anew
+from .peers import PEERS, Peer, made_with
 from .skill import Measurement
 from .stepper import Stepper
-from .train import Trainer
 
 Window = Literal["expanding", "sliding"]
 FITTED: tuple[Fitted, ...] = ("linear", "trees")
@@ -50,6 +49,7 @@ class Backtest:
         origins: First and last moment of the test rows of each origin, as text.
         comparisons: One for each distance, of all origins together.
         block: Steps of a block of the bootstrap.
+        peers: Rows of other libraries' networks: which version they were trained with, and on which day.
     """
 
     recipe: str
@@ -58,6 +58,7 @@ class Backtest:
     origins: tuple[tuple[str, str], ...]
     comparisons: tuple[Comparison, ...]
     block: int
+    peers: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Everything measured, for JSON: by distance, forecaster and target."""
@@ -66,6 +67,7 @@ class Backtest:
             "every": self.every,
             "origins": [list(origin) for origin in self.origins],
             "horizons": {str(c.ahead): self._scores(c) for c in self.comparisons},
+            "peers": {title: dict(made) for title, made in self.peers.items()},
         }
 
     def _scores(self, comparison: Comparison) -> dict[str, Any]:
@@ -161,7 +163,9 @@ def backtest(
     if not parts:
         raise ConfigError("backtest: no horizon of the model lies within the test rows of an origin")
     comparisons = tuple(joined(some) for _, some in sorted(parts.items()))
-    return Backtest(config.name, source.config.every, source.targets, tuple(spans), comparisons, baselines.day)
+    trained_now = {PEERS[name][0]: made_with(name) for name in peers}
+    times = tuple(spans)
+    return Backtest(config.name, source.config.every, source.targets, times, comparisons, baselines.day, trained_now)
 
 
 def folds(source: TableSource, origins: int, *, refit: bool, window: Window) -> Iterator[TableSource]:
@@ -190,10 +194,9 @@ def trained(config: Config, told: Callable[[str], None] = lambda line: None) -> 
     """Train the recipe's network on a source: the exported graph is what forecasts."""
 
     def forecaster(source: TableSource) -> tuple[Stepper, Predictive | None]:
-        torch.manual_seed(config.seed)
-        network = Network.of(config.network, source)
-        history = Trainer(network, source, config.training, seed=config.seed).fit()
+        network, history = fit_anew(config, source)
         told(f"  best epoch {history.best_epoch + 1} of {history.epoch}")
+        calibrate(network, source, config, told)
         scratch = Path(tempfile.mkdtemp(prefix="stepcast-backtest-"))
         try:
             stepper = Stepper(stage(network, source, scratch), state_tensors(network))
@@ -246,19 +249,54 @@ def markdown(result: Mapping[str, Any]) -> str:
         if "coverage_80" in model["mean"]:
             shares = ", ".join(f"{t} {model[t]['coverage_80']:.1%}" for t in names)
             lines += [f"Within the model's 80 % interval: {model['mean']['coverage_80']:.1%} ({shares}).", ""]
+    for title, made in result.get("peers", {}).items():
+        lines += [f"{title.replace('_', ' ')}: trained with {made['with']} on {made['on']}.", ""]
     return "\n".join(lines)
 
 
-def write_json(path: Path, result: Backtest) -> None:
-    """Write what was measured."""
+def with_kept(scores: dict[str, Any], path: Path) -> tuple[dict[str, Any], list[str]]:
+    """Scores, and the rows of peers that a file of earlier scores has beside them.
+
+    A row is kept if it was measured beside the same forecasts: rows and errors of the model and of persistence are the
+    same for every target at every horizon. Then it would come out the same again.
+
+    Args:
+        scores: What `Backtest.as_dict` gave.
+        path: A file that `write_json` wrote; nothing is kept of one that is not there.
+
+    Returns:
+        The scores, and names of the rows that could not be kept.
+    """
+    old = json.loads(path.read_text()) if path.is_file() else {}
+    others = [title for title in old.get("peers", {}) if title not in scores["peers"]]
+    if not others or _measured(old) != _measured(scores):
+        return scores, others
+    horizons = {}
+    for ahead, at in scores["horizons"].items():
+        before = old["horizons"][ahead]["forecasters"]
+        horizons[ahead] = {**at, "forecasters": at["forecasters"] | {title: before[title] for title in others}}
+    return {**scores, "horizons": horizons, "peers": scores["peers"] | {t: old["peers"][t] for t in others}}, []
+
+
+def _measured(scores: Mapping[str, Any]) -> Any:
+    """By horizon how many rows were compared, and the errors of the model and of persistence."""
+    found = {}
+    for ahead, at in scores["horizons"].items():
+        both = [at["forecasters"][name] for name in ("model", "persistence")]
+        found[ahead] = at["rows"], [{target: one[target]["rmse"] for target in at["rows"]} for one in both]
+    return found
+
+
+def write_json(path: Path, scores: Mapping[str, Any]) -> None:
+    """Write what `Backtest.as_dict` gave."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result.as_dict(), indent=1) + "\n")
+    path.write_text(json.dumps(scores, indent=1) + "\n")
 
 
 PAGE_MARKS = ("<!-- backtest -->", "<!-- end of backtest -->")
 
 
-def write_page(path: Path, result: Backtest) -> None:
+def write_page(path: Path, scores: Mapping[str, Any]) -> None:
     """Put the tables between the marks of a page.
 
     Raises:
@@ -269,7 +307,7 @@ def write_page(path: Path, result: Backtest) -> None:
     _, closed, after = rest.partition(end)
     if not found or not closed:
         raise ConfigError(f"{path}: has no {begin} and {end}. Put both where the tables belong.")
-    path.write_text(f"{before}{begin}\n\n{markdown(result.as_dict())}\n{end}{after}")
+    path.write_text(f"{before}{begin}\n\n{markdown(scores)}\n{end}{after}")
 
 
 def _shown(value: float | None) -> str:

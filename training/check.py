@@ -9,7 +9,9 @@ from torch import Tensor
 from stepcast.errors import ConfigError
 
 from .config import Config
+from .data.batch import Batch
 from .data.source import SPLITS, Source
+from .data.table import TableSource
 from .export import describe
 from .layers.output import Head
 from .losses import TAKES
@@ -33,6 +35,26 @@ def check_names(network: Network, source: Source, config: Config) -> None:
         raise ConfigError("data: " + "; ".join(problems)) from error
 
 
+def check_held_out(network: Network, source: Source, config: Config) -> None:
+    """See that there will be rows to calibrate distributions with.
+
+    Raises:
+        ConfigError: an output has no label among the validation rows, or the data cannot be cut into folds.
+    """
+    if config.training.calibrate == "folds":
+        if not isinstance(source, TableSource):
+            raise ConfigError("training.calibrate: folds are stretches of time, of data.kind table. Take validation.")
+        next(source.folds(config.training.folds))
+    if config.training.calibrate != "validation":
+        return
+    found = torch.zeros(len(source.outputs), dtype=torch.bool)
+    for batch in source.batches("validation"):
+        found |= _counting(batch, network).flatten(0, -2).any(dim=0)
+    for output, there in zip(source.outputs, found.tolist(), strict=True):
+        if not there:
+            raise ConfigError(f"training.calibrate: output {output.name!r} has no label in the validation split")
+
+
 def check_labels(network: Network, source: Source) -> None:
     """See that every label which counts can be learned from, or measured with in the test split.
 
@@ -44,18 +66,22 @@ def check_labels(network: Network, source: Source) -> None:
     picky = [(head, places) for head, places in network.head.tasks() if head.loss.name in TAKES]
     if not picky and source.classes is None:
         return
-    fillable = torch.zeros(sum(feature.width for feature in source.features), dtype=torch.bool)
     for split in SPLITS:
         for number, batch in enumerate(source.batches(split)):
-            settled = settle(batch, fillable=fillable, summary=network.summary)
-            mask = torch.ones(batch.y.shape[:2], dtype=torch.bool) if settled.y_mask is None else settled.y_mask
-            counts = (mask if mask.ndim == 3 else mask[..., None]).expand(batch.y.shape)
-            where = f"batch {number} of {split}"
+            counts, where = _counting(batch, network), f"batch {number} of {split}"
             if source.classes is not None:
-                _check_classes(settled.y, counts, where, measured=split == "test")
+                _check_classes(batch.y, counts, where, measured=split == "test")
             for head, places in picky if split != "test" else ():
                 names = [source.outputs[place].name for place in places]
-                _check_numbers(head, names, settled.y[..., places], counts[..., places], where)
+                _check_numbers(head, names, batch.y[..., places], counts[..., places], where)
+
+
+def _counting(batch: Batch, network: Network) -> Tensor:
+    """Which labels (B, T, O) of a batch count."""
+    fillable = torch.zeros(batch.x.shape[2], dtype=torch.bool)
+    mask = settle(batch, fillable=fillable, summary=network.summary).y_mask
+    mask = torch.ones(batch.y.shape[:2], dtype=torch.bool) if mask is None else mask
+    return (mask if mask.ndim == 3 else mask[..., None]).expand(batch.y.shape)
 
 
 def _check_classes(y: Tensor, counts: Tensor, where: str, *, measured: bool) -> None:

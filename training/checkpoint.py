@@ -1,8 +1,9 @@
 """A training run at rest: everything that makes a resumed run equal to an unbroken one, bit for bit on a CPU."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 from torch import nn
 
 from stepcast.errors import ConfigError
+
+from .data.source import Source
 
 LAST_FILE, BEST_FILE = "last.pt", "best.pt"
 
@@ -59,6 +62,30 @@ def read_checkpoint(path: Path, device: torch.device) -> Any:
         return torch.load(path, map_location=device, weights_only=True)
     except (RuntimeError, EOFError, OSError, UnpicklingError) as error:
         raise ConfigError(f"{path}: not a checkpoint ({str(error).splitlines()[0]})") from error
+
+
+def meaning_of(source: Source) -> dict[str, list[str]]:
+    """What the numbers of a source stand for, which the sizes of weights do not tell: names, in their order."""
+    named = {f"categories of {f.name!r}": list(f.categories) for f in source.features if f.categories is not None}
+    features, outputs = ([one.name for one in some] for some in (source.features, source.outputs))
+    return {"features": features, "outputs": outputs, "classes": list(source.classes or ()), **named}
+
+
+def check_meaning(saved: Mapping[str, Any], source: Source) -> None:
+    """See that a checkpoint was trained on data with the same names.
+
+    Args:
+        saved: What `load_checkpoint` gave; one of an older version says nothing.
+        source: What it is to be used with.
+
+    Raises:
+        ValueError: a name is another, or stands elsewhere; for `fitting`.
+    """
+    here = meaning_of(source)
+    for what, names in saved.get("meaning", {}).items():
+        for number, (before, now) in enumerate(zip_longest(names, here.get(what, ()))):
+            if before != now:
+                raise ValueError(f"number {number} of the {what} was {before!r}, is {now!r}")
 
 
 @contextmanager

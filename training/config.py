@@ -82,6 +82,10 @@ class TrainingConfig(_Strict):
     threads: int | None = Field(default=None, ge=1, description="CPU threads; small networks are fastest with one")
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    calibrate: Literal["validation", "folds"] | None = Field(
+        default=None, description="rows by whose errors the spread of distributions is stretched after training"
+    )
+    folds: int = Field(default=8, ge=2, description="blocks of the training rows, each held out from a training")
     masked_steps: Literal["hold", "zero"] = Field(
         default="hold", description="what an absent step does to the state; zero is DL4J's rule"
     )
@@ -92,6 +96,8 @@ class TrainingConfig(_Strict):
             raise ValueError(f"tbptt_backward {self.tbptt_backward} is more than tbptt_forward {self.tbptt_forward}")
         if self.backprop == "standard" and self.model_fields_set & {"tbptt_forward", "tbptt_backward"}:
             raise ValueError("tbptt lengths are set, but backprop is 'standard'. Set backprop: truncated.")
+        if self.calibrate == "folds" and self.start is not None:
+            raise ValueError("calibrate: folds trains networks from drawn weights, not from start. Take validation.")
         return self
 
 
@@ -127,6 +133,9 @@ class Config(_Strict):
 
 def _conflicts(placed: Sequence[Placed], training: TrainingConfig) -> Iterator[str]:
     """What the layers and the way of training cannot do together."""
+    ends = [one.spec for one in placed if isinstance(one.spec, RnnOutputSpec | RnnLossSpec)]
+    if training.calibrate is not None and not any(end.distribution for end in ends):
+        yield "training.calibrate stretches distributions, and no output layer has one. Set its distribution."
     for one in placed:
         where = f"network[{one.index}]: {one.spec.kind}"
         summary = not one.shape.summary and one.out.summary

@@ -43,12 +43,12 @@ class Parameter:
 
     Attributes:
         suffix: Behind the target's name; "" is the point forecast.
-        role: A location is scaled and moved as the target is, a spread is scaled, a count and a plain number stay as
-            they are; a plain number has no unit.
+        role: A location is scaled and moved as the target is, a spread is scaled, a count, a dispersion and a plain
+            number stay as they are; of these three only a count has a unit.
     """
 
     suffix: str
-    role: Literal["location", "spread", "count", "plain"]
+    role: Literal["location", "spread", "count", "dispersion", "plain"]
 
     def of(self, target: Output) -> Output:
         """The output of a target."""
@@ -101,6 +101,44 @@ class Distribution(nn.Module, ABC):
     def moved(self, targets: Sequence[Output]) -> tuple[Output | None, ...]:
         """The target that each output moves with, None for those that do not move."""
         return tuple(t if parameter.role == "location" else None for parameter in self.per_target for t in targets)
+
+    def stretched(self, parameters: Tensor, factors: Tensor) -> Tensor:
+        """The same distributions, wider or narrower about their point forecasts, which stay.
+
+        The distance of every location from the point forecast, every spread and every dispersion is multiplied.
+
+        Args:
+            parameters: (..., P * K), in any unit in which they lie about their point forecasts.
+            factors: (K,), one for each target.
+        """
+        targets = len(factors)
+        about, by = self._about(targets).to(parameters.device), self._stretch(factors)
+        points = parameters[..., :targets].repeat(*[1] * (parameters.ndim - 1), len(self.per_target))
+        about = torch.where(about, points, 0.0)
+        return about + (parameters - about) * by
+
+    def write_stretched(self, graph: Graph, parameters: str, factors: Tensor, scale: Tensor) -> tuple[str, Tensor]:
+        """Write `stretched` into a graph: the name of its parameters, and what these are to be multiplied by.
+
+        That is `scale` (P * K,), or what does both in one product where all is stretched about 0.
+        """
+        targets = len(factors)
+        about, by = self._about(targets), self._stretch(factors)
+        if not about[targets:].any():
+            return parameters, scale * by
+        points = graph.add("Gather", parameters, graph.ints(*list(range(targets)) * len(self.per_target)), axis=2)
+        centre = graph.add("Where", graph.constant(about.numpy(), np.bool_), points, graph.constant(0.0))
+        away = graph.add("Mul", graph.add("Sub", parameters, centre), graph.constant(by.cpu().numpy()))
+        return graph.add("Add", centre, away), scale
+
+    def _about(self, targets: int) -> Tensor:
+        """(P * K,), which parameters are stretched about the point forecast; all others about 0."""
+        return torch.tensor([p.role == "location" for p in self.per_target]).repeat_interleave(targets)
+
+    def _stretch(self, factors: Tensor) -> Tensor:
+        """(P * K,), what each parameter is multiplied by."""
+        spreads = [p.suffix != "" and p.role in ("location", "spread", "dispersion") for p in self.per_target]
+        return torch.cat([factors if spread else torch.ones_like(factors) for spread in spreads])
 
     def _raw(self, z: Tensor) -> tuple[Tensor, ...]:
         """The R raw values (B, T, K)."""
@@ -240,7 +278,7 @@ class NegativeBinomial(Distribution):
     """
 
     kind = "negative_binomial"
-    per_target = (Parameter("", "count"), Parameter("@dispersion", "plain"))
+    per_target = (Parameter("", "count"), Parameter("@dispersion", "dispersion"))
     usual: Tensor
 
     def __init__(self, targets: Sequence[Output]) -> None:

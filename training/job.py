@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from .check import check_names
+from .check import check_held_out, check_names
 from .config import Config, load
 from .data.source import Source
 from .network import Network
-from .parallel import World
+from .parallel import World, join
 from .progress import Progress
 from .start import begin
 from .train import History, Trainer
@@ -56,6 +56,7 @@ def fit(job: Job, world: World, progress: Progress | None = None) -> tuple[Netwo
     torch.manual_seed(config.seed)
     network = Network.of(config.network, job.source)
     check_names(network, job.source, config)
+    check_held_out(network, job.source, config)
     if (start := config.training.start) is not None:
         taken = begin(network, start, job.arguments.config.absolute().parent)
         job.console.print(f"begins with the weights of {start.file}: {', '.join(taken)}", highlight=False)
@@ -63,3 +64,12 @@ def fit(job: Job, world: World, progress: Progress | None = None) -> tuple[Netwo
     weights = sum(p.numel() for p in network.parameters() if p.requires_grad)
     job.console.print(f"{weights} weights, {world.device}, {world.size} process(es)", highlight=False)
     return network, trainer.fit(resume=job.arguments.resume, progress=progress)
+
+
+def fit_anew(config: Config, source: Source) -> tuple[Network, History]:
+    """Train a network of a recipe on another source: from drawn weights, without checkpoints, in this process alone."""
+    torch.manual_seed(config.seed)
+    network = Network.of(config.network, source)
+    check_held_out(network, source, config)
+    world = World(device=join(config.training.device).device)
+    return network, Trainer(network, source, config.training, world=world, seed=config.seed).fit()

@@ -1,7 +1,8 @@
 """Recurrent networks of other libraries on the same rows: rivals in a backtest, by the extra `peers`.
 
-Each is given what its own documents say suits such a table. Both are trained on the training rows, choose their epoch
-by the validation rows, and then forecast from every step that the model is measured at, from the readings up to it.
+Both are trained on the training rows, choose their epoch by the validation rows, and then forecast from every step that
+the model is measured at, from the readings up to it. What they forecast is changes, whose sums are added to the last
+reading: neither knows a residual, and levels of air pressure leave both behind persistence (docs/forecasts.md).
 
 Letters: S series, L steps, R origins, O targets, F features.
 """
@@ -11,6 +12,8 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any, Protocol
 
@@ -45,10 +48,10 @@ class Peer(Protocol):
 
 
 class DartsLstm:
-    """darts' `BlockRNNModel`: one LSTM over a window of readings that says all steps ahead at once.
+    """darts' `BlockRNNModel`: an LSTM over a window of readings that says the changes of all steps ahead at once.
 
-    It is darts' recurrent model that takes past covariates: the targets are one multivariate series for each of the
-    table's, all other features covariates, everything standardised by the training rows.
+    It is darts' recurrent model that takes past covariates: the changes of the targets are one multivariate series for
+    each of the table's, all features covariates, everything standardised by the training rows.
     """
 
     WINDOW_DAYS = 2
@@ -58,19 +61,12 @@ class DartsLstm:
         from pytorch_lightning.callbacks import EarlyStopping
 
         self.distances, longest = distances, max(distances)
-        names = [f.name for f in source.features]
-        columns = [names.index(target) for target in source.targets]
-        others = [k for k in range(len(names)) if k not in columns]
         (start, validation), (_, test), _ = (source.bounds[s] for s in ("train", "validation", "test"))
         values = carried(source.x.astype(np.float64))
-        rows = values[:, start:validation]
-        self.mean = np.nan_to_num(np.nanmean(rows, axis=(0, 1)))  # (F,)
-        self.scale = np.nan_to_num(np.nanstd(rows, axis=(0, 1)), nan=1.0)
-        self.scale[self.scale == 0] = 1.0
-        scaled = np.nan_to_num((values - self.mean) / self.scale).astype(np.float32)  # (S, L, F)
-        self.mean, self.scale = self.mean[columns], self.scale[columns]
-        self.targets = [_series(one[:, columns]) for one in scaled]
-        self.covariates = [_series(one[:, others]) for one in scaled] if others else None
+        self.readings, changes = _targets(source, values)
+        self.mean, self.scale, scaled = _standardised(changes, start, validation)
+        self.targets = [_series(one) for one in scaled]
+        self.covariates = [_series(one) for one in _standardised(values, start, validation)[2]]
         window = min(self.WINDOW_DAYS * _steps_of_a_day(source), (validation - start) // 2)
         stopped = EarlyStopping("val_loss", patience=PATIENCE)
         with _quiet(), tempfile.TemporaryDirectory(prefix="stepcast-darts-") as scratch:
@@ -79,9 +75,11 @@ class DartsLstm:
                 output_chunk_length=longest,
                 model="LSTM",
                 hidden_dim=64,
+                n_rnn_layers=2,
+                dropout=0.3,
                 batch_size=128,
                 n_epochs=EPOCHS,
-                optimizer_kwargs={"lr": 3e-3},
+                optimizer_kwargs={"lr": 1e-3},
                 random_state=source.seed,
                 work_dir=scratch,
                 save_checkpoints=True,
@@ -99,33 +97,34 @@ class DartsLstm:
 
     def forecasts(self, origin: NDArray[np.int64]) -> dict[int, Floats]:
         """See `Peer`."""
-        found = {}
-        for ahead in self.distances:
-            said = np.full((len(self.targets), len(origin), len(self.mean)), np.nan)
-            with _quiet():
-                runs = self.model.historical_forecasts(
-                    self.targets,
-                    past_covariates=self.covariates,
-                    start=int(origin[0]) + 1,  # the first step that is forecast
-                    start_format="value",
-                    forecast_horizon=ahead,
-                    retrain=False,
-                    last_points_only=True,
-                )
-            for series, run in enumerate(runs):
-                at = np.asarray(run.time_index) - ahead - origin[0]
-                inside = (at >= 0) & (at < len(origin))
-                said[series, at[inside]] = run.values()[inside]
-            found[ahead] = said * self.scale + self.mean
-        return found
+        said = {ahead: np.full((len(self.targets), len(origin), len(self.mean)), np.nan) for ahead in self.distances}
+        with _quiet():
+            runs = self.model.historical_forecasts(
+                self.targets,
+                past_covariates=self.covariates,
+                start=int(origin[0]) + 1,  # the first step that is forecast
+                start_format="value",
+                forecast_horizon=max(self.distances),
+                retrain=False,
+                overlap_end=True,
+                last_points_only=False,
+            )
+        for series, run in enumerate(runs):
+            for one in run:
+                step = int(one.time_index[0]) - 1
+                if origin[0] <= step <= origin[-1]:
+                    path = self.readings[series, step] + np.cumsum(one.values() * self.scale + self.mean, axis=0)
+                    for ahead in self.distances:
+                        said[ahead][series, step - origin[0]] = path[ahead - 1]
+        return said
 
 
 class GluontsDeepar:
     """GluonTS' `DeepAREstimator` (Salinas et al., 2020): an LSTM that draws sample paths, one value at a time.
 
-    It forecasts single series, so every target of every series is one, told apart by two static categories. It reads
-    its own lags and time features, and the table's calendar; it has no place for readings that are not known in
-    advance. A forecast is the mean of its sample paths.
+    It forecasts single series, so the changes of every target of every series are one, told apart by two static
+    categories. It reads its own lags and time features, and the table's calendar; it has no place for readings that are
+    not known in advance. A forecast is the mean of its sample paths.
     """
 
     PATHS = 50
@@ -136,12 +135,11 @@ class GluontsDeepar:
         from lightning.pytorch.callbacks import EarlyStopping
 
         self.distances = distances
-        names = [f.name for f in source.features]
-        self.readings = source.x[..., [names.index(target) for target in source.targets]]  # (S, L, O), gaps as NaN
+        (start, validation), (_, test), _ = (source.bounds[s] for s in ("train", "validation", "test"))
+        self.readings, self.changes = _targets(source, carried(source.x.astype(np.float64)))
         calendar = [k for k, channel in enumerate(source.channels) if channel.calendar is not None]
         self.known = source.x[0][:, calendar].T  # (C, L), of all series
         self.start = pd.Period(source.times[0].tz_localize(None), freq=source.config.every)
-        (start, validation), (_, test), _ = (source.bounds[s] for s in ("train", "validation", "test"))
         self.seed = source.seed
         seed_everything(self.seed, verbose=False)  # windows and paths come from the global generators
         with _quiet(), tempfile.TemporaryDirectory(prefix="stepcast-gluonts-") as scratch:
@@ -152,6 +150,7 @@ class GluontsDeepar:
                 num_feat_dynamic_real=len(calendar),
                 num_feat_static_cat=2,
                 cardinality=[len(self.readings), len(source.targets)],
+                num_batches_per_epoch=150,
                 num_parallel_samples=self.PATHS,
                 trainer_kwargs={
                     **_trainer(),
@@ -168,10 +167,10 @@ class GluontsDeepar:
         return np.ndindex(self.readings.shape[0], self.readings.shape[2])
 
     def _item(self, series: int, target: int, start: int, stop: int, beyond: int = 0) -> dict[str, Any]:
-        """Readings [start, stop) as GluonTS wants them, the calendar `beyond` steps further."""
+        """Changes [start, stop) as GluonTS wants them, the calendar `beyond` steps further."""
         item: dict[str, Any] = {
             "start": self.start + start,
-            "target": self.readings[series, start:stop, target],
+            "target": self.changes[series, start:stop, target],
             "feat_static_cat": np.array([series, target]),
         }
         if len(self.known):
@@ -188,9 +187,9 @@ class GluontsDeepar:
         torch.manual_seed(self.seed)
         with _quiet():
             for (s, o, r), forecast in zip(asked, self.predictor.predict(items), strict=True):
-                mean = forecast.mean
+                path = self.readings[s, origin[r], o] + np.cumsum(forecast.mean)
                 for ahead in self.distances:
-                    said[ahead][s, r, o] = mean[ahead - 1]
+                    said[ahead][s, r, o] = path[ahead - 1]
         return said
 
 
@@ -198,6 +197,11 @@ PEERS: dict[str, tuple[str, type[Peer]]] = {
     "darts": ("darts_lstm", DartsLstm),
     "gluonts": ("gluonts_deepar", GluontsDeepar),
 }
+
+
+def made_with(name: str) -> dict[str, str]:
+    """Which version of a library this is, and which day."""
+    return {"with": f"{name} {version(name)}", "on": datetime.now(UTC).date().isoformat()}
 
 
 def chosen(text: str) -> tuple[str, ...]:
@@ -213,6 +217,21 @@ def chosen(text: str) -> tuple[str, ...]:
         if find_spec(name) is None:
             raise ConfigError(f"--peers: {name!r} is not installed. pip install 'stepcast[peers]'")
     return names
+
+
+def _targets(source: TableSource, values: Floats) -> tuple[Floats, Floats]:
+    """Readings of the targets (S, L, O) among all features (S, L, F), and their changes from step to step."""
+    names = [f.name for f in source.features]
+    readings = values[..., [names.index(target) for target in source.targets]]
+    return readings, np.diff(readings, axis=1, prepend=readings[:, :1])
+
+
+def _standardised(values: Floats, start: int, stop: int) -> tuple[Floats, Floats, NDArray[np.float32]]:
+    """Mean and deviation (F,) of the steps [start, stop), and all values (S, L, F) by them; 0 where unknown."""
+    rows = values[:, start:stop]
+    mean, scale = np.nan_to_num(np.nanmean(rows, axis=(0, 1))), np.nan_to_num(np.nanstd(rows, axis=(0, 1)), nan=1.0)
+    scale[scale == 0] = 1.0
+    return mean, scale, np.nan_to_num((values - mean) / scale).astype(np.float32)
 
 
 def _series(values: NDArray[np.float32]) -> Any:

@@ -15,7 +15,7 @@ from stepcast.errors import ConfigError
 
 from .averaging import AveragedWeights
 from .check import check_labels
-from .checkpoint import LAST_FILE, fitting, load_checkpoint, save_checkpoint
+from .checkpoint import LAST_FILE, check_meaning, fitting, load_checkpoint, meaning_of, save_checkpoint
 from .config import TrainingConfig
 from .data.batch import Batch, check_lanes
 from .data.prefetch import prefetched
@@ -242,6 +242,7 @@ class Trainer:
 
     def _everything(self) -> dict[str, Any]:
         return {
+            "meaning": meaning_of(self.source),
             "network": self.network.state_dict(),
             "best": self.best_weights,
             "kind": self.config.optimiser,
@@ -258,6 +259,7 @@ class Trainer:
         with fitting(directory / LAST_FILE):
             if saved["kind"] != self.config.optimiser:
                 raise ValueError(f"optimiser {saved['kind']}, not {self.config.optimiser}")
+            check_meaning(saved, self.source)
             self.network.load_state_dict(saved["network"])
             self.best_weights = saved["best"]
             self.optimiser.load_state_dict(saved["optimiser"])

@@ -12,6 +12,7 @@ from stepcast.errors import StepcastError, UnsupportedMediaType
 
 from ..telemetry import Metrics, as_ours
 from .bodies import JSON, MSGPACK
+from .hosts import other_page
 from .state_files import NPZ, SAFETENSORS
 
 PROBLEM: Final = "application/problem+json"
@@ -20,6 +21,7 @@ Headers = dict[bytes, bytes]  # by name in lower case
 
 _SAME: Final = {"": JSON, "application/x-msgpack": MSGPACK, "application/vnd.msgpack": MSGPACK}
 _SAME["application/x-www-form-urlencoded"] = JSON  # curl -d without a header
+_SIMPLE: Final = frozenset({b"", b"application/x-www-form-urlencoded", b"multipart/form-data", b"text/plain"})
 
 
 class Answer(NamedTuple):
@@ -55,6 +57,21 @@ def request_type(headers: Headers, files: bool = False) -> str:
     if named not in known:
         raise UnsupportedMediaType(f"content type {named!r} is none of {', '.join(known)}", supported=list(known))
     return named
+
+
+def check_page(headers: Headers) -> None:
+    """Refuse what pages of other sites can send unasked: the content types of forms, or none.
+
+    For any other type a browser asks first (CORS), and we agree to the origins of the settings alone.
+
+    Raises:
+        UnsupportedMediaType: a browser sent this for another site's page, with such a type.
+    """
+    if other_page(headers) and headers.get(b"content-type", b"").partition(b";")[0].strip().lower() in _SIMPLE:
+        known = [JSON, MSGPACK]
+        raise UnsupportedMediaType(
+            f"pages of other sites must name a content type: {', '.join(known)}", supported=known
+        )
 
 
 def answer_type(headers: Headers, sent: str, files: bool = False) -> str:

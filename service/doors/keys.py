@@ -19,6 +19,7 @@ from typing import Final
 from stepcast.errors import ConfigError, Forbidden, Unauthorized
 
 from ..telemetry import log
+from .tries import Tries
 
 ROLES: Final = ("read", "step", "admin")
 POLL_S: Final = 1.0
@@ -26,6 +27,7 @@ POLL_S: Final = 1.0
 
 _NAME: Final = re.compile(r"[A-Za-z0-9_.@-]{1,64}")
 _NAMESPACE: Final = re.compile(r"[A-Za-z0-9_-]+")
+_NO_KEY: Final = hashlib.sha256(b"").digest()
 _HASH: Final = re.compile(r"sha256:([0-9a-f]{64})")
 
 
@@ -55,12 +57,14 @@ class Keys:
         text: ROLE:NAMESPACE:KEY, separated by commas.
         file: A key per line: NAME ROLE NAMESPACE sha256:HEX; empty lines and lines that begin with # say nothing.
             With a file a key is needed, even while it holds none.
+        tries_limit: How many wrong keys an address may send before it has to wait; 0: any number.
 
     Raises:
         ConfigError: one of them is not so.
     """
 
-    def __init__(self, text: str, file: str = "") -> None:
+    def __init__(self, text: str, file: str = "", tries_limit: int = 0) -> None:
+        self.tries = Tries(tries_limit)
         self._configured = _from_text(text)
         self._path = Path(file) if file else None
         self._keys, self._stamp = self._configured, None if self._path is None else _stamp(self._path)
@@ -77,13 +81,32 @@ class Keys:
         """Have `forget` called when other keys hold: what was decided by the old ones means nothing any more."""
         self._listeners.append(forget)
 
-    def authenticate(self, headers: Mapping[bytes, bytes]) -> Principal:
-        """The caller whose key the headers (names in lower case) carry; Unauthorized where they carry no known one."""
+    def authenticate(self, headers: Mapping[bytes, bytes], address: str = "") -> Principal:
+        """The caller whose key the headers (names in lower case) carry; wrong ones are counted by address, if given.
+
+        Raises:
+            Unauthorized: they carry no known one. TooManyTries: too many such came from this address of late.
+        """
         if not self.needed:
             return ANYBODY
-        scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
-        given = headers.get(b"x-api-key") or (token.strip() if scheme.lower() == b"bearer" else b"")
-        digest = hashlib.sha256(given).digest()
+        if not address:
+            return self.look_up(headers)
+        digest = digest_of(headers)
+        self.tries.check(address, digest)
+        try:
+            principal = self.look_up(headers)
+        except Unauthorized:
+            if digest != _NO_KEY:  # who sends none guesses nothing
+                self.tries.wrong(address)
+            raise
+        self.tries.right(address, digest)
+        return principal
+
+    def look_up(self, headers: Mapping[bytes, bytes]) -> Principal:
+        """The same without counting."""
+        if not self.needed:
+            return ANYBODY
+        digest = digest_of(headers)
         # every key is compared, in constant time: how long it takes tells nothing
         found = [principal for key, principal in self._keys if hmac.compare_digest(key, digest)]
         if not found:
@@ -106,10 +129,18 @@ class Keys:
         except ConfigError as error:
             log.error("the keys stay as they were: %s", error)
             return
+        self.tries.forget()
         for forget in self._listeners:
             forget()
         said = ", ".join(f"{principal.name} ({principal.role})" for _, principal in self._keys)
         log.info("keys that hold from now on: %s", said or "none")
+
+
+def digest_of(headers: Mapping[bytes, bytes]) -> bytes:
+    """The SHA-256 of the key that headers carry."""
+    scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
+    given = headers.get(b"x-api-key") or (token.strip() if scheme.lower() == b"bearer" else b"")
+    return hashlib.sha256(given).digest()
 
 
 def _from_text(text: str) -> list[Entry]:

@@ -8,12 +8,14 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from stepcast.errors import ManifestError
-from stepcast.manifest import GOLDEN_FILE, Manifest
+from stepcast.manifest import GOLDEN_FILE, MODEL_FILE, Manifest
 
 from .arrays import Array, Bytes, Floats, RunGraph
 from .buffers import blank_rows, row_type, rows_of
 from .onnx_session import reading
 
+RunSteps = Callable[[Floats, Bytes], tuple[Floats, Bytes]]  # as `BoundSteps.run`
+_MOST_STEPS: Final = 100  # that are compared bit by bit
 RECURRENT: Final = ("LSTM", "GRU", "RNN")
 
 
@@ -61,6 +63,15 @@ class Golden:
     def prove_steps(self, run: RunGraph) -> tuple[float, float]:
         """The same by single steps alone; the largest errors of outputs and states."""
         return self._compare("one step at a time", lambda: self._one_by_one(run))
+
+    def prove_same(self, run: RunSteps, other: RunSteps) -> None:
+        """Raises ManifestError unless both give the same bits, step after step, for readings of golden.npz."""
+        x, states = self.samples()
+        for at in range(min(len(x), _MOST_STEPS)):
+            now = np.take(x, range(at, at + len(states)), axis=0, mode="wrap")[:, None]
+            (y, after), (want, states) = run(now, states), other(now, states)
+            if y.tobytes() != want.tobytes() or after.tobytes() != states.tobytes():
+                raise ManifestError(f"{self._directory}: single steps are not bit for bit those of {MODEL_FILE}")
 
     def samples(self) -> tuple[Floats, Bytes]:
         """Numbers such as the model gets: readings of single steps (M, F), and packed states (2 B, row_bytes)."""

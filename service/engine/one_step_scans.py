@@ -5,9 +5,8 @@ from typing import Any
 import numpy as np
 
 from . import onnx_door as onnx
-from .arrays import Array
+from .settled import Shapes, shapes_of
 
-Shapes = dict[str, tuple[int | str, ...]]
 _PREFIX = "scan/"
 
 
@@ -17,7 +16,6 @@ def without_scans(model: Any) -> Any | None:
     A body's own tensors get names that nobody else has; those it reads from around it keep theirs. Shapes of what a
     Scan gives are known only when it is gone, so each pass may reach the next ones.
     """
-    _fold_steps(model.graph)
     while any(onnx.subgraphs(node) for node in model.graph.node):
         shapes = shapes_of(onnx.shape_inference.infer_shapes(model).graph)
         scans = [node.output[0] for node in model.graph.node if _single(node, shapes)]
@@ -30,40 +28,6 @@ def without_scans(model: Any) -> Any | None:
         onnx.replace(model.graph.node, nodes)
         del model.graph.value_info[:]
     return model
-
-
-def _fold_steps(graph: Any) -> None:
-    """Make constants of how many steps there are, one, and of their numbers, so that shapes can be known."""
-    shapes = shapes_of(graph)
-    known = {value.name: onnx.numpy_helper.to_array(value) for value in graph.initializer}
-    nodes = []
-    for node in graph.node:
-        value = _folded(node, shapes, [known.get(name) for name in node.input])
-        if value is None:
-            nodes.append(node)
-        else:
-            known[node.output[0]] = value
-            graph.initializer.append(onnx.numpy_helper.from_array(value, node.output[0]))
-    onnx.replace(graph.node, nodes)
-    del graph.value_info[:]  # what was inferred without knowing that
-
-
-def _folded(node: Any, shapes: Shapes, values: list[Array | None]) -> Array | None:
-    """The value of a node that counts or numbers steps; None where it is another node, or depends on the rows."""
-    given = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-    numbers = [
-        int(value.item()) for value in values if value is not None and value.size == 1 and value.dtype == np.int64
-    ]
-    match node.op_type:
-        case "Shape":
-            sizes = shapes.get(node.input[0], ())[given.get("start", 0) : given.get("end")]
-            known = sizes and all(isinstance(size, int) and size for size in sizes)
-            return np.array(sizes, np.int64) if known else None
-        case "Squeeze" if len(numbers) == len(values) and values[0] is not None and values[0].ndim == 1:
-            return np.array(numbers[0], np.int64)
-        case "Range" if len(numbers) == len(values):
-            return np.arange(*numbers, dtype=np.int64)
-    return None
 
 
 def _single(node: Any, shapes: Shapes) -> bool:
@@ -118,13 +82,3 @@ def _moved(graph: Any, op: str, given: str, name: str, axis: int) -> Any:
     if not any(value.name == axes for value in graph.initializer):
         graph.initializer.append(onnx.numpy_helper.from_array(np.array([axis], np.int64), axes))
     return onnx.helper.make_node(op, [given, axes], [name])
-
-
-def shapes_of(graph: Any) -> Shapes:
-    """Of tensors whose rank is known; a size that is not is a name, or ''."""
-    types = {value.name: value.type.tensor_type for value in (*graph.input, *graph.value_info, *graph.output)}
-    return {
-        name: tuple(dim.dim_value if dim.HasField("dim_value") else dim.dim_param for dim in kind.shape.dim)
-        for name, kind in types.items()
-        if kind.HasField("shape")
-    }

@@ -1,7 +1,10 @@
 """onnx, loaded when a graph is first taken apart: importing the service does not load it."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
+
+RANDOM: Final = frozenset({"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial"})
+"""Operators whose answers do not follow from what they are given."""
 
 
 def __getattr__(name: str) -> Any:

@@ -1,12 +1,13 @@
 """The graph for one step: what model.onnx says of T steps, written for a single one.
 
 Each LSTM, GRU and RNN becomes the matrix products and activations of its equations (https://onnx.ai/onnx/operators/,
-opset 13), which onnxruntime fuses and vectorises. Inputs and outputs lose their axes of size 1, and a state of all
-layers in one tensor becomes one port per layer: the bytes in memory are the same, and nothing is copied from one shape
-to the other. The caller proves the result against golden.npz, as it does model.onnx.
+opset 13), which onnxruntime fuses and vectorises; in an exact graph it stays a node. Inputs and outputs lose their axes
+of size 1, and a state of all layers in one tensor becomes one port per layer: the bytes in memory are the same, and
+nothing is copied from one shape to the other. The caller proves the result against golden.npz, as it does model.onnx.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import eq, ge, gt, le, lt
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -16,7 +17,8 @@ import numpy as np
 from . import onnx_door as onnx
 from .arrays import Array
 from .buffers import ROWS, Ports, Shape
-from .one_step_scans import shapes_of, without_scans
+from .one_step_scans import without_scans
+from .settled import settle, shapes_of
 
 Axes = tuple[int, ...]
 View = tuple[str, Axes]
@@ -42,12 +44,12 @@ class SingleStepGraph(NamedTuple):
     ports: Ports
 
 
-def single_step_graph(path: Path, ports: Ports, lengths: str | None) -> SingleStepGraph | None:
+def single_step_graph(path: Path, ports: Ports, lengths: str | None, *, exact: bool = False) -> SingleStepGraph | None:
     """The graph of `path`, of these ports, for one step that every row has.
 
-    It has no other outputs, nor `lengths`, the input of valid steps per row, where nothing needs it. None where nothing
-    is gained: no recurrent node can be written as equations, or the graph is large or has graphs inside that are no
-    Scan over the steps.
+    It has no other outputs, nor `lengths`, the input of valid steps per row, where nothing needs it. If it is to be
+    exact, recurrent nodes stay nodes, since equations round otherwise. None where nothing is gained: no recurrent node
+    is of a kind that is known, or the graph is large or has graphs inside that are no Scan over the steps.
     """
     model = onnx.load(str(path), load_external_data=False)
     outside = any(i.data_location == onnx.TensorProto.EXTERNAL for i in model.graph.initializer)
@@ -57,13 +59,15 @@ def single_step_graph(path: Path, ports: Ports, lengths: str | None) -> SingleSt
     for port in (*model.graph.input, *model.graph.output):
         if port.name in ports:
             port.CopyFrom(_port(port, port.name, ports[port.name][0][1]))
-    model = onnx.shape_inference.infer_shapes(model)
+    model = settle(model)
+    if model.ByteSize() > MOST_BYTES:
+        return None
     inside = any(onnx.subgraphs(node) for node in model.graph.node)
     if inside:
         if (model := without_scans(model)) is None:
             return None
         model = onnx.shape_inference.infer_shapes(model)
-    rewriter = _Rewriter(model.graph, ports, lengths)
+    rewriter = _Rewriter(model.graph, ports, lengths, exact)
     if not rewriter.rewrite() and not inside:
         return None
     return SingleStepGraph(bytes(model.SerializeToString()), rewriter.ports)
@@ -76,16 +80,17 @@ class _Rewriter:
     behind the other, along a first axis that these do not have.
     """
 
-    def __init__(self, graph: Any, ports: Ports, lengths: str | None) -> None:
-        self._graph, self._lengths = graph, lengths
+    def __init__(self, graph: Any, ports: Ports, lengths: str | None, exact: bool) -> None:
+        self._graph, self._lengths, self._exact = graph, lengths, exact
         self.ports = dict(ports)  # of the graph that is made
         self._given: set[str] = set()  # tensors that are outputs
         self._nodes: list[Any] = []
-        self._rewrote = False  # whether a recurrent node is equations now
-        self._constants, self._shapes = _constants(graph), shapes_of(graph)
+        self._rewrote = False  # whether a recurrent node is that of one step now
+        self._constants = {value.name: onnx.numpy_helper.to_array(value) for value in graph.initializer}
+        self._shapes = shapes_of(graph)
         self._views: dict[str, View] = {}
         self._stacks: dict[str, list[str]] = {}
-        self._whole: dict[View, str] = {}  # views and stacks that somebody needed: what was made for them
+        self._whole: dict[View, str] = {}  # views and stacks that are there, as somebody needed them
         self._everywhere: dict[str, Any] = {} if lengths is None else {lengths: np.array(1)}  # one value all over
 
     def rewrite(self) -> bool:
@@ -100,9 +105,12 @@ class _Rewriter:
                 self._nodes.append(node)
         outputs = [port for port in graph.output if port.name in self.ports]
         onnx.replace(graph.output, [new for port in outputs for new in self._give(port)])
-        needed = onnx.needed(self._nodes, (port.name for port in graph.output))
-        onnx.replace(graph.node, (node for node in self._nodes if needed.intersection(node.output)))
-        onnx.replace(graph.initializer, (value for value in graph.initializer if value.name in needed))
+        onnx.replace(graph.node, self._nodes)
+        onnx.prune(graph)
+        self._take_as_read()
+        self._give_as_made()
+        onnx.prune(graph)
+        needed = onnx.needed(graph.node, (port.name for port in graph.output))
         onnx.replace(graph.input, (port for port in graph.input if port.name in needed or port.name != self._lengths))
         del graph.value_info[:]
         return self._rewrote
@@ -144,6 +152,34 @@ class _Rewriter:
         self.ports[port.name] = [(name, shape) for name in names]
         return [_port(port, name, shape) for name in names]
 
+    def _take_as_read(self) -> None:
+        """Let inputs have the axes that are put into them at once, where nobody reads them without."""
+        graph, readers = self._graph, {name: node for node in self._graph.node for name in node.input}
+        count = Counter(name for node in graph.node for name in node.input)
+        views = [view for view in self._whole.items() if count[view[0][0]] == 1]
+        made = {base: (axes, whole) for (base, axes), whole in views if whole in readers[base].output}
+        self._reshape(graph.input, made)
+        given = {port.name for port in graph.input}
+        onnx.replace(graph.node, (node for node in graph.node if not given.intersection(node.output)))
+
+    def _give_as_made(self) -> None:
+        """Let outputs have the axes that recurrent nodes give them."""
+        given = {port.name for port in self._graph.output}
+        raw = {whole for node in self._graph.node if node.op_type in _DEFAULTS for whole in node.output} - given
+        self._reshape(self._graph.output, {b: (axes, w) for (b, axes), w in self._whole.items() if w in raw})
+
+    def _reshape(self, declared: Any, as_they_are: Mapping[str, tuple[Axes, str]]) -> None:
+        """Declare other tensors instead of ports, which are these but for axes of size 1; all of a stack or none."""
+        old = {port.name: port for port in declared}
+        for name, parts in self.ports.items():
+            views = [as_they_are.get(part) for part, _ in parts]
+            if len({view and view[0] for view in views}) == 1 and views[0] and parts[0][0] in old:
+                shape = _with_ones(parts[0][1], views[0][0])
+                self.ports[name] = [(view[1], shape) for view in views if view]
+                for (part, _), (new, _) in zip(parts, self.ports[name], strict=True):
+                    old[part] = _port(old[part], new, shape)
+        onnx.replace(declared, list(old.values()))
+
     def _followed(self, node: Any) -> list[View]:
         """What its outputs are views of; empty where it has to stay."""
         self._look_for_one_value(node)
@@ -151,7 +187,7 @@ class _Rewriter:
             **dict.fromkeys(_DEFAULTS, self._recurrent),
             **dict.fromkeys(("MatMul", "Add"), self._through),
             **dict.fromkeys(_ONE_OF_MANY, self._one_of_many),
-            **dict.fromkeys(("Unsqueeze", "Squeeze", "Transpose", "Identity"), self._moves_nothing),
+            **dict.fromkeys(("Unsqueeze", "Squeeze", "Transpose", "Reshape", "Identity"), self._moves_nothing),
             **{"Where": self._where, "Concat": self._concat},
         }.get(node.op_type)
         return follow(node) if follow else []
@@ -192,7 +228,7 @@ class _Rewriter:
         before, after = (self._shapes.get(name) for name in (node.input[0], node.output[0]))
         if node.op_type == "Identity":
             return [(base, inside)]
-        if before is None or after is None or base in self._stacks:
+        if before is None or after is None or base in self._stacks or (node.op_type == "Reshape" and "" in before):
             return []
         if order is not None:
             kept = [at for at in order if before[at] != 1]
@@ -207,8 +243,8 @@ class _Rewriter:
         """The product of a view with a matrix, or its sum with a vector, is a view of that of its base."""
         ranks = (2,) if node.op_type == "MatMul" else (0, 1)
         constant = [name in self._constants and self._constants[name].ndim in ranks for name in node.input]
-        if constant.count(True) != 1 or (node.op_type == "MatMul" and constant[0]):
-            return []
+        if constant.count(True) != 1 or (node.op_type == "MatMul" and (constant[0] or self._exact)):
+            return []  # onnxruntime joins a product of matrices with the sum behind it, and rounds otherwise then
         name = node.input[constant.index(False)]
         (base, axes), shape = self._view_of(name), self._shapes.get(name)
         if not axes or shape is None or axes[-1] >= len(shape) - 1:
@@ -259,22 +295,44 @@ class _Rewriter:
         return [self._view_of(taken)] if ours and not repeats else []
 
     def _recurrent(self, node: Any) -> list[View]:
-        """Write it as equations, where its attributes are the usual ones and each row has its step."""
-        given, kind = _attributes(node), node.op_type
-        x, w, r, b, lengths, h, c, p = (*node.input, *[""] * 8)[:8]
+        """Write it for one step, if every row has that step."""
+        given = _attributes(node)
+        x, _, _, _, lengths = (*node.input, *[""] * 5)[:5]
+        if (
+            given.get("direction", b"forward") != b"forward"
+            or given.get("layout", 0)
+            or (lengths and self._everywhere.get(lengths) != 1)
+            or self._shapes.get(x, (0,))[0] != 1
+        ):
+            return []
+        after = self._node_alone(node) if self._exact else self._equations(node, given)
+        self._rewrote = self._rewrote or bool(after)
+        return [(after[0], (0, 1)), *((name, (0,)) for name in after)] if after else []
+
+    def _node_alone(self, node: Any) -> list[str]:
+        """Keep the node, without lengths; of its answers only the last state is needed."""
+        alone, name = onnx.copy(node), f"{_NAME}{len(self._nodes)}"
+        onnx.replace(alone.input, ["" if at == 4 else self._made(name) for at, name in enumerate(node.input)])
+        states = [f"{name}/{state}" for state in ("h", "c")[: 2 if node.op_type == "LSTM" else 1]]
+        onnx.replace(alone.output, ["", *states])
+        self._nodes.append(alone)
+        flat = [self._add("Squeeze", state, (0,)) for state in states]
+        self._whole |= {(base, (0,)): state for base, state in zip(flat, states, strict=True)}
+        return flat
+
+    def _equations(self, node: Any, given: Mapping[str, Any]) -> list[str]:
+        """Write it as equations, if its attributes are the usual ones."""
+        kind = node.op_type
+        x, w, r, b, _, h, c, p = (*node.input, *[""] * 8)[:8]
         acts = given.get("activations") or _DEFAULTS[kind]
         if (
             not given.keys() <= _KNOWN_ATTRIBUTES
-            or given.get("direction", b"forward") != b"forward"
-            or given.get("layout", 0)
             or given.get("input_forget", 0)
             or len(acts) != len(_DEFAULTS[kind])
             or not _SIMPLE.issuperset(acts)
             or any(getattr(self._constants.get(name), "dtype", None) != np.float32 for name in (w, r, b, p) if name)
-            or (lengths and self._everywhere.get(lengths) != 1)
             or not h
             or (kind == "LSTM" and not c)
-            or self._shapes.get(x, (0,))[0] != 1
         ):
             return []
         size = self._constants[r].shape[2]
@@ -282,15 +340,10 @@ class _Rewriter:
         bias = self._constants[b] if b else np.zeros(2 * len(both), np.float32)
         weights = both.reshape(-1, size, both.shape[1]).transpose(0, 2, 1)
         cell = _Cell(self._add, weights, bias.reshape(2, -1, size), [act.decode() for act in acts])
-        x, h, c_after = self._flat(x), self._flat(h), ""
+        x, h = self._flat(x), self._flat(h)
         if kind == "LSTM":
-            h_after, c_after = cell.lstm(x, h, self._flat(c), self._constants[p].reshape(3, size) if p else None)
-        elif kind == "GRU":
-            h_after = cell.gru(x, h, bool(given.get("linear_before_reset", 0)))
-        else:
-            h_after = self._add(cell.acts[0], *cell.sums(x, h, 1))
-        self._rewrote = True
-        return [(h_after, (0, 1)), (h_after, (0,)), (c_after, (0,))]
+            return cell.lstm(x, h, self._flat(c), self._constants[p].reshape(3, size) if p else None)
+        return [cell.gru(x, h, bool(given.get("linear_before_reset", 0))) if kind == "GRU" else cell.rnn(x, h)]
 
 
 class _Cell(NamedTuple):
@@ -306,7 +359,7 @@ class _Cell(NamedTuple):
         xh = self.add("Concat", x, h, axis=1)
         return (self.add("Gemm", xh, self.weights[gate], self.bias[:, gate].sum(axis=0)) for gate in range(gates))
 
-    def lstm(self, x: str, h: str, c: str, peepholes: Array | None) -> tuple[str, str]:
+    def lstm(self, x: str, h: str, c: str, peepholes: Array | None) -> list[str]:
         """The new h and c; gates i, o, f, c, peepholes (3, H) for i, o, f."""
         add, (gate_act, cell_act, out_act) = self.add, self.acts
         i, o, f, g = self.sums(x, h, 4)
@@ -317,7 +370,7 @@ class _Cell(NamedTuple):
         c_after = add("Add", add("Mul", f, c), add("Mul", i, g))
         if peepholes is not None:
             o = add("Add", o, add("Mul", c_after, peepholes[1]))
-        return add("Mul", add(gate_act, o), add(out_act, c_after)), c_after
+        return [add("Mul", add(gate_act, o), add(out_act, c_after)), c_after]
 
     def gru(self, x: str, h: str, linear_before_reset: bool) -> str:
         """The new h; gates z, r, h."""
@@ -332,23 +385,16 @@ class _Cell(NamedTuple):
         new = add(cell_act, add("Add", from_x, from_h))
         return add("Add", new, add("Mul", z, add("Sub", h, new)))
 
+    def rnn(self, x: str, h: str) -> str:
+        """The new h."""
+        return self.add(self.acts[0], *self.sums(x, h, 1))
+
 
 # --- graphs ---------------------------------------------------------------------------------------------------------
 
 
 def _attributes(node: Any) -> dict[str, Any]:
     return {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
-
-
-def _constants(graph: Any) -> dict[str, Array]:
-    """Values that are in the graph: of initializers, and of Constant nodes that may be axes or indices."""
-    values = {i.name: onnx.numpy_helper.to_array(i) for i in graph.initializer}
-    for node in graph.node:
-        if node.op_type == "Constant" and node.attribute[0].name in ("value", "value_int", "value_ints"):
-            value = onnx.helper.get_attribute_value(node.attribute[0])
-            is_tensor = isinstance(value, onnx.TensorProto)
-            values[node.output[0]] = onnx.numpy_helper.to_array(value) if is_tensor else np.array(value)
-    return values
 
 
 def _port(port: Any, name: str, shape: Shape) -> Any:
@@ -362,6 +408,12 @@ def _without_ones(shape: Shape) -> tuple[Shape, Axes]:
     rows = shape.index(ROWS) if shape else 0
     axes = tuple(at for at, size in enumerate(shape) if size == 1 and (at < rows or at == rows + 1 == len(shape) - 2))
     return tuple(size for at, size in enumerate(shape) if at not in axes), axes
+
+
+def _with_ones(shape: Shape, axes: Axes) -> Shape:
+    """A shape with axes of size 1 put in, at these places of the result."""
+    rest = iter(shape)
+    return tuple(1 if at in axes else next(rest) for at in range(len(shape) + len(axes)))
 
 
 def _put_in(shape: Sequence[int | str], base: Sequence[int | str]) -> Axes | None:

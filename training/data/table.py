@@ -8,7 +8,7 @@ horizons: of each one in turn), or the class that stands in the label column.
 import math
 from collections.abc import Iterator, Sequence
 from copy import copy
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,12 +20,13 @@ from numpy.typing import NDArray
 from stepcast.calendars import Calendar
 from stepcast.errors import ConfigError
 from stepcast.manifest import CalendarChannel, Change, Feature, Feedback, Output
+from stepcast.tables import line, of_direction
 
 from .batch import Batch
 from .moments import check_resolution
 from .source import Split
 from .table_config import Channel, TableConfig, channels, output_name
-from .table_file import Grid, find, line, moment, read
+from .table_file import Grid, find, moment, read
 
 Floats = NDArray[np.float32]
 
@@ -69,6 +70,25 @@ class TableSource:
         other.features = other._describe_features()
         other.outputs = other._describe_outputs()
         return other
+
+    def folds(self, count: int) -> Iterator[tuple["TableSource", "TableSource"]]:
+        """The training rows without one of `count` stretches of time, and a source whose test rows it is, in turn.
+
+        Without it means without its labels, those of steps before it included. Its readings are still read.
+
+        Raises:
+            ConfigError: there are fewer training steps.
+        """
+        start, stop = self.bounds["train"]
+        cuts = np.linspace(start, stop, count + 1).astype(int).tolist()
+        if len(set(cuts)) <= count:
+            raise ConfigError(f"training.folds: {count}, there are {stop - start} training steps")
+        for first, last in pairwise(cuts):
+            rest = copy(self)
+            rest.y = self.y.copy()
+            for index, ahead in enumerate(self.ahead):
+                rest.y[:, max(0, first - ahead) : last, index] = np.nan
+            yield rest, self.between({**self.bounds, "test": (first, last)})
 
     def _bounds(self) -> dict[Split, tuple[int, int]]:
         """First and last + 1 grid step of each split."""
@@ -207,8 +227,7 @@ def _features(config: TableConfig, grid: Grid, features: tuple[Channel, ...], ev
         name, column = channel.source
         values = grid.values[..., names.index(name)]  # (S, L)
         if column.turn is not None:
-            angle = 2 * np.pi * values / column.turn
-            values = np.sin(angle) if channel.wave == "sin" else np.cos(angle)
+            values = of_direction(values, column.turn, channel.wave or "sin")
         x[..., place] = _ahead(values, channel.ahead)
     return x
 

@@ -8,10 +8,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from stepcast.calendars import describe
 from stepcast.manifest import TIME, CalendarChannel
+from stepcast.tables import WAVES as DIRECTION_WAVES
+from stepcast.tables import direction_name
 
 if TYPE_CHECKING:
     from .table import TableSource
@@ -122,6 +124,19 @@ class TableConfig(_Strict):
     test: datetime = Field(description="first moment of the test rows")
     warm_up: int = Field(default=168, ge=0, description="unscored steps before validation and test rows")
 
+    @field_validator("every")
+    @classmethod
+    def _a_step(cls, every: str) -> str:
+        from pandas import Timedelta  # slow to import, and not needed for recipes without a table
+
+        try:
+            is_one = Timedelta(every) > Timedelta(0)  # NaT is not
+        except ValueError:
+            is_one = False
+        if not is_one:
+            raise ValueError(f"{every!r} is no step of time. Write a number and a unit: 1h, 15min, 1D.")
+        return every
+
     @model_validator(mode="before")
     @classmethod
     def _class_of_now(cls, given: Any) -> Any:
@@ -207,9 +222,9 @@ def _of_columns(config: TableConfig) -> Iterator[Channel]:
             if column.turn is None:
                 yield Channel(called, column.unit, (name, column), ahead=ahead)
                 continue
-            for wave in ("sin", "cos"):
+            for wave in DIRECTION_WAVES:
                 unit = f"{wave}(2 pi {name} / {column.turn:g})"
-                yield Channel(f"{called}_{wave}", unit, (name, column), wave, ahead=ahead)
+                yield Channel(direction_name(called, wave), unit, (name, column), wave, ahead=ahead)
 
 
 def _of_calendar(config: TableConfig) -> Iterator[Channel]:

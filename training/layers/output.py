@@ -31,8 +31,11 @@ class Head(nn.Module):
         raw: Values that `forward` gives.
         outputs: Of the graph, the point forecasts first.
         described: The distribution in words of the manifest, None without one.
+        stretch: (targets,) what the spread of each target's distribution is multiplied by; all 1 until it is
+            calibrated. No part of the loss, nor of the weights: it follows from them and the data.
     """
 
+    stretch: Tensor
     mean: Tensor
     scale: Tensor
     columns: Tensor
@@ -62,6 +65,7 @@ class Head(nn.Module):
             initialise(self.linear.weight, spec.weight_init, size, raw)
             begin = torch.tensor(distribution.begin if distribution else (0.0,))
             self.linear.bias.data = begin.repeat_interleave(raw // len(begin))
+        self.register_buffer("stretch", torch.ones(len(targets)), persistent=False)
         self.register_buffer("mean", torch.tensor([o.mean for o in self.outputs]), persistent=False)
         self.register_buffer("scale", torch.tensor([o.scale for o in self.outputs]), persistent=False)
         self.identity_scale = all(o.mean == 0 and o.scale == 1 for o in self.outputs)
@@ -90,9 +94,16 @@ class Head(nn.Module):
         """The answer in the caller's units, (B, T, O)."""
         distribution = self.loss.distribution
         y = ACTIVATIONS[self.activation](z) if distribution is None else distribution(z)
+        if distribution is not None and self.stretches:
+            y = distribution.stretched(y, self.stretch)
         if not self.identity_scale:
             y = y * self.scale + self.mean
         return y if base is None else y + base
+
+    @property
+    def stretches(self) -> bool:
+        """Whether any distribution is made wider or narrower."""
+        return bool((self.stretch != 1).any())
 
     @property
     def parts(self) -> int | Tensor:
@@ -117,13 +128,15 @@ class Head(nn.Module):
     def write(self, graph: Graph, observed: str, hidden: str) -> str:
         """Add this layer to a graph: the answer's name."""
         z = hidden if self.linear is None else write_linear(graph, self.linear, hidden)
-        distribution = self.loss.distribution
+        distribution, scale = self.loss.distribution, self.scale
         if distribution is None:
             y = write_activation(graph, self.activation, z)
         else:
             y = distribution.write(graph, z, self.targets)
-        if not self.identity_scale:
-            scaled = graph.add("Mul", y, graph.constant(self.scale.cpu().numpy()))
+            if self.stretches:
+                y, scale = distribution.write_stretched(graph, y, self.stretch, scale)
+        if not self.identity_scale or self.stretches:
+            scaled = graph.add("Mul", y, graph.constant(scale.cpu().numpy()))
             y = graph.add("Add", scaled, graph.constant(self.mean.cpu().numpy()))
         if not self.residual:
             return y

@@ -5,15 +5,16 @@ a step behind a plain head takes uvicorn's way, from its first byte: httptools s
 """
 
 import re
-from typing import Any, Final, cast
+from typing import Any, Final
 
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from stepcast.errors import StepcastError
 
-from stepcast.errors import Malformed
-
-from ..answers import Answer, problem
+from ..answers import problem
+from ..intake import Share
 from ..request_ids import PREFIX, RequestId, next_number
 from ..steps import Axes, HttpWaiter
+from ..tries import network
+from .guard import GuardedConnection, head_of
 from .heads import Caller, Heads
 
 LONGEST_HEAD: Final = 4096
@@ -48,24 +49,18 @@ class Reply(HttpWaiter):
     def refused(self, error: BaseException) -> None:
         self._done = True
         caller, answer = self._caller, problem(error, self._connection.metrics)
-        self._connection.settle(_head(answer, caller.fields), answer.body, caller.close)
+        self._connection.settle(head_of(answer, caller.fields), answer.body, caller.close)
 
 
-class HttpConnection(HttpToolsProtocol):
+class HttpConnection(GuardedConnection):
     """An HTTP connection; the class for uvicorn's `http` setting."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._heads = _heads(self.app) if self.limit_concurrency is None and not self.root_path else None
-        self.metrics = None if self._heads is None else self._heads.metrics
-        self._between = True  # no message has begun in the parser
-        self._stepping = False  # a step of ours is under way
-        self._name: RequestId | None = None  # its request id, if it has one
+        self._known: Caller | None = None  # who asked before
+        self._name: RequestId | None = None  # the request id of the step that is under way, if it has one
         self._ahead = b""  # what came meanwhile
-        self._parts: list[bytes] = []  # of a request whose body is still to come,
-        self._missing = 0  # and how much of it
         self._last = False  # the server stops: close after this answer
-        self._answered_at = 0.0
 
     def data_received(self, data: bytes) -> None:
         """Bytes from the client."""
@@ -74,54 +69,28 @@ class HttpConnection(HttpToolsProtocol):
             if len(self._ahead) > AHEAD_BYTES:
                 self.flow.pause_reading()
             return
-        if self._missing:
-            self._parts.append(data)
-            self._missing -= len(data)
-            if self._missing > 0:
+        if self._parts:
+            whole = self._more(data)
+            if whole is None:
                 return
-            data, self._missing = b"".join(self._parts), 0
-            self._parts.clear()
+            data = whole
         if not (self._between and self._heads is not None and self._take(self._heads, data)):
-            super().data_received(data)
-
-    def on_message_begin(self) -> None:
-        """The parser begins a message."""
-        self._between = False
-        super().on_message_begin()
-
-    def on_message_complete(self) -> None:
-        """The parser has a whole message."""
-        self._between = True
-        super().on_message_complete()
+            self.parse(data)
 
     def shutdown(self) -> None:
         """The server stops: answer what was accepted, then close."""
         if self._stepping:
             self._last = True
         else:
+            self._keeps = False
             super().shutdown()
-
-    def send_400_response(self, msg: str) -> None:
-        """The parser refuses what came: a problem like any other, and the end of the connection."""
-        self._name = None
-        answer = problem(Malformed(f"the bytes are not HTTP: {msg}"), self.metrics)
-        self.settle(_head(answer, b"connection: close\r\n"), answer.body, True)
-
-    def timeout_keep_alive_handler(self) -> None:
-        """A timer of an idle connection: it is not set again at every step, so it may be early."""
-        self.timeout_keep_alive_task = None
-        if self._stepping or self._missing:
-            return
-        rest_s = self._answered_at + self.timeout_keep_alive - self.loop.time()
-        if rest_s > 0:
-            self.timeout_keep_alive_task = self.loop.call_later(rest_s, self.timeout_keep_alive_handler)
-        else:
-            super().timeout_keep_alive_handler()
 
     def _take(self, heads: Heads, data: bytes) -> bool:
         """Take a step, where the bytes begin with one and nothing else is under way; False: they are uvicorn's."""
         line = _STEP.match(data)
         if line is None or self.flow.write_paused or (self.cycle is not None and not self.cycle.response_complete):
+            return False
+        if heads.blocked and network(self.address) in heads.blocked:
             return False
         at, (model, session) = line.end(), line.groups()
         end = data.find(b"\r\n\r\n", at - 2, at + LONGEST_HEAD)
@@ -129,10 +98,12 @@ class HttpConnection(HttpToolsProtocol):
         if head is None:
             return False
         length, caller, name = head
+        if caller is not self._known:
+            self._known = caller
+            heads.tries.right(self.address, caller.digest)
         stop = end + 4 + length
         if len(data) < stop:
-            self._parts.append(data)
-            self._missing = stop - len(data)
+            self._wait(heads, caller, name, data, stop - len(data))
             return True
         self._ahead, self._name = data[stop:], name
         self._stepping = True  # before the step: its answer may be there at once
@@ -146,9 +117,26 @@ class HttpConnection(HttpToolsProtocol):
             heads.steps.take(way, str(session, "ascii"), body, caller.kind, reply)
         return True
 
+    def _wait(self, heads: Heads, caller: Caller, name: RequestId | None, data: bytes, missing: int) -> None:
+        """Wait for the body of a step, but not of a caller who may take none, nor while too many others are held."""
+        refusal = caller.refusal
+        if refusal is None:
+            try:
+                share = self._share = Share(heads.intake, caller.principal.namespace)
+                share.add(len(data) + missing)
+            except StepcastError as error:
+                refusal = error
+        if refusal is None:
+            self._keep(data, missing)
+        else:
+            self.end(refusal, caller.cors, name)
+
     def settle(self, head: bytes, body: bytes, close: bool) -> None:
         """Write an answer, its head up to the content length, then go on with what came meanwhile."""
         self._stepping = False
+        if self._share is not None:
+            self._share.hold(0)
+            self._share = None
         self.server_state.total_requests += 1
         transport = self.transport
         if transport.is_closing():
@@ -174,17 +162,3 @@ class HttpConnection(HttpToolsProtocol):
         if data and not self.transport.is_closing():
             self.flow.resume_reading()
             self.data_received(data)
-
-
-def _head(answer: Answer, fields: bytes) -> bytes:
-    """The head of an answer up to the content length."""
-    lines = "".join(f"{name}: {value}\r\n" for name, value in answer.fields.items())
-    kind = f"content-type: {answer.kind}\r\n{lines}".encode("latin-1")
-    return b"%s%s%scontent-length: " % (STATUS_LINE[answer.status], kind, fields)
-
-
-def _heads(app: Any) -> Heads | None:
-    """The heads of our application, which uvicorn may have wrapped."""
-    while app is not None and not hasattr(app, "heads"):
-        app = getattr(app, "app", None)
-    return cast("Heads | None", getattr(app, "heads", None))

@@ -6,12 +6,14 @@ A client sends the same lines again and again, so each line is read once, and a 
 import re
 from typing import Any, Final, NamedTuple
 
-from stepcast.errors import StepcastError
+from stepcast.errors import StepcastError, Unauthorized, UnsupportedMediaType
 
 from ...settings import Settings
 from ...telemetry import Metrics
-from ..answers import answer_type, request_type
-from ..keys import ANYBODY, Keys, Principal, origins
+from ..answers import answer_type, check_page, request_type
+from ..hosts import Hosts
+from ..intake import Intake
+from ..keys import ANYBODY, Keys, Principal, digest_of, origins
 from ..request_ids import HEADER, RequestId, given_id
 from ..steps import Steps, Way
 
@@ -20,7 +22,7 @@ KNOWN_CALLERS: Final = 1024
 KNOWN_WAYS: Final = 1024
 
 _FIELD: Final = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*([\x20-\x7e\x80-\xff]*)")
-_HEEDED: Final = frozenset({b"content-type", b"accept", b"authorization", b"x-api-key", b"origin"})
+_HEEDED: Final = frozenset({b"content-type", b"accept", b"authorization", b"x-api-key", b"origin", b"sec-fetch-site"})
 _NEVER: Final = frozenset({b"transfer-encoding", b"content-encoding", b"expect", b"upgrade", b"trailer"})
 _CLOSE: Final = b"connection:close"
 _ODD: Final = -1
@@ -32,10 +34,12 @@ class Caller(NamedTuple):
     """What a head says of who asks, and how."""
 
     principal: Principal
+    digest: bytes  # of its key
     kind: str  # content type of the body
     accepted: str  # content type of the answer
     ok: bytes  # the head of a good answer, up to the content length
-    fields: bytes  # lines that every answer has
+    fields: bytes  # lines that every answer has,
+    cors: bytes  # those for pages among them
     close: bool  # whether the connection ends with the answer
     refusal: StepcastError | None  # why the caller may not step
     ways: dict[bytes, Way]  # known ways of its namespace, by model
@@ -44,8 +48,11 @@ class Caller(NamedTuple):
 class Heads:
     """Reads heads of steps, for connections (connection.py) below ASGI."""
 
-    def __init__(self, steps: Steps, keys: Keys, settings: Settings, metrics: Metrics) -> None:
-        self.steps, self._keys, self.metrics = steps, keys, metrics
+    def __init__(
+        self, steps: Steps, keys: Keys, hosts: Hosts, intake: Intake, settings: Settings, metrics: Metrics
+    ) -> None:
+        self.steps, self._keys, self._hosts, self.metrics = steps, keys, hosts, metrics
+        self.intake, self.settings, self.tries, self.blocked = intake, settings, keys.tries, keys.tries.blocked
         self._body_limit = settings.body_limit_bytes
         self._origins = origins(settings.cors_origins)
         self._lines: dict[bytes, int | bytes] = {}
@@ -88,6 +95,8 @@ class Heads:
             meaning = length if 0 < length <= self._body_limit else _ODD
         elif name == b"connection":
             meaning = _ENDING.get(value.lower(), _ODD)
+        elif name == b"host":
+            meaning = _NOTHING if self._hosts.accepts(value) else _ODD
         elif name in _HEEDED:
             meaning = b"%s:%s" % (name, value)
         elif name == HEADER:  # another one with each request: not worth remembering
@@ -98,24 +107,30 @@ class Heads:
         return meaning
 
     def _meet(self, said: tuple[bytes, ...]) -> Caller | None:
-        """The caller whose head says this; None where it says something twice."""
+        """The caller whose head says this; None where it says something twice, or where others have to judge it."""
         fields = {name: value for name, _, value in (line.partition(b":") for line in said)}
         if len(fields) < len(said):
             return None
         principal, kind, refusal = ANYBODY, "", None
         try:
+            check_page(fields)
+            principal = self._keys.look_up(fields).require("step")
             kind = request_type(fields)
-            principal = self._keys.authenticate(fields).require("step")
+        except (Unauthorized, UnsupportedMediaType):  # which the general way counts, or sees more of
+            return None
         except StepcastError as error:
             refusal = error.with_traceback(None)
         close = _CLOSE in said
-        lines = self._cors(fields.get(b"origin", b"")) + (b"connection: close\r\n" if close else b"")
+        cors = self._cors(fields.get(b"origin", b""))
+        lines = cors + (b"connection: close\r\n" if close else b"")
         accepted = answer_type(fields, kind)
         ok = b"HTTP/1.1 200 OK\r\ncontent-type: %s\r\n%scontent-length: " % (accepted.encode(), lines)
         ways = self._ways.setdefault(principal.namespace, {})
         if len(self._callers) >= KNOWN_CALLERS:
             self._callers.clear()
-        caller = self._callers[said] = Caller(principal, kind, accepted, ok, lines, close, refusal, ways)
+        caller = self._callers[said] = Caller(
+            principal, digest_of(fields), kind, accepted, ok, lines, cors, close, refusal, ways
+        )
         return caller
 
     def _cors(self, origin: bytes) -> bytes:

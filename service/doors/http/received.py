@@ -7,6 +7,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from stepcast.errors import Malformed, TooLarge, UnsupportedMediaType
 
+from ..intake import Share
 from ..large import aside
 
 ENCODINGS: Final = ("gzip", "x-gzip", "deflate")
@@ -15,28 +16,37 @@ _GZIP: Final = zlib.MAX_WBITS | 16
 _BARE: Final = -zlib.MAX_WBITS
 
 
-async def read(request: Request, limit: int) -> bytes:
+async def read(request: Request, limit: int, share: Share) -> bytes:
     """A request's whole body, unpacked.
 
     Raises:
         TooLarge: it has more than `limit` bytes, packed or unpacked. UnsupportedMediaType: an unknown encoding.
+        IntakeFull: `share` cannot hold it.
         Malformed: it is not packed as it says, or the connection was lost.
     """
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("", "identity", *ENCODINGS):
         known = ", ".join(ENCODINGS)
         raise UnsupportedMediaType(f"content encoding {encoding[:64]!r} is none of {known}", encodings=[*ENCODINGS])
+    promised = request.headers.get("content-length", "")
+    if promised.isdecimal() and int(promised[:20]) > limit:
+        raise _too_large(limit)
     size, parts = 0, []
     try:
         async for part in request.stream():
             size += len(part)
             if size > limit:
                 raise _too_large(limit)
+            share.hold(size)
             parts.append(part)
     except ClientDisconnect as error:
         raise Malformed("the connection was lost in the body") from error
     packed = b"".join(parts)
-    return await aside(size, _unpack, packed, encoding, limit) if packed and encoding in ENCODINGS else packed
+    if not packed or encoding not in ENCODINGS:
+        return packed
+    whole = await aside(size, _unpack, packed, encoding, limit)
+    share.hold(len(whole))
+    return whole
 
 
 def _unpack(packed: bytes, encoding: str, limit: int) -> bytes:

@@ -16,14 +16,15 @@ from stepcast.errors import BadRequest, MethodNotAllowed, RouteNotFound, Stepcas
 
 from ...telemetry import Metrics, as_ours, log
 from .. import bodies, state_files
-from ..answers import FILES, Answer, Headers, answer_type, encode, problem, request_type
+from ..answers import FILES, Headers, answer_type, check_page, encode, problem, request_type
 from ..bodies import JSON
-from ..keys import Keys
+from ..intake import Intake, Share
+from ..keys import Keys, Principal
 from ..large import aside
 from ..steps import Pending, Steps, Way
 from ..verbs import VERBS, Call
 from . import openapi, received
-from .envelope import REQUEST_ID
+from .envelope import REQUEST_ID, address_of, respond
 
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -67,8 +68,9 @@ ROUTES: Final = (
 class Routes:
     """The handlers of /v1."""
 
-    def __init__(self, steps: Steps, keys: Keys, metrics: Metrics) -> None:
-        self._steps, self._states, self._keys, self._metrics = steps, steps.states, keys, metrics
+    def __init__(self, steps: Steps, keys: Keys, intake: Intake, metrics: Metrics) -> None:
+        self._steps, self._states, self._metrics = steps, steps.states, metrics
+        self._keys, self._intake = keys, intake
         self._limit = steps.states.settings.body_limit_bytes
 
     def install(self, api: FastAPI) -> None:
@@ -94,9 +96,17 @@ class Routes:
 
         async def handle(request: Request) -> Response:
             headers: Headers = dict(request.scope["headers"])
+            principal = self._admit(request, headers, verb.role)
             kind = request_type(headers, files and sent)
-            principal = self._keys.authenticate(headers).require(verb.role)
-            body, path = await received.read(request, self._limit) if sent else b"", request.path_params
+            if not sent:
+                return await answer(request, headers, principal, kind, b"")
+            check_page(headers)
+            with Share(self._intake, principal.namespace) as share:
+                body = await received.read(request, self._limit, share)
+                return await answer(request, headers, principal, kind, body)
+
+        async def answer(request: Request, headers: Headers, principal: Principal, kind: str, body: bytes) -> Response:
+            path = request.path_params
             if kind in FILES:
                 asked = await aside(len(body), _from_file, body, kind, self._limit, verb.body)
             else:
@@ -117,15 +127,21 @@ class Routes:
 
     async def _step(self, request: Request) -> Response:
         headers: Headers = dict(request.scope["headers"])
-        kind = request_type(headers)
-        principal = self._keys.authenticate(headers).require("step")
-        body, path = await received.read(request, self._limit), request.path_params
+        principal = self._admit(request, headers, "step")
+        kind, path = request_type(headers), request.path_params
+        check_page(headers)
         way, pending = Way(principal.namespace, path["model"]), Pending(answer_type(headers, kind))
-        if "session" in path:
-            self._steps.take(way, path["session"], body, kind, pending)
-        else:
-            self._steps.take_many(way, body, kind, pending)
-        return Response(await pending.future, 200, None, pending.kind)
+        with Share(self._intake, principal.namespace) as share:
+            body = await received.read(request, self._limit, share)
+            if "session" in path:
+                self._steps.take(way, path["session"], body, kind, pending)
+            else:
+                self._steps.take_many(way, body, kind, pending)
+            return Response(await pending.future, 200, None, pending.kind)
+
+    def _admit(self, request: Request, headers: Headers, role: str) -> Principal:
+        """The caller, before anything of the body is read; raises what it is refused with."""
+        return self._keys.authenticate(headers, address_of(request.scope)).require(role)
 
     async def _on_error(self, request: Request, error: Exception) -> Response:
         ours = as_ours(error, f"the server has a defect at {_told(request)}; its log tells more")
@@ -150,11 +166,6 @@ def _from_file(body: bytes, kind: str, limit: int, struct: type[msgspec.Struct])
     asked = bodies.convert({**fields, "state": {}}, struct, "the file")
     asked.state = state  # type: ignore[attr-defined]  # arrays, not parts of a body
     return asked
-
-
-def respond(answer: Answer) -> Response:
-    """An answer for FastAPI."""
-    return Response(answer.body, answer.status, answer.fields, answer.kind)
 
 
 def _told(request: Request) -> str:

@@ -1,10 +1,9 @@
 """Who may open a WebSocket: its address, its key, its page's origin. What comes after it is conversation.py's."""
 
-import contextlib
 import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Final
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs
 
 from stepcast.errors import Draining, Forbidden, NotReady, RouteNotFound
 
@@ -12,7 +11,8 @@ from ...sessions.lanes import check_streams
 from ...settings import Settings
 from ...telemetry import Metrics
 from ..answers import Headers, problem
-from ..http.routes import respond
+from ..hosts import is_own
+from ..http.envelope import address_of, respond
 from ..keys import Keys, origins
 from ..steps import Steps, Way
 from .connection import EXTENSION, WebSocketConnection
@@ -52,7 +52,7 @@ class Handshake:
         if found is None:
             raise RouteNotFound(f"there is no WebSocket at {path!r}", path=path)
         model, session = found.groups()
-        principal = self._keys.authenticate(_with_key(headers, scope["query_string"]))
+        principal = self._keys.authenticate(_with_key(headers, scope["query_string"]), address_of(scope))
         self._check_origin(headers)
         way, sessions = Way(principal.namespace, model), self._steps.states.sessions
         if session is not None:
@@ -67,12 +67,10 @@ class Handshake:
 
     def _check_origin(self, headers: Headers) -> None:
         """Refuse pages of other sites: a browser sends their Origin, and lets them open any WebSocket."""
-        origin = headers.get(b"origin", b"").decode("latin-1")
-        if not origin or self._origins & {origin, "*"}:
+        sent = headers.get(b"origin", b"")
+        origin = sent.decode("latin-1")
+        if not origin or self._origins & {origin, "*"} or is_own(sent, headers):
             return
-        with contextlib.suppress(ValueError):  # brackets that are no IPv6 address
-            if urlsplit(origin).netloc == headers.get(b"host", b"").decode("latin-1"):
-                return
         raise Forbidden(f"pages of {origin!r} may not call this server. Set STEPCAST_CORS_ORIGINS.", origin=origin)
 
 

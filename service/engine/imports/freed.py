@@ -104,16 +104,9 @@ class _Freed:
     ) -> None:
         self._before, self._size, self._axis = reading, size, axes.get(reading.roles.input.name)
         self.model = onnx.copy(reading.graph.model)
-        for port in self.model.graph.input:
-            if port.name in axes:
-                port.type.tensor_type.shape.dim[axes[port.name]].dim_param = name
-        for port in self.model.graph.output:
-            for dim in port.type.tensor_type.shape.dim:
-                if dim.dim_value == size:
-                    dim.Clear()
-        del self.model.graph.value_info[:]
+        free(self.model.graph, axes, size, name)
         if reshaped:
-            _keep_sizes(self.model.graph, size)
+            keep_sizes(self.model.graph, size)
         settled = reading.settled()
         states = [{**s, name: axes[s["input"]]} if s["input"] in axes else s for s in settled["states"]]
         known = {} if self._axis is None else {name: self._axis}
@@ -164,7 +157,19 @@ def _near(pairs: Iterable[tuple[Array, Array]]) -> bool:
     return all(one.shape == other.shape and np.allclose(one, other, **_NEAR) for one, other in pairs)
 
 
-def _keep_sizes(graph: Any, size: int) -> None:
+def free(graph: Any, axes: Mapping[str, int], size: int, name: str) -> None:
+    """Declare no fixed size along these axes of inputs, nor along those of outputs that have this size."""
+    for port in graph.input:
+        if port.name in axes:
+            port.type.tensor_type.shape.dim[axes[port.name]].dim_param = name
+    for port in graph.output:
+        for dim in port.type.tensor_type.shape.dim:
+            if dim.dim_value == size:
+                dim.Clear()
+    del graph.value_info[:]
+
+
+def keep_sizes(graph: Any, size: int) -> None:
     """Let Reshape nodes keep the size of an axis where a constant says this number: for ONNX this is a 0."""
     constants = {weight.name: onnx.numpy_helper.to_array(weight) for weight in graph.initializer}
     for node in graph.node:

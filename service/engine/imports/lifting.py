@@ -8,6 +8,7 @@ look at other steps, so that chunks equal the whole is proved here.
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ from stepcast.manifest import Tolerance
 
 from .. import onnx_door as onnx
 from ..arrays import Array
+from .freed import free, keep_sizes
 from .reading import Reading
 from .rewrites import Rewritten
 from .sizes import Axis, Part, Parts, Sizes, keep
@@ -187,17 +189,25 @@ class _Lifting:
     def _freed(self, nodes: Sequence[Stateful], fixed: Sequence[int | Axis]) -> list[int | Axis]:
         """The sizes after the time axis of a graph that declares the example's has no fixed size any more."""
         for port in self.model.graph.input:
-            for dim in list(port.type.tensor_type.shape.dim)[:-1]:
+            for axis, dim in enumerate(list(port.type.tensor_type.shape.dim)[:-1]):
                 if dim.dim_value > 1 and dim.dim_value in fixed:
-                    self.steps, dim.dim_param = dim.dim_value, "time"
-                    del self.model.graph.value_info[:]
-                    self._parts = Parts(self.model, self.constants)
+                    self.steps = dim.dim_value
+                    free(self.model.graph, {port.name: axis}, self.steps, "time")
                     try:
-                        return self._steps_of(nodes)
+                        return self._running(nodes)
                     except ManifestError as error:
+                        keep_sizes(self.model.graph, self.steps)
+                        with suppress(ManifestError):
+                            return self._running(nodes)
                         said = f"input {port.name!r} has {self.steps} steps, and {error}"
                         raise ManifestError(f"{said}. Export it with a dynamic time axis.") from error
         return list(fixed)
+
+    def _running(self, nodes: Sequence[Stateful]) -> list[int | Axis]:
+        """The sizes of a graph that was changed; raises ManifestError if it does not run with other sizes."""
+        self._parts = Parts(self.model, self.constants)
+        self._parts.sizes([port.name for port in self.model.graph.output])
+        return self._steps_of(nodes)
 
     def _seen(self, nodes: Sequence[Stateful]) -> list[Hidden]:
         """The hidden states of nodes: their shapes by what the nodes give, first values by what they are given."""

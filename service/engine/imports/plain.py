@@ -23,7 +23,6 @@ _OPSET: Final = 17  # what an older graph is converted to; single_step_graph.py 
 _OLD: Final = 13
 _SIZES: Final = ((1, 1), (1, 2), (2, 3), (3, 1))  # rows and steps for which conditions are evaluated
 _SHAPE_OF: Final = frozenset({"Shape", "Size"})
-_RANDOM: Final = frozenset({"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial"})
 
 
 def plain(reading: Reading) -> Rewritten | None:
@@ -168,7 +167,7 @@ class _Decider:
                 continue
             seen.add(tensor)
             node = makers[tensor]
-            if node.op_type in _RANDOM:
+            if node.op_type in onnx.RANDOM:
                 return False
             if node.op_type not in _SHAPE_OF:
                 left += [*node.input, *onnx.captured(node)]
