@@ -39,12 +39,13 @@ PYTHON := $(shell for p in $(PYTHONS); do \
 INPUTS := pyproject.toml constraints.txt
 PIP_INSTALL = -m pip install -qq --disable-pip-version-check -c constraints.txt
 
-# Tests that render manifests need kubectl, tests of pages a browser, those of generated clients npm. What is not here is
-# left out by its marker, and that is said.
+# Tests that render manifests need kubectl, tests of pages a browser, those of generated clients npm, one perf_analyzer.
+# What is not here is left out by its marker, and that is said.
 here = $(firstword $(foreach program,$(1),$(shell command -v $(program) 2>/dev/null)))
 space := $(subst ,, )
 NOT_HERE := $(strip $(if $(call here,kubectl),,kubectl) $(if $(call here,npm),,node) \
-	$(if $(call here,chromium chromium-browser google-chrome),,browser))
+	$(if $(call here,chromium chromium-browser google-chrome),,browser) \
+	$(if $(call here,perf_analyzer),,perf_analyzer))
 NOT_HERE := $(subst $(space), or ,$(NOT_HERE))
 SAY_NOT_HERE = $(if $(NOT_HERE),@echo "Tests marked $(NOT_HERE) are left out: what they need is not on the PATH.")
 WORKERS ?= 2

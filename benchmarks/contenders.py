@@ -291,6 +291,19 @@ def _http(store: str, kind: str) -> Contender:
     return Contender(name, "stepcast", what, prepare, versus=kind == "json")
 
 
+def _inference(store: str) -> Contender:
+    def prepare(bench: Bench) -> Run:
+        encode, redis = requests.inference_raw("i", SESSIONS), bench.park.redis_of(store)
+
+        def verify(answers: load.Answers) -> int:
+            return requests.check(answers, requests.outputs_raw, bench.truth)
+
+        return Driver(bench, bench.stepcast(store), encode, http_lines(LANES), verify, redis=redis)
+
+    what = f"Stepcast, Open Inference Protocol over HTTP, raw tensors, {store}"
+    return Contender(f"inference-raw-{store}", "stepcast", what, prepare)
+
+
 def socket_json(bench: Bench, server: Process, tag: str, store: str, sockets: int) -> Driver:
     """Single steps as JSON frames, LANES in flight over some sockets."""
     encode = requests.frames_json(tag, SESSIONS, LANES)
@@ -347,6 +360,7 @@ def everyone() -> list[Contender]:
     found += [_echo("asgi-echo", "uvicorn, plain ASGI echo", "asgi", "/")]
     found += [_http(store, "json") for store in STORES]
     found += [_http(store, "msgpack") for store in STORES]
+    found += [_inference(store) for store in STORES]
     found += [
         _echo("fastapi-request", "FastAPI echo, Request", "fastapi_echo", "/request"),
         _echo("fastapi-pydantic", "FastAPI echo, pydantic", "fastapi_echo", "/pydantic"),

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from .bare import POOL, Truth, pool
 from .load import Answers, Encode
+from .model import Shape
 
 Floats = npt.NDArray[np.float32]
 Decode = Callable[[bytes], Any]
@@ -123,6 +124,29 @@ def http_msgpack(path: Callable[[int], str], sessions: int) -> Encode:
         body = b"\x82\xa6inputs" + msgspec.msgpack.encode(each.tobytes()) + b"\xa3seq\xce"
         middles.append(b"content-length: %d\r\n\r\n" % (len(body) + 4) + body)
     return lambda s, k: heads[s] + middles[(13 * s + k) % POOL] + (k + 1).to_bytes(4, "big")
+
+
+def inference_raw(tag: str, sessions: int) -> Encode:
+    """The same by the Open Inference Protocol, as its clients ask: a raw tensor behind the JSON, the answer raw too."""
+    rows = pool()
+    head = b"POST /v2/models/bench/infer HTTP/1.1\r\nhost: 127.0.0.1\r\n"
+    tensor = b'{"name":"x","shape":[1,%d],"datatype":"FP32","parameters":{"binary_data_size":%d}}'
+    inputs = b'},"inputs":[' + tensor % (rows.shape[1], rows[0].nbytes) + b"]}"
+    flags = [b'{"parameters":{"sequence_id":"%s-%d","sequence_start":' % (tag.encode(), s) for s in range(sessions)]
+    raws = [row.tobytes() for row in rows]
+
+    def encode(session: int, k: int) -> bytes:
+        start = b"true " if k == 0 else b"false"
+        said = b'%s%s,"sequence_end":false,"binary_data_output":true,"stepcast_seq":%8d%s'
+        text = said % (flags[session], start, k + 1, inputs)
+        raw = raws[(13 * session + k) % POOL]
+        lengths = b"inference-header-content-length: %d\r\ncontent-length: %d\r\n\r\n" % (
+            len(text),
+            len(text) + len(raw),
+        )
+        return b"".join((head, lengths, text, raw))
+
+    return encode
 
 
 def frames_json(tag: str, sessions: int, lanes: int, texts: Sequence[bytes] | None = None, stride: int = 13) -> Encode:
@@ -290,6 +314,11 @@ def outputs_batch_json(body: bytes) -> Any:
 def outputs_msgpack(body: bytes) -> Any:
     """The outputs of a msgpack answer."""
     return np.frombuffer(_PACKED.decode(body).outputs, "<f4")
+
+
+def outputs_raw(body: bytes) -> Any:
+    """The outputs of a raw answer by the Open Inference Protocol, behind its JSON."""
+    return np.frombuffer(body[-4 * Shape().outputs :], "<f4")
 
 
 def outputs_batch(body: bytes) -> Any:

@@ -36,6 +36,10 @@ RATIOS = (
     Target("WebSocket 64 x 1 in memory / echo of the frames", "ws-json-64x1-memory", "ws-echo-json-64x1", 0.5),
     Target("WebSocket msgpack 4 x 16 on Redis / echo", "ws-msgpack-4x16-redis", "ws-echo-msgpack-4x16", 0.33),
     Target("WebSocket msgpack 4 x 16 in memory / echo", "ws-msgpack-4x16-memory", "ws-echo-msgpack-4x16", 0.5),
+    Target(
+        "Open Inference Protocol, raw tensors / HTTP JSON, in memory", "inference-raw-memory", "http-json-memory", 0.8
+    ),
+    Target("Open Inference Protocol, raw tensors / HTTP JSON, on Redis", "inference-raw-redis", "http-json-redis", 0.8),
     Target("Batch-step of 256 in memory / bare onnxruntime", "batch-memory", "bare-256", 0.75),
     Target("Batch-step of 256 on Redis / bare onnxruntime", "batch-redis", "bare-256", 0.40),
     Target("score, Parquet sorted by time / bare onnxruntime at 256", "score-parquet", "bare-256", 0.7),

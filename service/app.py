@@ -18,10 +18,12 @@ from .doors.hosts import Hosts
 from .doors.http import pages
 from .doors.http.envelope import Envelope, respond
 from .doors.http.heads import Heads
+from .doors.http.inference import InferenceRoutes
 from .doors.http.openapi import describe_probe
 from .doors.http.routes import Routes
 from .doors.intake import Intake
 from .doors.keys import Keys, origins
+from .doors.oip.infer import Inference
 from .doors.steps import Steps
 from .doors.websocket.handshake import Handshake, Receive, Scope, Send
 from .engine.repository import Repository
@@ -59,10 +61,12 @@ class Server:
         self.store = open_store(settings.store, durability=settings.durability, options=options)
         self.sessions = Sessions(self.repository, self.store, settings, self.metrics)
         steps = Steps(States(self.sessions))
+        self.inference = Inference(steps)
         hosts, intake = Hosts(settings.hosts, keys.needed), Intake(settings.intake_bytes, settings.tenant_intake_bytes)
-        self.heads = Heads(steps, keys, hosts, intake, settings, self.metrics)
+        self.heads = Heads(steps, self.inference, keys, hosts, intake, settings, self.metrics)
         sockets = Handshake(steps, keys, intake, settings, self.metrics)
-        self.api = self._api(Routes(steps, keys, intake, self.metrics))
+        v2 = InferenceRoutes(self.inference, keys, intake, self.check_ready)
+        self.api = self._api(Routes(steps, keys, intake, self.metrics), v2)
         self._envelope = Envelope(self.api, sockets, hosts, self.metrics)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -115,7 +119,7 @@ class Server:
             except ManifestError as error:
                 log.error("%s", error)
 
-    def _api(self, routes: Routes) -> FastAPI:
+    def _api(self, routes: Routes, v2: InferenceRoutes) -> FastAPI:
         docs = self.settings.docs
         api = FastAPI(
             title="Stepcast",
@@ -131,6 +135,7 @@ class Server:
         if allowed:
             api.add_middleware(CORSMiddleware, allow_origins=allowed, allow_methods=["*"], allow_headers=["*"])
         routes.install(api)
+        v2.install(api)
         for path, handler, kind, text in (
             ("/healthz/live", self._live, JSON, "Whether the process answers."),
             ("/healthz/ready", self._ready, JSON, "Whether models are proved and the store takes writes."),
@@ -144,11 +149,15 @@ class Server:
     async def _live(self) -> Response:
         return Response(b'{"live":true}', media_type="application/json")
 
+    async def check_ready(self) -> None:
+        """Return if the server takes steps now; raises NotReady or StoreUnavailable."""
+        if not self.ready:
+            raise NotReady("the server is starting or draining", retry_after_s=1.0)
+        await self.store.ping()
+
     async def _ready(self) -> Response:
         try:
-            if not self.ready:
-                raise NotReady("the server is starting or draining", retry_after_s=1.0)
-            await self.store.ping()
+            await self.check_ready()
         except StepcastError as error:
             return respond(problem(error))
         return Response(b'{"ready":true}', media_type="application/json")

@@ -3,6 +3,7 @@
     StepcastError
     +-- BadRequest 400
     |   +-- Malformed                 the bytes are not what the content type says
+    |   +-- SequenceNotStarted        a step of a sequence that was never started, has ended or has expired
     +-- Unauthorized 401              no key, or an unknown one
     +-- Forbidden 403                 the key's role does not allow this
     +-- NotFound 404
@@ -101,6 +102,10 @@ class BadRequest(StepcastError):
 
 class Malformed(BadRequest):
     code, title = "malformed", "Malformed body"
+
+
+class SequenceNotStarted(BadRequest):
+    code, title = "sequence_not_started", "Sequence not started"
 
 
 class Unauthorized(StepcastError):

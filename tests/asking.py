@@ -20,6 +20,8 @@ class Answer(NamedTuple):
 class Waiter:
     """Waits in a future; a future that is cancelled waits no longer."""
 
+    creates = True
+
     def __init__(self) -> None:
         self.future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
 

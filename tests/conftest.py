@@ -44,5 +44,22 @@ def anyio_backend() -> str:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The laws first, which take one worker for long, then files with slow tests: none is left alone at the end."""
+    _leave_out(items)
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: (item.path.name != "test_laws.py", item.path not in slow))
+
+
+LIGHT_DOORS = ("inference-",)
+LIGHT_STORES = ("memory", "redis")
+
+
+def _leave_out(items: list[pytest.Item]) -> None:
+    """Doors that come to the sessions by the same way as others do, go through the laws on two stores, not on all."""
+
+    def is_light(item: pytest.Item) -> bool:
+        if item.path.name != "test_laws.py" or "[" not in item.name:
+            return True
+        parts = item.name.partition("[")[2]
+        return not any(door in parts for door in LIGHT_DOORS) or any(store in parts for store in LIGHT_STORES)
+
+    items[:] = [item for item in items if is_light(item)]

@@ -14,7 +14,7 @@ import numpy as np
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
-from stepcast.errors import StepcastError, from_problem
+from stepcast.errors import SequenceNotStarted, StepcastError, from_problem
 from stepcast.manifest import Manifest
 from stepcast.wire import BROKEN, Response
 
@@ -155,10 +155,7 @@ class HttpDoor:
             line.close()
 
     def _send(self, place: int, call: Call) -> ConnectionError | None:
-        method, path = self._route(call)
-        kind = "application/msgpack" if self._packed else "application/json"
-        body = b"" if method == "GET" or call.op in ("clear", "end") else self._wire.encode(call.fields)
-        head = f"{method} {path} HTTP/1.1\r\nhost: x\r\ncontent-type: {kind}\r\naccept: {kind}\r\n"
+        head, body = self._request(call)
         try:
             if place < len(self._lines) and select.select([self._lines[place]], [], [], 0)[0]:
                 self._lines[place].close()  # nothing is to come: the server has ended what was idle for long
@@ -169,6 +166,13 @@ class HttpDoor:
         except OSError as error:
             return ConnectionError(str(error))
         return None
+
+    def _request(self, call: Call) -> tuple[str, bytes]:
+        """A request's head up to the content length, and its body."""
+        method, path = self._route(call)
+        kind = "application/msgpack" if self._packed else "application/json"
+        body = b"" if method == "GET" or call.op in ("clear", "end") else self._wire.encode(call.fields)
+        return f"{method} {path} HTTP/1.1\r\nhost: x\r\ncontent-type: {kind}\r\naccept: {kind}\r\n", body
 
     def _connect(self) -> socket.socket:
         line = socket.create_connection(self._address, TIMEOUT_S)
@@ -182,12 +186,15 @@ class HttpDoor:
         return method, f"{self._path}/sessions/{call.session}{path}"
 
     def _receive(self, place: int, call: Call) -> Answer:
-        response = _TypedResponse()
+        response = _Typed()
         try:
             while not response.feed(self._lines[place].recv(2**18)):
                 pass
         except BROKEN as error:
             return ConnectionError(repr(error))
+        return self._answer(call, response)
+
+    def _answer(self, call: Call, response: "_Typed") -> Answer:
         status, body = response.reply
         if status == 204:
             return {}
@@ -197,16 +204,78 @@ class HttpDoor:
         return self._wire.decode(body)
 
 
-class _TypedResponse(Response):
-    """The SDK's reader, which http.client takes five times as long as; and the type of the body."""
+class _Typed(Response):
+    """The SDK's reader, which http.client takes five times as long as; and what the head says of the body."""
 
     content_type = b""
+    json_bytes: int | None = None
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """A header line came."""
         super().on_header(name, value)
         if name.lower() == b"content-type":
             self.content_type = value
+        elif name.lower() == b"inference-header-content-length":
+            self.json_bytes = int(value)
+
+
+class InferenceDoor(HttpDoor):
+    """The Open Inference Protocol, its tensors raw or as JSON; everything but steps goes through door 1.
+
+    A sequence has to be there before it is stepped: where it is not, it is created, as other doors do by themselves.
+    """
+
+    def __init__(self, url: str, model: str, raw: bool) -> None:
+        super().__init__(url, model, packed=False)
+        with urlopen(f"{url}/v2/models/{model}", timeout=TIMEOUT_S) as response:
+            (tensor,) = json.load(response)["inputs"]
+        self._name, self._raw, self._infer = tensor["name"], raw, f"/v2/models/{model}/infer"
+
+    def together(self, calls: Sequence[Call]) -> list[Answer]:
+        answers = super().together(calls)
+        missing = [place for place, answer in enumerate(answers) if isinstance(answer, SequenceNotStarted)]
+        for place in missing:
+            self.post("/sessions", {"session": calls[place].session})  # 409: another has created it
+        if missing:
+            again = super().together([calls[place] for place in missing])
+            for place, answer in zip(missing, again, strict=True):
+                answers[place] = answer
+        return answers
+
+    def _request(self, call: Call) -> tuple[str, bytes]:
+        if call.op != "step":
+            return super()._request(call)
+        tensors = {self._name: np.asarray(call.fields["inputs"], "<f4")}
+        if "mask" in call.fields:
+            tensors["stepcast_mask"] = np.asarray(call.fields["mask"], np.uint8)
+        inputs, parts = [], []
+        for name, array in tensors.items():
+            kind = "FP32" if array.dtype == np.float32 else "UINT8"
+            tensor: dict[str, Any] = {"name": name, "datatype": kind, "shape": array.shape}
+            if self._raw:
+                tensor["parameters"] = {"binary_data_size": array.nbytes}
+                parts.append(array.tobytes())
+            else:
+                tensor["data"] = _nulls(array.tolist())
+            inputs.append(tensor)
+        parameters = {"sequence_id": call.session, "binary_data_output": self._raw}
+        parameters |= {"stepcast_seq": call.fields["seq"]} if "seq" in call.fields else {}
+        said = json.dumps({"inputs": inputs, "parameters": parameters}).encode()
+        length = f"inference-header-content-length: {len(said)}\r\n" if self._raw else ""
+        return f"POST {self._infer} HTTP/1.1\r\nhost: x\r\n{length}", b"".join([said, *parts])
+
+    def _answer(self, call: Call, response: "_Typed") -> Answer:
+        if call.op != "step":
+            return super()._answer(call, response)
+        status, body = response.reply
+        if status != 200:
+            problem = json.loads(body)
+            return from_problem({**problem, "detail": problem["error"]})
+        size = response.json_bytes or len(body)
+        said = json.loads(body[:size])
+        (output,) = said["outputs"]
+        data = body[size:] if self._raw else np.array(output["data"], "<f4").tobytes()
+        return {"outputs": data, "shape": output["shape"], "step": said["parameters"]["stepcast_step"]}
 
 
 class BatchDoor:
@@ -332,6 +401,7 @@ DOORS: dict[str, Opener] = {
     "http-msgpack": lambda url, model: HttpDoor(url, model, packed=True),
     "websocket-json": lambda url, model: WebSocketDoor(url, model, packed=False),
     "websocket-msgpack": lambda url, model: WebSocketDoor(url, model, packed=True),
+    "inference-raw": lambda url, model: InferenceDoor(url, model, raw=True),
 }
 BATCH_DOORS: dict[str, Opener] = {
     "batch-json": lambda url, model: BatchDoor(url, model, packed=False),

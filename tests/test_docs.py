@@ -36,7 +36,9 @@ def url() -> Iterator[str]:
         yield server.url
 
 
-@pytest.mark.parametrize(("page", "least"), [("index", 2), ("protocol", 7), ("sdk", 15), ("errors", 3)])
+@pytest.mark.parametrize(
+    ("page", "least"), [("index", 2), ("protocol", 7), ("sdk", 15), ("errors", 3), ("inference-protocol", 5)]
+)
 def test_page_shows_what_happens(page: str, least: int, url: str, tmp_path: Path) -> None:
     """Every command, program and frame of the page, in order, against the models of this repository."""
     with reading(DOCS / f"{page}.md", tmp_path, url) as reader:

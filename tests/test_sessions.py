@@ -191,6 +191,8 @@ async def test_calls_behind_a_commit_of_unknown_outcome_see_what_was_applied() -
 class Broken:
     """Waits, and cannot take what it is given."""
 
+    creates = True
+
     def done(self) -> bool:
         return False
 

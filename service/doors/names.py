@@ -163,7 +163,8 @@ class Naming:
     """The names of one version.
 
     Attributes:
-        width: How many outputs it has.
+        names, width: The outputs' names, and how many there are.
+        widths: How many values each feature has.
         step: A step's answer for one example as JSON, from `"outputs"` on, to be filled with a classifier's label, the
             outputs, the step and the version.
         labels: A classifier's classes as JSON.
@@ -171,8 +172,9 @@ class Naming:
 
     def __init__(self, manifest: Manifest) -> None:
         self.features = FeatureNames(manifest)
+        self.widths = {feature.name: feature.width for feature in manifest.features}
         names = manifest.classes or tuple(output.name for output in manifest.outputs)
-        self.width = len(names)
+        self.names, self.width = names, len(names)
         self._classes = None if manifest.classes is None else np.array([*manifest.classes, None], object)
         self.labels = None if manifest.classes is None else [*map(dumps, manifest.classes)]
         values = b"{%s}" % b",".join(b"%s:%%s" % dumps(name).replace(b"%", b"%%") for name in names)

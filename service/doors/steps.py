@@ -7,10 +7,10 @@ A step of one or more examples is taken apart in one go: msgspec decodes it, str
 import asyncio
 import math
 import struct
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any, Final, Literal, NamedTuple, Protocol
+from typing import Any, Final, Literal, NamedTuple, Protocol, TypeVar
 
 import msgspec
 import numpy as np
@@ -38,7 +38,10 @@ from .large import LARGE_BYTES, aside, size_of
 from .names import Named, Names, check_layout, record_of, style_of, worded_record_of
 from .names import read as read_named
 
+T = TypeVar("T")
+
 _MOST_ROWS: Final = 1024  # examples in a step that is taken apart in one go
+_FEW_FEATURES: Final = 64  # up to these, Python's own numbers are faster than numpy's calls; float64 holds their sum
 _NOT_PLAIN: Final = (*bodies.UNREADABLE, struct.error, OverflowError, TypeError)  # raised at a step of another kind
 
 
@@ -90,7 +93,8 @@ class Reader:
 
     def __init__(self, served: Served, most: int, names: Names, renamed: bool) -> None:
         self.served, self._features, self._most = served, served.n_features, min(most, _MOST_ROWS)
-        self._size, self._pack = served.input_bytes, struct.Struct(f"<{served.n_features}f").pack
+        row = struct.Struct(f"<{served.n_features}f")
+        self._size, self._pack, self._unpack = served.input_bytes, row.pack, row.unpack
         self._needed: list[int] = np.flatnonzero(arrays.needed(served.manifest)).tolist()
         self._named = Named(names, "F", "columns", served)
         record = None if renamed else record_of(served.manifest)  # else a session's own version has to be looked up
@@ -105,7 +109,9 @@ class Reader:
         """A step; None: it is of another kind or no good, and goes the general way."""
         try:
             if kind != JSON:
-                return self._read_raw(decoders[1](body))
+                asked = decoders[1](body)
+                plain = self._read_raw(asked)
+                return None if plain is None else (asked, *plain)
             asked = decoders[0](body)
             inputs = asked.inputs
             try:
@@ -144,25 +150,36 @@ class Reader:
             raise struct.error("a reading is missing that must not")
         return data
 
-    def _read_raw(self, asked: Any) -> Plain | None:
-        data, shape, features = asked.inputs, asked.shape, self._features
-        form: Axes = "F"
-        rows = 1
-        if data.__class__ is not bytes:
-            data, form = self._pack(*[math.nan if value is None else value for value in astuple(data)]), self._named
-        elif shape is not None and shape != [features]:
+    def _read_raw(self, asked: Any) -> tuple[bytes, Axes] | None:
+        if asked.inputs.__class__ is bytes:
+            return self.raw(asked.inputs, asked.shape)
+        values = self._pack(*[math.nan if value is None else value for value in astuple(asked.inputs)])
+        plain = self.raw(values, None)
+        return None if plain is None else (plain[0], self._named)
+
+    def raw(self, data: bytes, shape: list[int] | None) -> tuple[bytes, Form] | None:
+        """The inputs (N, F) of a step as little-endian float32, and their axes by their shape (None: one example).
+
+        Returns:
+            None where it is no single step of few examples, or no good.
+        """
+        features, rows = self._features, 1
+        form: Form = "F"
+        if shape is not None and shape != [features]:
             if shape[1:] not in ([features], [1, features]) or not 0 < shape[0] <= self._most:
                 return None
             rows, form = shape[0], "NF" if len(shape) == 2 else "NTF"
         if len(data) != rows * self._size:
             return None
+        if rows == 1 and features <= _FEW_FEATURES and math.isfinite(sum(self._unpack(data))):
+            return data, form
         flat = np.frombuffer(data, np.float32)
         if not arrays.are_finite(flat):
             x = flat.reshape(rows, -1)
             if arrays.refused_rows(x, self.served.manifest):
                 return None
             data = arrays.canonical(x).tobytes()
-        return asked, data, form
+        return data, form
 
 
 def read_columns(asked: BatchBody, kind: str, served: Served, names: Names, asker: "Asker", count: int) -> Columns:
@@ -228,6 +245,7 @@ class Asker(Waiter, Protocol):
     __slots__ = ("form",)
 
     form: Axes
+    creates: bool
 
 
 class HttpWaiter(Asker, Protocol):
@@ -237,6 +255,7 @@ class HttpWaiter(Asker, Protocol):
 
     kind: str  # content type of the answer
     stays: bool  # it waits until it is answered: what is accepted is applied, whatever becomes of the client
+    creates: bool = True
 
     def answered(self, body: bytes) -> None:
         """Take the answer."""
@@ -262,30 +281,6 @@ class HttpWaiter(Asker, Protocol):
             self.refused(error)
         else:
             self.answered(body)
-
-
-class Pending(HttpWaiter):
-    """One that waits in a coroutine: `future` gets the body."""
-
-    __slots__ = ("future",)
-
-    stays = False
-
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
-        self.form: Axes = "F"
-        self.future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-
-    def done(self) -> bool:
-        return self.future.done()
-
-    def answered(self, body: bytes) -> None:
-        if not self.future.done():
-            self.future.set_result(body)
-
-    def refused(self, error: BaseException) -> None:
-        if not self.future.done():
-            self.future.set_exception(error)
 
 
 class Read(NamedTuple):
@@ -318,7 +313,7 @@ class Steps:
 
     def __init__(self, states: States) -> None:
         self.states, self.repository, self.turns = states, states.repository, states.sessions
-        self._limits = arrays.Limits(states.settings.steps_limit, states.settings.examples_limit)
+        self.limits = arrays.Limits(states.settings.steps_limit, states.settings.examples_limit)
         self._tasks: set[asyncio.Task[None]] = set()
         self._names: dict[str, Names] = {}
         self._readers: dict[str, tuple[int, Reader]] = {}  # by model, and of which change of the repository
@@ -330,7 +325,7 @@ class Steps:
             seen, reader = self._readers.pop(model, (-1, None))  # nothing is kept of a version that is gone
             if reader is None or seen != changes:
                 live, renamed = self.repository.live(model), self.repository.renamed(model)
-                reader = Reader(live, self._limits.examples, self.names(model).learn(), renamed)
+                reader = Reader(live, self.limits.examples, self.names(model).learn(), renamed)
             self._readers[model] = changes, reader
             way.reader, way.seen = reader, changes
         return way.reader
@@ -351,7 +346,7 @@ class Steps:
             if way.seen != self.repository.changes:
                 self.look(way)
             if len(body) > LARGE_BYTES:
-                self._soon(self._take_large(way, session, body, kind, asker))
+                self.later(self._take_large(way, session, body, kind, asker))
                 return
             plain = way.reader.read(body, kind, way.reader.bodies)
             if plain is not None:
@@ -363,11 +358,12 @@ class Steps:
             if len(self.repository.versions(way.model)) == 1:
                 self.start(way, session, general, kind, asker)
             else:
-                self._soon(self.start_own(way, session, general, kind, asker))
+                self.later(self.start_own(way, session, general, kind, asker))
         except Exception as error:
             asker.refused(error)
 
-    def _soon(self, work: Coroutine[Any, Any, None]) -> None:
+    def later(self, work: Coroutine[Any, Any, None]) -> None:
+        """Have something done that tells its caller itself what comes of it."""
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -402,7 +398,7 @@ class Steps:
         else:
             check_layout(asked.format)
             values = read_named(asked.inputs, asked.shape, kind, self.names(way.model).of(served).features, style)
-        x, mask, rank = arrays.step_inputs(values, asked.format, flags(asked.mask, kind), served.manifest, self._limits)
+        x, mask, rank = arrays.step_inputs(values, asked.format, flags(asked.mask, kind), served.manifest, self.limits)
         form = arrays.form_of(rank, asked.format)
         return Read(x, mask, form if style is None else Named(self.names(way.model), form, style, served), served)
 
@@ -416,19 +412,28 @@ class Steps:
         """Queue a step that is large, or whose inputs may be of the session's own version, not of the live one."""
         try:
             address, size = way.address(session), size_of(asked.inputs, asked.mask)
-            one, served = len(self.repository.versions(way.model)) == 1, None
-            if not one and style_of(asked.inputs, kind) is not None and self.repository.renamed(way.model):
-                served = await self._own(way, session)
-            try:
-                read = await aside(size, self._read, way, asked, kind, served or self.look(way).served)
-            except (ShapeMismatch, NonFinite, InvalidRequest):
-                own = None if one or served is not None else await self._own(way, session)
-                if own is None:
-                    raise
-                read = await aside(size, self._read, way, asked, kind, own)
+            named = style_of(asked.inputs, kind) is not None
+            read = await self.by_own(way, session, named, lambda s: aside(size, self._read, way, asked, kind, s))
             self._hand(address, asked, asker, read)
         except Exception as error:
             asker.refused(error)
+
+    async def by_own(self, way: Way, session: str, named: bool, read: Callable[[Served], Awaitable[T]]) -> T:
+        """A step's inputs, read and checked against the live version, or else against the session's own.
+
+        Args:
+            named: They came by name.
+        """
+        one, served = len(self.repository.versions(way.model)) == 1, None
+        if not one and named and self.repository.renamed(way.model):
+            served = await self._own(way, session)
+        try:
+            return await read(served or self.look(way).served)
+        except (ShapeMismatch, NonFinite, InvalidRequest):
+            own = None if one or served is not None else await self._own(way, session)
+            if own is None:
+                raise
+            return await read(own)
 
     async def _own(self, way: Way, session: str) -> Served | None:
         """The version that made a session's state; None: no version did, or it is not served."""
@@ -440,7 +445,7 @@ class Steps:
         """Take the body of a batch step. All that comes of it, the asker hears, maybe before this returns."""
         try:
             if len(body) > LARGE_BYTES:
-                self._soon(self._take_large_many(way, body, kind, asker))
+                self.later(self._take_large_many(way, body, kind, asker))
                 return
             served, asked = self.look(way).served, decode(body, BatchBody, kind)
             names = partial(bodies.part, list[str], asked.sessions, kind, "$.sessions")

@@ -102,6 +102,7 @@ class Batcher(Generic[B]):
         self._slow: set[asyncio.Future[Any]] = set()  # those that do not count any more
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="stepcast-run")  # has no thread until it is needed
         self._made: deque[tuple[int, float]] = deque(maxlen=MOST_NOTES)
+        self.runs = 0  # that were made
         # Moving averages: a run's fixed cost is not told apart from its cells'.
         self._run_s, self._row_s, self._cell_s = 50e-6, 10e-6, 20e-6
 
@@ -206,6 +207,7 @@ class Batcher(Generic[B]):
         if batch.rows >= FULL_ROWS:
             self._row_s = _nearer(self._row_s, took / batch.rows)
         self._made.append((batch.rows, took))
+        self.runs += 1
         self._await(self._finish(batch))
 
     def _await(self, commit: Commit) -> None:
@@ -227,6 +229,7 @@ class Batcher(Generic[B]):
         took = await self._anywhere(rows * chunk * self._cell_s, self._timed_chunk, runs, chunk)
         self._cell_s = _nearer(self._cell_s, took / (rows * chunk))
         self._made.append((rows, took))
+        self.runs += 1
         for run in runs:
             if run.error is None and run.at < run.steps:
                 self._runs.append(run)

@@ -139,6 +139,12 @@ def opened(record: bytes, examples: int, state: bytes) -> bytes:
     return bytes(data)
 
 
+def restarted(record: bytes, version: int, fingerprint: bytes) -> bytes:
+    """A record at step 0 of a version, without a state; its token stays."""
+    fresh = {"examples": 0, "step": 0, "state": b"", "inputs": b"", "answers": ()}
+    return replace(decode(record), version=version, fingerprint=fingerprint, **fresh).encode()  # type: ignore[arg-type]
+
+
 def decode(data: bytes) -> Record:
     """The inverse of Record.encode, also for layouts 1 and 2; BadRecord for another, or lengths that do not add up."""
     number, flags = data[:2] if len(data) >= HEADER_BYTES else (0, 0)

@@ -34,6 +34,7 @@ class Commits:
             guest.then(guest)
         batch.left, batch.started = len(batch.steps.sessions), time.perf_counter()
         for group in batch.groups:
+            group.answers.began, group.answers.ended = batch.began, batch.started
             self._store.replace(group.block, partial(self._told, batch, group))
         if not batch.left:
             return None
@@ -171,6 +172,8 @@ class Commits:
     def refuse(self, load: Load, session: Session, waiter: Waiter, error: BaseException) -> None:
         """Refuse a call that has left its queue."""
         load.leave(1)
+        if not session.stored:  # it may have a record that this call alone has begun with
+            session.forget()
         _tell(session, waiter.refused, error)
 
     def repeat(self, load: Load, session: Session, waiter: Waiter, answers: Answers, step: int) -> None:

@@ -61,6 +61,8 @@ class Answers:
 
     outputs: Floats  # (B, N, T, O), NaN where a step was masked
     version: int  # of the model
+    began: float = 0.0  # its run, monotonic; 0: it ran in chunks,
+    ended: float = 0.0  # and when it was over; 0: these are kept answers
     made: dict[str, Any] = field(default_factory=dict)  # encodings of all rows that a door wants to make once
 
 
@@ -68,6 +70,10 @@ class Waiter(Protocol):
     """Who asked for a step; it answers at once, without a turn of the event loop."""
 
     __slots__ = ()
+
+    @property
+    def creates(self) -> bool:
+        """Whether its step may create the session."""
 
     def stepped(self, answers: Answers, row: int, step: int) -> None:
         """The session is at `step` now, or its kept answer of that step is here: row `row` of the answers."""
@@ -215,6 +221,8 @@ class Ask:
     waiter: Waiter
     policy: str | None = None  # what to do if the session's version is not served; None: the server's
     named: Served | None = None  # the version by whose names the inputs were put in their places; None: no names
+    starts: bool = False  # from the initial state, whatever the session has
+    on: Served | None = None  # the version that the session has to be on, or starts on; None: its own, or the live one
     verified: bool = False  # the session's record was loaded after the call came, so the call may be refused on it
 
 
@@ -357,6 +365,7 @@ class Batch:
     rows: int = 0  # of the model, all of these together
     error: StepcastError | None = None
     groups: list[Group] = field(default_factory=list)  # what became of it
+    began: float = 0.0  # its run, monotonic
     started: float = 0.0  # its commit, s,
     left: int = 0  # steps of which it is not known yet,
     committed: "asyncio.Future[None] | None" = None  # and who waits for that
@@ -375,6 +384,7 @@ class Batch:
 
     def begin(self, now: float) -> bool:
         """Let nobody join any more, and drop what is too late; False: nothing is left to run."""
+        self.began = now
         if self.lane.open is self:
             self.lane.open = None
         if self.deadline < now:

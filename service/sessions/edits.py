@@ -30,6 +30,7 @@ from ..records.layout import HAS_CHECKPOINTS, TTL_FOR_EVER
 from ..records.record import Record, new_record
 from .core import Address, another_n
 from .lanes import check_streams
+from .sequences import is_mark
 from .stored import Edit, new_session_id
 from .turns import Sessions
 
@@ -326,7 +327,7 @@ class States:
         count, cursor = 0, ""
         while True:
             keys, cursor = await self.sessions.store.list_keys("", cursor, 1000)
-            mine = [key for key in keys if key.split("/", 2)[1] == model]
+            mine = [key for key in keys if key.split("/", 2)[1] == model and not is_mark(key)]
             for key, data in zip(mine, await self.sessions.store.load(mine), strict=True):
                 count += data is not None and self.ledger.decode(key, data).version == version
             if not cursor:

@@ -80,6 +80,8 @@ class Cell:
 
     __slots__ = ("_many", "_place")
 
+    creates = True
+
     def __init__(self, many: Many, place: int) -> None:
         self._many, self._place = many, place
 

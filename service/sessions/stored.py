@@ -103,6 +103,13 @@ class Ledger:
                 return after
         raise SessionBusy(f"session {address.session!r} was changed by others {_TRIES} times. Retry.")
 
+    async def forget(self, address: Address, record: Record) -> bool:
+        """Forget a session whose record this is; False: it has another one by now."""
+        (applied,) = await self.store.change([Write(address.key, record.token, None)])
+        if applied:
+            self._replaced(address.key)
+        return applied
+
     def decode(self, key: str, data: bytes) -> Record:
         """A record from the store's bytes; SessionBusy where this server cannot read them."""
         try:

@@ -111,6 +111,10 @@ class Sessions:
         waiter: Waiter,
         policy: str | None = None,
         named: Served | None = None,
+        *,
+        starts: bool = False,
+        on: Served | None = None,
+        within_s: float | None = None,
     ) -> None:
         """Queue a call of T steps behind those of its session that wait; the session may have to be loaded first.
 
@@ -120,11 +124,19 @@ class Sessions:
             seq: The number that the last step shall have; None: the next.
             policy: What to do if the session's version is not served: pin, reset, replay; None: the server's.
             named: The version by whose names the inputs were put in their places; None: they came without names.
+            starts: The call takes the session back to step 0 and the initial state first, in the same commit. The same
+                call again, with its `seq`, is a retry.
+            on: The version that the session has to be on, or starts on; None: its own, or the live one.
+            within_s: Longest time to wait for the run; None, or more than deadline_s: deadline_s.
 
         Raises:
-            ModelNotFound, NotStreaming, QueueFull, Draining: refused at once. Other errors reach the waiter.
+            ModelNotFound, NotStreaming, QueueFull, Draining: refused at once. StepConflict: a call that starts has not
+                the number of its steps. Other errors reach the waiter.
         """
-        load = self._lanes.admit(self.repository.live(address.model), 1)
+        load = self._lanes.admit(on or self.repository.live(address.model), 1)
+        if starts and seq not in (None, x.shape[1]):
+            text = f"session {address.session!r} starts, so this call ends with step {x.shape[1]}, got seq {seq}"
+            raise StepConflict(f"{text}. Send seq {x.shape[1]}.", seq=seq, expected_seq=x.shape[1])
         session, limit = self._cache.get(address.key), self.settings.session_queue_limit
         if session is None:
             session = self._cache.enter(address)
@@ -133,7 +145,8 @@ class Sessions:
         if len(session.queue) >= limit:
             raise full(f"session {address.session!r}", len(session.queue), limit)
         load.waiting += 1
-        session.queue.append(Ask(x, mask, seq, time.monotonic() + self.settings.deadline_s, waiter, policy, named))
+        waits_s = self.settings.deadline_s if within_s is None else min(within_s, self.settings.deadline_s)
+        session.queue.append(Ask(x, mask, seq, time.monotonic() + waits_s, waiter, policy, named, starts, on))
         if not session.busy:
             self._go_on(session)
 
@@ -204,9 +217,15 @@ class Sessions:
         Raises:
             StepcastError: refused.
         """
-        lane, data, shape = session.lane, session.data, session.shape
-        if data is None or (lane is None and not ask.verified):
+        missing = not session.stored and not ask.waiter.creates
+        if session.data is None or (not ask.verified and (session.lane is None or ask.starts or missing)):
             return _load_again(session, ask)
+        had = len(session.data) if session.stored else 0
+        if ask.starts and not self._was_made(ask, session.data):
+            self._restart(session, ask.on, session.data)
+        elif missing:
+            self.ledger.there(session.address, None)
+        lane, data, shape = session.lane, session.data, session.shape
         if lane is None or shape is None:
             return self._move(session, ask, records.decode(data))
         rows, steps, features = ask.x.shape
@@ -215,13 +234,16 @@ class Sessions:
             made_by = f"version {lane.version} of model {lane.served.name!r}, which takes {takes}"
             text = f"inputs have {features} features, session {session.address.session!r} is on {made_by}"
             raise ShapeMismatch(text, got=features, features=takes, version=lane.version)
+        if ask.on not in (None, lane.served):
+            text = f"session {session.address.session!r} is on version {lane.version}, not {ask.on and ask.on.version}"
+            raise StateVersionMismatch(f"{text}. Leave the version out, or start anew.", version=lane.version)
         if ask.named is not None and ask.named.names != lane.served.names:  # the same, or the session was moved since
             text = f"session {session.address.session!r} is on version {lane.version}, whose names are others than"
             raise ShapeMismatch(f"{text} version {ask.named.version}'s. Send the step alone.", version=lane.version)
         examples, numbered = shape.examples, ask.seq is None or ask.seq == session.step + steps
         if examples in (0, rows) and numbered:
             if not examples:
-                self._open(session, lane, data, rows)
+                self._open(session, lane, data, rows, had)
             self._begin(session, lane, ask)
             return True
         if not ask.verified:
@@ -231,13 +253,26 @@ class Sessions:
             return False
         raise another_n(session.address, examples, rows)
 
-    def _open(self, session: Session, lane: Lane, data: bytes, rows: int) -> None:
-        """Give a session that has no state the initial one of so many rows; TooLarge or QuotaExceeded."""
-        grows = rows * lane.served.manifest.state_row_bytes
-        size = len(data) + grows
+    def _was_made(self, ask: Ask, data: bytes) -> bool:
+        """Whether a numbered call that starts a session is a retry: its answer is kept."""
+        kept = None if ask.seq is None else records.decode(data).answer(ask.seq)
+        return kept is not None and same_payload(kept, self.digests.call(ask.x, ask.mask), ask.x, ask.mask)
+
+    def _restart(self, session: Session, on: Served | None, data: bytes) -> None:
+        """Take a session back to its start, as long as the call does not fail: the store has its old record."""
+        served = on or self.repository.live(session.address.model)
+        session.take(records.restarted(data, served.version, served.fingerprint), self._lanes.of(served))
+        session.stored = False
+
+    def _open(self, session: Session, lane: Lane, data: bytes, rows: int, had: int) -> None:
+        """Give a session that has no state the initial one of so many rows; TooLarge or QuotaExceeded.
+
+        Args:
+            had: Bytes of the record that the store has; 0: it has none.
+        """
+        size = len(data) + rows * lane.served.manifest.state_row_bytes
         self.quotas.check(session.address.session, size)
-        is_new = not session.stored
-        self.quotas.take(session.address.namespace, int(is_new), size if is_new else grows)
+        self.quotas.take(session.address.namespace, int(not had), size - had)
         session.take(records.opened(data, rows, lane.served.runtime.initial(rows)), lane)
 
     def _begin(self, session: Session, lane: Lane, ask: Ask) -> None:
@@ -403,6 +438,10 @@ class Sessions:
         self.metrics.waiting.set(self._lanes.count())
         self.metrics.hot.set(len(self._cache))
         self.metrics.hot_bytes.set(self._cache.bytes)
+
+    def runs(self, served: Served) -> int:
+        """How many runs a version has made since it is served."""
+        return self._lanes.of(served).batcher.runs
 
     async def drain(self) -> None:
         """Refuse new steps, answer the accepted ones, then close the store."""

@@ -5,22 +5,37 @@ a step behind a plain head takes uvicorn's way, from its first byte: httptools s
 """
 
 import re
+from collections.abc import Callable
+from time import perf_counter
 from typing import Any, Final
 
 from stepcast.errors import StepcastError
 
-from ..answers import head_of, problem
+from ...telemetry import Metrics
+from ..answers import Answer, head_of, problem
 from ..intake import Share
+from ..large import LARGE_BYTES, aside
+from ..oip.infer import Inferred
 from ..request_ids import PREFIX, RequestId, next_number
-from ..steps import Axes, HttpWaiter
+from ..steps import Axes, HttpWaiter, Way
 from ..tries import network
+from . import tensor_bodies
 from .guard import GuardedConnection
-from .heads import Caller, Heads
+from .heads import TENSORS, Caller, Heads
 
 LONGEST_HEAD: Final = 4096
 AHEAD_BYTES: Final = 64 * 1024  # what a client may send before its step is answered, until it is not read any more
-_STEP: Final = re.compile(rb"POST /v1/models/(?:([A-Za-z0-9._-]+)/sessions/)?([A-Za-z0-9._:@~-]+)/step HTTP/1\.1\r\n")
-"""The request line of a step: its model and session, or of a batch step: its model alone."""
+_STEP: Final = re.compile(
+    rb"POST /v(?:1/models/(?:([A-Za-z0-9._-]+)/sessions/)?([A-Za-z0-9._:@~-]+)/step"
+    rb"|2/models/([A-Za-z0-9._-]+)(?:/versions/([0-9]+))?/infer) HTTP/1\.1\r\n"
+)
+"""The request line of a step: its model and session, or of a batch step: its model alone; or of a request of the Open
+Inference Protocol: its model and maybe a version."""
+_JSON_ANSWER: Final = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n%scontent-length: "
+_RAW_ANSWER: Final = (
+    b"HTTP/1.1 200 OK\r\ncontent-type: application/octet-stream\r\n"
+    b"inference-header-content-length: %d\r\n%scontent-length: "
+)
 _NAMED: Final = b"%s%d\r\nx-request-id: %s\r\n\r\n%s"
 _NUMBERED: Final = b"%%s%%d\r\nx-request-id: %s-%%x\r\n\r\n%%s" % PREFIX
 """An answer: its head up to the content length, that length, a request id or the number of one of ours, its body."""
@@ -49,6 +64,36 @@ class Reply(HttpWaiter):
     def refused(self, error: BaseException) -> None:
         self._done = True
         caller, answer = self._caller, problem(error, self._connection.metrics)
+        self._connection.settle(head_of(answer, caller.fields), answer.body, caller.close)
+
+
+class InferReply:
+    """Who waits for a request of the Open Inference Protocol; it waits until that is settled, as `Reply` does."""
+
+    __slots__ = ("_connection", "caller", "raw")
+
+    def __init__(self, connection: "HttpConnection", caller: Caller) -> None:
+        self._connection, self.caller = connection, caller
+        self.raw: tuple[bool, ...] = ()  # which outputs are answered raw
+
+    def gone(self) -> bool:
+        """What was accepted is applied, whatever becomes of the client."""
+        return False
+
+    def inferred(self, answer: Inferred) -> None:
+        """Write the answer."""
+        caller = self.caller
+        body, json_bytes = tensor_bodies.write(answer, self.raw)
+        packed, fields = caller.packing.pack(body), caller.fields
+        if packed is not None:
+            body, fields = packed, b"content-encoding: %s\r\n%s" % (caller.packing.coding.encode(), fields)
+        head = _JSON_ANSWER % fields if json_bytes is None else _RAW_ANSWER % (json_bytes, fields)
+        self._connection.settle(head, body, caller.close)
+
+    def failed(self, error: BaseException) -> None:
+        """Write why there is none."""
+        caller, metrics = self.caller, self._connection.metrics
+        answer = tensor_bodies.refusal(error, metrics)
         self._connection.settle(head_of(answer, caller.fields), answer.body, caller.close)
 
 
@@ -92,23 +137,28 @@ class HttpConnection(GuardedConnection):
             return False
         if heads.blocked and network(self.address) in heads.blocked:
             return False
-        at, (model, session) = line.end(), line.groups()
+        at, (model, session, inferred, version) = line.end(), line.groups()
         end = data.find(b"\r\n\r\n", at - 2, at + LONGEST_HEAD)
-        head = None if end < 0 else heads.read(data[at:end])
+        head = None if end < 0 else heads.read(data[at:end], b"" if inferred is None else TENSORS)
         if head is None:
             return False
-        length, caller, name = head
+        length, caller, name, json_bytes = head
         if caller is not self._known:
             self._known = caller
             heads.tries.right(self.address, caller.digest)
         stop = end + 4 + length
         if len(data) < stop:
-            self._wait(heads, caller, name, data, stop - len(data))
+            say = problem if inferred is None else tensor_bodies.refusal
+            self._wait(heads, caller, name, data, stop - len(data), say)
             return True
         self._ahead, self._name = data[stop:], name
         self._stepping = True  # before the step: its answer may be there at once
-        way = caller.ways.get(model or session) or heads.way(caller, model or session)
-        reply, body = Reply(self, caller), data[end + 4 : stop]
+        named = model or session or inferred
+        way, body = caller.ways.get(named) or heads.way(caller, named), data[end + 4 : stop]
+        if inferred is not None:
+            self._infer(heads, way, (version or b"").decode(), body, json_bytes, InferReply(self, caller))
+            return True
+        reply = Reply(self, caller)
         if caller.refusal is not None:
             reply.refused(caller.refusal)
         elif model is None:
@@ -117,7 +167,48 @@ class HttpConnection(GuardedConnection):
             heads.steps.take(way, str(session, "ascii"), body, caller.kind, reply)
         return True
 
-    def _wait(self, heads: Heads, caller: Caller, name: RequestId | None, data: bytes, missing: int) -> None:
+    def _infer(
+        self, heads: Heads, way: Way, version: str, body: bytes, json_bytes: int | None, reply: InferReply
+    ) -> None:
+        """Take a request of the Open Inference Protocol."""
+        came = perf_counter()
+        try:
+            if reply.caller.refusal is not None:
+                raise reply.caller.refusal
+            manifest = heads.steps.look(way).served.manifest
+            if len(body) > LARGE_BYTES:
+                heads.steps.later(self._infer_large(heads, way, version, body, json_bytes, reply))
+                return
+            asked = tensor_bodies.read(body, json_bytes, way.model, version, manifest)
+            reply.raw = asked.raw
+        except Exception as error:
+            reply.failed(error)
+        else:
+            heads.inference.take(way, asked.request, reply, came)
+
+    async def _infer_large(
+        self, heads: Heads, way: Way, version: str, body: bytes, json_bytes: int | None, reply: InferReply
+    ) -> None:
+        """The same of a body that would hold up others."""
+        came = perf_counter()
+        try:
+            manifest = heads.steps.look(way).served.manifest
+            asked = await aside(len(body), tensor_bodies.read, body, json_bytes, way.model, version, manifest)
+            reply.raw = asked.raw
+        except Exception as error:
+            reply.failed(error)
+        else:
+            heads.inference.take(way, asked.request, reply, came)
+
+    def _wait(
+        self,
+        heads: Heads,
+        caller: Caller,
+        name: RequestId | None,
+        data: bytes,
+        missing: int,
+        say: Callable[[StepcastError, Metrics | None], Answer],
+    ) -> None:
         """Wait for the body of a step, but not of a caller who may take none, nor while too many others are held."""
         refusal = caller.refusal
         if refusal is None:
@@ -129,7 +220,7 @@ class HttpConnection(GuardedConnection):
         if refusal is None:
             self._keep(data, missing)
         else:
-            self.end(refusal, caller.cors, name)
+            self.end(refusal, caller.cors, name, say=say)
 
     def settle(self, head: bytes, body: bytes, close: bool) -> None:
         """Write an answer, its head up to the content length, then go on with what came meanwhile."""

@@ -7,6 +7,7 @@ dropped for a moment, or the answer would be lost with it.
 
 import asyncio
 import re
+from collections.abc import Callable
 from typing import Any, Final, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -21,7 +22,8 @@ from stepcast.errors import (
 )
 
 from ...settings import Settings
-from ..answers import head_of, problem
+from ...telemetry import Metrics
+from ..answers import Answer, head_of, problem
 from ..intake import Share
 from ..request_ids import new_id
 from .heads import Heads
@@ -250,8 +252,15 @@ class GuardedConnection(HttpToolsProtocol):
         fault, self._fault = self._fault, None
         self.end(fault or Malformed(f"the bytes are not HTTP: {msg}"))
 
-    def end(self, error: StepcastError, fields: bytes = b"", name: bytes | None = None, lingers: bool = True) -> None:
-        """Answer with a problem, in its turn, and end the connection."""
+    def end(
+        self,
+        error: StepcastError,
+        fields: bytes = b"",
+        name: bytes | None = None,
+        lingers: bool = True,
+        say: Callable[[StepcastError, Metrics | None], Answer] = problem,
+    ) -> None:
+        """Answer with an error, in its turn, and end the connection."""
         if self.transport.is_closing():
             return
         if self._busy():
@@ -260,7 +269,7 @@ class GuardedConnection(HttpToolsProtocol):
             return
         cycle = self.cycle
         if cycle is None or cycle.response_complete or not cycle.response_started:
-            answer = problem(error, self.metrics)
+            answer = say(error, self.metrics)
             head = head_of(answer, fields + b"connection: close\r\n")
             self.transport.write(
                 b"%s%d\r\nx-request-id: %s\r\n\r\n%s" % (head, len(answer.body), name or new_id(), answer.body)

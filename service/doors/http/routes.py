@@ -4,6 +4,7 @@ Handlers take the raw request, FastAPI's own machinery stays out of the way. Wha
 codes, entity tags, files.
 """
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any, Final, NamedTuple
 from urllib.parse import quote
@@ -21,7 +22,7 @@ from ..bodies import JSON
 from ..intake import Intake, Share
 from ..keys import Keys, Principal
 from ..large import aside
-from ..steps import Pending, Steps, Way
+from ..steps import Axes, HttpWaiter, Steps, Way
 from ..verbs import VERBS, Call
 from . import openapi, received
 from .envelope import REQUEST_ID, address_of, respond
@@ -63,6 +64,30 @@ ROUTES: Final = (
     Route("POST", _SESSION + "/rewind", "rewind"),
     Route("POST", _SESSION + "/rollout", "rollout"),
 )
+
+
+class Pending(HttpWaiter):
+    """One that waits in a coroutine: `future` gets the body."""
+
+    __slots__ = ("future",)
+
+    stays = False
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.form: Axes = "F"
+        self.future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+
+    def done(self) -> bool:
+        return self.future.done()
+
+    def answered(self, body: bytes) -> None:
+        if not self.future.done():
+            self.future.set_result(body)
+
+    def refused(self, error: BaseException) -> None:
+        if not self.future.done():
+            self.future.set_exception(error)
 
 
 class Routes:

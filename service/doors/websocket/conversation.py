@@ -68,7 +68,7 @@ class Frame(Ticket[None, Answer]):
     """A frame on its way: its own ticket in the conversation, and who waits for its step."""
 
     __slots__ = ("_conversation", "_done", "asked", "data", "form", "kind", "session")
-    stays = True
+    stays = creates = True
 
     def __init__(self, conversation: "Conversation", taken: Taken, kind: str, session: str, step: bool) -> None:
         self.request = self.answer = None
