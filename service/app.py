@@ -80,8 +80,10 @@ class Server:
         await asyncio.to_thread(self.repository.scan)
         if not self.repository.names():
             raise ManifestError(f"no model in {str(self.settings.models)!r} can be served: {self.repository.failures}")
+        await self.sessions.quotas.count()
         await self._scrape.open()
-        polls = [asyncio.create_task(poll) for poll in (self._poll(), self._keys.watch())]
+        watches = self._poll(), self._keys.watch(), self.sessions.quotas.watch()
+        polls = [asyncio.create_task(watch) for watch in watches]
         if self._freezes:
             gc.collect()
             gc.freeze()

@@ -146,6 +146,8 @@ class WebSocketConnection(WebSocketsSansIOProtocol):
         except BadFrame as bad:
             self._deaf = True
             self.close(*bad.args)
+            if not self.transport.is_closing() and self.transport.can_write_eof():
+                self.transport.write_eof()  # what the peer answers is not read: let it see the end at once
             return
         if self._pumping:
             self.want()
