@@ -285,7 +285,9 @@ def test_a_small_body_in_a_packet_of_its_own_keeps_the_connection(hasty: Running
             time.sleep(0.02)  # the packets must be two
             sock.sendall(body)
             answer = sock.recv(65536)
-            assert answer.startswith((b"HTTP/1.1 200", b"HTTP/1.1 422"))
+            while not answer.endswith(b"}"):  # the general way writes head and body one after the other
+                answer += sock.recv(65536)
+            assert answer.startswith(b"HTTP/1.1 200")
             assert b"connection: close" not in answer.lower()
 
 
