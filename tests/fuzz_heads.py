@@ -31,11 +31,11 @@ from serving import ROOT, few_models
 
 CORPUS = Path(__file__).parent / "data" / "fuzz_heads"
 KEY = "key-of-a-stepper"
-READ_S = 0.5
+READ_S = 2.0
 HANG_S = 10.0
 GROWTH_BYTES = 200 * 2**20
 P99_S = 0.25
-TOGETHER = 16
+TOGETHER = 48
 """Connections of one example: some of them wait for their time-out."""
 _TOKENS = (
     *(

@@ -143,6 +143,7 @@ def test_a_long_head_that_trickles_costs_time_in_proportion_to_its_length() -> N
 
         def costs(size: int) -> float:
             made = guard.GuardedConnection(server.uvicorn_config, ServerState(), {}, server.loop)
+            made._expect = lambda: None  # type: ignore[method-assign]  # it has no transport
             made._keep(b"GET / HTTP/1.1\r\nx:")
             started = time.process_time()
             for number in range(size):
@@ -284,7 +285,9 @@ def test_a_small_body_in_a_packet_of_its_own_keeps_the_connection(hasty: Running
             time.sleep(0.02)  # the packets must be two
             sock.sendall(body)
             answer = sock.recv(65536)
-            assert answer.startswith((b"HTTP/1.1 200", b"HTTP/1.1 422"))
+            while not answer.endswith(b"}"):  # the general way writes head and body one after the other
+                answer += sock.recv(65536)
+            assert answer.startswith(b"HTTP/1.1 200")
             assert b"connection: close" not in answer.lower()
 
 
