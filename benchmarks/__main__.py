@@ -4,6 +4,7 @@ make bench                                   all, a quarter of an hour
 make bench ARGS="--quick"                    all, short rounds
 make bench ARGS="--only asgi-echo,http-json-redis"
 make bench ARGS="--only growth,lone"         scenarios have names too
+make bench ARGS="--only bare-256,score"       tables through `stepcast score`
 make bench ARGS="--only silero"              voices per core in real time; Silero's graph is not in the repository
 make bench ARGS="--only exports"             networks as torch's exporters write them, imported, beside our own export
 make bench ARGS="--only cost,aof"            what dear steps cost beside plain ones; Redis without page dropping
@@ -19,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import contenders, costs, machine, model, report, rounds, scenarios, training
+from . import contenders, costs, machine, model, report, rounds, scenarios, tables, training
 from .contenders import Contender
 from .load import LoadFailed
 from .requests import WrongAnswer
@@ -55,7 +56,7 @@ def _chosen(name: str, only: str) -> bool:
 
 def _contenders(only: str) -> list[Contender]:
     """Those that are wanted, and the plain twins of costs that are."""
-    everyone = [*contenders.everyone(), *costs.everyone()]
+    everyone = [*contenders.everyone(), *costs.everyone(), *tables.everyone()]
     names = costs.with_twins([c.name for c in everyone if _chosen(c.name, only)])
     return [c for c in everyone if c.name in names]
 

@@ -38,6 +38,9 @@ RATIOS = (
     Target("WebSocket msgpack 4 x 16 in memory / echo", "ws-msgpack-4x16-memory", "ws-echo-msgpack-4x16", 0.5),
     Target("Batch-step of 256 in memory / bare onnxruntime", "batch-memory", "bare-256", 0.75),
     Target("Batch-step of 256 on Redis / bare onnxruntime", "batch-redis", "bare-256", 0.40),
+    Target("score, Parquet sorted by time / bare onnxruntime at 256", "score-parquet", "bare-256", 0.7),
+    Target("score, CSV sorted by time / bare onnxruntime at 256", "score-csv", "bare-256", 0.6),
+    Target("score, Parquet sorted by key / bare onnxruntime at 256", "score-key-parquet", "bare-256", 0.7),
 )
 
 PLAIN_AOF = (

@@ -16,7 +16,7 @@ from uvicorn.supervisors import Multiprocess
 from stepcast import imports
 from stepcast.arguments import Parser
 from stepcast.errors import ConfigError, ManifestError, StepcastError
-from stepcast.rooms import example_models
+from stepcast.rooms import example_models, load
 
 from .app import create_app
 from .doors.http.connection import HttpConnection
@@ -25,6 +25,7 @@ from .doors.websocket.connection import WebSocketConnection
 from .engine.batch_invariance import try_batches
 from .engine.golden import placements
 from .engine.model import Runtime
+from .scoring.options import declare
 from .settings import PREFIX, Settings
 from .telemetry import WORKERS, log
 
@@ -148,6 +149,16 @@ def check(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def score(arguments: argparse.Namespace) -> int:
+    """Step a table; see scoring/command.py, which needs pyarrow."""
+    try:
+        command = load(f"{__package__}.scoring.command", "parquet")
+    except ConfigError as error:  # what is not installed is no wrong setting
+        print(error, file=sys.stderr)
+        return 1
+    return int(command.run(arguments))
+
+
 def make_key(arguments: argparse.Namespace) -> int:
     """Print a new key, which is kept nowhere, and the line for the key file that knows it by its hash."""
     key, line = new_key(arguments.name, arguments.role, arguments.namespace)
@@ -171,6 +182,9 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     prove.add_argument("directory", type=Path, metavar="MODEL_DIR")
     prove.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     prove.set_defaults(run=check)
+    tables = commands.add_parser("score", help="step a table of any size, without a server")
+    declare(tables)
+    tables.set_defaults(run=score)
     commands.add_parser("import", aliases=["import-onnx"], add_help=False, help="take in a model made by others")
     make = commands.add_parser("key", help="make an API key, and its line for STEPCAST_API_KEYS_FILE")
     make.add_argument("name", metavar="NAME", help="whose key it is: logs show it")

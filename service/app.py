@@ -61,7 +61,7 @@ class Server:
         steps = Steps(States(self.sessions))
         hosts, intake = Hosts(settings.hosts, keys.needed), Intake(settings.intake_bytes, settings.tenant_intake_bytes)
         self.heads = Heads(steps, keys, hosts, intake, settings, self.metrics)
-        sockets = Handshake(steps, keys, settings, self.metrics)
+        sockets = Handshake(steps, keys, intake, settings, self.metrics)
         self.api = self._api(Routes(steps, keys, intake, self.metrics))
         self._envelope = Envelope(self.api, sockets, hosts, self.metrics)
 
@@ -80,8 +80,10 @@ class Server:
         await asyncio.to_thread(self.repository.scan)
         if not self.repository.names():
             raise ManifestError(f"no model in {str(self.settings.models)!r} can be served: {self.repository.failures}")
+        await self.sessions.quotas.count()
         await self._scrape.open()
-        polls = [asyncio.create_task(poll) for poll in (self._poll(), self._keys.watch())]
+        watches = self._poll(), self._keys.watch(), self.sessions.quotas.watch()
+        polls = [asyncio.create_task(watch) for watch in watches]
         if self._freezes:
             gc.collect()
             gc.freeze()

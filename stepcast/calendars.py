@@ -48,8 +48,8 @@ _BEGINNINGS: Final = {
 }
 _EVERY: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(s|min|h|d)", re.IGNORECASE)
 _UNITS: Final = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
-_FIRST_S: Final = datetime(2, 1, 1, tzinfo=UTC).timestamp()  # a day off either end, whatever the zone
-_LAST_S: Final = datetime(9998, 12, 31, tzinfo=UTC).timestamp()
+FIRST_S: Final = datetime(2, 1, 1, tzinfo=UTC).timestamp()  # a day off either end, whatever the zone
+LAST_S: Final = datetime(9998, 12, 31, tzinfo=UTC).timestamp()
 
 
 def _day(t: datetime) -> float:
@@ -196,8 +196,8 @@ def seconds(value: Any, path: str) -> float:
         at_s = float(value)
     else:
         at_s = _moment(value, path).timestamp()
-    if not _FIRST_S <= at_s <= _LAST_S:  # NaN too
-        hint = " Unix time here is in seconds, not milliseconds." if abs(at_s) > _LAST_S else ""
+    if not FIRST_S <= at_s <= LAST_S:  # NaN too
+        hint = " Unix time here is in seconds, not milliseconds." if abs(at_s) > LAST_S else ""
         raise InvalidRequest(f"{path} is {_shown(value)}, want a moment of the years 2 to 9998.{hint}")
     return at_s
 
@@ -238,7 +238,7 @@ def duration_s(value: Any, path: str) -> float:
     """
     found = _EVERY.fullmatch(value.strip()) if isinstance(value, str) else None
     number = float(found[1]) * _UNITS[found[2].lower()] if found else value
-    if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number <= _LAST_S:
+    if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number <= LAST_S:
         raise InvalidRequest(f"{path} is {_shown(value)}, want seconds, or text such as '15min', '1h', '1D'")
     return float(number)
 
@@ -255,7 +255,7 @@ def _known(every_s: float | None, path: str) -> float:
 def _spaced(start_s: float, every_s: float, shape: Shape) -> Seconds:
     """Moments of steps, the last axis of `shape`."""
     last_s = start_s + every_s * max(0, shape[-1] - 1)
-    if last_s > _LAST_S:
+    if last_s > LAST_S:
         raise InvalidRequest(f"{shape[-1]} steps of {timedelta(seconds=every_s)} end after the year 9998")
     return np.broadcast_to(start_s + every_s * np.arange(shape[-1]), shape)
 

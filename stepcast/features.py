@@ -15,9 +15,10 @@ from typing import Any, Final, Literal
 import numpy as np
 import numpy.typing as npt
 
-from .calendars import Calendar, Shape, moments_of, seconds
+from .calendars import Calendar, Seconds, Shape, moments_of, seconds
 from .errors import InvalidRequest, ShapeMismatch
 from .manifest import TIME, Manifest
+from .tables import MISSING as NOTHING
 
 Rows = Literal["examples", "steps"]
 """What the rows of inputs of rank 2 are, the axis of columns [N]."""
@@ -33,6 +34,7 @@ class FeatureNames:
 
     Attributes:
         worded: Names whose values may be other than numbers: features of categories, and `time`.
+        dated: Names of the features that follow from a row's moment.
     """
 
     def __init__(self, manifest: Manifest) -> None:
@@ -41,8 +43,8 @@ class FeatureNames:
         self._width = manifest.n_features
         self._required = {f.name for f in manifest.features if f.missing == "refuse"}
         self._indices = {f.name: _indices(f.categories) for f in manifest.features if f.categories is not None}
-        self._dated = [f.name for f in manifest.features if f.calendar is not None]
-        self.worded = frozenset([*self._indices, TIME] if self._dated else self._indices)
+        self.dated = [f.name for f in manifest.features if f.calendar is not None]
+        self.worded = frozenset([*self._indices, TIME] if self.dated else self._indices)
         self._kinds = [(f.name, f.calendar is not None, self._indices.get(f.name)) for f in manifest.features]
         self._plain = len(self._slices) == self._width  # every feature is one value
         self._labels = None if manifest.classes is None else np.array([*manifest.classes, ""])
@@ -121,21 +123,21 @@ class FeatureNames:
 
     def _spelled(self, named: Mapping[str, Any], path: str, steps: int | None) -> dict[str, Any]:
         """The same by numbers alone: categories as their indices, a moment as the features of the calendar."""
-        spelled = {name: value for name, value in named.items() if name != TIME or not self._dated}
+        spelled = {name: value for name, value in named.items() if name != TIME or not self.dated}
         for name in self._indices.keys() & spelled.keys():
             spelled[name] = _indices_of(spelled[name], self._indices[name], f"{path}.{name}")
         if len(spelled) == len(named):
             return spelled
-        if both := [name for name in self._dated if name in named]:
+        if both := [name for name in self.dated if name in named]:
             told = _listed(map(repr, both))
             raise InvalidRequest(f"{path} has {TIME!r} and what follows from it: {told}. Leave one of them out.")
         shape = self._shape(spelled) or ((steps,) if steps else ())
         time, where, along = named[TIME], f"{path}.{TIME}", len(shape) == 2 or (bool(shape) and steps is not None)
         if not shape and not isinstance(time, list | tuple | np.ndarray | Mapping):
-            return spelled | dict(zip(self._dated, self._calendar.row(seconds(time, where)), strict=True))
+            return spelled | dict(zip(self.dated, self._calendar.row(seconds(time, where)), strict=True))
         moments = moments_of(time, shape, where, along=along, every_s=self.manifest.every_s)
         columns = self._calendar.columns(moments)
-        return spelled | {name: columns[..., place] for place, name in enumerate(self._dated)}
+        return spelled | {name: columns[..., place] for place, name in enumerate(self.dated)}
 
     def _shape(self, named: Mapping[str, Any]) -> Shape:
         """The shape of columns; () where all of them are numbers."""
@@ -183,7 +185,7 @@ class FeatureNames:
     def _refuse_missing(self, named: Mapping[str, Any], path: str) -> None:
         missing = [f.name for f in self.manifest.features if f.name in self._required and f.name not in named]
         told = ", ".join(map(repr, missing))
-        advice = f". Give {TIME!r} in place of those of the calendar." if {*self._dated} & {*missing} else ""
+        advice = f". Give {TIME!r} in place of those of the calendar." if {*self.dated} & {*missing} else ""
         raise InvalidRequest(
             f"{path} leaves out {told}; model {self.manifest.name!r} needs them{advice}", missing=missing
         )
@@ -217,7 +219,7 @@ class FeatureNames:
             InvalidRequest: the moment, or a category, is none.
         """
         given = iter(values)
-        dated = iter(self._calendar.row(seconds(next(given), f"$.inputs.{TIME}")) if self._dated else ())
+        dated = iter(self._calendar.row(seconds(next(given), f"$.inputs.{TIME}")) if self.dated else ())
         row = []
         for name, calendar, indices in self._kinds:
             if calendar:
@@ -226,6 +228,21 @@ class FeatureNames:
                 value = next(given)
                 row.append(value if indices is None else _index_of(value, indices, f"$.inputs.{name}"))
         return [None if value is MISSING else value for value in row]
+
+    # --- cells of tables ------------------------------------------------------------------------------------------
+
+    def of_moments(self, at_s: Seconds) -> Floats:
+        """What follows from moments (R,), in seconds since 1970: (R, C), the columns in the order of `dated`."""
+        return self._calendar.columns(at_s)
+
+    def of_cells(self, name: str, texts: Iterable[str | None]) -> Floats:
+        """A category's indices of a table's cells: a listed text is itself, also if it looks like a missing reading.
+
+        Cells are stripped; NaN stands for a missing one, 0 for a text that the model does not know.
+        """
+        indices = self._indices[name]
+        cells = ["" if text is None else text.strip() for text in texts]
+        return np.array([indices.get(cell, MISSING if cell.lower() in NOTHING else 0) for cell in cells], np.float32)
 
     # --- outputs --------------------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ def shown(progress: Progress, inputs: object) -> Iterator[Callable[[], None]]:
         yield lambda: None
         return
     with contextlib.ExitStack() as stack:
-        tell = stack.enter_context(_bar(total)) if progress is True else progress
+        tell = stack.enter_context(bar("steps", total)) if progress is True else progress
         answered = 0
 
         def count() -> None:
@@ -29,14 +29,15 @@ def shown(progress: Progress, inputs: object) -> Iterator[Callable[[], None]]:
 
 
 @contextlib.contextmanager
-def _bar(total: int | None) -> Iterator[Callable[[int, int | None], None]]:
+def bar(what: str, total: int | None) -> Iterator[Callable[[int, int | None], None]]:
+    """A bar that is told how many are done, and of how many (None: not known)."""
     try:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
     except ImportError as error:
         raise ImportError('progress=True needs rich: pip install "stepcast[client]"') from error
-    columns = (TextColumn("steps"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Bar(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("steps", total=total)
-        yield lambda answered, _: bar.update(task, completed=answered)
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Bar(*columns, console=Console(stderr=True)) as shown:
+        task = shown.add_task(what, total=total)
+        yield lambda done, of: shown.update(task, completed=done, total=of)

@@ -337,7 +337,7 @@ def test_completion_offers_the_commands() -> None:
     run = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, env=os.environ | asked, capture_output=True, text=True, timeout=30
     )
-    assert {"serve", "step", "sessions", "state", "schema"} == set(run.stdout.split())
+    assert {"serve", "score", "step", "sessions", "state", "schema"} == set(run.stdout.split())
 
 
 def test_an_unreachable_server_is_named(capsys: pytest.CaptureFixture[str]) -> None:

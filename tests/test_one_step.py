@@ -267,6 +267,28 @@ def test_an_exact_graph_keeps_the_nodes_and_every_bit(
         np.testing.assert_array_equal(got[name], value)
 
 
+def test_weights_that_the_graph_puts_together_become_equations(tmp_path: Path) -> None:
+    """torch's dynamo exporter slices the gates of a large network and joins them in ONNX's order."""
+    path = recurrent_model(tmp_path / "model.onnx", "LSTM")
+    want, model = outputs_of(str(path), 3), onnx.load(str(path))
+    graph = model.graph
+    (whole,) = (value for value in graph.initializer if value.name == "W")
+    i, o, f, c = np.split(numpy_helper.to_array(whole), 4, axis=1)
+    whole.CopyFrom(numpy_helper.from_array(np.concatenate([i, f, c, o], axis=1), "torch"))
+    for name, place in {"zero": 0, "one": H, "three": 3 * H, "four": 4 * H}.items():
+        graph.initializer.append(numpy_helper.from_array(np.array([place]), name))
+    graph.node.insert(0, helper.make_node("Concat", ["i", "o", "fc"], ["W"], axis=1))
+    for name, start, end in (("i", "zero", "one"), ("o", "three", "four"), ("fc", "one", "three")):
+        graph.node.insert(0, helper.make_node("Slice", ["torch", start, end, "second"], [name]))
+    onnx.save(model, str(path))
+    made = single_step_graph(path, PORTS, "lengths")
+    assert made is not None
+    assert not {"LSTM", "Slice"} & {node.op_type for node in onnx.load_from_string(made.model).graph.node}
+    got = outputs_of(made, 3)
+    for name, value in want.items():
+        np.testing.assert_allclose(got[name], value, 1e-5, 1e-6)
+
+
 def test_what_no_input_decides_is_computed_once() -> None:
     """Weights put together, and sizes of a shape of which others are unknown; what is random or has rows stays."""
     model = onnx.parser.parse_model("""

@@ -32,7 +32,7 @@ REST: dict[str, Any] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("page", "least"), [("training", 9), ("data", 1)])
+@pytest.mark.parametrize(("page", "least"), [("training", 9), ("data", 1), ("score", 4)])
 def test_page_of_the_trainer_shows_what_happens(page: str, least: int, tmp_path: Path) -> None:
     """Every command and program of the page, in an empty directory: a recipe is made, trained, served and stepped."""
     with reading(ROOT / "docs" / f"{page}.md", tmp_path) as reader:

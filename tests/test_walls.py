@@ -14,6 +14,7 @@ DOORS = {
     "onnx": ["service/engine/onnx_door.py", "training/"],
     "torch": ["training/"],
     "pandas": ["training/"],
+    "pyarrow": ["service/scoring/", "training/"],
     "sklearn": ["training/"],
     "matplotlib": ["training/"],
     "rich": ["training/", "stepcast/cli/", "stepcast/progress.py"],
@@ -26,7 +27,7 @@ DOORS = {
     "prometheus_client": ["service/telemetry.py"],
     "redis": ["service/store/redis/"],
     "hiredis": ["service/store/redis/"],
-    "sqlite3": ["service/store/"],
+    "sqlite3": ["service/store/", "service/scoring/scratch.py"],
     "safetensors": ["service/doors/state_files.py"],
     "orjson": ["service/doors/answers.py"],
     "pickle": ["training/checkpoint.py"],  # the name of an error; what it loads is weights only

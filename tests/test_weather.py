@@ -8,14 +8,22 @@ import numpy as np
 import pytest
 import torch
 from networks import CELLS
+from pyarrow import parquet
 
 from service.engine.model import Runtime
+from service.engine.repository import Repository
+from service.scoring import files
+from service.scoring.rows import RowReader
+from service.scoring.work import Plan, Work
+from service.settings import Settings
+from stepcast.features import FeatureNames
 from stepcast.manifest import read_manifest
 from training.__main__ import main
 from training.backtest import markdown, predictive_of
 from training.comparison import Comparison
 from training.config import load
 from training.data.table import TableSource
+from training.data.table_file import find
 from training.evaluate import present_steps
 from training.skill import Measurement
 from training.stepper import Stepper
@@ -102,6 +110,29 @@ def test_stepping_equals_the_full_pass(measurement: Measurement, source: TableSo
         stepped = measurement.replay.y[row, present[row]]
         scale = np.array([o.scale for o in read_manifest(MODEL).outputs])
         assert np.abs((stepped - whole[0]) / scale).max() < 1e-3  # changes are far smaller than readings
+
+
+def test_score_makes_of_the_raw_table_what_training_made_of_it(source: TableSource, tmp_path: Path) -> None:
+    """Directions, ranges, NA and the calendar: every input of every row, bit for bit, and then the answers."""
+    manifest, served = read_manifest(MODEL), Repository(MODEL.parents[1], device="cpu", threads=1).load("weather", 1)
+    raw = find(source.config, RECIPE.parent)
+    work = Work(Plan(raw, tmp_path / "out.parquet"), served, Settings.read({}))
+    chunks = list(files.chunks([raw], work.layout.columns, files.Position(), 10_000))
+    rows = [RowReader(manifest, FeatureNames(manifest), work.layout, "all", bool).read(chunk) for chunk in chunks]
+    x = np.concatenate([each.x for each in rows])
+    series, steps = np.nonzero(source.present)
+    np.testing.assert_array_equal(x[source.grid.rows[series, steps]], source.x[series, steps])
+    assert work.run(lambda done, of: None).rows == len(x) == len(steps)
+    table = parquet.read_table(tmp_path / "out.parquet")
+    y = np.stack([table[output.name].to_numpy() for output in manifest.outputs], axis=1)
+    place = source.series.index("JFK")
+    present = np.flatnonzero(source.present[place])
+    assert len(present) < len(source.times)  # there are gaps
+    want, _ = served.runtime.run(
+        source.x[place, present][None], None, np.frombuffer(served.runtime.initial(1), np.uint8)[None]
+    )
+    np.testing.assert_allclose(y[source.grid.rows[place, present]], want[0], rtol=1e-4, atol=1e-4)
+    assert table["step"].to_numpy()[source.grid.rows[place, present]].tolist() == list(range(1, len(present) + 1))
 
 
 def test_committed_model_is_of_the_recipe(source: TableSource) -> None:

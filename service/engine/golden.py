@@ -15,6 +15,7 @@ from .buffers import blank_rows, row_type, rows_of
 from .onnx_session import reading
 
 RunSteps = Callable[[Floats, Bytes], tuple[Floats, Bytes]]  # as `BoundSteps.run`
+_MOST_STEPS: Final = 100  # that are compared bit by bit
 RECURRENT: Final = ("LSTM", "GRU", "RNN")
 
 
@@ -64,9 +65,9 @@ class Golden:
         return self._compare("one step at a time", lambda: self._one_by_one(run))
 
     def prove_same(self, run: RunSteps, other: RunSteps) -> None:
-        """Raises ManifestError unless both give the same bits, step after step, for each reading of golden.npz."""
+        """Raises ManifestError unless both give the same bits, step after step, for readings of golden.npz."""
         x, states = self.samples()
-        for at in range(len(x)):
+        for at in range(min(len(x), _MOST_STEPS)):
             now = np.take(x, range(at, at + len(states)), axis=0, mode="wrap")[:, None]
             (y, after), (want, states) = run(now, states), other(now, states)
             if y.tobytes() != want.tobytes() or after.tobytes() != states.tobytes():

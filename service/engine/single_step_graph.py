@@ -1,9 +1,9 @@
 """The graph for one step: what model.onnx says of T steps, written for a single one.
 
 Each LSTM, GRU and RNN becomes the matrix products and activations of its equations (https://onnx.ai/onnx/operators/,
-opset 13), which onnxruntime fuses and vectorises. Inputs and outputs lose their axes of size 1, and a state of all
-layers in one tensor becomes one port per layer: the bytes in memory are the same, and nothing is copied from one shape
-to the other. The caller proves the result against golden.npz, as it does model.onnx.
+opset 13), which onnxruntime fuses and vectorises; in an exact graph it stays a node. Inputs and outputs lose their axes
+of size 1, and a state of all layers in one tensor becomes one port per layer: the bytes in memory are the same, and
+nothing is copied from one shape to the other. The caller proves the result against golden.npz, as it does model.onnx.
 """
 
 from collections import Counter

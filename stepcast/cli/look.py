@@ -12,7 +12,7 @@ from typing import Final
 
 from ..arguments import nearest
 from ..errors import ConfigError
-from .readings import MISSING
+from ..tables import MISSING
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND: Final = timedelta(microseconds=1)

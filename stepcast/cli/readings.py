@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from ..errors import ConfigError
+from ..tables import MISSING
 from .connection import names_of, positions
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from ..manifest import Manifest
 
 _UNIX: Final = re.compile(r"-?\d+(\.\d+)?")
-MISSING = {"", "na", "nan", "null"}
 
 
 def parse(words: Sequence[str], manifest: "Manifest", future: int | None = None) -> Any:

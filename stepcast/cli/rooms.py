@@ -13,6 +13,7 @@ from ..rooms import Room, load, module_of
 _COMMANDS: Final[dict[str, tuple[Room, str]]] = {
     "serve": ("service", "Serve models until SIGTERM; --example serves the model that comes with Stepcast."),
     "check": ("service", "Prove a model directory, and say where each recurrent node runs."),
+    "score": ("service", "Step a table of any size through a model, without a server."),
     "key": ("service", "Make an API key, and its line for the key file."),
     "train": ("training", "Train a network by a recipe, measure it, and write models/<name>/<version>/."),
     "evaluate": ("training", "Measure an exported model one step at a time."),

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from stepcast.errors import ConfigError
+from stepcast.tables import in_order
 
 NUMBER = re.compile(r"%(?:0(\d+))?d")
 
@@ -33,7 +34,7 @@ def globbed_files(pattern: str, root: Path) -> list[Path]:
         ConfigError: no file matches.
     """
     anchor, relative = _anchored(pattern, root)
-    paths = sorted((path for path in anchor.glob(relative) if path.is_file()), key=_natural)
+    paths = sorted((path for path in anchor.glob(relative) if path.is_file()), key=in_order)
     if not paths:
         raise ConfigError(f"{pattern!r} matches no file in {root}")
     return paths
@@ -43,11 +44,6 @@ def _anchored(pattern: str, root: Path) -> tuple[Path, str]:
     """Path.glob wants relative patterns; an absolute one starts at its own root."""
     path = Path(pattern)
     return (Path(path.anchor), str(path.relative_to(path.anchor))) if path.is_absolute() else (root, pattern)
-
-
-def _natural(path: Path) -> list[tuple[int, str]]:
-    """Digits compare as numbers; split() puts them at the odd places, so they never meet letters."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", str(path))]
 
 
 def check_pairs(features: list[Path], labels: list[Path], patterns: tuple[str, str]) -> None:

@@ -20,12 +20,13 @@ from numpy.typing import NDArray
 from stepcast.calendars import Calendar
 from stepcast.errors import ConfigError
 from stepcast.manifest import CalendarChannel, Change, Feature, Feedback, Output
+from stepcast.tables import line, of_direction
 
 from .batch import Batch
 from .moments import check_resolution
 from .source import Split
 from .table_config import Channel, TableConfig, channels, output_name
-from .table_file import Grid, find, line, moment, read
+from .table_file import Grid, find, moment, read
 
 Floats = NDArray[np.float32]
 
@@ -226,8 +227,7 @@ def _features(config: TableConfig, grid: Grid, features: tuple[Channel, ...], ev
         name, column = channel.source
         values = grid.values[..., names.index(name)]  # (S, L)
         if column.turn is not None:
-            angle = 2 * np.pi * values / column.turn
-            values = np.sin(angle) if channel.wave == "sin" else np.cos(angle)
+            values = of_direction(values, column.turn, channel.wave or "sin")
         x[..., place] = _ahead(values, channel.ahead)
     return x
 

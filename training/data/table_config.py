@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from stepcast.calendars import describe
 from stepcast.manifest import TIME, CalendarChannel
+from stepcast.tables import WAVES as DIRECTION_WAVES
+from stepcast.tables import direction_name
 
 if TYPE_CHECKING:
     from .table import TableSource
@@ -220,9 +222,9 @@ def _of_columns(config: TableConfig) -> Iterator[Channel]:
             if column.turn is None:
                 yield Channel(called, column.unit, (name, column), ahead=ahead)
                 continue
-            for wave in ("sin", "cos"):
+            for wave in DIRECTION_WAVES:
                 unit = f"{wave}(2 pi {name} / {column.turn:g})"
-                yield Channel(f"{called}_{wave}", unit, (name, column), wave, ahead=ahead)
+                yield Channel(direction_name(called, wave), unit, (name, column), wave, ahead=ahead)
 
 
 def _of_calendar(config: TableConfig) -> Iterator[Channel]:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from pandas.api.types import is_datetime64_any_dtype, is_numeric_dtype
 
 from stepcast.errors import ConfigError
+from stepcast.tables import MISSING, is_parquet, line, within
 
 from .table_config import ColumnConfig, TableConfig
 
@@ -66,7 +67,7 @@ class _Cells:
     def empty(self) -> "pd.Series[bool]":
         if is_numeric_dtype(self.column) or is_datetime64_any_dtype(self.column):
             return self.column.isna()
-        return self.text.str.lower().isin(["", "na", "nan", "null"])
+        return self.text.str.lower().isin(MISSING)
 
     @cached_property
     def numbers(self) -> NDArray[np.float64]:
@@ -167,11 +168,6 @@ def _typed(path: Path, wanted: Sequence[str]) -> pd.DataFrame:
     return frame
 
 
-def is_parquet(path: Path) -> bool:
-    """Whether a file is called one."""
-    return path.suffix.lower() in (".parquet", ".pq")
-
-
 def _parquet() -> Any:
     try:
         from pyarrow import parquet  # an extra of its own: CSV needs none of it
@@ -185,11 +181,6 @@ def _check_columns(path: Path, wanted: Sequence[str], there: Sequence[str]) -> N
         near = get_close_matches(absent[0], there, 1)
         told = f" (nearest: {near[0]!r})" if near else ""
         raise ConfigError(f"{path}: no column {', '.join(map(repr, absent))}{told} among {', '.join(there)}")
-
-
-def line(path: Path, row: int) -> str:
-    """Where a row (from 0) stands: a line of a CSV, whose first one is its header; the number of a Parquet file's."""
-    return f"{path}: row {row}" if is_parquet(path) else f"{path}:{row + 2}"
 
 
 def _cells(frame: pd.DataFrame, name: str, path: Path) -> _Cells:
@@ -232,8 +223,7 @@ def _numbers(cells: _Cells, config: ColumnConfig) -> NDArray[np.float64]:
     if wrong.any():
         raise cells.wrong(int(wrong.argmax()), "a number")
     if config.range is not None:
-        low, high = config.range
-        numbers = np.where((numbers < low) | (numbers > high), np.nan, numbers)
+        numbers = within(numbers, config.range)
     return numbers
 
 

@@ -248,23 +248,33 @@ class Trial:
         shapes = zip(self._roles.states, layout.states, strict=True)
         return x, [_random(random, (rows, *shape), state.input.dtype) / 8 for state, (_, shape) in shapes]
 
-    def run(self, layout: Layout, x: Array, states: Sequence[Array], outputs: Sequence[str] = ()) -> list[Array]:
-        """Outputs for x (B, T, *shape) and states (B, *shape), by default y and the next states; raises Wrong."""
+    def run(
+        self,
+        layout: Layout,
+        x: Array,
+        states: Sequence[Array],
+        outputs: Sequence[str] = (),
+        steps: int | None = None,
+    ) -> list[Array]:
+        """Outputs for x (B, T, *shape) and states (B, *shape), by default y and the next states; raises Wrong.
+
+        `steps` of each row count, where the graph takes lengths; all by default.
+        """
         try:
-            return run_within(self._session, outputs or self._outputs, self.feeds(layout, x, states))
+            return run_within(self._session, outputs or self._outputs, self.feeds(layout, x, states, steps))
         except ManifestError:
             raise
         except Exception as error:  # onnxruntime's exceptions have no common base but this
             raise Wrong(f"the graph does not run as the manifest reads it: {one_line(error)}") from error
 
-    def feeds(self, layout: Layout, x: Array, states: Sequence[Array]) -> dict[str, Array]:
+    def feeds(self, layout: Layout, x: Array, states: Sequence[Array], steps: int | None = None) -> dict[str, Array]:
         """The graph's inputs for x (B, T, *shape) and states (B, *shape)."""
         roles = self._roles
         feeds = {roles.input.name: laid(x, (layout.batch, layout.time)).astype(roles.input.dtype), **self._constants}
         for state, (axis, _), value in zip(roles.states, layout.states, states, strict=True):
             feeds[state.input.name] = laid(value, (axis,)).astype(state.input.dtype)
         if roles.lengths is not None:
-            feeds[roles.lengths] = np.full(len(x), x.shape[1], np.int32)
+            feeds[roles.lengths] = np.full(len(x), x.shape[1] if steps is None else steps, np.int32)
         return feeds
 
     def _rows_along(self, together: Array, alone: Sequence[Array]) -> list[int]:

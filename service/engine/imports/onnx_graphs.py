@@ -29,6 +29,7 @@ from .context import framed
 from .freed import any_size, many_rows, many_steps
 from .graphs import Graph
 from .joining import joined_data
+from .lengths import empty_rows_kept, int32_lengths
 from .lifting import lift
 from .newer import older
 from .plain import declared, plain
@@ -37,8 +38,18 @@ from .questions import OpenQuestions, joined, read_partial
 from .reading import Reading
 from .rewrites import Rewrite, rewritten
 
-REWRITES: Final[tuple[Rewrite, ...]] = (framed, plain, any_size, many_rows, many_steps, declared, rebatched, lift)
-"""In this order; `older` and `joined_data` stand before them, since they change what the graph's tensors are."""
+REWRITES: Final[tuple[Rewrite, ...]] = (
+    framed,
+    plain,
+    any_size,
+    many_rows,
+    many_steps,
+    declared,
+    rebatched,
+    lift,
+    empty_rows_kept,
+)
+"""In this order; `older`, `joined_data` and `int32_lengths` stand before them, since they change what tensors are."""
 
 
 class Imported(NamedTuple):
@@ -78,7 +89,7 @@ def import_onnx(
 
 def import_graph(graph: Graph, models: Path, name: str, version: int | None, known: Mapping[str, Any]) -> Imported:
     """The same for a graph that is in memory; `known` are fields of a manifest."""
-    reading, first = rewritten(Reading(graph, known), (older, joined_data))
+    reading, first = rewritten(Reading(graph, known), (older, joined_data, int32_lengths))
     target = models / name / str(version or _next_version(models / name))
     if target.exists():
         raise ManifestError(f"{target} exists. Take another --version.")

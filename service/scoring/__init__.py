@@ -1,0 +1,1 @@
+"""Whole tables stepped through a model without a server: `stepcast score`."""
