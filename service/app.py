@@ -61,7 +61,7 @@ class Server:
         steps = Steps(States(self.sessions))
         hosts, intake = Hosts(settings.hosts, keys.needed), Intake(settings.intake_bytes, settings.tenant_intake_bytes)
         self.heads = Heads(steps, keys, hosts, intake, settings, self.metrics)
-        sockets = Handshake(steps, keys, settings, self.metrics)
+        sockets = Handshake(steps, keys, intake, settings, self.metrics)
         self.api = self._api(Routes(steps, keys, intake, self.metrics))
         self._envelope = Envelope(self.api, sockets, hosts, self.metrics)
 

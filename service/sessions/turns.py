@@ -30,7 +30,7 @@ from ..telemetry import Metrics, as_ours, log
 from .batch_steps import BatchSteps
 from .cache import SessionCache
 from .commit import Commits
-from .core import NS_PER_MS, Address, Answers, Ask, Floats, Lane, Mask, Session, Waiter, another_n
+from .core import NS_PER_MS, Address, Answers, Ask, Floats, Lane, Load, Mask, Session, Waiter, another_n
 from .lanes import Lanes, check_streams, full
 from .quotas import Quotas
 from .roster import Rosters
@@ -68,6 +68,14 @@ class Sessions:
     def draining(self) -> bool:
         """Whether new steps are refused."""
         return self._lanes.draining
+
+    def admit(self, model: str) -> None:
+        """Raises QueueFull or Draining where no step of a model may come."""
+        self._lanes.room(model, 1)
+
+    def load(self, model: str) -> Load:
+        """The steps of a model that wait."""
+        return self._lanes.load(model)
 
     # --- taking steps -------------------------------------------------------------------------------------------
 
