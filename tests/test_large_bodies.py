@@ -100,7 +100,7 @@ def test_a_hostile_body_does_not_stop_the_event_loop(server: Running, name: str)
     assert beats.worst < BEAT_S, f"{beats.worst:.3f} s"
 
 
-def test_sixty_long_frames_are_taken_one_at_a_time(spawn: Callable[..., Process], tmp_path: Path) -> None:
+def test_sixty_long_frames_are_taken_two_at_a_time(spawn: Callable[..., Process], tmp_path: Path) -> None:
     """In order, with little memory, and the steps of another client go on."""
     process = spawn(f"sqlite:///{tmp_path}/s.db")
     address = process.url.replace("http", "ws") + "/v1/models/lstm/stream"

@@ -30,6 +30,8 @@ from .rfc6455 import BINARY, TEXT
 
 SLOW_OPERATIONS: Final = 8
 """Operations other than steps that one socket may have under way; with it the answers waiting in memory are bounded."""
+LARGE_FRAMES: Final = 2
+"""Large frames that one socket may have under way; behind them it is not read."""
 DRAIN_SHARE: Final = 0.8
 """The share of drain_s that sockets have; the rest is for the close frames and the store."""
 
@@ -102,17 +104,17 @@ class Frame(Ticket[None, Answer]):
 
 
 class LargeFrame(Frame):
-    """One of many bytes: until it is answered its socket takes no other frame."""
+    """One of many bytes, which it holds until it is answered."""
 
     __slots__ = ()
 
     def stepped(self, answers: Answers, row: int, step: int) -> None:
         super().stepped(answers, row, step)
-        self._conversation.lighter()
+        self._conversation.lighter(self)
 
     def refused(self, error: BaseException) -> None:
         super().refused(error)
-        self._conversation.lighter()
+        self._conversation.lighter(self)
 
 
 class Conversation:
@@ -128,8 +130,10 @@ class Conversation:
         self._talk: ServerConversation[None, Answer] = ServerConversation(self._settings.frames_limit)
         self._slow = asyncio.Semaphore(SLOW_OPERATIONS)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._large: set[Frame] = set()  # large frames that wait for their answers
+        self._reading = False  # one is read now
+        self._loaded = False  # that, or there are as many as there may be: no other frame is taken
         self._load = steps.turns.load(way.model)
-        self._loaded = False  # a large frame is read, or waits for its answer
         self._may_step = ROLES.index(principal.role) >= ROLES.index("step")
         self._look()
 
@@ -150,7 +154,7 @@ class Conversation:
         """Take a frame: a step that is taken apart in one go starts here, everything else goes the general way."""
         kind = JSON if opcode == TEXT else MSGPACK
         if len(payload) > LARGE_BYTES:
-            self._loaded = True
+            self._loaded = self._reading = True
             self._soon(self._take_large(payload, kind))
             return
         way, own = self._way, self._session
@@ -228,17 +232,24 @@ class Conversation:
             read: Asked = await aside(len(payload), _read, payload, kind)
         except StepcastError as error:
             read = Head(), error
-        if self._connection.disconnected or not self._take_read(read, kind, LargeFrame):
-            self.lighter()
+        if not self._connection.disconnected:
+            self._reading = False
+            self._take_read(read, kind, LargeFrame)
+            self._go_on_taking()
 
-    def lighter(self) -> None:
+    def lighter(self, frame: Frame) -> None:
         """A large frame is answered: others may come."""
-        self._loaded = False
-        self._connection.want()
+        self._large.discard(frame)
+        self._go_on_taking()
 
-    def _take_read(self, read: Asked, kind: str, frame: type[Frame]) -> bool:
-        """Take a frame that was read; whether it waits for an answer now."""
-        (head, asked), own, begun = read, self._session, False
+    def _go_on_taking(self) -> None:
+        self._loaded = self._reading or len(self._large) >= LARGE_FRAMES
+        if not self._loaded:
+            self._connection.want()
+
+    def _take_read(self, read: Asked, kind: str, frame: type[Frame]) -> None:
+        """Take a frame that was read."""
+        (head, asked), own = read, self._session
         try:
             if isinstance(asked, Exception):
                 raise asked
@@ -246,12 +257,10 @@ class Conversation:
                 self._talk.mark(_encode({"id": head.id, "op": MARKER}, kind))
             else:
                 self._begin(asked, kind, frame)
-                begun = True
         except Exception as error:
             session = head.session if own is None else own
             self._talk.refuse(session, self.problem(head.id, session, error, kind))
         self._go_on()
-        return begun
 
     def _begin(self, asked: Any, kind: str, made: type[Frame]) -> None:
         """Hand a frame to the conversation, or raise the StepcastError that is its answer."""
@@ -269,7 +278,10 @@ class Conversation:
         # earlier frames.
         alone = asked.op != STEP or made is LargeFrame or self._steps.looks_first(self._way.model, asked, kind)
         frame = made(self, (asked, None, "F"), kind, session, not alone)
-        if self._talk.begin(session, frame):
+        begins = self._talk.begin(session, frame)
+        if made is LargeFrame:
+            self._large.add(frame)
+        if begins:
             self._start(frame)
 
     def _go_on(self) -> None:
@@ -326,7 +338,7 @@ class Conversation:
                 return
         self.finish(frame, _encode(answer, frame.kind))
         if isinstance(frame, LargeFrame):
-            self.lighter()
+            self.lighter(frame)
 
     def answered(self, frame: Frame, opcode: int, payload: bytes) -> None:
         """A step has its answer."""
