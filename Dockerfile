@@ -39,7 +39,7 @@ FROM base AS service
 # An extra of pyproject.toml: service, or service-gpu (needs only the driver and its container toolkit on the host).
 ARG RUNTIME=service
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip install -c constraints.txt -e ".[${RUNTIME},calendar]"
+    pip install -c constraints.txt -e ".[${RUNTIME},grpc,calendar]"
 COPY stepcast stepcast
 COPY service service
 COPY models models

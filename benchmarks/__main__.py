@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import contenders, costs, machine, model, report, rounds, scenarios, tables, training
+from . import contenders, costs, grpc_streams, machine, model, report, rounds, scenarios, tables, training
 from .contenders import Contender
 from .load import LoadFailed
 from .requests import WrongAnswer
@@ -56,7 +56,7 @@ def _chosen(name: str, only: str) -> bool:
 
 def _contenders(only: str) -> list[Contender]:
     """Those that are wanted, and the plain twins of costs that are."""
-    everyone = [*contenders.everyone(), *costs.everyone(), *tables.everyone()]
+    everyone = [*contenders.everyone(), *grpc_streams.everyone(), *costs.everyone(), *tables.everyone()]
     names = costs.with_twins([c.name for c in everyone if _chosen(c.name, only)])
     return [c for c in everyone if c.name in names]
 

@@ -36,6 +36,8 @@ RATIOS = (
     Target("WebSocket 64 x 1 in memory / echo of the frames", "ws-json-64x1-memory", "ws-echo-json-64x1", 0.5),
     Target("WebSocket msgpack 4 x 16 on Redis / echo", "ws-msgpack-4x16-redis", "ws-echo-msgpack-4x16", 0.33),
     Target("WebSocket msgpack 4 x 16 in memory / echo", "ws-msgpack-4x16-memory", "ws-echo-msgpack-4x16", 0.5),
+    Target("gRPC stream 4 x 16 on Redis / bare grpc.aio echo", "grpc-redis", "grpc-echo", 0.4),
+    Target("gRPC stream 4 x 16 in memory / bare grpc.aio echo", "grpc-memory", "grpc-echo", 0.5),
     Target(
         "Open Inference Protocol, raw tensors / HTTP JSON, in memory", "inference-raw-memory", "http-json-memory", 0.8
     ),

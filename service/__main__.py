@@ -7,8 +7,9 @@ import os
 import socket
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import cast
 
 import uvicorn
 from uvicorn.supervisors import Multiprocess
@@ -18,7 +19,7 @@ from stepcast.arguments import Parser
 from stepcast.errors import ConfigError, ManifestError, StepcastError
 from stepcast.rooms import example_models, load
 
-from .app import create_app
+from .app import Server, create_app
 from .doors.http.connection import HttpConnection
 from .doors.keys import ROLES, new_key
 from .doors.websocket.connection import WebSocketConnection
@@ -32,7 +33,8 @@ from .telemetry import WORKERS, log
 if sys.platform != "win32":
     import resource
 
-OPTIONS = ("models", "store", "device", "host", "port", "workers")  # of `serve`: settings too
+# Of `serve`: settings too.
+OPTIONS = ("models", "store", "device", "host", "port", "grpc_port", "ssl_certfile", "ssl_keyfile", "workers")
 OTHER_FILES = 256
 """Files that a server has open beside its connections: stores, models, libraries."""
 
@@ -41,11 +43,13 @@ class Uvicorn(uvicorn.Server):
     """uvicorn that prints where it serves."""
 
     example = False
+    app: Server
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started and self.servers:
-            _announce(self.servers[0].sockets[0], self.example)
+            grpc_port = None if self.app.grpc is None else self.app.grpc.port
+            _announce(self.servers[0].sockets[0], grpc_port, self.example)
 
 
 class OneLine(logging.Filter):
@@ -59,9 +63,11 @@ class OneLine(logging.Filter):
         return True
 
 
-def _announce(listener: socket.socket, example: bool) -> None:
+def _announce(listener: socket.socket, grpc_port: int | None, example: bool) -> None:
     host, port = listener.getsockname()[:2]
     print(f"stepcast serves on http://{host}:{port}", flush=True)
+    if grpc_port is not None:
+        print(f"stepcast serves gRPC on {host}:{grpc_port}", flush=True)
     if example:
         print(f"a first step: stepcast step control_charts demo value=30.5 --url http://{host}:{port}", flush=True)
 
@@ -95,9 +101,10 @@ def serve(arguments: argparse.Namespace) -> int:
         raise ConfigError("store 'memory://' is one process's own memory: it cannot serve several workers")
     os.environ.update({PREFIX + name.upper(): text for name, text in given.items() if text is not None})  # for workers
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    app = create_app(settings, freezes=True) if alone else None
     _room_for(settings.connections_limit)
     config = uvicorn.Config(
-        create_app(settings, freezes=True) if alone else f"{__package__}.app:from_environ",
+        app or f"{__package__}.app:from_environ",
         factory=not alone,
         host=settings.host,
         port=settings.port,
@@ -109,8 +116,8 @@ def serve(arguments: argparse.Namespace) -> int:
         access_log=False,
         log_level="warning",
         timeout_graceful_shutdown=max(1, round(settings.drain_s)),
-        ssl_certfile=arguments.ssl_certfile,
-        ssl_keyfile=arguments.ssl_keyfile,
+        ssl_certfile=settings.ssl_certfile or None,
+        ssl_keyfile=settings.ssl_keyfile or None,
         server_header=False,
         date_header=False,
         proxy_headers=False,  # wrong keys are counted by the address of the connection: nobody can write that
@@ -118,17 +125,43 @@ def serve(arguments: argparse.Namespace) -> int:
     if alone:
         logging.getLogger("uvicorn.error").addFilter(OneLine())
         server = Uvicorn(config)
-        server.example = arguments.example
+        server.app, server.example = cast(Server, app), arguments.example
         with contextlib.suppress(SystemExit):  # uvicorn's own way out of a start that failed
             server.run()
         return 0 if server.started else 1
     listener = config.bind_socket()
-    with tempfile.TemporaryDirectory(prefix="stepcast-") as folder:
+    with tempfile.TemporaryDirectory(prefix="stepcast-") as folder, _held_port(settings) as grpc_port:
         os.environ[WORKERS] = folder
         supervisor = Multiprocess(config, sockets=[listener])  # from here on SIGTERM stops it in order
-        _announce(listener, arguments.example)
+        _announce(listener, grpc_port, arguments.example)
         supervisor.run()
     return 0
+
+
+@contextlib.contextmanager
+def _held_port(settings: Settings) -> Iterator[int | None]:
+    """Keep the port of gRPC for the workers, who share it; None: there is none.
+
+    Raises:
+        ConfigError: it is taken (workers alone would not notice: they would share it with whoever has it), or gRPC is
+            not installed.
+    """
+    if settings.grpc_port is None:
+        yield None
+        return
+    load("grpc", "service,grpc")
+    host, port = settings.host, settings.grpc_port
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as held:
+        try:
+            with socket.create_server((host, port), family=family) as probe:
+                port = probe.getsockname()[1]
+            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            held.bind((host, port))  # it does not listen: connections go to the workers
+        except OSError as error:
+            raise ConfigError(f"cannot listen on {host}:{port} for gRPC: {error}") from error
+        os.environ[f"{PREFIX}GRPC_PORT"] = str(port)
+        yield port
 
 
 def check(arguments: argparse.Namespace) -> int:
@@ -173,10 +206,10 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     fields = Settings.model_fields
     run = commands.add_parser("serve", help="serve models until SIGTERM")
     for name in OPTIONS:
-        run.add_argument(f"--{name}", help=f"{fields[name].description} Default: {fields[name].default}")
+        default = "none" if fields[name].default in (None, "") else fields[name].default
+        option = f"--{name.replace('_', '-')}"
+        run.add_argument(option, dest=name, help=f"{fields[name].description} Default: {default}")
     run.add_argument("--example", action="store_true", help="serve the model that comes with Stepcast, in memory")
-    run.add_argument("--ssl-certfile", help="serve TLS with this certificate")
-    run.add_argument("--ssl-keyfile", help="and this key")
     run.set_defaults(run=serve)
     prove = commands.add_parser("check", help="prove a model directory")
     prove.add_argument("directory", type=Path, metavar="MODEL_DIR")

@@ -5,12 +5,14 @@ import contextlib
 import gc
 import os
 from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI, Response
 from fastapi.middleware.cors import CORSMiddleware
 
 import stepcast
 from stepcast.errors import ManifestError, NotReady, StepcastError
+from stepcast.rooms import load
 
 from .doors.answers import problem
 from .doors.bodies import JSON
@@ -33,6 +35,9 @@ from .settings import Settings
 from .store.urls import StoreOptions, open_store
 from .store.write_behind import BehindStore
 from .telemetry import CONTENT_TYPE, WORKERS, Metrics, Scrape, log
+
+if TYPE_CHECKING:
+    from .doors.grpc.door import GrpcDoor
 
 
 class Server:
@@ -68,6 +73,10 @@ class Server:
         v2 = InferenceRoutes(self.inference, keys, intake, self.check_ready)
         self.api = self._api(Routes(steps, keys, intake, self.metrics), v2)
         self._envelope = Envelope(self.api, sockets, hosts, self.metrics)
+        self.grpc: GrpcDoor | None = None
+        if settings.grpc_port is not None:
+            door = load(f"{__package__}.doors.grpc.door", "service,grpc").GrpcDoor
+            self.grpc = door(self.inference, keys, intake, settings, self.metrics, self.check_ready)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._envelope(scope, receive, send)
@@ -91,11 +100,15 @@ class Server:
         if self._freezes:
             gc.collect()
             gc.freeze()
+        if self.grpc is not None:
+            await self.grpc.open()
         self._set_ready(True)
         try:
             yield
         finally:
             self._set_ready(False)
+            if self.grpc is not None:
+                await self.grpc.drain()
             for poll in polls:
                 poll.cancel()
             self._scrape.close()
@@ -105,6 +118,8 @@ class Server:
                     await self.sessions.drain()
             except TimeoutError:
                 log.error("steps were still waiting after %s s of draining; they were not answered", drain_s)
+            if self.grpc is not None:
+                await self.grpc.close()
 
     def _set_ready(self, ready: bool) -> None:
         self.ready = ready

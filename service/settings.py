@@ -48,6 +48,14 @@ class Settings(BaseModel):
 
     host: str = _of("127.0.0.1", "Address to listen on.")
     port: int = _of(8000, "Port to listen on; 0 takes a free one.", ge=0, le=65535)
+    grpc_port: int | None = _of(
+        None,
+        "Port for the Open Inference Protocol over gRPC; 0 takes a free one; empty: none. Needs the extra `grpc`.",
+        ge=0,
+        le=65535,
+    )
+    ssl_certfile: str = _of("", "File of the certificate (and its chain) to serve TLS with; empty: no TLS.")
+    ssl_keyfile: str = _of("", "File of its private key; empty: it lies in the certificate's file.")
     workers: int = _of(1, "Server processes; they share nothing but the store.", ge=1)
     device: Literal["auto", "cpu", "cuda"] = _of("auto", "Where models run; auto takes CUDA when it is there.")
     threads: int = _of(1, "onnxruntime's threads within one operator.", ge=1)
@@ -144,7 +152,8 @@ class Settings(BaseModel):
         """All settings as a table in Markdown: docs/settings.md holds it."""
         lines = ["| variable | default | takes | meaning |", "|---|---|---|---|"]
         for name, field in cls.model_fields.items():
-            words = [PREFIX + name.upper(), str(field.default), _takes(field), field.description or ""]
+            default = "" if field.default is None else str(field.default)
+            words = [PREFIX + name.upper(), default, _takes(field), field.description or ""]
             variable, default, takes, meaning = (word.replace("|", "\\|") for word in words)
             lines.append(f"| `{variable}` | {f'`{default}`' if default else 'empty'} | {takes} | {meaning} |")
         return "\n".join(lines) + "\n"
@@ -153,7 +162,14 @@ class Settings(BaseModel):
 def _takes(field: FieldInfo) -> str:
     if get_origin(field.annotation) is Literal:
         return ", ".join(f"`{value}`" for value in get_args(field.annotation))
-    words: dict[Any, str] = {int: "integer", float: "number", str: "text", Path: "path", bool: "`true`, `false`"}
+    words: dict[Any, str] = {
+        int: "integer",
+        int | None: "integer",
+        float: "number",
+        str: "text",
+        Path: "path",
+        bool: "`true`, `false`",
+    }
     signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
     bounds = [f"{sign} {getattr(at, key)}" for at in field.metadata for key, sign in signs.items() if hasattr(at, key)]
     return ", ".join([words[field.annotation or str], *bounds])

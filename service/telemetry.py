@@ -97,6 +97,7 @@ class Metrics:
             "dropped_sessions", "At durability 'interval': sessions whose unwritten steps were lost to another writer."
         )
         self.sockets = gauge("open_websockets", "WebSocket connections.")
+        self.grpc_streams = gauge("open_grpc_streams", "Streams of steps over gRPC.")
         self.ready = gauge("ready", "Worker processes that take requests.")
         gauge("workers", "Worker processes whose metrics these are.").set(1)
 

@@ -49,17 +49,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: (item.path.name != "test_laws.py", item.path not in slow))
 
 
-LIGHT_DOORS = ("inference-",)
-LIGHT_STORES = ("memory", "redis")
+LIGHT_DOORS = {"inference-": ("memory", "redis"), "grpc-": ("redis",)}
+"""Doors that come to the sessions by the same way as others do: the stores on which they go through the laws."""
 
 
 def _leave_out(items: list[pytest.Item]) -> None:
-    """Doors that come to the sessions by the same way as others do, go through the laws on two stores, not on all."""
+    """Leave out the laws of light doors on other stores than theirs."""
 
-    def is_light(item: pytest.Item) -> bool:
+    def is_wanted(item: pytest.Item) -> bool:
         if item.path.name != "test_laws.py" or "[" not in item.name:
             return True
         parts = item.name.partition("[")[2]
-        return not any(door in parts for door in LIGHT_DOORS) or any(store in parts for store in LIGHT_STORES)
+        stores = [store for door, light in LIGHT_DOORS.items() if door in parts for store in light]
+        return not stores or any(store in parts for store in stores)
 
-    items[:] = [item for item in items if is_light(item)]
+    items[:] = [item for item in items if is_wanted(item)]

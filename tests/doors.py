@@ -403,6 +403,18 @@ DOORS: dict[str, Opener] = {
     "websocket-msgpack": lambda url, model: WebSocketDoor(url, model, packed=True),
     "inference-raw": lambda url, model: InferenceDoor(url, model, raw=True),
 }
+
+
+def _grpc(url: str, model: str, streams: bool) -> Door:
+    from grpc_doors import GrpcDoor  # which is made of what stands here
+
+    return GrpcDoor(url, model, streams)
+
+
+DOORS |= {
+    "grpc-calls": lambda url, model: _grpc(url, model, streams=False),
+    "grpc-stream": lambda url, model: _grpc(url, model, streams=True),
+}
 BATCH_DOORS: dict[str, Opener] = {
     "batch-json": lambda url, model: BatchDoor(url, model, packed=False),
     "batch-msgpack": lambda url, model: BatchDoor(url, model, packed=True),

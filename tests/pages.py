@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from serving import ROOT
+from serving import GRPC_ADDRESSES, ROOT
 from websockets.sync.client import connect
 
 README = ROOT / "README.md"
@@ -122,6 +122,7 @@ class Reader:
 
     def _here(self, text: str) -> str:
         """The text with the real server's address."""
+        text = text.replace("localhost:8001", GRPC_ADDRESSES.get(self.url or "", ""))
         return text.replace("localhost:8000", (self.url or "").removeprefix("http://"))
 
     def _environ(self) -> dict[str, str]:

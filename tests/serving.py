@@ -41,6 +41,10 @@ def few_models() -> Path:
     return folder
 
 
+GRPC_ADDRESSES: dict[str, str] = {}
+"""Where the servers speak gRPC that were started with a port for it, by their URLs."""
+
+
 class Running:
     """A server that runs in a thread of this process, and what it is made of; it serves `few_models`, if not told."""
 
@@ -63,6 +67,8 @@ class Running:
         self.loop = self._uvicorn.servers[0].get_loop()
         port = self._uvicorn.servers[0].sockets[0].getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
+        if self.app.grpc is not None:
+            GRPC_ADDRESSES[self.url] = f"127.0.0.1:{self.app.grpc.port}"
         return self.url
 
     def stop(self) -> None:
@@ -108,6 +114,10 @@ class Process:
             raise RuntimeError(f"the server did not start: {said}")
         errors.close()
         self.url = line[line.index("http://") :].strip()
+        if "--grpc-port" in arguments:
+            line = self.process.stdout.readline()
+            assert line.startswith("stepcast serves gRPC on "), line
+            GRPC_ADDRESSES[self.url] = line.split()[-1]
 
     def kill(self) -> None:
         """kill -9."""
@@ -152,7 +162,7 @@ def free_port() -> int:
 @pytest.fixture(scope="session")
 def memory_server() -> Iterator[Running]:
     """One server of all MODELS on the memory store, for all tests that need no store of their own."""
-    with running(store="memory://", models=MODELS) as server:
+    with running(store="memory://", models=MODELS, grpc_port=0) as server:
         yield server
 
 

@@ -227,7 +227,7 @@ def test_service_image_can_be_built_for_a_gpu() -> None:
     """RUNTIME names an extra; the two runtimes are never installed together."""
     extras = PROJECT["optional-dependencies"]
     assert stages()["service"].values("ARG") == ["RUNTIME=service"]
-    assert '".[${RUNTIME},calendar]"' in " ".join(stages()["service"].values("RUN"))
+    assert '".[${RUNTIME},grpc,calendar]"' in " ".join(stages()["service"].values("RUN"))
     names = {extra: {re.split(r"[\[><=]", d)[0] for d in extras[extra]} for extra in ("service", "service-gpu")}
     assert names == {"service": {"stepcast", "onnxruntime"}, "service-gpu": {"stepcast", "onnxruntime-gpu"}}
 

@@ -32,12 +32,12 @@ LOST = 3
 @pytest.fixture
 def url() -> Iterator[str]:
     """A server on the committed models."""
-    with running(store="memory://", models=ROOT / "models") as server:
+    with running(store="memory://", models=ROOT / "models", grpc_port=0) as server:
         yield server.url
 
 
 @pytest.mark.parametrize(
-    ("page", "least"), [("index", 2), ("protocol", 7), ("sdk", 15), ("errors", 3), ("inference-protocol", 5)]
+    ("page", "least"), [("index", 2), ("protocol", 7), ("sdk", 15), ("errors", 3), ("inference-protocol", 6)]
 )
 def test_page_shows_what_happens(page: str, least: int, url: str, tmp_path: Path) -> None:
     """Every command, program and frame of the page, in order, against the models of this repository."""

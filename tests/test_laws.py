@@ -44,6 +44,7 @@ pytestmark = pytest.mark.service
 
 STORES = ("memory", "sqlite", "redis", "cluster", *GIVEN)
 DURABLE = ("sqlite", "redis", "cluster", *GIVEN)
+GRPC = ("--grpc-port", "0")
 BATCH_ROWS = "32"  # of the processes, where no more sessions step at once: a start tries batches of up to so many rows
 Opened = Callable[[str], Script]
 
@@ -85,7 +86,7 @@ def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture(scope="module")
 def server(store: str) -> Iterator[Running]:
     """A server on that store."""
-    with running(store=store, models=MODELS) as server:
+    with running(store=store, models=MODELS, grpc_port=0) as server:
         yield server
 
 
@@ -335,7 +336,7 @@ def test_law3_one_masked_example_keeps_its_state_beside_others(opened: Opened, m
 @pytest.fixture(scope="module")
 def hurried(store: str) -> Iterator[Running]:
     """A server where every step comes too late for its run; so it tries no batches of them either."""
-    with running(store=store, models=MODELS, deadline_s=1e-9, batch_rows=1) as server:
+    with running(store=store, models=MODELS, deadline_s=1e-9, batch_rows=1, grpc_port=0) as server:
         yield server
 
 
@@ -494,8 +495,8 @@ def survivors(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     """All lives, after two kills."""
     url, town = url_of(request.param, request, tmp_path_factory.mktemp("kills")), Town()
     for moves in (3 * len(town.lives), 4 * len(town.lives)):
-        town.go_on(Process(url, models=MODELS, batch_rows=BATCH_ROWS), moves)
-    process = Process(url, models=MODELS, batch_rows=BATCH_ROWS)
+        town.go_on(Process(url, *GRPC, models=MODELS, batch_rows=BATCH_ROWS), moves)
+    process = Process(url, *GRPC, models=MODELS, batch_rows=BATCH_ROWS)
     try:
         town.go_on(process)
         yield town
@@ -647,7 +648,7 @@ def races(
 ) -> Iterator[dict[tuple[str, str], Race]]:
     """All races of a store, run."""
     store = url_of(request.param, request, tmp_path_factory.mktemp("races"))
-    replicas = [Process(store, models=MODELS, batch_rows=BATCH_ROWS) for _ in range(2)]
+    replicas = [Process(store, *GRPC, models=MODELS, batch_rows=BATCH_ROWS) for _ in range(2)]
     try:
         urls = [replica.url for replica in replicas]
         races = {(door, model): Race(door, model, urls) for door in STEP_DOORS for model in STREAMING}

@@ -20,7 +20,7 @@ import tritonclient.http.aio as triton_aio
 from doors import DOORS, Array, InferenceDoor, Script
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from serving import MODELS, ROOT, Process, Running, golden, running
+from serving import GRPC_ADDRESSES, MODELS, ROOT, Process, Running, golden, running
 from tritonclient.utils import InferenceServerException
 
 from service.doors.oip.requests import flags_of, session_of
@@ -735,19 +735,23 @@ def test_no_request_whatever_is_a_defect(
 
 
 @pytest.mark.perf_analyzer
-def test_perf_analyzer_drives_sequences() -> None:
-    """The page's command: sixteen sequences at once over HTTP, and a report without an error."""
+@pytest.mark.parametrize("way", ["http", "grpc"])
+def test_perf_analyzer_drives_sequences(way: str) -> None:
+    """The page's commands: sixteen sequences at once over HTTP and gRPC, and a report without an error."""
     program = shutil.which("perf_analyzer")
     assert program is not None, "perf_analyzer is not on the PATH: docs/inference-protocol.md says how to get it"
-    process = Process("memory://")
+    process = Process("memory://", "--grpc-port", "0")
     try:
         page = (ROOT / "docs" / "inference-protocol.md").read_text()
-        (command,) = [line for line in page.splitlines() if line.startswith("perf_analyzer ")]
-        arguments = command.replace("localhost:8000", process.url.removeprefix("http://")).replace(
-            "control_charts", KIND
-        )
+        (command,) = [line for line in page.splitlines() if line.startswith("perf_analyzer ") and f" -i {way} " in line]
+        here = {
+            "localhost:8000": process.url.removeprefix("http://"),
+            "localhost:8001": GRPC_ADDRESSES[process.url],
+            "control_charts": KIND,
+        }
+        arguments = [here.get(word, word) for word in command.split()[1:]]
         quick = ["--measurement-interval", "1000", "--max-trials", "5", "--stability-percentage", "999"]
-        run = subprocess.run([program, *arguments.split()[1:], *quick], capture_output=True, text=True, timeout=60)
+        run = subprocess.run([program, *arguments, *quick], capture_output=True, text=True, timeout=60)
     finally:
         process.kill()
     assert run.returncode == 0, run.stdout + run.stderr

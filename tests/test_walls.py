@@ -20,6 +20,10 @@ DOORS = {
     "rich": ["training/", "stepcast/cli/", "stepcast/progress.py"],
     "typer": ["stepcast/cli/"],
     "yaml": ["training/"],
+    "grpc": ["service/doors/grpc/"],
+    "grpc_health": ["service/doors/grpc/server.py"],
+    "grpc_reflection": ["service/doors/grpc/server.py"],
+    "google": ["service/doors/grpc/"],  # google.protobuf
     "httptools": ["stepcast/wire.py"],
     "fastapi": ["service/app.py", "service/doors/http/"],
     "starlette": ["service/app.py", "service/doors/http/"],

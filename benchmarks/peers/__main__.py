@@ -3,7 +3,7 @@
 import argparse
 import importlib
 
-NAMES = ("asgi", "websocket", "fastapi_echo", "by_hand", "mosec_app", "mosec_foreign", "litserve_app")
+NAMES = ("asgi", "websocket", "grpc_echo", "fastapi_echo", "by_hand", "mosec_app", "mosec_foreign", "litserve_app")
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from stepcast.errors import (
     NotFound,
     NotStreaming,
     QueueFull,
+    QuotaExceeded,
     StepcastError,
     Unauthorized,
     Unavailable,
@@ -22,6 +23,7 @@ HTTP_STATUS: Final = {
     "UNAUTHENTICATED": 401,
     "PERMISSION_DENIED": 403,
     "NOT_FOUND": 404,
+    "RESOURCE_EXHAUSTED": 429,
     "INTERNAL": 500,
     "UNIMPLEMENTED": 501,
     "UNAVAILABLE": 503,
@@ -35,6 +37,7 @@ _STATUS: Final[tuple[tuple[type[StepcastError], str], ...]] = (
     (Unavailable, "UNAVAILABLE"),
     (QueueFull, "UNAVAILABLE"),
     (DeadlineExceeded, "UNAVAILABLE"),
+    (QuotaExceeded, "RESOURCE_EXHAUSTED"),
 )
 
 

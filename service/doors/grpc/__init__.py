@@ -1,0 +1,1 @@
+"""The Open Inference Protocol over gRPC: messages, metadata and status codes; what they mean is doors/oip's."""
