@@ -78,6 +78,7 @@ class SqliteStore:
     """
 
     volatile = False
+    tells = False
 
     def __init__(
         self,
