@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import redis
-from redis_servers import RedisServer, eventually
+from redis_servers import RedisServer
 from serving import MODELS
 from streams import ConsumerProcess, Letter, Streams, letter, repository
 
@@ -31,6 +31,7 @@ from stepcast.shares import share_of
 KIND, SHARES, CONSUMERS, LEASE_S = "lstm", 4, 3, 1.0
 BAD_SHARE = 0.002
 PIECE = 500
+PATIENCE_S = 30.0
 GHOST = "a-consumer-that-is-gone"
 BAD: tuple[dict[str, Any], ...] = (
     {"inputs": "[1, 2]"},
@@ -235,7 +236,7 @@ def run(
                 count.kills += 1
             turn += 1
         assert not writer.error, writer.error
-        eventually(lambda: settled(streams), 120)
+        finish(streams)
         count.seconds = time.monotonic() - begun
         for process in fleet.processes:
             assert process.terminate() in (0, -15)
@@ -243,12 +244,18 @@ def run(
     return count
 
 
-def settled(streams: Streams) -> bool:
-    """Whether all is acknowledged; not while Redis is busy with something else."""
-    try:
-        return streams.settled()
-    except redis.RedisError:
-        return False
+def finish(streams: Streams) -> None:
+    """Wait until all is acknowledged, as long as there is progress."""
+    seen, until = -1, time.monotonic() + PATIENCE_S
+    while not streams.settled():
+        told = streams.other.xlen(f"{streams.name}:out")
+        if told != seen:
+            seen, until = told, time.monotonic() + PATIENCE_S
+        if time.monotonic() > until:
+            groups = {name: streams.redis.xinfo_groups(name) for name in streams.names}
+            leases = {name: streams.redis.get(f"stepcast:{{{name}}}:stepcast:reader") for name in streams.names}
+            raise AssertionError(f"no progress for {PATIENCE_S:g} s after {told} letters: {groups}, {leases}")
+        time.sleep(0.1)
 
 
 def judge(streams: Streams, script: Script, count: Count, again: set[tuple[str, bytes]]) -> None:
