@@ -15,6 +15,8 @@
 #   make chaos         kill -9 at random moments, then count; ARGS="--seconds 30 --sessions 200 --seed 1"
 #   make chaos-streams   the same with consumers of a stream; ARGS="--entries 1000000 --sessions 1000 --seed 1"
 #   make reshard       slots of a Redis Cluster move while sessions step, then count; ARGS="--seconds 60"
+#   make fuzz-heads    heads and handshakes that nobody would write; ARGS="--minutes 10 --seed 1"
+#   make fuzz          bodies, frames and files that nobody would write, for minutes; ARGS="--minutes 10 --seed 1"
 #   make mutants       break training on purpose, see that tests notice; ARGS="--only losses.py"
 #   make lock          write constraints.txt anew from the newest versions
 #   make clean         remove caches and build output
@@ -52,7 +54,7 @@ PYTEST_ARGS = -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 PYTEST = $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install check test test-service test-redis docs dist images demo forecasts serve bench chaos chaos-streams reshard mutants lock clean distclean python
+.PHONY: help install check test test-service test-redis docs dist images demo forecasts serve bench chaos chaos-streams reshard fuzz fuzz-heads mutants lock clean distclean python
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -138,6 +140,12 @@ chaos-streams: $(STAMP)
 
 reshard: $(STAMP)
 	PYTHONPATH=. $(BIN)/python tests/resharding.py $(ARGS)
+
+fuzz-heads: $(STAMP)
+	PYTHONPATH=.:tests $(BIN)/python tests/fuzz_heads.py $(ARGS)
+
+fuzz: $(STAMP)
+	PYTHONPATH=. $(BIN)/python tests/fuzz.py $(ARGS)
 
 mutants: $(STAMP)
 	$(BIN)/python tests/mutants.py $(ARGS)

@@ -198,7 +198,12 @@ def check(arguments: argparse.Namespace) -> int:
 
 def score(arguments: argparse.Namespace) -> int:
     """Step a table; see scoring/command.py, which needs pyarrow."""
-    return int(load(f"{__package__}.scoring.command", "parquet").run(arguments))
+    try:
+        command = load(f"{__package__}.scoring.command", "parquet")
+    except ConfigError as error:  # what is not installed is no wrong setting
+        print(error, file=sys.stderr)
+        return 1
+    return int(command.run(arguments))
 
 
 def make_key(arguments: argparse.Namespace) -> int:

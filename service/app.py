@@ -82,6 +82,7 @@ class Rooms:
         await asyncio.to_thread(self.repository.scan)
         if not self.repository.names():
             raise ManifestError(f"no model in {str(self.settings.models)!r} can be served: {self.repository.failures}")
+        await self.sessions.quotas.count()
         await self._scrape.open()
         polls = [asyncio.create_task(poll) for poll in self._polls()]
         if self._freezes:
@@ -106,7 +107,7 @@ class Rooms:
 
     def _polls(self) -> list[Coroutine[Any, Any, None]]:
         """What goes on beside."""
-        return [self._poll()]
+        return [self._poll(), self.sessions.quotas.watch()]
 
     @contextlib.asynccontextmanager
     async def _door(self) -> AsyncIterator[None]:
@@ -165,7 +166,7 @@ class Server(Rooms):
         keys = self._keys = Keys(settings.api_keys, settings.api_keys_file, settings.tries_limit)
         hosts, intake = Hosts(settings.hosts, keys.needed), Intake(settings.intake_bytes, settings.tenant_intake_bytes)
         self.heads = Heads(self.steps, keys, hosts, intake, settings, self.metrics)
-        sockets = Handshake(self.steps, keys, settings, self.metrics)
+        sockets = Handshake(self.steps, keys, intake, settings, self.metrics)
         self.api = self._api(Routes(self.steps, keys, intake, self.metrics))
         self._envelope = Envelope(self.api, sockets, hosts, self.metrics)
 
@@ -173,7 +174,7 @@ class Server(Rooms):
         await self._envelope(scope, receive, send)
 
     def _polls(self) -> list[Coroutine[Any, Any, None]]:
-        return [self._poll(), self._keys.watch()]
+        return [*super()._polls(), self._keys.watch()]
 
     def _api(self, routes: Routes) -> FastAPI:
         docs = self.settings.docs

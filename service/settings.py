@@ -76,6 +76,11 @@ class Settings(BaseModel):
     body_limit_bytes: int = _of(8 * 2**20, "Largest request body or WebSocket frame.", ge=1024)
     steps_limit: int = _of(100_000, "Most time steps in one call.", ge=1)
     examples_limit: int = _of(65_536, "Most examples in one session.", ge=1)
+    session_limit_bytes: int = _of(
+        2**23, "Largest session; each of its checkpoints counts as much as it does itself, bytes.", ge=1024
+    )
+    tenant_sessions_limit: int = _of(0, "Most sessions of one namespace; 0: any number.", ge=0)
+    tenant_limit_bytes: int = _of(0, "Most bytes of one namespace's sessions, without checkpoints; 0: any.", ge=0)
     checkpoints_limit: int = _of(64, "Most checkpoints per session.", ge=0)
     frames_limit: int = _of(256, "WebSocket frames in flight per socket before it is not read.", ge=1)
     stall_s: float = _of(30.0, "Longest time a client may leave answers unread before it is cut off.", gt=0)

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import Final
@@ -83,6 +83,7 @@ class Metrics:
         self.retries = counter("step_retries", "Step calls answered from a kept answer.")
         self.conflicts = counter("store_conflicts", "Steps computed again: another writer came first.")
         self.errors = counter("errors", "Errors answered, by code.", labelnames=["code"])
+        self.errors_of = cache(self.errors.labels)  # the library looks a label up for longer than it counts
         self.batch_rows = histogram("batch_rows", "Rows in one run.", [2**i for i in range(11)], "model")
         self.run_seconds = histogram(
             "run_seconds", "Time of one run, gather and scatter included, waiting excluded.", _SECONDS, "model"

@@ -20,6 +20,7 @@ from .codec import Layout
 from .errors import (
     Draining,
     NotReady,
+    QuotaExceeded,
     StepcastError,
     TooManyConnections,
     Unavailable,
@@ -258,6 +259,8 @@ def _manifest(message: dict[str, Any]) -> Manifest:
 
 
 def _again(call: Call, error: StepcastError) -> bool:
+    if isinstance(error, QuotaExceeded):  # time alone mends nothing
+        return False
     if error.status in (408, 429) or isinstance(error, (Draining, NotReady, TooManyConnections)):
         # refused: certainly not applied
         return True

@@ -40,6 +40,7 @@
     +-- QueueFull 429                 with retry_after_s
     |   +-- IntakeFull                too many bytes of requests in flight
     |   +-- TooManyTries              too many wrong keys from one address
+    +-- QuotaExceeded 429             the namespace has as many sessions or bytes as it may
     +-- Internal 500                  a defect of ours; never caused by an input
     +-- Unavailable 503
     |   +-- StoreUnavailable          with retry_after_s; whether the step was applied shows on retry with seq
@@ -249,6 +250,10 @@ class IntakeFull(QueueFull):
 
 class TooManyTries(QueueFull):
     code, title, close_code = "too_many_tries", "Too many wrong keys", 1008
+
+
+class QuotaExceeded(StepcastError):
+    code, status, title, close_code = "quota_exceeded", 429, "Quota exceeded", 1008
 
 
 class Internal(StepcastError):

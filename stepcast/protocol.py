@@ -215,6 +215,11 @@ _RESETS: Final = frozenset({"state.set", "clear", "rewind", "end"})
 """Operations that a session can go on from although an earlier step was refused."""
 
 
+def _may_pass(problem: dict[str, Any]) -> bool:
+    """Whether the same request may be taken later; a quota is used up until sessions are ended."""
+    return problem.get("status") in _TEMPORARY and problem.get("code") != "quota_exceeded"
+
+
 class Request:
     """What a caller asks of a session: an operation and its fields; once it is in `done`, an answer or a problem.
 
@@ -411,8 +416,7 @@ class ClientConversation:
                 self.done.append(request)
 
     def _is_temporary(self, request: Request) -> bool:
-        problem = request.problem or {}
-        return 0 < request.tries < self._tries and problem.get("status") in _TEMPORARY
+        return 0 < request.tries < self._tries and _may_pass(request.problem or {})
 
     def _pause(self, session: _Session, request: Request) -> None:
         """Send the oldest request, and what is behind it, again after a while: what the server asks for, doubling."""

@@ -5,13 +5,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import msgspec
 import numpy as np
+import overload
 import pytest
+import uvloop
 from serving import running
+
+from service.sessions import core
 
 pytestmark = pytest.mark.service
 
@@ -165,3 +170,38 @@ def test_a_client_that_goes_away_leaves_the_session_whole() -> None:
             client.post(f"{at}/step", content=long_body(1), headers=PACKED, timeout=0.02)
         step = client.post(f"{at}/step", json={"inputs": ONES}).json()["step"]
         assert step in (1, LONG.shape[1] + 1)
+
+
+def test_no_more_may_wait_than_leave_in_the_time_that_they_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long queue's limit follows its pace; a short one has that of the settings, and a draining server none."""
+    now = [100.0]
+    monkeypatch.setattr(core, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    load = core.Load(8192, patience_s=2.0)
+    load.waiting = 4000
+    for _ in range(9):  # 100 leave every sixteenth of a second
+        now[0] += 0.0625
+        load.leave(100)
+    assert (load.pace, load.limit, load.wait_s()) == (1600.0, 3200, 3100 / 1600)
+    for _ in range(4):  # ten times as slow
+        now[0] += 0.0625
+        load.leave(10)
+    assert (load.pace, load.limit) == (160.0, core.LONG_QUEUE)
+    load.leave(load.waiting - core.LONG_QUEUE)
+    assert (load.limit, load.wait_s()) == (8192, 0.0)
+    load.waiting = 4000
+    load.limit = 0
+    for _ in range(12):
+        now[0] += 0.05
+        load.leave(100)
+    assert load.limit == 0
+
+
+def test_a_server_that_is_asked_three_times_too_much_answers_what_it_accepts_in_time() -> None:
+    """Frames on schedule over many sockets: each is answered or refused, and the accepted ones within deadline_s."""
+    deadline_s = 2.0
+    with overload.served(deadline_s=str(deadline_s), batch_rows="32") as url:
+        seen = uvloop.run(overload.load(url, sockets=16, rate=4500, seconds=4, sessions=64))
+    assert seen.lost == 0
+    assert len(seen.accepted_s) > 500
+    assert set(seen.refused) <= {"queue_full", "deadline_exceeded"}
+    assert np.percentile(seen.accepted_s, 99) < deadline_s * 1.5, "the client's own lateness counts, too"

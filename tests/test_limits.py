@@ -184,6 +184,35 @@ def test_a_head_that_does_not_end_is_408(hasty: Running, begun: bytes) -> None:
     assert READ_S * 0.9 < time.monotonic() - started < READ_S + 5
 
 
+def test_a_socket_that_is_open_is_not_waited_for(hasty: Running) -> None:
+    """Its handshake was whole; it may be silent for longer than read_s."""
+    with connect(hasty) as sock:
+        sock.sendall(f"GET {STREAM}?key={KEY} HTTP/1.1\r\nhost: localhost\r\n{UPGRADE}\r\n\r\n".encode())
+        assert sock.recv(65536).startswith(b"HTTP/1.1 101")
+        sock.settimeout(3 * READ_S)
+        with pytest.raises(TimeoutError):
+            sock.recv(1)
+        sock.sendall(b"\x81\x8f\0\0\0\0" + b'{"op":"marker"}')
+        sock.settimeout(20)
+        assert b'"op":"marker"' in sock.recv(65536)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        f"POST {STREAM} HTTP/1.1\r\nhost: localhost\r\n{UPGRADE}\r\ncontent-length: 3\r\n\r\nabc",
+        f"GET {STREAM} HTTP/1.1\r\nhost: localhost\r\n{UPGRADE}\r\n" + "a: b\r\n" * 200 + "\r\n",
+        f"GET {STREAM} HTTP/1.1\r\nhost: localhost\r\n{UPGRADE}\r\na: {'b' * 9000}\r\n\r\n",
+    ],
+    ids=["body", "many", "long"],
+)
+def test_a_handshake_that_the_library_gives_up_is_answered(hasty: Running, head: str) -> None:
+    """It has limits of its own, and would leave the client waiting."""
+    with connect(hasty) as sock:
+        sock.sendall(head.encode())
+        assert told(sock)[:2] == (400, "malformed")
+
+
 def test_a_connection_on_which_nothing_comes_is_closed_without_an_answer(hasty: Running) -> None:
     """It has asked nothing."""
     with connect(hasty) as sock:

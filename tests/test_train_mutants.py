@@ -10,7 +10,7 @@ from mutants import ROOT, Mutant
 CATALOGUE = list(mutants.mutants())
 JUDGED = (
     *("train.py", "segments.py", "losses.py", "masks.py", "metrics.py", "optimise.py"),
-    *("averaging.py", "distributions.py", "probabilistic.py"),
+    *("averaging.py", "distributions.py", "probabilistic.py", "calibration.py", "checkpoint.py", "data/table.py"),
 )
 
 

@@ -605,3 +605,51 @@ def wait() -> Callable[[Callable[[], bool]], None]:
             time.sleep(0.01)
 
     return until
+
+
+def test_a_frame_that_waited_too_long_for_its_turn_is_refused_and_a_marker_is_not() -> None:
+    """Behind a rollout that takes longer than the deadline: what came meanwhile steps nothing; the next frame does."""
+    with running(store="memory://", frames_limit=2, deadline_s=0.2) as server:
+        peer = Raw(server)
+        peer.send(client_frame(0x81, STEP))
+        assert peer.receive()[0] == TEXT
+        slow = {"op": "rollout", "session": "raw", "steps": 40_000, "inputs": [X] * 40_000}
+        peer.send(client_frame(0x81, json.dumps(slow).encode()))
+        late = [{"id": number, "session": "raw", "inputs": X} for number in range(20)] + [{"id": "m", "op": "marker"}]
+        peer.send(b"".join(client_frame(0x81, json.dumps(frame).encode()) for frame in late))
+        answers = [json.loads(peer.receive()[1]) for _ in range(22)]
+        assert "error" not in answers[0]
+        codes = [answer["error"]["code"] for answer in answers[1:21] if "error" in answer]
+        assert codes, "the rollout was too quick"
+        assert set(codes) == {"deadline_exceeded"}
+        assert [answer["id"] for answer in answers[1:21]] == list(range(20))
+        assert answers[21] == {"id": "m", "op": "marker"}
+        peer.send(client_frame(0x81, STEP))
+        assert json.loads(peer.receive()[1])["step"] == 22 - len(codes)
+        peer.close()
+
+
+def test_unfinished_messages_of_all_sockets_are_bounded_together() -> None:
+    """Beyond tenant_intake_bytes the next one is told to come again later; what is finished is given back."""
+    size = 2**20 - 100
+    with running(store="memory://", tenant_intake_bytes=2**21, intake_bytes=2**21) as server:
+        begun = client_frame(0x82, bytes(size))
+        peers = [Raw(server) for _ in range(3)]
+        intake = server.app.heads.intake
+        for count, peer in enumerate(peers[:2], 1):
+            peer.send(begun[:-1])
+            deadline = time.monotonic() + 10
+            while intake.held < count * size:
+                assert time.monotonic() < deadline
+                time.sleep(0.002)
+        peers[2].send(begun[:-1])
+        assert peers[2].close_code() == 1013
+        peers[0].send(begun[-1:])
+        assert peers[0].receive()[0] == BINARY
+        peers[1].close()
+        deadline = time.monotonic() + 10
+        while intake.held:
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        for peer in peers:
+            peer.close()

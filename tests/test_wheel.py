@@ -161,6 +161,7 @@ def test_a_missing_extra_is_named_with_its_command(
         (client, ["train", "x.yaml"], "training"),
         (service, ["train", "x.yaml"], "training"),
         (service, ["schema", "recipe"], "training"),
+        (service, ["score", "x.csv", "--model", "m", "--out", "y.csv"], "parquet"),
         (training, ["sessions", "m"], "client"),
         (training, ["serve"], "service"),
     ):

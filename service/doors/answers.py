@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from http import HTTPStatus
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -42,10 +43,18 @@ def problem(error: BaseException, metrics: Metrics | None = None) -> Answer:
     return Answer(ours.status, encode(document(ours, metrics), JSON), PROBLEM, fields)
 
 
+def head_of(answer: Answer, fields: bytes) -> bytes:
+    """The head of an answer up to the content length."""
+    line = f"HTTP/1.1 {answer.status} {HTTPStatus(answer.status).phrase}\r\n"
+    lines = "".join(f"{name}: {value}\r\n" for name, value in answer.fields.items())
+    kind = f"{line}content-type: {answer.kind}\r\n{lines}".encode("latin-1")
+    return b"%s%scontent-length: " % (kind, fields)
+
+
 def document(error: StepcastError, metrics: Metrics | None = None) -> dict[str, Any]:
     """An error's problem document; the metrics count it."""
     if metrics is not None:
-        metrics.errors.labels(error.code).inc()
+        metrics.errors_of(error.code).inc()
     return error.problem()
 
 

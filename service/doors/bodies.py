@@ -27,6 +27,7 @@ Policy = Literal["pin", "reset", "replay"]
 Number = float | None
 Positive = Annotated[int, Meta(ge=1, le=2**53)]
 Count = Annotated[int, Meta(ge=0, le=2**53)]
+StepNumber = Annotated[int, Meta(ge=0, le=2**52)]  # the numbers of later steps, too, are exact as floats
 ID_PATTERN: Final = "^[A-Za-z0-9._:@~-]{1,256}$"
 SessionId = Annotated[str, Meta(extra_json_schema={"pattern": ID_PATTERN})]
 FrameId = str | Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | float | None
@@ -188,7 +189,7 @@ class StateBody(msgspec.Struct, forbid_unknown_fields=True):
     model: str | None = None
     layer: str | None = None
     version: Positive | None = None
-    step: Count | None = None
+    step: StepNumber | None = None
     examples: Count | None = None
     fingerprint: str | None = None
 

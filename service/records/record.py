@@ -68,6 +68,12 @@ class Record:
         """What compare-and-set compares; 16 bytes."""
         return self.incarnation + self.revision.to_bytes(8, "little")
 
+    @property
+    def size(self) -> int:
+        """Bytes of the record."""
+        parts = len(self.state) + len(self.inputs) + sum(map(len, self.answers))
+        return HEADER_BYTES + (layout.SOURCE.size if self.source else 0) + parts
+
     def encode(self) -> bytes:
         """The record as the store keeps it."""
         flags = self.flags | (HAS_SOURCE if self.source else 0)

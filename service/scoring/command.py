@@ -13,7 +13,7 @@ from stepcast.rooms import example_models
 from stepcast.tables import is_parquet
 
 from ..engine.repository import Repository, Served
-from ..settings import Settings
+from ..settings import PREFIX, Settings
 from .files import listed
 from .layout import Wanted
 from .work import Plan, Work
@@ -30,7 +30,8 @@ def run(asked: argparse.Namespace) -> int:
     given = {name: getattr(asked, name) for name in _OF_SETTINGS}
     if asked.example:
         given["models"] = str(example_models())
-    given["threads"] = str(len(os.sched_getaffinity(0)) if asked.threads is None else asked.threads)
+    if asked.threads is None and f"{PREFIX}THREADS" not in os.environ:
+        given["threads"] = str(_processors())
     settings = Settings.read(os.environ, **given)
     plan = _plan(asked)
     served = _served(settings, asked.model, asked.version)
@@ -41,7 +42,10 @@ def run(asked: argparse.Namespace) -> int:
         tell: Callable[[int, int | None], None] = lambda done, total: None  # noqa: E731
         if sys.stderr.isatty():
             tell = stack.enter_context(progress.bar("rows", None))
-        result = work.run(tell)
+        try:
+            result = work.run(tell)
+        except OSError as error:  # a full disk, say
+            raise ConfigError(f"{error.filename or plan.out}: {error.strerror or error}") from error
     for text in result.told:
         print(f"left out: {text}", file=sys.stderr)
     if result.skipped:
@@ -52,6 +56,11 @@ def run(asked: argparse.Namespace) -> int:
         raise SessionBusy(text)
     print(f"{result.rows} rows through {served.name} version {served.version}: {plan.out}")
     return 0
+
+
+def _processors() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _served(settings: Settings, model: str, version: int | None) -> Served:
@@ -81,8 +90,12 @@ def _plan(asked: argparse.Namespace) -> Plan:
         raise ConfigError(f"--out {asked.out}: want a file called .csv, .parquet or .pq")
     if asked.data.is_dir() and asked.data.resolve() in asked.out.resolve().parents:
         raise ConfigError(f"--out {asked.out} lies among the tables of {asked.data}. Write it elsewhere.")
+    if asked.out.resolve() == asked.data.resolve():
+        raise ConfigError(f"--out {asked.out} is the table itself. Write it elsewhere.")
     if asked.goes_on and asked.store is None:
         raise ConfigError("--continue goes on from the sessions of a store. Name it: --store URL")
+    if asked.store is not None and asked.store.startswith("memory:"):
+        raise ConfigError("--store memory:// ends with this command, and no server can go on from there. Take another.")
     pairs = [text.partition("=") for text in asked.column]
     if wrong := [name for name, _, column in pairs if not (name and column)]:
         raise ConfigError(f"--column {wrong[0]!r}: want FEATURE=COLUMN")

@@ -43,7 +43,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     machine = parser.add_argument_group("machine")
     add = machine.add_argument
     add("--device", choices=["auto", "cpu", "cuda"], help="where the model runs; default: auto")
-    add("--threads", type=_count, metavar="N", help="onnxruntime's threads; default: as many as there are processors")
+    add("--threads", type=_count, metavar="N", help="onnxruntime's threads; default: one for each processor")
     add("--state-mb", type=float, default=1024.0, metavar="MB", help="memory for states; the rest lies on the disk")
     add("--chunk-rows", type=int, default=0, metavar="N", help="rows that are stepped together; default: by their size")
     add("--checkpoint-s", type=float, default=15.0, metavar="S", help="seconds between checkpoints; default: 15")

@@ -92,12 +92,19 @@ class Scratch:
         return Reached(Position(file, row), *rest)
 
     def save(self, reached: Reached, sessions: Iterable[Saved]) -> None:
-        """A checkpoint."""
-        self._data.execute("BEGIN")
-        self._data.executemany(_SAVE, sessions)
-        values = (*reached.position, *reached[1:])
-        self._data.execute("UPDATE run SET file = ?, row = ?, spooled = ?, rows = ?, skipped = ?", values)
-        self._data.execute("COMMIT")
+        """A checkpoint.
+
+        Raises:
+            ConfigError: it cannot be written; the last one holds.
+        """
+        try:
+            self._data.execute("BEGIN")
+            self._data.executemany(_SAVE, sessions)
+            values = (*reached.position, *reached[1:])
+            self._data.execute("UPDATE run SET file = ?, row = ?, spooled = ?, rows = ?, skipped = ?", values)
+            self._data.execute("COMMIT")
+        except sqlite3.Error as error:
+            raise ConfigError(f"{self._path}: cannot be written ({error})") from error
 
     def load(self, keys: Sequence[str]) -> Iterator[Saved]:
         """Those of these sessions that are there."""

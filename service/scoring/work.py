@@ -178,24 +178,27 @@ class Work:
         return Landing(self._settings, self._served, plan.namespace, nonce, plan.goes_on)
 
     def _through(self, states: States, spool: Spool, reached: Reached, tell: Tell) -> Reached:
-        """Step all rows from where the run is."""
-        saved, pause_s = time.monotonic(), self.plan.checkpoint_s
+        """Step all rows from where the run is; who mends what ends it goes on from there."""
+        saved, pause_s, sound = time.monotonic(), self.plan.checkpoint_s, True
         read = files.chunks(self._paths, self.layout.columns, reached.position, self._chunk_rows)
-        for rows in _ahead(self._reader.read(chunk) for chunk in read):
-            try:
+        try:
+            for rows in _ahead(self._reader.read(chunk) for chunk in read):
                 segments = self._in_turn(rows, states, reached)
-            except BaseException:
-                self._save(states, spool, reached)  # who mends what is wrong goes on from here
-                raise
-            table = self._stepped(rows, segments, states)
-            spooled = spool.append(table)
-            reached = Reached(rows.chunk.end, spooled, reached.rows + table.num_rows, self._result.skipped)
-            tell(reached.rows, round(reached.rows / rows.chunk.share) if rows.chunk.share else None)
-            if time.monotonic() - saved >= pause_s:
-                started = time.monotonic()
+                sound = False
+                table = self._stepped(rows, segments, states)
+                spooled = spool.append(table)
+                reached = Reached(rows.chunk.end, spooled, reached.rows + table.num_rows, self._result.skipped)
+                sound = True
+                tell(reached.rows, round(reached.rows / rows.chunk.share) if rows.chunk.share else None)
+                if time.monotonic() - saved >= pause_s:
+                    started = time.monotonic()
+                    self._save(states, spool, reached)
+                    saved = time.monotonic()
+                    pause_s = max(self.plan.checkpoint_s, (saved - started) / _SHARE)
+        except BaseException:
+            if sound:
                 self._save(states, spool, reached)
-                saved = time.monotonic()
-                pause_s = max(self.plan.checkpoint_s, (saved - started) / _SHARE)
+            raise
         return reached
 
     def _save(self, states: States, spool: Spool, reached: Reached) -> None:

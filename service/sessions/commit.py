@@ -13,7 +13,7 @@ from ..store import Store
 from ..telemetry import Metrics, as_ours, log
 from .cache import SessionCache
 from .core import NS_PER_MS, Answers, Ask, Batch, Group, Lane, Load, Roster, Rows, Session, Waiter
-from .feed import Feed
+from .feed import Feed, address_letters
 from .run import MaskedRun
 
 Outcome = list[bool] | BaseException
@@ -36,7 +36,7 @@ class Commits:
         batch.left, batch.started = len(batch.steps.sessions), time.perf_counter()
         for group in batch.groups:
             if group.fed:
-                group.address_letters()
+                address_letters(group)
             self._store.replace(group.block, partial(self._told, batch, group))
         if not batch.left:
             return None

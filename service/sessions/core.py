@@ -1,6 +1,8 @@
 """The nouns of stepping: which session, who waits, a session kept ready, the lane of a version, a batch of steps."""
 
 import asyncio
+import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Protocol, cast
@@ -27,6 +29,10 @@ Mask = npt.NDArray[np.bool_]
 Ints = npt.NDArray[np.int64]
 
 NS_PER_MS: Final = 1_000_000
+LONG_QUEUE: Final = 512
+"""Steps that may wait, whatever their pace."""
+PACE_S: Final = 0.25
+"""Over how long the pace of a long queue is measured."""
 OPEN_S: Final = 0.02
 """How long steps may join a batch: its deadline is that of the first."""
 
@@ -79,14 +85,44 @@ class Load:
     """The steps of a model that wait, of all its versions."""
 
     limit: int  # the most that may wait; 0 while the server drains
+    patience_s: float = math.inf  # for how long they should, at most
     waiting: int = 0
     left: asyncio.Event = field(default_factory=asyncio.Event)  # set when some wait no longer
+    most: int = field(init=False)  # the limit while the queue is short
+    pace: float = 0.0  # how many leave in a second, where the queue is long; 0: it is short, or not known
+    _since: float = 0.0  # from when on a long queue's pace is measured; 0: it is short
+    _gone: int = 0  # how many left since then
+
+    def __post_init__(self) -> None:
+        self.most = self.limit
 
     def leave(self, count: int) -> None:
         """That many wait no longer."""
         self.waiting -= count
+        if self._since or self.waiting > LONG_QUEUE:
+            self._pace(count)
         if not self.limit:
             self.left.set()
+
+    def _pace(self, count: int) -> None:
+        """Let no more wait than leave within `patience_s`: to accept a step that comes too late helps nobody."""
+        now = time.monotonic()
+        self._gone += count
+        if self.waiting <= LONG_QUEUE:
+            self._since = self.pace = 0.0
+            if self.limit:
+                self.limit = self.most
+        elif not self._since:
+            self._since, self._gone = now, 0
+        elif now - self._since >= PACE_S:
+            self.pace = self._gone / (now - self._since)
+            self._since, self._gone = now, 0
+            if self.limit:
+                self.limit = int(min(self.most, max(self.pace * self.patience_s, LONG_QUEUE)))
+
+    def wait_s(self) -> float:
+        """How long a step that comes now will wait for its run."""
+        return self.waiting / self.pace if self.pace else 0.0
 
 
 @dataclass(slots=True, eq=False)
@@ -314,16 +350,6 @@ class Group:
             block.log[:] = self.x.view(np.uint8)
         self.answers = Answers(outputs.reshape(count, -1, 1, outputs.shape[1]), lane.version)
         self.tags = None if tags is None else tags.reshape(count, -1)
-
-    def address_letters(self) -> None:
-        """Let the store tell of the steps together with their records, where their source asks for it."""
-        feeds, taken = self.rows.feeds(), self.block.advance.steps
-        if feeds[0].outbox is not None:
-            self.block.outbox = feeds[0].outbox
-            steps = [session.step + taken for session in self.rows.sessions]
-            self.block.letters = [
-                feed.letter(self.answers, row, step) for row, (feed, step) in enumerate(zip(feeds, steps, strict=True))
-            ]
 
 
 @dataclass(slots=True, eq=False)

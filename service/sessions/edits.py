@@ -88,19 +88,32 @@ class States:
         live, require = self.repository.live, self.repository.require
         served = live(address.model) if version is None else require(address.model, version)
         check_streams(served)
-        self._check_examples(examples)
+        self._check_examples(examples, served, address.session)
         state, ttl = served.runtime.initial(examples), 0 if ttl_s is None else math.ceil(ttl_s) or TTL_FOR_EVER
-        return await self.ledger.create(address, self._fresh(served, examples, state, ttl_s=ttl))
+        return await self._create(address, self._fresh(served, examples, state, ttl_s=ttl))
+
+    async def _create(self, address: Address, fresh: Record) -> Record:
+        """Store a new session, which its tenant must have room for."""
+        size, quotas = fresh.size, self.sessions.quotas
+        quotas.take(address.namespace, 1, size)
+        try:
+            return await self.ledger.create(address, fresh)
+        except SessionExists:
+            quotas.give(address.namespace, 1, size)
+            raise
 
     async def end(self, address: Address, if_match: str | None = None) -> None:
         """End and forget a session, its checkpoints with it; raises SessionNotFound or PreconditionFailed."""
         self.repository.live(address.model)
+        size = 0
 
         async def edit(found: Record | None) -> Edit:
-            self.ledger.there(address, found)
+            nonlocal size
+            size = self.ledger.there(address, found).size
             return Edit(None)
 
         await self.ledger.change(address, edit, if_match)
+        self.sessions.quotas.give(address.namespace, 1, size)
 
     async def list_sessions(
         self, namespace: str, model: str, prefix: str, cursor: str, limit: int
@@ -131,7 +144,7 @@ class States:
             "version": record.version,
             "step": record.step,
             "examples": record.examples or None,
-            "bytes": len(record.encode()),
+            "bytes": record.size,
             "created_at": record.created_ms / 1000,
             "used_at": record.used_ms / 1000,
             "expires_at": None if ttl is None else record.used_ms / 1000 + ttl,
@@ -168,7 +181,11 @@ class States:
                 state, examples = arrays.state_arrays(new.state, served.manifest)
                 if not served.manifest.states:  # then no tensor says it
                     examples = new.examples or (found.examples if found else 0)
-            return self._with_state(found, served, served.runtime.pack(state), examples, new)
+            self._check_examples(examples, served, address.session)
+            after = self._with_state(found, served, served.runtime.pack(state), examples, new)
+            grows = after.size - (found.size if found else 0)
+            self.sessions.quotas.take(address.namespace, int(found is None), grows)
+            return after
 
         return await self._write(address, edit, if_match)
 
@@ -218,7 +235,7 @@ class States:
         record = replace(
             view.record, incarnation=token_bytes(8), revision=1, created_ms=now, used_ms=now, flags=0, source=None
         )
-        return child, await self.ledger.create(child, record)
+        return child, await self._create(child, record)
 
     async def checkpoint(self, address: Address, name: str | None) -> dict[str, Any]:
         """Name the session as it is now; the default name is step-<step>.
@@ -252,6 +269,7 @@ class States:
         limit = self.settings.checkpoints_limit
         if len(names) >= limit:
             raise TooLarge(f"session {address.session!r} has {len(names)} checkpoints (limit {limit})", limit=limit)
+        self.sessions.quotas.check(address.session, record.size * (len(names) + 2))
         return name
 
     async def checkpoints(self, address: Address) -> list[dict[str, Any]]:
@@ -352,7 +370,6 @@ class States:
         return served
 
     def _with_state(self, found: Record | None, served: Served, state: bytes, examples: int, new: NewState) -> Record:
-        self._check_examples(examples)
         if new.examples not in (None, examples):
             raise ShapeMismatch(f"$.examples is {new.examples}, the state has {examples}")
         if found is None:
@@ -376,7 +393,9 @@ class States:
         if layer not in layers:
             raise LayerNotFound(f"model {served.name!r} has no state layer {layer!r}, it has {layers}", layers=layers)
 
-    def _check_examples(self, examples: int) -> None:
+    def _check_examples(self, examples: int, served: Served, session: str) -> None:
+        """Raises TooLarge where a session may not have so many examples of a version."""
+        self.sessions.quotas.check(session, examples * served.manifest.state_row_bytes)
         limit = self.settings.examples_limit
         if examples > limit:
             raise TooLarge(f"{examples} examples in one session (limit {limit})", limit=limit)

@@ -8,7 +8,7 @@ from ..records.block import Letter, Outbox
 from ..records.layout import POSITION, source_of
 
 if TYPE_CHECKING:
-    from .core import Address, Answers
+    from .core import Address, Answers, Group
 
 
 class Feed:
@@ -47,6 +47,17 @@ class Feed:
     def letter(self, answers: "Answers", row: int, step: int) -> Letter:
         """What the store tells of the step, as `outbox` says; must not raise."""
         raise NotImplementedError
+
+
+def address_letters(group: "Group") -> None:
+    """Let the store tell of a source's steps together with their records, if their outbox asks for it."""
+    feeds, taken = group.rows.feeds(), group.block.advance.steps
+    if feeds[0].outbox is not None:
+        group.block.outbox = feeds[0].outbox
+        steps = [session.step + taken for session in group.rows.sessions]
+        group.block.letters = [
+            feed.letter(group.answers, row, step) for row, (feed, step) in enumerate(zip(feeds, steps, strict=True))
+        ]
 
 
 def is_next(record: bytes, position: bytes) -> bool:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
+from typing import Final
 
 from stepcast.errors import Draining, NotStreaming, QueueFull
 
@@ -12,6 +13,9 @@ from ..records.layout import Shapes
 from ..settings import Settings
 from ..telemetry import Metrics
 from .core import Batch, Lane, Load
+
+QUEUE_SHARE: Final = 0.4
+"""The share of deadline_s that a step may have to wait in a queue at its present pace, or it is refused at once."""
 
 Finish = Callable[[Batch], "asyncio.Future[None] | None"]
 Drop = Callable[[Batch, Sequence[int]], None]
@@ -52,7 +56,8 @@ class Lanes:
         """The steps of a model that wait."""
         load = self._loads.get(model)
         if load is None:
-            load = self._loads[model] = Load(0 if self.draining else self.settings.queue_limit)
+            limit = 0 if self.draining else self.settings.queue_limit
+            load = self._loads[model] = Load(limit, self.settings.deadline_s * QUEUE_SHARE)
         return load
 
     def of(self, served: Served) -> Lane:

@@ -30,9 +30,10 @@ from ..telemetry import Metrics, as_ours, log
 from .batch_steps import BatchSteps
 from .cache import SessionCache
 from .commit import Commits
-from .core import NS_PER_MS, Address, Answers, Ask, Floats, Lane, Mask, Session, Waiter, another_n
+from .core import NS_PER_MS, Address, Answers, Ask, Floats, Lane, Load, Mask, Session, Waiter, another_n
 from .feed import Feed, is_next, step_there
 from .lanes import Lanes, check_streams, full
+from .quotas import Quotas
 from .roster import Rosters
 from .run import MaskedRun
 from .stored import Ledger
@@ -55,7 +56,7 @@ class Sessions:
     ) -> None:
         self.repository, self.store, self.settings, self.metrics = repository, store, settings, metrics
         self.ledger = Ledger(store, settings.ttl_s, lambda: clock() // NS_PER_MS, self._replaced)
-        self._clock = clock
+        self._clock, self.quotas = clock, Quotas(store, settings)
         self._cache, self._rosters = SessionCache(settings.hot_bytes), Rosters()
         self._commits = Commits(store, self._cache, metrics, self._go_on)
         self._lanes = Lanes(settings, metrics, clock, self._commits.batch, self._commits.drop)
@@ -68,6 +69,14 @@ class Sessions:
     def draining(self) -> bool:
         """Whether new steps are refused."""
         return self._lanes.draining
+
+    def admit(self, model: str) -> None:
+        """Raises QueueFull or Draining where no step of a model may come."""
+        self._lanes.room(model, 1)
+
+    def load(self, model: str) -> Load:
+        """The steps of a model that wait."""
+        return self._lanes.load(model)
 
     # --- taking steps -------------------------------------------------------------------------------------------
 
@@ -223,7 +232,7 @@ class Sessions:
         examples, numbered = shape.examples, ask.seq is None or ask.seq == session.step + steps
         if examples in (0, rows) and numbered:
             if not examples:
-                session.take(records.opened(data, rows, lane.served.runtime.initial(rows)), lane)
+                self._open(session, lane, data, rows)
             self._begin(session, lane, ask)
             return True
         if not ask.verified:
@@ -232,6 +241,15 @@ class Sessions:
             self._repeat(session, lane, ask, data)
             return False
         raise another_n(session.address, examples, rows)
+
+    def _open(self, session: Session, lane: Lane, data: bytes, rows: int) -> None:
+        """Give a session that has no state the initial one of so many rows; TooLarge or QuotaExceeded."""
+        grows = rows * lane.served.manifest.state_row_bytes
+        size = len(data) + grows
+        self.quotas.check(session.address.session, size)
+        is_new = not session.stored
+        self.quotas.take(session.address.namespace, int(is_new), size if is_new else grows)
+        session.take(records.opened(data, rows, lane.served.runtime.initial(rows)), lane)
 
     def _begin(self, session: Session, lane: Lane, ask: Ask) -> None:
         """Let a call join a batch; one of several steps, or with a mask, runs by itself."""

@@ -76,6 +76,9 @@ class Store(Protocol):
         first page to the last is listed at least once.
         """
 
+    async def usage(self) -> dict[str, tuple[int, int]]:
+        """How many sessions, and bytes of records, each namespace has; about, while they change."""
+
     async def load_side(self, key: str, name: str) -> bytes | None:
         """One side record of a session."""
 
@@ -99,6 +102,11 @@ class StoreOptions:
     def awaited(self) -> int:
         """How many replicas a commit waits for."""
         return self.replicas if self.durability == "replicated" else 0
+
+
+def namespace_of(key: str) -> str:
+    """Whose session it is."""
+    return key.partition("/")[0]
 
 
 def as_writes(block: Block) -> list[Write]:

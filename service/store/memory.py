@@ -3,6 +3,7 @@
 A restart forgets everything and no other process sees it. No method ever suspends.
 """
 
+import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -13,8 +14,9 @@ from typing import Final
 
 from ..records.block import Block, Bytes
 from ..records.layout import TOKEN
-from . import Done, Write
+from . import Done, Write, namespace_of
 
+_PER_TURN: Final = 10_000  # sessions that are counted before others have their turn
 _GONE: Final[tuple[bytes, float]] = (b"", inf)
 
 
@@ -99,6 +101,17 @@ class MemoryStore:
         live = (key for key, (_, expires) in self._records.items() if expires > now)
         keys = nsmallest(limit, (key for key in live if key > cursor and key.startswith(prefix)))
         return keys, keys[-1] if len(keys) == limit else ""
+
+    async def usage(self) -> dict[str, tuple[int, int]]:
+        now, used = self._clock(), dict[str, tuple[int, int]]()
+        for at, key in enumerate(list(self._records)):
+            record = self._live(key, now)
+            if record is not None:
+                sessions, size = used.get(namespace_of(key), (0, 0))
+                used[namespace_of(key)] = sessions + 1, size + len(record)
+            if not at % _PER_TURN:
+                await asyncio.sleep(0)
+        return used
 
     async def load_side(self, key: str, name: str) -> bytes | None:
         return self._live_sides(key).get(name)

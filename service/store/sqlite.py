@@ -59,6 +59,9 @@ _REPLACE: Final = (
 _FORGET: Final = "DELETE FROM sessions WHERE key = ? AND token = ? AND expires_ms > ?"
 _FORGET_SIDES: Final = "DELETE FROM sides WHERE key = ?"
 _SET_SIDE: Final = "INSERT OR REPLACE INTO sides (key, name, record) VALUES (?, ?, ?)"
+_USAGE: Final = """
+SELECT substr(key, 1, instr(key, '/') - 1), count(*), sum(length(record)) FROM sessions WHERE expires_ms > ? GROUP BY 1
+"""
 _LIST: Final = "SELECT key FROM sessions WHERE key > ? AND key >= ? AND key < ? AND expires_ms > ? ORDER BY key LIMIT ?"
 _SIDE: Final = "SELECT sides.record FROM sides JOIN sessions USING (key) WHERE key = ? AND name = ? AND expires_ms > ?"
 _SIDES: Final = "SELECT name FROM sides JOIN sessions USING (key) WHERE key = ? AND expires_ms > ? ORDER BY name"
@@ -142,6 +145,9 @@ class SqliteStore:
         bounds = cursor, prefix, prefix + _LAST, self._clock_ms(), limit
         keys = await self._on(self._reader, _column, _LIST, *bounds)
         return keys, keys[-1] if len(keys) == limit else ""
+
+    async def usage(self) -> dict[str, tuple[int, int]]:
+        return await self._on(self._reader, _usage, self._clock_ms())
 
     async def load_side(self, key: str, name: str) -> bytes | None:
         found = await self._on(self._reader, _column, _SIDE, key, name, self._clock_ms())
@@ -272,6 +278,10 @@ def _load(connection: Connection, keys: Sequence[str], now_ms: int) -> list[byte
 
 def _column(connection: Connection, query: str, *values: str | int) -> list[Any]:
     return [row[0] for row in connection.execute(query, values)]
+
+
+def _usage(connection: Connection, now_ms: int) -> dict[str, tuple[int, int]]:
+    return {namespace: (count, size) for namespace, count, size in connection.execute(_USAGE, (now_ms,))}
 
 
 def _expires_ms(ttl_s: float | None, now_ms: int) -> int:

@@ -56,7 +56,7 @@ class BehindStore:
         self._timer: asyncio.Task[None] | None = None
         # Only steps wait, so the base knows all of these.
         self.list_keys, self.load_side, self.list_sides = base.list_keys, base.load_side, base.list_sides
-        self.apart = base.apart
+        self.apart, self.usage = base.apart, base.usage
 
     async def open(self) -> None:
         await self._base.open()

@@ -9,12 +9,12 @@ from typing import Any, Final
 
 from stepcast.errors import StepcastError
 
-from ..answers import problem
+from ..answers import head_of, problem
 from ..intake import Share
 from ..request_ids import PREFIX, RequestId, next_number
 from ..steps import Axes, HttpWaiter
 from ..tries import network
-from .guard import GuardedConnection, head_of
+from .guard import GuardedConnection
 from .heads import Caller, Heads
 
 LONGEST_HEAD: Final = 4096

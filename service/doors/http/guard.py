@@ -9,7 +9,7 @@ import asyncio
 import re
 from typing import Any, Final, cast
 
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from stepcast.errors import (
     AddressTooLong,
@@ -21,7 +21,7 @@ from stepcast.errors import (
 )
 
 from ...settings import Settings
-from ..answers import Answer, problem
+from ..answers import head_of, problem
 from ..intake import Share
 from ..request_ids import new_id
 from .heads import Heads
@@ -210,7 +210,9 @@ class GuardedConnection(HttpToolsProtocol):
     # --- time -------------------------------------------------------------------------------------------------------
 
     def _expect(self) -> None:
-        """From now on something is waited for."""
+        """From now on something is waited for, if the connection is still ours: not a WebSocket's, and not let go."""
+        if self.transport.get_protocol() is not self:
+            return
         self._due = self.loop.time() + self._read_s
         if self._watch is None:
             self._watch = self.loop.call_later(self._read_s, self._late)
@@ -326,13 +328,6 @@ class _Lingering(asyncio.Protocol):
         """The client has closed it."""
         self._timer.cancel()
         self._ended.connection_lost(exc)
-
-
-def head_of(answer: Answer, fields: bytes) -> bytes:
-    """The head of an answer up to the content length."""
-    lines = "".join(f"{name}: {value}\r\n" for name, value in answer.fields.items())
-    kind = f"content-type: {answer.kind}\r\n{lines}".encode("latin-1")
-    return b"%s%s%scontent-length: " % (STATUS_LINE[answer.status], kind, fields)
 
 
 def _begins(data: bytes) -> bool:

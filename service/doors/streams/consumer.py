@@ -21,6 +21,7 @@ from stepcast.errors import (
     InvalidRequest,
     ModelNotFound,
     QueueFull,
+    QuotaExceeded,
     SessionBusy,
     StateVersionMismatch,
     StepcastError,
@@ -38,9 +39,9 @@ from ..steps import Steps, Way
 from .entries import Step, general, problem, read
 
 PATIENCE_S: Final = 30.0
-"""How long an entry is tried that a version to come, or the end of a defect, may let through."""
+"""How long an entry is tried that a version to come, room for sessions, or the end of a defect may let through."""
 _FOR_NOW: Final = (Unavailable, QueueFull, DeadlineExceeded, SessionBusy, ModelNotFound)
-_MAYBE: Final = (Internal, StateVersionMismatch)
+_MAYBE: Final = (Internal, StateVersionMismatch, QuotaExceeded)
 _PAUSES_S: Final = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
 T = TypeVar("T")
 

@@ -11,6 +11,11 @@ from uvicorn.config import Config
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.frames import CloseCode
 
+from stepcast.errors import IntakeFull, Malformed, StepcastError
+
+from ..answers import head_of, problem
+from ..intake import Share
+from ..request_ids import new_id
 from . import rfc6455 as framing
 from .rfc6455 import BadFrame, Framer, Message
 
@@ -25,6 +30,44 @@ BURST: Final = 64
 """Messages taken from one socket before the others have their turn."""
 AHEAD_BYTES: Final = 64 * 1024
 """What is read beyond what the door takes, so that pings behind waiting messages are answered."""
+BEHIND_BYTES: Final = 2**20
+"""What is read at most of messages that wait: how long they do is known here, not in the system's buffers."""
+SLICE_S: Final = 0.002
+LEAST_SHARE: Final = 0.1
+"""The share of its time that a message may always wait, however long those before it are under way."""
+
+
+class Slices:
+    """Divides the loop's time: sockets that are behind have SLICE_S, then all else has as long.
+
+    Else a server that is asked too much would read and refuse, and step no more.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: deque[WebSocketConnection] = deque()
+        self._armed = False
+
+    def add(self, connection: "WebSocketConnection") -> None:
+        """Have a socket pumped when it is its turn."""
+        self._waiting.append(connection)
+        if not self._armed:
+            self._armed = True
+            connection.loop.call_soon(self._run)
+
+    def _run(self) -> None:
+        waiting, loop = self._waiting, self._waiting[0].loop
+        end = loop.time() + SLICE_S
+        for _ in range(len(waiting)):
+            waiting.popleft().take_turn()
+            if loop.time() > end:
+                break
+        self._armed = bool(waiting)
+        if not waiting:
+            return
+        if loop.time() > end:
+            loop.call_later(SLICE_S, self._run)
+        else:
+            loop.call_soon(self._run)
 
 
 class WebSocketConnection(WebSocketsSansIOProtocol):
@@ -35,8 +78,16 @@ class WebSocketConnection(WebSocketsSansIOProtocol):
         self.conn.available_extensions = None  # compressing small frames of floats costs more than it saves
         self._conversation: Conversation | None = None
         self._framer = Framer(config.ws_max_size)
-        self._held: deque[Message] = deque()
+        self._unread: deque[tuple[float, bytes]] = deque()  # what came while the door took nothing, and when
+        self._unread_bytes = 0
+        self._held: deque[tuple[float, Message]] = deque()
         self._held_bytes = 0
+        self._arrived = self._now = 0.0  # when the framer's bytes came; the time of this pumping
+        self._behind = False  # messages wait for the door
+        self._late_s = self._patience_s = 0.0  # how long a message may wait and be under way; wait, as things stand
+        self._slices: Slices | None = None
+        self._queued = False  # a turn is wanted there
+        self._share: Share | None = None
         self._out: list[bytes] = []
         self._pumping = self._deaf = self._stopped = self._closing = False
         self._heard = True
@@ -45,9 +96,17 @@ class WebSocketConnection(WebSocketsSansIOProtocol):
         self._beats: asyncio.TimerHandle | None = None
         self._end: asyncio.TimerHandle | None = None
 
-    def open(self, conversation: "Conversation", stall_s: float) -> None:
-        """Hand the connection to the door after websocket.accept; who leaves answers unread for stall_s is cut off."""
-        self._conversation, self._stall_s = conversation, stall_s
+    def open(self, conversation: "Conversation", share: Share, slices: "Slices", stall_s: float, late_s: float) -> None:
+        """Hand the connection to the door after websocket.accept.
+
+        Args:
+            conversation: The door. It refuses messages that would wait and be under way for longer than `late_s`.
+            share: Counts what is held of messages that have not come whole, or wait.
+            slices: When sockets that are behind have their turns.
+            stall_s: Who leaves answers unread for so long is cut off.
+        """
+        self._conversation, self._share, self._slices = conversation, share, slices
+        self._stall_s, self._late_s = stall_s, late_s
         self.stop_keepalive()  # uvicorn's own: it does not know when reading is paused
         if self.ping_interval:
             self._beats = self.loop.call_later(self.ping_interval, self._beat)
@@ -70,41 +129,99 @@ class WebSocketConnection(WebSocketsSansIOProtocol):
         self._out.append(framing.frame(framing.CLOSE, framing.close_payload(code, reason)))
         self._flush()
         self._closing = True
-        self._held.clear()
-        self._held_bytes = 0
+        self._drop()
         self._end = self.loop.call_later(CLOSE_S, self.transport.abort)
         self._read(True)
 
     def pump(self, going_on: bool = False) -> None:
         """Hand on the messages that came, as far as the door takes them, BURST at a time."""
-        if self.disconnected or (self._pumping and not going_on):
+        conversation = self._conversation
+        if conversation is None or self.disconnected or (self._pumping and not going_on):
             return
         self._pumping = True  # the door may call from within
+        self._now = self.loop.time()
+        self._patience_s = max(self._late_s - conversation.wait_s(), self._late_s * LEAST_SHARE)
         try:
             self._pumping = self._take()
         except BadFrame as bad:
             self._deaf = True
             self.close(*bad.args)
+            if not self.transport.is_closing() and self.transport.can_write_eof():
+                self.transport.write_eof()  # what the peer answers is not read: let it see the end at once
             return
         if self._pumping:
-            self.loop.call_soon(self.pump, True)
-        ahead = self._held_bytes + self._framer.buffered
-        self._read(not (self._pumping or self._blocked()) or ahead < AHEAD_BYTES)
+            self.want()
+        self._behind = self._pumping or self._blocked()
+        ahead = self._held_bytes + self._framer.buffered + self._unread_bytes
+        fits = self._fits(ahead)
+        if not (fits or self._behind):
+            self._deaf = True
+            self.close(CloseCode.TRY_AGAIN_LATER, "too many bytes of unfinished messages. Connect again later")
+            return
+        self._read(not self._behind or (fits and ahead < BEHIND_BYTES))
+
+    def want(self) -> None:
+        """Pump soon: there is room, or more to read, and others want their turn, too."""
+        if self._slices is not None and not self._queued:
+            self._queued = True
+            self._slices.add(self)
+
+    def take_turn(self) -> None:
+        """The turn that was wanted."""
+        self._queued = False
+        self.pump(True)
+
+    def _fits(self, ahead: int) -> bool:
+        """Whether so many bytes may be held for the messages of this socket; what it reads ahead anyway is free."""
+        share = cast(Share, self._share)
+        try:
+            share.hold(ahead if ahead > AHEAD_BYTES else 0)
+        except IntakeFull:
+            return False
+        return True
+
+    def _drop(self) -> None:
+        """Forget what was not taken."""
+        self._held.clear()
+        self._unread.clear()
+        self._held_bytes = self._unread_bytes = 0
+        if self._share is not None:
+            self._share.hold(0)
 
     def data_received(self, data: bytes) -> None:
         """Bytes from the peer: the handshake, then frames."""
         self._heard = True
         if self._conversation is not None:
-            if not self._deaf:
-                self._framer.feed(data)
-                if not self._take_usual(self._conversation):
-                    self.pump()
+            if self._deaf:
+                return
+            if self._behind:
+                self._unread.append((self.loop.time(), data))
+                self._unread_bytes += len(data)
+                if self._unread_bytes > BEHIND_BYTES:
+                    self._read(False)
+                self.want()
+                return
+            self._framer.feed(data)
+            if not self._take_usual(self._conversation):
+                self._arrived = self.loop.time()
+                self.pump()
         elif self.handshake_initiated:
             self._framer.feed(data)
         else:
             super().data_received(data)
-            if self.handshake_initiated and not self.transport.is_closing():
+            if not self.handshake_initiated:  # the head is whole, but the library gave it up without an answer
+                self._refuse(
+                    Malformed(f"the handshake is no WebSocket's: {self.conn.handshake_exc or 'it ends early'}")
+                )
+            elif not self.transport.is_closing():
                 self.transport.pause_reading()  # until the door has the connection
+
+    def _refuse(self, error: StepcastError) -> None:
+        """Refuse a handshake that reaches no application."""
+        answer = problem(error)
+        fields = b"connection: close\r\nx-request-id: %s\r\n" % new_id()
+        self.transport.write(b"%s%d\r\n\r\n%s" % (head_of(answer, fields), len(answer.body), answer.body))
+        self.transport.close()
 
     def _take_usual(self, conversation: "Conversation") -> bool:
         """Hand on whole messages where nothing stands in the way; whether that was all, and all is as it was."""
@@ -125,19 +242,37 @@ class WebSocketConnection(WebSocketsSansIOProtocol):
         conversation, held = cast("Conversation", self._conversation), self._held
         for _ in range(BURST):
             if not held or self._blocked():  # then read on, for pings that wait behind
-                message = self._framer.next() if self._held_bytes < AHEAD_BYTES else None
-                if message is None:
+                message = self._next() if self._held_bytes < AHEAD_BYTES else None
+                if message is None and not (held and self._is_late()):
                     return False
-                if message[0] > framing.BINARY:
+                if message is None:
+                    pass
+                elif message[0] > framing.BINARY:
                     self._control(*message)
                 elif not self._closing:
-                    held.append(message)
+                    held.append((self._arrived, message))
                     self._held_bytes += len(message[1])
-            if held and not self._blocked():
-                opcode, payload = held.popleft()
+            if not held:
+                continue
+            late = self._is_late()
+            if late or not self._blocked():
+                opcode, payload = held.popleft()[1]
                 self._held_bytes -= len(payload)
-                conversation.message(opcode, payload)
+                (conversation.late if late else conversation.message)(opcode, payload)
         return True
+
+    def _next(self) -> Message | None:
+        """The next message of what was read."""
+        while (message := self._framer.next()) is None and self._unread:
+            self._arrived, data = self._unread.popleft()
+            self._unread_bytes -= len(data)
+            self._framer.feed(data)
+        return message
+
+    def _is_late(self) -> bool:
+        """Whether the oldest message has waited too long, and is refused; but not to a client that does not read."""
+        late = self._now - self._held[0][0] > self._patience_s
+        return late and self.writable.is_set() and cast("Conversation", self._conversation).refuses
 
     def _blocked(self) -> bool:
         return cast("Conversation", self._conversation).room() <= 0 or not self.writable.is_set()
@@ -195,6 +330,7 @@ class WebSocketConnection(WebSocketsSansIOProtocol):
         """The connection is gone, whoever ended it."""
         for timer in filter(None, (self._stall, self._beats, self._end)):
             timer.cancel()
+        self._drop()
         super().connection_lost(exc)
 
     async def send(self, message: Any) -> None:

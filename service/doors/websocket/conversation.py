@@ -13,7 +13,7 @@ from typing import Any, Final, cast
 import msgspec
 from websockets.frames import CloseCode
 
-from stepcast.errors import Draining, InvalidRequest, StepcastError
+from stepcast.errors import DeadlineExceeded, Draining, InvalidRequest, StepcastError
 from stepcast.protocol import MARKER, STEP, ServerConversation, Ticket
 
 from ...sessions.core import Answers
@@ -33,6 +33,10 @@ SLOW_OPERATIONS: Final = 8
 DRAIN_SHARE: Final = 0.8
 """The share of drain_s that sockets have; the rest is for the close frames and the store."""
 
+LATE_SHARE: Final = 0.8
+"""The share of deadline_s that a frame may wait, for its turn and for its run; who would wait longer is refused."""
+RETRY_S: Final = 0.5
+_LATE: Final = "the frame waited too long behind others of its socket; it was not applied. Send fewer, or retry later."
 _SHUTTING_DOWN: Final = "the server is shutting down"
 _BESIDE: Final = frozenset({"models", "model", "version", "retire", "load", "predict", "list"})
 """Verbs that are about no session: HTTP alone has them."""
@@ -120,12 +124,23 @@ class Conversation:
         self._steps, self._connection, self._principal = steps, connection, principal
         self._way, self._session = way, session
         self._settings = steps.states.settings
+        self._late = DeadlineExceeded(_LATE, retry_after_s=RETRY_S)
         self._talk: ServerConversation[None, Answer] = ServerConversation(self._settings.frames_limit)
         self._slow = asyncio.Semaphore(SLOW_OPERATIONS)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._load = steps.turns.load(way.model)
         self._loaded = False  # a large frame is read, or waits for its answer
         self._may_step = ROLES.index(principal.role) >= ROLES.index("step")
         self._look()
+
+    @property
+    def namespace(self) -> str:
+        """Whose socket it is."""
+        return self._principal.namespace
+
+    def wait_s(self) -> float:
+        """How long a step that is accepted now waits for its run, as far as that is known."""
+        return self._load.wait_s()
 
     def room(self) -> int:
         """How many more frames may be in flight; when there is room again, `WebSocketConnection.pump` is called."""
@@ -141,6 +156,10 @@ class Conversation:
         way, own = self._way, self._session
         if way.seen != self._steps.repository.changes:
             self._look()
+        load = self._load
+        if load.waiting >= load.limit and not self._talk.draining:
+            self._take_when_full(payload, kind)
+            return
         plain = way.reader.read(payload, kind, way.reader.frames) if self._plain and not self._talk.draining else None
         if plain is not None:
             named = plain[0].session
@@ -151,6 +170,37 @@ class Conversation:
                     self._step(frame)
                 return
         self._take(payload, kind)
+
+    def late(self, opcode: int, payload: bytes) -> None:
+        """Refuse a frame that waited too long for its turn; a marker steps nothing and is taken all the same."""
+        kind = JSON if opcode == TEXT else MSGPACK
+        head = _head(payload, kind)
+        if head.op == MARKER:
+            self._take(payload, kind)
+        else:
+            self._turn_away(head, kind, self._late)
+
+    @property
+    def refuses(self) -> bool:
+        """Whether frames may be refused in their turn: not while one before them is read aside."""
+        return not self._loaded
+
+    def _take_when_full(self, payload: bytes, kind: str) -> None:
+        """Take a frame while no step may come: one is refused before its readings are read."""
+        head = _head(payload, kind)
+        try:
+            if head.op == STEP:
+                self._steps.turns.admit(self._way.model)
+        except StepcastError as error:
+            self._turn_away(head, kind, error)
+        else:
+            self._take(payload, kind)
+
+    def _turn_away(self, head: Head, kind: str, error: StepcastError) -> None:
+        """Answer a frame of which nothing but the head was read."""
+        session = head.session if self._session is None else self._session
+        self._talk.refuse(session, self.problem(head.id, session, error, kind))
+        self._go_on()
 
     def drain(self) -> None:
         """Answer what was accepted, then close; refuse what comes."""
@@ -184,7 +234,7 @@ class Conversation:
     def lighter(self) -> None:
         """A large frame is answered: others may come."""
         self._loaded = False
-        asyncio.get_running_loop().call_soon(self._connection.pump)
+        self._connection.want()
 
     def _take_read(self, read: Asked, kind: str, frame: type[Frame]) -> bool:
         """Take a frame that was read; whether it waits for an answer now."""
@@ -291,7 +341,7 @@ class Conversation:
         if self._connection.disconnected:
             return
         if self._talk.room <= 0:  # there is room now; but first let the caller go on
-            asyncio.get_running_loop().call_soon(self._connection.pump)
+            self._connection.want()
         self._talk.finish(frame, answer)
         self._go_on()
 

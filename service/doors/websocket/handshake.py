@@ -13,10 +13,11 @@ from ...telemetry import Metrics
 from ..answers import Headers, problem
 from ..hosts import is_own
 from ..http.envelope import address_of, respond
+from ..intake import Intake, Share
 from ..keys import Keys, origins
 from ..steps import Steps, Way
-from .connection import EXTENSION, WebSocketConnection
-from .conversation import Conversation
+from .connection import EXTENSION, Slices, WebSocketConnection
+from .conversation import LATE_SHARE, Conversation
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -28,8 +29,9 @@ _PATH: Final = re.compile(r"/v1/models/([^/]*)(?:/sessions/([^/]*))?/stream")
 class Handshake:
     """ASGI, scope type "websocket": admits connections."""
 
-    def __init__(self, steps: Steps, keys: Keys, settings: Settings, metrics: Metrics) -> None:
+    def __init__(self, steps: Steps, keys: Keys, intake: Intake, settings: Settings, metrics: Metrics) -> None:
         self._steps, self._keys, self._settings, self._metrics = steps, keys, settings, metrics
+        self._intake, self._slices = intake, Slices()
         self._origins = origins(settings.cors_origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -42,7 +44,9 @@ class Handshake:
             return
         await send({"type": "websocket.accept"})
         with self._metrics.sockets.track_inprogress():
-            connection.open(conversation, self._settings.stall_s)
+            share = Share(self._intake, conversation.namespace)
+            settings = self._settings
+            connection.open(conversation, share, self._slices, settings.stall_s, settings.deadline_s * LATE_SHARE)
             await receive()  # websocket.disconnect: all else goes past ASGI
 
     def _admit(self, scope: Scope) -> tuple[Conversation, WebSocketConnection]:

@@ -10,7 +10,7 @@ from typing import Any, Final, cast
 from stepcast.errors import InvalidRequest
 
 from ...records.block import Block
-from .. import Done, Write
+from .. import Done, Write, namespace_of
 from .commands import PREFIX, ROWS, WRITES, Frames, change, main, pack, side, touch
 from .connection import Refused, Replies, ask
 from .topology import Node, Nodes
@@ -19,6 +19,7 @@ _log = logging.getLogger(__name__)
 
 _LOADS_PER_COMMAND: Final = 128
 _SCANS_PER_PAGE: Final = 10
+_COUNTED_PER_CALL: Final = 500
 _CURSOR: Final = re.compile(r"([0-9]{1,4}):([0-9]{1,20})")
 
 
@@ -97,6 +98,19 @@ class RedisStore:
             found |= dict.fromkeys(keys)
             index += place == "0"
         return list(found), f"{index}:{place}" if index < len(nodes) else ""
+
+    async def usage(self) -> dict[str, tuple[int, int]]:
+        used: dict[str, tuple[int, int]] = {}
+        cursor = ""
+        while True:
+            keys, cursor = await self.list_keys("", cursor, _COUNTED_PER_CALL)
+            sizes = await self._nodes.run(keys, [pack("STRLEN", main(key)) for key in keys])
+            for key, size in zip(keys, sizes, strict=True):
+                if size:
+                    sessions, total = used.get(namespace_of(key), (0, 0))
+                    used[namespace_of(key)] = sessions + 1, total + size
+            if not cursor:
+                return used
 
     async def load_side(self, key: str, name: str) -> bytes | None:
         return cast(bytes | None, await self._of_live(key, pack("HGET", side(key), name)))
