@@ -6,8 +6,6 @@ from pathlib import Path
 import numpy as np
 
 from service.engine.repository import Repository
-from service.scoring.layout import Wanted
-from service.scoring.work import Plan, Work
 from service.settings import Settings
 from stepcast.manifest import read_manifest
 
@@ -46,6 +44,9 @@ def _outputs(path: Path, by_key: bool) -> np.ndarray:
 
 def _score(suffix: str, by_key: bool = False) -> Contender:
     def prepare(bench: Bench) -> Run:
+        from service.scoring.layout import Wanted  # these need pyarrow, without which the contender is absent
+        from service.scoring.work import Plan, Work
+
         name = f"score-{by_key}"
         table, out = (bench.park.folder / f"{name}-{what}.{suffix}" for what in ("in", "out"))
         directory = model.ensure()
