@@ -13,6 +13,7 @@
 #   make serve         the server on models/; ARGS="--port 9000"
 #   make bench         the numbers of README; ARGS="--quick" for a look
 #   make chaos         kill -9 at random moments, then count; ARGS="--seconds 30 --sessions 200 --seed 1"
+#   make chaos-streams   the same with consumers of a stream; ARGS="--entries 1000000 --sessions 1000 --seed 1"
 #   make reshard       slots of a Redis Cluster move while sessions step, then count; ARGS="--seconds 60"
 #   make fuzz-heads    heads and handshakes that nobody would write; ARGS="--minutes 10 --seed 1"
 #   make fuzz          bodies, frames and files that nobody would write, for minutes; ARGS="--minutes 10 --seed 1"
@@ -54,7 +55,7 @@ PYTEST_ARGS = -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 PYTEST = $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help install check test test-service test-redis docs dist images demo forecasts serve bench chaos reshard fuzz fuzz-heads mutants lock clean distclean python
+.PHONY: help install check test test-service test-redis docs dist images demo forecasts serve bench chaos chaos-streams reshard fuzz fuzz-heads mutants lock clean distclean python
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -134,6 +135,9 @@ bench: $(BENCH_STAMP)
 
 chaos: $(STAMP)
 	PYTHONPATH=. $(BIN)/python tests/chaos.py $(ARGS)
+
+chaos-streams: $(STAMP)
+	PYTHONPATH=.:tests $(BIN)/python tests/stream_chaos.py $(ARGS)
 
 reshard: $(STAMP)
 	PYTHONPATH=. $(BIN)/python tests/resharding.py $(ARGS)

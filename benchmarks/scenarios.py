@@ -351,6 +351,13 @@ def silero(bench: Bench, quick: bool) -> Rounds:
     return (yield from silero.silero(bench, quick))
 
 
+def stream(bench: Bench, quick: bool) -> Rounds:
+    """See streams.stream."""
+    from . import streams
+
+    return (yield from streams.stream(bench, quick))
+
+
 def exports(bench: Bench, quick: bool) -> Rounds:
     """See exports.exports."""
     from . import exports
@@ -365,11 +372,12 @@ SCENARIOS: dict[str, Scenario] = {
     "long": long_sequences,
     "growth": growth,
     "workers": workers,
+    "stream": stream,
     "silero": silero,
     "exports": exports,
     "cuda": cuda,
 }
-WITH_SERVERS = SCENARIOS.keys() - {"cuda", "silero", "exports"}  # whose servers may be another checkout's too
+WITH_SERVERS = SCENARIOS.keys() - {"cuda", "silero", "exports", "stream"}  # whose servers may be another checkout's too
 
 
 def plain(result: Result) -> str:

@@ -170,6 +170,15 @@ class Park:
             raise StartFailed("there is no other checkout: give --against")
         return self._start(label, command, self.server_core, port, tree)
 
+    def consumer(self, source: str, sink: str, url: str) -> Process:
+        """A consumer of a stream; it keeps its lease while it stands still."""
+        model.ensure()
+        port = free_port()
+        command = [sys.executable, "-m", "service", "consume", "bench", "--models", str(model.REPOSITORY)]
+        command += ["--source", source, "--sink", sink, "--store", url, "--lease-s", "3600"]
+        command += ["--port", str(port), "--device", "cpu"]
+        return self._start(f"consumer-{source}", command, self.server_core, port)
+
     def _store_url(self, store: str, label: str, base: bool) -> str:
         """The base's sessions are in a database of their own; Redis Cluster has one only, there names tell."""
         if store == "memory":

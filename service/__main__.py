@@ -1,4 +1,4 @@
-"""python -m service serve | check | import | key: the commands of the server; `stepcast` has them too."""
+"""python -m service serve | consume | check | import | key: the commands of the server; `stepcast` has them too."""
 
 import argparse
 import contextlib
@@ -7,9 +7,8 @@ import os
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import cast
 
 import uvicorn
 from uvicorn.supervisors import Multiprocess
@@ -19,7 +18,7 @@ from stepcast.arguments import Parser
 from stepcast.errors import ConfigError, ManifestError, StepcastError
 from stepcast.rooms import example_models, load
 
-from .app import Server, create_app
+from .app import ConsumerApp, Consuming, Server, create_app
 from .doors.http.connection import HttpConnection
 from .doors.keys import ROLES, new_key
 from .doors.websocket.connection import WebSocketConnection
@@ -28,6 +27,7 @@ from .engine.golden import placements
 from .engine.model import Runtime
 from .scoring.options import declare
 from .settings import PREFIX, Settings
+from .store.streams import StreamPlace
 from .telemetry import WORKERS, log
 
 if sys.platform != "win32":
@@ -35,6 +35,8 @@ if sys.platform != "win32":
 
 # Of `serve`: settings too.
 OPTIONS = ("models", "store", "device", "host", "port", "grpc_port", "ssl_certfile", "ssl_keyfile", "workers")
+CONSUME_OPTIONS = ("models", "store", "device", "host")
+LOOP = "uvloop" if sys.platform != "win32" else "asyncio"
 OTHER_FILES = 256
 """Files that a server has open beside its connections: stores, models, libraries."""
 
@@ -43,13 +45,14 @@ class Uvicorn(uvicorn.Server):
     """uvicorn that prints where it serves."""
 
     example = False
-    app: Server
+    announced = "stepcast serves on"
+    app: Server | None = None  # which may speak gRPC too
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started and self.servers:
-            grpc_port = None if self.app.grpc is None else self.app.grpc.port
-            _announce(self.servers[0].sockets[0], grpc_port, self.example)
+            grpc = None if self.app is None else self.app.grpc
+            _announce(self.servers[0].sockets[0], None if grpc is None else grpc.port, self.example, self.announced)
 
 
 class OneLine(logging.Filter):
@@ -63,9 +66,11 @@ class OneLine(logging.Filter):
         return True
 
 
-def _announce(listener: socket.socket, grpc_port: int | None, example: bool) -> None:
+def _announce(
+    listener: socket.socket, grpc_port: int | None, example: bool, announced: str = Uvicorn.announced
+) -> None:
     host, port = listener.getsockname()[:2]
-    print(f"stepcast serves on http://{host}:{port}", flush=True)
+    print(f"{announced} http://{host}:{port}", flush=True)
     if grpc_port is not None:
         print(f"stepcast serves gRPC on {host}:{grpc_port}", flush=True)
     if example:
@@ -100,7 +105,7 @@ def serve(arguments: argparse.Namespace) -> int:
     if not alone and settings.store.startswith("memory:"):
         raise ConfigError("store 'memory://' is one process's own memory: it cannot serve several workers")
     os.environ.update({PREFIX + name.upper(): text for name, text in given.items() if text is not None})  # for workers
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    _log(settings)
     app = create_app(settings, freezes=True) if alone else None
     _room_for(settings.connections_limit)
     config = uvicorn.Config(
@@ -109,7 +114,7 @@ def serve(arguments: argparse.Namespace) -> int:
         host=settings.host,
         port=settings.port,
         workers=settings.workers,
-        loop="uvloop" if sys.platform != "win32" else "asyncio",
+        loop=LOOP,
         http=HttpConnection,
         ws=WebSocketConnection,
         ws_max_size=settings.body_limit_bytes,
@@ -123,12 +128,9 @@ def serve(arguments: argparse.Namespace) -> int:
         proxy_headers=False,  # wrong keys are counted by the address of the connection: nobody can write that
     )
     if alone:
-        logging.getLogger("uvicorn.error").addFilter(OneLine())
         server = Uvicorn(config)
-        server.app, server.example = cast(Server, app), arguments.example
-        with contextlib.suppress(SystemExit):  # uvicorn's own way out of a start that failed
-            server.run()
-        return 0 if server.started else 1
+        server.app, server.example = app, arguments.example
+        return _run(server)
     listener = config.bind_socket()
     with tempfile.TemporaryDirectory(prefix="stepcast-") as folder, _held_port(settings) as grpc_port:
         os.environ[WORKERS] = folder
@@ -162,6 +164,52 @@ def _held_port(settings: Settings) -> Iterator[int | None]:
             raise ConfigError(f"cannot listen on {host}:{port} for gRPC: {error}") from error
         os.environ[f"{PREFIX}GRPC_PORT"] = str(port)
         yield port
+
+
+def consume(arguments: argparse.Namespace) -> int:
+    """Step what a stream gives until SIGTERM or SIGINT."""
+    given = {name: getattr(arguments, name) for name in CONSUME_OPTIONS}
+    settings = Settings.read(os.environ, **given, port=str(arguments.port), workers="1")
+    place = StreamPlace(
+        arguments.source,
+        arguments.sink,
+        arguments.dead_letters or f"{arguments.source}:dead",
+        arguments.group,
+        arguments.shares,
+        arguments.lease_s,
+        arguments.keep,
+        arguments.delete,
+    )
+    streams = arguments.url, arguments.sink_url
+    consuming = Consuming(arguments.model, place, *streams, arguments.namespace, arguments.in_hand)
+    _log(settings)
+    app = ConsumerApp(settings, consuming, freezes=True)
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        loop=LOOP,
+        access_log=False,
+        log_level="warning",
+        server_header=False,
+        date_header=False,
+    )
+    server = Uvicorn(config)
+    once = "exactly once" if app.told_together else "at least once"
+    server.announced = f"stepcast consumes {place.source!r}, tells {place.sink!r} {once}, metrics on"
+    return _run(server)
+
+
+def _log(settings: Settings) -> None:
+    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
+
+
+def _run(server: Uvicorn) -> int:
+    """Run until a signal; the exit status."""
+    logging.getLogger("uvicorn.error").addFilter(OneLine())
+    with contextlib.suppress(SystemExit):  # uvicorn's own way out of a start that failed
+        server.run()
+    return 0 if server.started else 1
 
 
 def check(arguments: argparse.Namespace) -> int:
@@ -211,6 +259,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         run.add_argument(option, dest=name, help=f"{fields[name].description} Default: {default}")
     run.add_argument("--example", action="store_true", help="serve the model that comes with Stepcast, in memory")
     run.set_defaults(run=serve)
+    _add_consume(commands.add_parser("consume", help="step the entries of a Redis Stream until SIGTERM"))
     prove = commands.add_parser("check", help="prove a model directory")
     prove.add_argument("directory", type=Path, metavar="MODEL_DIR")
     prove.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
@@ -225,6 +274,47 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     make.add_argument("--namespace", default="default", help="whose sessions it reaches; default: default")
     make.set_defaults(run=make_key)
     return parser
+
+
+def _add_consume(parser: argparse.ArgumentParser) -> None:
+    fields = Settings.model_fields
+    parser.add_argument("model", metavar="MODEL", help="whose sessions are stepped")
+    parser.add_argument("--source", required=True, help="stream of entries: session, inputs, ...")
+    parser.add_argument("--sink", required=True, help="stream that gets the outputs")
+    parser.add_argument("--dead-letters", help="stream of entries that cannot be stepped; default: SOURCE:dead")
+    parser.add_argument("--group", default="stepcast", help="consumer group; default: stepcast")
+    parser.add_argument(
+        "--shares",
+        type=_at_least(1),
+        default=1,
+        help="streams that the source is cut into, SOURCE:0, SOURCE:1, ..., each read by one consumer; default: 1",
+    )
+    parser.add_argument("--url", help="Redis of source and dead letters; default: the store")
+    parser.add_argument("--sink-url", help="Redis of the sink; default: that of the source")
+    parser.add_argument("--namespace", default="default", help="whose sessions they are; default: default")
+    parser.add_argument("--keep", type=_at_least(0), default=0, help="about how many letters stay in the sink; 0: all")
+    parser.add_argument("--delete", action="store_true", help="delete entries from the source that are done with")
+    parser.add_argument("--in-hand", type=_at_least(1), default=4096, help="most entries in memory; default: 4096")
+    parser.add_argument(
+        "--lease-s",
+        type=float,
+        default=5.0,
+        help="until the streams of a dead consumer are read by another; default: 5",
+    )
+    parser.add_argument("--port", type=int, default=0, help="of metrics and probes; default: a free one")
+    for name in CONSUME_OPTIONS:
+        parser.add_argument(f"--{name}", help=f"{fields[name].description} Default: {fields[name].default}")
+    parser.set_defaults(run=consume)
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value} is less than {least}")
+        return value
+
+    return number
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m service") -> int:

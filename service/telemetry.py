@@ -96,6 +96,17 @@ class Metrics:
         self.dropped = gauge(
             "dropped_sessions", "At durability 'interval': sessions whose unwritten steps were lost to another writer."
         )
+        self.stream_entries = counter(
+            "stream_entries",
+            "Entries of a stream by outcome: stepped, redelivered, buried (dead letters), retried.",
+            labelnames=["outcome"],
+        )
+        self.stream_lag = gauge("stream_lag", "Entries of a stream not acknowledged.", labelnames=["stream"])
+        self.stream_lag_seconds = gauge(
+            "stream_lag_seconds", "Age of a stream's oldest entry not done with.", labelnames=["stream"]
+        )
+        self.stream_in_hand = gauge("stream_in_hand", "Entries read and not done with.")
+        self.stream_shares = gauge("stream_shares", "Streams that this consumer reads.")
         self.sockets = gauge("open_websockets", "WebSocket connections.")
         self.grpc_streams = gauge("open_grpc_streams", "Streams of steps over gRPC.")
         self.ready = gauge("ready", "Worker processes that take requests.")

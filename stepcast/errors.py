@@ -20,6 +20,7 @@
     |   +-- StateVersionMismatch      the state belongs to a model version that is not served
     |   +-- SessionExists
     |   +-- CheckpointExists
+    |   +-- SourceConflict            the session is fed from another stream
     |   +-- SessionBusy               another writer kept winning; nothing was applied
     |   +-- VersionInUse              sessions hold the version that is to be removed
     |   +-- VersionFailed             the version's files do not prove themselves: it is not served
@@ -162,6 +163,10 @@ class ExamplesMismatch(Conflict):
 
 class StateVersionMismatch(Conflict):
     code, title = "state_version_mismatch", "State of another model version"
+
+
+class SourceConflict(Conflict):
+    code, title = "source_conflict", "Fed from another source"
 
 
 class SessionExists(Conflict):

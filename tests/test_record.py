@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from service.records import layout
 from service.records.block import Block, LoneBlock, Spares, as_records, side_by_side
 from service.records.digest import Digests, legacy_call, legacy_named, same_payload
-from service.records.layout import DIGEST_BYTES, BadRecord, Shapes, answer_mark, facts
+from service.records.layout import DIGEST_BYTES, POSITION, BadRecord, Shapes, answer_mark, facts, source_of
 from service.records.record import Answer, Record, Source, blank, decode, encode_answer, new_record, opened
 
 pytestmark = pytest.mark.service
@@ -30,7 +30,7 @@ WHOLE = Record(
     used_ms=1_700_000_000_001,
     ttl_s=60,
     flags=1,
-    source=Source(b"weather1", 1_700_000_000_002, 7),
+    source=Source(b"weather1", 1_700_000_000_002, 7, 40),
 )
 HEAD = (
     struct.pack("<HI", 2, 2)
@@ -44,7 +44,7 @@ BYTES = (
     b"\x03\x03"
     + HEAD
     + b"weather1"
-    + struct.pack("<QQ", 1_700_000_000_002, 7)
+    + struct.pack("<QQQ", 1_700_000_000_002, 7, 40)
     + b"ssssssss"
     + b"iiii"
     + b"digest-one\x01\x00\x00\x01\x00\x00"
@@ -66,7 +66,7 @@ def test_the_layout_is_the_documented_one() -> None:
 def test_a_record_without_a_source_has_no_room_for_one() -> None:
     """The state follows the header."""
     plain = replace(WHOLE, source=None)
-    assert plain.encode() == b"\x03\x01" + HEAD + BYTES[96:]
+    assert plain.encode() == b"\x03\x01" + HEAD + BYTES[104:]
     assert decode(plain.encode()) == plain
 
 
@@ -199,7 +199,7 @@ def test_a_block_is_what_is_made_by_hand_and_what_a_record_says(
     shapes, random = Shapes(40, 12, outputs, log_steps), np.random.default_rng(outputs)
     start = blank(3, b"fprint01", 5000)
     if source:
-        start = replace(decode(start), source=Source(b"weather1", 8, 9)).encode()
+        start = replace(decode(start), source=Source(b"weather1", 8, 9, 1)).encode()
     olds = [opened(start, examples, random.bytes(40 * examples)) for _ in range(4)]
     wants = [decode(old) for old in olds]
     log = b""
@@ -234,7 +234,32 @@ def test_a_block_is_what_is_made_by_hand_and_what_a_record_says(
         assert [decode(new) for new in olds] == wants
         assert decode(olds[0]).used_ms == max(5000, now_ms)
     assert shape.sizes != ()
-    assert decode(olds[0]).source == (Source(b"weather1", 8, 9) if source else None)
+    assert decode(olds[0]).source == (Source(b"weather1", 8, 9, 1) if source else None)
+
+
+@pytest.mark.parametrize("examples", [1, 3])
+def test_a_fed_step_leaves_its_position_in_the_record(examples: int) -> None:
+    """From the first step of a session on; by hand too. A plain step between two of a source leaves it as it was."""
+    shapes, random, want = Shapes(40, 12, 2), np.random.default_rng(examples), None
+    olds = [opened(blank(3, b"fprint01", 5000), examples, random.bytes(40 * examples)) for _ in range(2)]
+    for number in range(1, 8):
+        shape, fed = shapes.of(olds[0], facts(olds[0])), number % 3 > 0
+        advance = shape.feeding() if fed else shape.following()
+        block = Block(advance, ["a", "b"], side_by_side(olds), 6000)
+        block.after[:], block.digests[:], block.outputs[:] = 7, 8, 9
+        positions = [POSITION.pack(b"weather1", 1000 + number, row) for row in range(2)] if fed else [b"", b""]
+        if fed:
+            block.feed(b"".join(positions))
+            want = number
+        parts = bytes(block.after[0]), bytes(block.digests[0].reshape(-1)), bytes(block.outputs[0])
+        lone = LoneBlock(advance, "a", olds[0], 6000, parts, position=positions[0])
+        assert lone.records()[0] == block.records()[0]
+        olds = block.records()
+        assert [decode(old).step for old in olds] == [number, number]
+        assert [source_of(old) for old in olds] == [(b"weather1", 1000 + want, row, want) for row in range(2)]
+        assert decode(olds[1]).source == source_of(olds[1])
+        assert decode(olds[1]).state == b"\x07" * 40 * examples
+    assert shapes.of(olds[0], facts(olds[0])).answers_at == 72 + 32 + 40 * examples
 
 
 def test_a_block_expects_what_it_replaces() -> None:

@@ -63,20 +63,30 @@ class PlainMsgpack(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     shape: list[int] | None = None
 
 
+class Bare(msgspec.Struct, gc=False):
+    """Inputs that came alone."""
+
+    inputs: Any
+    seq: None = None
+    shape: None = None
+
+
 Decoders = tuple[Callable[[bytes], Any], Callable[[bytes], Any]]  # of JSON and msgpack
 Axes = Form | Named  # of a caller's array, or how its inputs are named
 Plain = tuple[Any, bytes, Axes]  # a decoded struct, its inputs (N, F) as float32, and their axes
 
 
-def _decoders(record: type[msgspec.Struct] | None, alone: bool = False) -> tuple[Decoders, Decoders]:
-    """The decoders of bodies and of frames of steps whose inputs may be such a record; `alone`: are one."""
+def _decoders(record: type[msgspec.Struct] | None, alone: bool = False) -> tuple[Decoders, Decoders, Decoders]:
+    """The decoders of bodies, frames and bare inputs, which may be such a record; `alone`: are one."""
     lists, raw = list[Number | list[Number]], bytes
     kinds = (record, record) if alone else (lists, raw) if record is None else (lists | record, raw | record)
     json, msgpack = _with_inputs(PlainJson, kinds[0]), _with_inputs(PlainMsgpack, kinds[1])
+    bare = msgspec.json.Decoder(kinds[0]).decode
     json_frame, msgpack_frame = (frame(body, Literal["step"], gc=False) for body in (json, msgpack))
     return (
         (msgspec.json.Decoder(json).decode, msgspec.msgpack.Decoder(msgpack).decode),
         (msgspec.json.Decoder(json_frame).decode, msgspec.msgpack.Decoder(msgpack_frame).decode),
+        (lambda inputs: Bare(bare(inputs)), Bare),
     )
 
 
@@ -88,7 +98,7 @@ class Reader:
     """Takes steps apart that fit one served version, of at most so many examples.
 
     Attributes:
-        bodies, frames: The decoders of a step over HTTP and over a WebSocket.
+        bodies, frames, bare: The decoders of a step over HTTP, over a WebSocket, and of inputs alone, JSON or raw.
     """
 
     def __init__(self, served: Served, most: int, names: Names, renamed: bool) -> None:
@@ -98,10 +108,10 @@ class Reader:
         self._needed: list[int] = np.flatnonzero(arrays.needed(served.manifest)).tolist()
         self._named = Named(names, "F", "columns", served)
         record = None if renamed else record_of(served.manifest)  # else a session's own version has to be looked up
-        self.bodies, self.frames = _decoders(record)
+        self.bodies, self.frames, self.bare = _decoders(record)
         self._features_of = names.of(served).features
         worded = None if renamed else worded_record_of(served.manifest)
-        self._worded: tuple[Decoders, Decoders] | None = None  # of steps by their moment, or with categories
+        self._worded: tuple[Decoders, Decoders, Decoders] | None = None  # of steps by their moment, or with categories
         if worded is not None:
             self._worded = _decoders(worded, alone=True)
 
@@ -133,7 +143,8 @@ class Reader:
         """The same of a step of one example by its moment, or with categories."""
         assert self._worded is not None
         try:
-            asked = self._worded[decoders is self.frames][kind != JSON](body)
+            place = 0 if decoders is self.bodies else 1 if decoders is self.frames else 2
+            asked = self._worded[place][kind != JSON](body)
             row = self._features_of.row(astuple(asked.inputs))
             if kind != JSON and not all(value is None or math.isfinite(value) for value in row):
                 return None
@@ -354,13 +365,16 @@ class Steps:
                 if not (asker.stays and self.turns.join(way.prefix + session, data, asked.seq, asker)):
                     self.queue(way, session, data, asked.seq, asker)
                 return
-            general = decode(body, StepBody, kind)
-            if len(self.repository.versions(way.model)) == 1:
-                self.start(way, session, general, kind, asker)
-            else:
-                self.later(self.start_own(way, session, general, kind, asker))
+            self.take_any(way, session, decode(body, StepBody, kind), kind, asker)
         except Exception as error:
             asker.refused(error)
+
+    def take_any(self, way: Way, session: str, asked: StepBody, kind: str, asker: Asker) -> None:
+        """Take a step of any kind; raises what it is refused with at once, the rest the asker hears."""
+        if len(self.repository.versions(way.model)) == 1:
+            self.start(way, session, asked, kind, asker)
+        else:
+            self.later(self.start_own(way, session, asked, kind, asker))
 
     def later(self, work: Coroutine[Any, Any, None]) -> None:
         """Have something done that tells its caller itself what comes of it."""

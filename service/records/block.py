@@ -6,12 +6,12 @@ A block is what engine and store hand to each other: the next records of session
 import struct
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from .layout import ANSWER_BYTES, DIGEST_BYTES, HAS_CHECKPOINTS, HEADER_BYTES, TOKEN, Advance
+from .layout import ANSWER_BYTES, DIGEST_BYTES, HAS_CHECKPOINTS, HEADER_BYTES, POSITION, SOURCE, STEP, TOKEN, Advance
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -27,6 +27,26 @@ SPARE_BYTES: Final = 4 << 20  # a larger array is in no processor's cache and no
 def _counted(steps: int) -> npt.NDArray[np.uint64]:
     """What is added to a header: one revision, T steps."""
     return np.array([0, 0, 1, steps, 0, 0, 0, 0, 0], np.uint64)
+
+
+class Letter(NamedTuple):
+    """What is told of a step: the entry of a stream that it came from, and the fields of one for another stream."""
+
+    stream: bytes
+    entry: bytes
+    fields: tuple[bytes, ...]  # names and values in turn; all letters have as many
+
+
+class Outbox(NamedTuple):
+    """Where letters go together with records: appended to `sink`, of which about the last `keep` stay (0: all).
+
+    What they were made from is acknowledged for `group`, and deleted if `deletes`.
+    """
+
+    sink: bytes
+    group: bytes
+    keep: int
+    deletes: bool
 
 
 class Spares:
@@ -64,11 +84,12 @@ class Block:
         stays: The caller keeps the block and replaces it whole again: a store may keep `new` itself, and note
             something in `place`, which the caller carries to the next block of these keys. Nobody writes to `old`
             before the store has answered, nor to `new` before it was replaced in turn or given up.
+        outbox, letters: What the store tells of each row in the same operation (Outbox); None: nothing.
     """
 
     __slots__ = (
-        *("_records", "advance", "after", "before", "digests", "keys", "log", "new", "old", "outputs", "place"),
-        *("stays", "ttl_s"),
+        *("_records", "advance", "after", "before", "digests", "keys", "letters", "log", "new", "old", "outbox"),
+        *("outputs", "place", "stays", "ttl_s"),
     )
 
     def __init__(
@@ -77,6 +98,8 @@ class Block:
         self.advance, self.keys, self.old, self.ttl_s = advance, keys, old, advance.after.ttl_s
         self.stays = False
         self.place: object = None
+        self.outbox: Outbox | None = None
+        self.letters: Sequence[Letter] = ()
         self._records: list[bytes] | None = None
         before, after, entry = advance.before, advance.after, advance.entry
         size = len(old), after.width
@@ -84,8 +107,8 @@ class Block:
         named_at = after.width - entry
         if after.answers_at < named_at:
             new[:, after.answers_at : named_at] = old[:, advance.answers_from :]
-        if after.state_at > HEADER_BYTES:
-            new[:, HEADER_BYTES : after.state_at] = old[:, HEADER_BYTES : before.state_at]
+        if before.state_at > HEADER_BYTES:
+            new[:, HEADER_BYTES : before.state_at] = old[:, HEADER_BYTES : before.state_at]
         header = new[:, :HEADER_BYTES].view(np.uint64)
         np.add(old[:, :HEADER_BYTES].view(np.uint64), _counted(advance.steps), out=header)
         header[:, 0] = after.first_word
@@ -106,6 +129,12 @@ class Block:
         if log_bytes != advance.before.answers_at - advance.before.log_at:
             self.new[:, HEADER_BYTES - 4 : HEADER_BYTES] = np.frombuffer(log_bytes.to_bytes(4, "little"), np.uint8)
         return self.new[:, after.log_at + kept : after.answers_at] if advance.log_new else None
+
+    def feed(self, positions: bytes) -> None:
+        """Fill in where the inputs of each row came from (layout.POSITION); its step is that of the new record."""
+        source = self.new[:, HEADER_BYTES : HEADER_BYTES + SOURCE.size]
+        source[:, : POSITION.size] = np.frombuffer(positions, np.uint8).reshape(-1, POSITION.size)
+        source[:, POSITION.size :] = self.new[:, STEP]
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -136,22 +165,33 @@ class Block:
 class LoneBlock(Block):
     """The next record of one session, made by hand: numpy's calls would cost more than the model's run.
 
-    `parts` of the call: new state, name of its payload, outputs float32 [N,T,O]; `log`: inputs appended to the log.
+    `parts` of the call: new state, name of its payload, outputs float32 [N,T,O]; `log`: inputs appended to the log;
+    `position`: where they came from (layout.POSITION), "" where that is no source.
     """
 
     __slots__ = ("_old_record",)
 
     def __init__(
-        self, advance: Advance, key: str, old: bytes, now_ms: int, parts: tuple[bytes, bytes, bytes], log: bytes = b""
+        self,
+        advance: Advance,
+        key: str,
+        old: bytes,
+        now_ms: int,
+        parts: tuple[bytes, bytes, bytes],
+        log: bytes = b"",
+        position: bytes = b"",
     ) -> None:
         self.advance, self.keys, self.ttl_s = advance, (key,), advance.after.ttl_s
         self.stays, self.place, self._old_record = False, None, old
+        self.outbox, self.letters = None, ()
         state, digest, outputs = parts
         before, after = advance.before, advance.after
         _, incarnation, revision, step, created_ms, used_ms, versions = _WORDS.unpack_from(old)
         step, used_ms = step + advance.steps, max(used_ms, now_ms)
         head = _WORDS.pack(after.first_word, incarnation, revision + 1, step, created_ms, used_ms, versions)
         rest, source = old[_WORDS_BYTES : HEADER_BYTES - 4], old[HEADER_BYTES : before.state_at]
+        if position:
+            source = position + step.to_bytes(8, "little")
         log_bytes = (after.answers_at - after.log_at).to_bytes(4, "little")
         kept_log, kept = old[advance.log_from : before.answers_at], old[advance.answers_from :]
         made = head, rest, log_bytes, source, state, kept_log, log, kept, digest, advance.mark, outputs

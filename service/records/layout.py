@@ -15,7 +15,8 @@
         56     8  fingerprint of graph and state layout (manifest)
         64     4  bytes of state (N rows of all state tensors in manifest order)
         68     4  bytes of the input log
-        72        the source position, if it has one: 8 bytes that name the source, two unsigned numbers of 8 bytes;
+        72        the source position, if it has one: 8 bytes that name the source, two unsigned numbers of 8 bytes, and
+                  the step that the entry there became;
                   then state, input log and the kept answers, oldest first, each:
                   10 digest of its payload, 3 steps T, 3 outputs O, outputs float32 [N,T,O]
 
@@ -38,7 +39,9 @@ TTL_FOR_EVER: Final = 0xFFFFFFFF
 TOKEN: Final = slice(8, 24)
 HEADER: Final = struct.Struct("<BBHI8sQQQQII8sII")
 HEADER_BYTES: Final = HEADER.size
-SOURCE: Final = struct.Struct("<8sQQ")
+SOURCE: Final = struct.Struct("<8sQQQ")
+POSITION: Final = struct.Struct("<8sQQ")  # of it, what a source says
+STEP: Final = slice(24, 32)
 
 DIGEST_BYTES: Final = 10
 ANSWER_BYTES: Final = 16  # of a kept answer, before its outputs
@@ -79,6 +82,11 @@ def facts(record: bytes) -> Facts:
     return Facts._make(_FACTS.unpack_from(record))
 
 
+def source_of(record: bytes) -> tuple[bytes, int, int, int] | None:
+    """A record's source position: the source's name, its two numbers, and the step; None: it has none."""
+    return SOURCE.unpack_from(record, HEADER_BYTES) if record[1] & HAS_SOURCE else None
+
+
 def answer_mark(steps: int, outputs: int) -> bytes:
     """What follows the digest in a kept answer: T and O."""
     return (steps | outputs << 24).to_bytes(6, "little")
@@ -110,7 +118,7 @@ class Shape:
         input_bytes: Of one step's inputs [N,F].
         state_at, log_at, answers_at, width: Offsets; `width` is the record's length.
         first_word: The header's first eight bytes, as a number.
-        single: What `following` made, once it was asked.
+        single: What `following` made, once it was asked; `fed`: what `feeding` made.
     """
 
     def __init__(
@@ -126,6 +134,7 @@ class Shape:
         self.width = self.answers_at + sum(sizes)
         self.first_word = LAYOUT | flags << 8 | len(sizes) << 16 | examples << 32
         self.single: Advance | None = None
+        self.fed: Advance | None = None
 
     def following(self) -> "Advance":
         """The change that a single step makes."""
@@ -133,8 +142,17 @@ class Shape:
             self.single = self.advance(1, logs=True)
         return self.single
 
-    def advance(self, steps: int, *, logs: bool) -> "Advance":
-        """The change that a call of T steps makes; its inputs may be kept if `logs`: no mask, and none left out."""
+    def feeding(self) -> "Advance":
+        """The change that a single step makes whose inputs came from a source."""
+        if self.fed is None:
+            self.fed = self.advance(1, logs=True, fed=True)
+        return self.fed
+
+    def advance(self, steps: int, *, logs: bool, fed: bool = False) -> "Advance":
+        """The change that a call of T steps makes; its inputs may be kept if `logs`: no mask, and none left out.
+
+        `fed`: they came from a source, whose position the next record has.
+        """
         shapes = self._shapes
         entry = answer_bytes(self.examples, steps, shapes.outputs)
         sizes = *self.sizes, entry
@@ -143,7 +161,8 @@ class Shape:
         if logs and self.examples == 1 and shapes.log_steps:
             new_log = min(steps, shapes.log_steps) * shapes.input_bytes
             log_bytes = min(self.answers_at - self.log_at, shapes.log_steps * shapes.input_bytes - new_log)
-        after = shapes.shape(False, self._ttl_s, self.flags, self.examples, log_bytes + new_log, sizes[dropped:])
+        flags = self.flags | HAS_SOURCE if fed else self.flags
+        after = shapes.shape(False, self._ttl_s, flags, self.examples, log_bytes + new_log, sizes[dropped:])
         log_from, answers_from = self.answers_at - log_bytes, self.answers_at + sum(self.sizes[:dropped])
         mark = answer_mark(steps, shapes.outputs)
         return Advance(self, after, log_from, new_log, answers_from, entry, mark, steps, steady=after is self)

@@ -17,11 +17,15 @@ _OLD_DIGEST_BYTES: Final = 5
 
 
 class Source(NamedTuple):
-    """How far a stream has been taken in: 8 bytes that name it, and a position of two numbers (an entry's id, say)."""
+    """How far a source has been taken in: 8 bytes that name it, and a position of two numbers (an entry's id, say).
+
+    `step` is the session's step that the entry there became.
+    """
 
     name: bytes
     first: int
     second: int
+    step: int
 
 
 @dataclass(frozen=True, slots=True)

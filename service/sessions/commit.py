@@ -13,6 +13,7 @@ from ..store import Store
 from ..telemetry import Metrics, as_ours, log
 from .cache import SessionCache
 from .core import NS_PER_MS, Answers, Ask, Batch, Group, Lane, Load, Roster, Rows, Session, Waiter
+from .feed import Feed, address_letters
 from .run import MaskedRun
 
 Outcome = list[bool] | BaseException
@@ -35,6 +36,8 @@ class Commits:
         batch.left, batch.started = len(batch.steps.sessions), time.perf_counter()
         for group in batch.groups:
             group.answers.began, group.answers.ended = batch.began, batch.started
+            if group.fed:
+                address_letters(group)
             self._store.replace(group.block, partial(self._told, batch, group))
         if not batch.left:
             return None
@@ -49,12 +52,14 @@ class Commits:
             self.refuse(lane.load, session, ask.waiter, run.error or changed)
             self._go_on(session)
             return None
-        outputs, advance = run.reply(), shape.advance(ask.x.shape[1], logs=ask.mask is None)
+        fed = isinstance(ask.waiter, Feed)
+        outputs, advance = run.reply(), shape.advance(ask.x.shape[1], logs=ask.mask is None, fed=fed)
         log = ask.x.tobytes()[ask.x.nbytes - advance.log_new :]
         parts = run.state, lane.digests.call(ask.x, ask.mask), outputs.tobytes()
-        block = LoneBlock(advance, session.key, data, lane.clock() // NS_PER_MS, parts, log)
+        position = ask.waiter.position if isinstance(ask.waiter, Feed) else b""
+        block = LoneBlock(advance, session.key, data, lane.clock() // NS_PER_MS, parts, log, position)
         steps = Rows([session], seqs=[ask.seq], waiters=[ask.waiter], asks={0: ask})
-        group = Group(steps, ask.x.reshape(1, -1), block)
+        group = Group(steps, ask.x.reshape(1, -1), block, fed)
         group.answers = Answers(outputs[None], lane.version)
         return self.batch(Batch(lane, ask.deadline, 0, steps, groups=[group]))
 
@@ -181,6 +186,12 @@ class Commits:
         self._metrics.retries.labels(session.address.model).inc()
         load.leave(1)
         _tell(session, waiter.stepped, answers, 0, step)
+
+    def redelivered(self, load: Load, session: Session, feed: Feed, answers: Answers | None, step: int) -> None:
+        """Answer a call of a source's that was taken in before."""
+        self._metrics.retries.labels(session.address.model).inc()
+        load.leave(1)
+        _tell(session, feed.redelivered, answers, step)
 
 
 def _tell(session: Session, answer: Callable[..., None], *said: object) -> None:

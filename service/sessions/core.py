@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ from ..records.block import Block, LoneBlock, Spares, as_records, side_by_side
 from ..records.digest import Digests
 from ..records.layout import Advance, Facts, Shape, Shapes, facts
 from ..settings import Settings
+from .feed import Feed
 
 if TYPE_CHECKING:
     from .many import Many
@@ -143,6 +144,7 @@ class Lane:
     clock: Callable[[], int]  # wall clock, ns
     drop: "Callable[[Batch, Sequence[int]], None]"  # refuses rows of a batch that are too late to be run
     version: int
+    fed: bool = False  # some of its steps came from a source (Feed)
     open: "Batch | None" = None  # the batch that steps may join now,
     until: float = 0.0  # and how long, monotonic
     calls: int = 0  # step calls made, rows times steps, and seconds of each commit, that are not in the metrics yet
@@ -306,6 +308,10 @@ class Rows:
         """Who waits for a row."""
         return self.waiters[row] if self.many is None else self.many.waiter(self.places[row])
 
+    def feeds(self) -> list[Feed]:
+        """The waiters of steps that all came from a source."""
+        return cast(list[Feed], self.waiters)
+
     def stacked(self) -> Floats:
         """The inputs (B, N x F) of sessions of one N."""
         if self.x is not None:
@@ -330,6 +336,7 @@ class Group:
     rows: Rows
     x: Floats  # (B, N x F)
     block: Block  # their next records
+    fed: bool = False  # they came from a source: all waiters are Feeds
     tags: Ints | None = None  # (B, N), of the new states, once it ran
     answers: Answers = field(init=False)  # once it ran
 
@@ -441,9 +448,12 @@ class Batch:
             return False
         outputs, state = made
         parts = state, lane.digests.row(inputs), outputs.tobytes()
-        advance = shape.single or shape.following()
-        block = LoneBlock(advance, session.key, data, self.now_ms, parts, inputs if advance.log_new else b"")
-        group = Group(self.steps, np.frombuffer(inputs, np.float32)[None], block)
+        advance, position, fed = shape.single or shape.following(), b"", False
+        if lane.fed and isinstance(feed := self.steps.waiters[0], Feed):
+            advance, position, fed = shape.fed or shape.feeding(), feed.position, True
+        log = inputs if advance.log_new else b""
+        block = LoneBlock(advance, session.key, data, self.now_ms, parts, log, position)
+        group = Group(self.steps, np.frombuffer(inputs, np.float32)[None], block, fed)
         group.answers = Answers(outputs.reshape(1, shape.examples, 1, -1), lane.version)
         self.groups = [group]
         return True
@@ -455,20 +465,32 @@ class Batch:
             block = Block(roster.advance, roster.keys, roster.records, self.now_ms, self.lane.spares)
             block.stays, block.place = True, roster.place
             return [Group(steps, steps.stacked(), block)]
+        if not self.lane.fed or steps.many is not None:
+            return self._by_shape(steps, fed=False)
+        fed = [row for row, waiter in enumerate(steps.waiters) if isinstance(waiter, Feed)]
+        if len(fed) in (0, len(steps.sessions)):
+            return self._by_shape(steps, fed=bool(fed))
+        others = sorted(set(range(len(steps.sessions))) - set(fed))
+        return self._by_shape(steps.take(fed), fed=True) + self._by_shape(steps.take(others), fed=False)
+
+    def _by_shape(self, steps: Rows, fed: bool) -> list[Group]:
         shapes: list[Shape] = [session.shape for session in steps.sessions]  # type: ignore[misc]  # they have a lane
         if shapes.count(shapes[0]) == len(shapes):
-            return [self._group(shapes[0], steps)]
+            return [self._group(shapes[0], steps, fed)]
         rows: dict[Shape, list[int]] = {}
         for row, shape in enumerate(shapes):
             rows.setdefault(shape, []).append(row)
-        return [self._group(shape, steps.take(there)) for shape, there in rows.items()]
+        return [self._group(shape, steps.take(there), fed) for shape, there in rows.items()]
 
-    def _group(self, shape: Shape, steps: Rows) -> Group:
+    def _group(self, shape: Shape, steps: Rows, fed: bool) -> Group:
         """The steps of sessions whose records have one shape."""
         old: list[bytes] = [session.data for session in steps.sessions]  # type: ignore[misc]  # they have a lane
         keys = [session.key for session in steps.sessions]
-        block = Block(shape.single or shape.following(), keys, side_by_side(old), self.now_ms)
-        return Group(steps, steps.stacked(), block)
+        advance = shape.fed or shape.feeding() if fed else shape.single or shape.following()
+        block = Block(advance, keys, side_by_side(old), self.now_ms)
+        if fed:
+            block.feed(b"".join([feed.position for feed in steps.feeds()]))
+        return Group(steps, steps.stacked(), block, fed)
 
     def _tags(self, groups: list[Group]) -> Ints:
         """The tags of all rows' states; those of guests have none."""

@@ -233,7 +233,9 @@ class States:
         if child == address:
             raise SessionExists(f"session {address.session!r} cannot be forked to itself", session=address.session)
         view, now = await self.view(address), self.ledger.clock()
-        record = replace(view.record, incarnation=token_bytes(8), revision=1, created_ms=now, used_ms=now, flags=0)
+        record = replace(
+            view.record, incarnation=token_bytes(8), revision=1, created_ms=now, used_ms=now, flags=0, source=None
+        )
         return child, await self._create(child, record)
 
     async def checkpoint(self, address: Address, name: str | None) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from .batch_steps import BatchSteps
 from .cache import SessionCache
 from .commit import Commits
 from .core import NS_PER_MS, Address, Answers, Ask, Floats, Lane, Load, Mask, Session, Waiter, another_n
+from .feed import Feed, is_next, step_there
 from .lanes import Lanes, check_streams, full
 from .quotas import Quotas
 from .roster import Rosters
@@ -101,6 +102,14 @@ class Sessions:
         session.busy = True
         lane.joinable(time.monotonic()).add(session, data, seq, waiter, shape.examples)
         return True
+
+    def feed(self, key: str, data: bytes, seq: int | None, feed: Feed) -> bool:
+        """The same as `join` of a step that came from a source, if its position is the next too."""
+        session = self._cache.get(key)
+        if session is None or session.data is None or session.lane is None or not is_next(session.data, feed.position):
+            return False
+        session.lane.fed = True
+        return self.join(key, data, seq, feed)
 
     def step(
         self,
@@ -226,6 +235,8 @@ class Sessions:
         elif missing:
             self.ledger.there(session.address, None)
         lane, data, shape = session.lane, session.data, session.shape
+        if isinstance(ask.waiter, Feed) and not is_next(data, ask.waiter.position):
+            return self._redelivered(session, ask, ask.waiter, data) if ask.verified else _load_again(session, ask)
         if lane is None or shape is None:
             return self._move(session, ask, records.decode(data))
         rows, steps, features = ask.x.shape
@@ -277,6 +288,8 @@ class Sessions:
 
     def _begin(self, session: Session, lane: Lane, ask: Ask) -> None:
         """Let a call join a batch; one of several steps, or with a mask, runs by itself."""
+        if isinstance(ask.waiter, Feed):
+            lane.fed = True
         if ask.x.shape[1] == 1 and ask.mask is None:
             batch = lane.joinable(time.monotonic())
             batch.steps.asks[len(batch.steps.sessions)] = ask
@@ -306,6 +319,21 @@ class Sessions:
         raise StepConflict(
             f"{text}. Send seq {expected}.", session=name, step=session.step, seq=ask.seq, expected_seq=expected
         )
+
+    def _redelivered(self, session: Session, ask: Ask, feed: Feed, data: bytes) -> bool:
+        """Answer a call that a source gives again; False: no call has begun.
+
+        Raises:
+            SourceConflict: the session is fed from another source.
+        """
+        answers, step = None, step_there(data, feed.position, session.address)
+        record = records.decode(data)
+        kept = record.answer(step) if step else None
+        if kept is not None:
+            outputs = np.frombuffer(kept.outputs, np.float32).reshape(1, record.examples, kept.steps, -1)
+            answers = Answers(outputs, record.version)
+        self._commits.redelivered(self._lanes.load(session.address.model), session, feed, answers, step)
+        return False
 
     def _refuse(self, session: Session, ask: Ask, error: BaseException) -> None:
         self._commits.refuse(self._lanes.load(session.address.model), session, ask.waiter, error)

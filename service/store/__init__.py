@@ -36,6 +36,7 @@ class Store(Protocol):
     """
 
     volatile: bool  # a restart of the process forgets everything
+    tells: bool  # `replace` takes a block with an outbox: its letters go with the records, or not at all
 
     async def open(self) -> None:
         """Connect; create what is needed. Raises StoreUnavailable where that fails."""

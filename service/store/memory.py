@@ -47,6 +47,7 @@ class MemoryStore:
     """
 
     volatile = True
+    tells = False
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock

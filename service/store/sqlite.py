@@ -81,6 +81,7 @@ class SqliteStore:
     """
 
     volatile = False
+    tells = False
 
     def __init__(
         self,

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Final
+from typing import TYPE_CHECKING, Final
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 from stepcast.errors import ConfigError
@@ -11,7 +11,11 @@ from . import Store
 from . import StoreOptions as StoreOptions
 from .memory import MemoryStore
 from .sqlite import SqliteStore
+from .streams import Sink, Source, StreamPlace
 from .write_behind import BehindStore
+
+if TYPE_CHECKING:
+    from .redis.topology import Nodes
 
 DURABILITIES: Final = ("commit", "replicated", "interval")
 _REDIS: Final = frozenset({"redis", "rediss", "redis+sentinel", "rediss+sentinel", "redis+cluster", "rediss+cluster"})
@@ -55,9 +59,35 @@ def _sqlite(parts: SplitResult, options: StoreOptions) -> SqliteStore:
 
 
 def _redis(parts: SplitResult, options: StoreOptions) -> Store:
+    from .redis.store import RedisStore  # here, so that other stores need no client of Redis in memory
+
+    return RedisStore(_nodes(parts, options))
+
+
+def open_source(url: str, place: StreamPlace, options: StoreOptions) -> Source:
+    """Streams to be stepped, not connected yet. Raises ConfigError: the URL names no Redis, or a cluster."""
+    from .redis.streams import RedisSource
+
+    return RedisSource(_one_redis(url, options), _one_redis(url, replace(options, durability="commit")), place)
+
+
+def open_sink(url: str, place: StreamPlace, options: StoreOptions) -> Sink:
+    """The stream for what was stepped; otherwise the same."""
+    from .redis.streams import RedisSink
+
+    return RedisSink(_one_redis(url, options), place.sink, place.keep)
+
+
+def _one_redis(url: str, options: StoreOptions) -> "Nodes":
+    parts = urlsplit(url)
+    if parts.scheme not in _REDIS or parts.scheme.endswith("+cluster"):
+        raise ConfigError(f"streams lie in one Redis, got {parts.scheme!r}. Give redis:// or redis+sentinel://.")
+    return _nodes(parts, options)
+
+
+def _nodes(parts: SplitResult, options: StoreOptions) -> "Nodes":
     """redis://[[user]:password@]host[:port][/db], and the same with several hosts for Sentinel and Cluster."""
-    from .redis.connection import connect  # here, so that other stores need no client of Redis in memory
-    from .redis.store import RedisStore
+    from .redis.connection import connect
     from .redis.topology import Cluster, Node, Nodes, connect_primary, servers_of
 
     scheme, _, kind = parts.scheme.partition("+")
@@ -71,15 +101,15 @@ def _redis(parts: SplitResult, options: StoreOptions) -> Store:
         servers = servers_of(parts, scheme, path, query, 26379)
         sentinels = [replace(server, options={**server.options, "db": 0, **entry}) for server in servers]
         primary = Node(servers[0], lambda: connect_primary(sentinels, unquote(service), servers[0], options), options)
-        return RedisStore(Nodes(primary, options))
+        return Nodes(primary, options)
     servers = servers_of(parts, scheme, path, query, 6379)
     if kind == "cluster":
         if path not in ("", "0"):
             raise ConfigError(f"store URL asks for database {path!r}. A cluster has only one; leave it out.")
-        return RedisStore(Cluster(servers, options))
+        return Cluster(servers, options)
     if len(servers) > 1:
         raise ConfigError(f"store URL names {len(servers)} hosts. Write redis+cluster:// or redis+sentinel://.")
-    return RedisStore(Nodes(Node(servers[0], lambda: connect(servers[0], options), options), options))
+    return Nodes(Node(servers[0], lambda: connect(servers[0], options), options), options)
 
 
 def _query(parts: SplitResult, known: Sequence[str]) -> dict[str, str]:

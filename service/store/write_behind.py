@@ -44,7 +44,7 @@ class BehindStore:
     """
 
     def __init__(self, base: Store, interval_s: float, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self.volatile = base.volatile
+        self.volatile, self.tells = base.volatile, False
         self.dropped = 0  # sessions whose waiting record was dropped because another process had written them
         self._base, self._interval_s, self._clock = base, interval_s, clock
         self._waiting: dict[str, _Waiting] = {}

@@ -12,6 +12,7 @@ from ..rooms import Room, load, module_of
 
 _COMMANDS: Final[dict[str, tuple[Room, str]]] = {
     "serve": ("service", "Serve models until SIGTERM; --example serves the model that comes with Stepcast."),
+    "consume": ("service", "Step the entries of a Redis Stream, tell the outputs to another, until SIGTERM."),
     "check": ("service", "Prove a model directory, and say where each recurrent node runs."),
     "score": ("service", "Step a table of any size through a model, without a server."),
     "key": ("service", "Make an API key, and its line for the key file."),

@@ -14,7 +14,7 @@ from typing import Any, Final, cast
 import numpy as np
 from hiredis import pack_command
 
-from ...records.block import Block, Bytes
+from ...records.block import Block, Bytes, Outbox
 from ...records.layout import TOKEN
 from .. import Write
 
@@ -25,9 +25,10 @@ _FEW: Final = 12  # records that are written by hand sooner than numpy's calls f
 _MOST_FRAMES: Final = 8
 _FRAME_BYTES: Final = 4 << 20  # of records; more are written one by one, so that little memory is kept for frames
 
-SCRIPT: Final = f"""
-local key, at, applied = 1, 1, {{}}
-while at <= #ARGV do
+_SCRIPT: Final = f"""
+local key, at, applied, last = 1, 1, {{}}, #ARGV
+--TELLING
+while at <= last do
   local main, expect, record, ttl, sides = KEYS[key], ARGV[at], ARGV[at + 1], ARGV[at + 2], ARGV[at + 3]
   key, at = key + 1, at + 4
   local side, count = nil, 0
@@ -50,6 +51,7 @@ while at <= #ARGV do
     end
   end
   at = behind
+  --TELL
 end
 return applied
 """
@@ -62,6 +64,25 @@ A session without side records has one key in its commands: in a cluster, comman
 moves if one of them is not there. What a session that was evicted or deleted from outside has left under the second
 key is forgotten when side records are first set."""
 
+_TELLING: Final = """
+local fields, rows, sink, group, keep, deletes = unpack(ARGV, #ARGV - 5)
+fields, rows = tonumber(fields), tonumber(rows)
+last = #ARGV - 6 - rows * (fields + 2)
+local letter = last + 1
+"""
+_TELL: Final = """
+  if applied[#applied] == 1 then
+    if keep == '0' then redis.call('XADD', sink, '*', unpack(ARGV, letter + 2, letter + 1 + fields))
+    else redis.call('XADD', sink, 'MAXLEN', '~', keep, '*', unpack(ARGV, letter + 2, letter + 1 + fields)) end
+    redis.call('XACK', ARGV[letter], group, ARGV[letter + 1])
+    if deletes == '1' then redis.call('XDEL', ARGV[letter], ARGV[letter + 1]) end
+  end
+  letter = letter + 2 + fields
+"""
+"""The same with a letter for each session behind all of them: stream, entry, then the sink's fields; and at the end the
+number of those, that of the letters, and the outbox. Where the record is replaced, the letter goes into the sink and
+the entry is acknowledged; KEYS ends with the streams."""
+
 
 def pack(*words: str | bytes | int) -> bytes:
     """A command in Redis' protocol."""
@@ -69,8 +90,10 @@ def pack(*words: str | bytes | int) -> bytes:
     return packed
 
 
-LESSON: Final = pack("SCRIPT", "LOAD", SCRIPT)
-_SHA: Final = sha1(SCRIPT.encode(), usedforsecurity=False).hexdigest()
+SCRIPT: Final = _SCRIPT.replace("--TELLING", "").replace("--TELL", "")
+TELLING_SCRIPT: Final = _SCRIPT.replace("--TELLING", _TELLING).replace("--TELL", _TELL)
+LESSONS: Final = tuple(pack("SCRIPT", "LOAD", script) for script in (SCRIPT, TELLING_SCRIPT))
+_SHA, _TELLING_SHA = (sha1(text.encode(), usedforsecurity=False).hexdigest() for text in (SCRIPT, TELLING_SCRIPT))
 
 
 def main(key: str) -> str:
@@ -109,6 +132,8 @@ class Frames:
 
     def commands(self, block: Block, parts: Sequence[range], touch_sides: bool) -> list[bytes]:
         """One command for each of `parts`, rows of a block."""
+        if block.outbox is not None:
+            return [_told(block, part, touch_sides) for part in parts]
         sides = b"0" if touch_sides else b""
         begin = block.place if block.stays and isinstance(block.place, list) else _heads(block.keys, parts, bool(sides))
         if block.stays:
@@ -134,6 +159,24 @@ class Frames:
         if tokens is not None:
             frame[:, token_at : token_at + token_bytes] = tokens
         return frame
+
+
+def _told(block: Block, part: range, touch_sides: bool) -> bytes:
+    """The command of some rows of a block with letters."""
+    outbox, letters = cast(Outbox, block.outbox), block.letters[part.start : part.stop]
+    sides = "0" if touch_sides else ""
+    keys: list[str | bytes] = []
+    for key in block.keys[part.start : part.stop]:
+        keys += (main(key), side(key)) if sides else (main(key),)
+    keys += (outbox.sink, *{letter.stream for letter in letters})
+    words: list[str | bytes | int] = ["EVALSHA", _TELLING_SHA, len(keys), *keys]
+    ttl, records, expected = _ttl(block.ttl_s), block.records(), block.expected()
+    for row in part:
+        words += (expected[row], records[row], ttl, sides)
+    for letter in letters:
+        words += (letter.stream, letter.entry, *letter.fields)
+    words += (len(letters[0].fields), len(letters), outbox.sink, outbox.group, outbox.keep, int(outbox.deletes))
+    return pack(*words)
 
 
 def _frame(count: int, token_bytes: int, width: int, end: bytes) -> Bytes:

@@ -19,7 +19,7 @@ from hiredis import HiredisError, Reader, ReplyError
 from stepcast.errors import StoreUnavailable
 
 from .. import StoreOptions
-from .commands import LESSON, pack
+from .commands import LESSONS, pack
 
 _SEND_BYTES: Final = 1 << 20  # room in the kernel for a whole batch, so that it leaves in one go
 _SLOW_RETRY_S: Final = 0.5
@@ -242,14 +242,14 @@ async def ask(line: Wire | Line, *commands: bytes) -> Replies:
 
 
 async def connect(server: Server, options: StoreOptions) -> Wire:
-    """Open a connection, enter, and teach the server our script. Raises StoreUnavailable."""
+    """Open a connection, enter, and teach the server our scripts. Raises StoreUnavailable."""
     wire, limit_s = Wire(server, options.reply_timeout_s), options.connect_timeout_s
     named = pack("CLIENT", "SETNAME", "stepcast")  # for who looks at Redis' list of clients; it may be forbidden
     try:
         async with asyncio.timeout(limit_s):
             loop = asyncio.get_running_loop()
             await loop.create_connection(lambda: wire, server.host, server.port, ssl=server.context)
-            *replies, _ = await ask(wire, *server.greeting(), LESSON, named)
+            *replies, _ = await ask(wire, *server.greeting(), *LESSONS, named)
     except BaseException as error:
         wire.close("not connected")
         if isinstance(error, OSError | ValueError):

@@ -30,6 +30,7 @@ class RedisStore:
 
     def __init__(self, nodes: Nodes) -> None:
         self._nodes, self._frames = nodes, Frames()
+        self.tells = nodes.most > 1  # a cluster has the streams elsewhere
 
     async def open(self) -> None:
         try:

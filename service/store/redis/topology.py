@@ -22,7 +22,7 @@ from redis.exceptions import RedisError
 from stepcast.errors import ConfigError, StoreUnavailable
 
 from .. import StoreOptions, tell
-from .commands import LESSON, pack
+from .commands import LESSONS, pack
 from .connection import Line, Refused, Replies, Server, Wire, ask, connect, unavailable
 
 _SLOTS: Final = 16384
@@ -158,7 +158,7 @@ class Nodes:
 
     def _next(self, key: str, refused: Refused) -> tuple[Node | None, Sequence[bytes]]:
         """Where a command goes that was not done, and what must be said before it."""
-        return self._node, (LESSON,)
+        return self._node, LESSONS
 
 
 def _nowhere() -> StoreUnavailable:
@@ -239,7 +239,7 @@ class Cluster(Nodes):
             if refused.reason == "ASK":
                 return node, (_ASKING,)
             self._owners[slot] = node
-        return self._owners[slot], (LESSON,) if refused.reason == "NOSCRIPT" else ()
+        return self._owners[slot], LESSONS if refused.reason == "NOSCRIPT" else ()
 
     def _at(self, asked: Server, host: str, port: int) -> Node:
         """The server that another one names; one without a name has the same host."""

@@ -1,0 +1,1 @@
+"""Streams: entries that are stepped, and what is told of them."""
