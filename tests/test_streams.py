@@ -536,7 +536,7 @@ FEW_STREAMING = [kind for kind in FEW if kind in laws.STREAMING]
 @pytest.fixture(scope="module")
 def server(shared_redis: SharedRedis) -> Iterator[Running]:
     """A server on the Redis of the streams."""
-    with running(store=shared_redis.get("redis")[0].url, batch_rows=32) as server:
+    with running(store=shared_redis.get("redis")[0].url, batch_rows=32, grpc_port=0) as server:
         yield server
 
 
