@@ -28,6 +28,7 @@ class Block:
         place: object = None,
     ) -> None:
         self.keys, self.ttl_s, self.touch_sides, self.stays, self.place = keys, ttl_s, touch_sides, stays, place
+        self.outbox, self.letters = None, ()
         self._old, self._new = old, new
         self.old = None if old is None else side_by_side(old)
         self.new = side_by_side(new)

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import closing, suppress
+from dataclasses import replace
 from itertools import count, pairwise
 from pathlib import Path
 from random import Random
@@ -44,8 +45,8 @@ def token(data: bytes) -> bytes:
     return data[8:24]
 
 
-async def opened(url: str, durability: str = "commit") -> Store:
-    store = open_store(url, durability=durability, options=_FAST)
+async def opened(url: str, durability: str = "commit", replica_timeout_s: float = 0.3) -> Store:
+    store = open_store(url, durability=durability, options=replace(_FAST, replica_timeout_s=replica_timeout_s))
     await store.open()
     return store
 
@@ -484,7 +485,7 @@ async def test_sentinel_failover_is_followed(
 ) -> None:
     primary, replica = redis_pair
     url = f"redis+sentinel://127.0.0.1:1,{redis_sentinel.name}/pump/0"
-    store, key, first = await opened(url, "replicated"), next(_names), record(1)
+    store, key, first = await opened(url, "replicated", 5.0), next(_names), record(1)
     assert await store.change([Write(key, None, first)]) == [True]
     primary.kill()
     commit_store = open_store(url, options=_FAST)

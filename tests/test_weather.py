@@ -177,10 +177,14 @@ def test_train_export_and_evaluate_from_the_command_line(tmp_path: Path, capsys:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_recipe_reaches_the_figure_it_states(tmp_path: Path) -> None:
-    """The recipe as it is, on any machine: one, six and 24 hours ahead the means of the ratios that it states."""
+    """The recipe on any machine: one, six and 24 hours ahead the means of the ratios that it states.
+
+    Without its calibration, nine further trainings, which changes widths only (test_calibration.py).
+    """
     assert "# Reaches: ratio <= 0.87" in RECIPE.read_text()
     started, threads = time.process_time(), torch.get_num_threads()
-    assert main(["train", str(RECIPE), "--out", str(tmp_path / "models"), "--runs", str(tmp_path / "runs")]) == 0
+    places = ["--out", str(tmp_path / "models"), "--runs", str(tmp_path / "runs")]
+    assert main(["train", str(RECIPE), *places, "--set", "training.calibrate=null"]) == 0
     torch.set_num_threads(threads)
     assert time.process_time() - started < 600
     directory = tmp_path / "models" / "weather" / "1"
