@@ -19,7 +19,7 @@ from stepcast.errors import QuotaExceeded
 
 pytestmark = pytest.mark.service
 
-KEYS = "admin:acme:acme-key,admin:other:other-key"
+KEYS = "admin:measured:acme-key,admin:beside:other-key"  # namespaces that no other test fills
 ROW_BYTES = 32  # of lstm's state
 STORES = ("memory", "sqlite", "redis", "cluster")
 X = [0.1, 0.2, 0.3]
