@@ -303,15 +303,18 @@ def test_bytes_in_flight_are_bounded_for_a_namespace_and_in_all(hasty: Running) 
                 sock.sendall(head + b"[" * (large - 1))
                 return sock
 
-            for held in (1, 2):
-                begin(heads[0])
+            def begin_and_wait(head: bytes, held: int) -> None:
+                begin(head)
                 deadline = time.monotonic() + 10
                 while hasty.app.heads.intake.held < held * (large - 1):
                     assert time.monotonic() < deadline
                     time.sleep(0.002)
+
+            for held in (1, 2):
+                begin_and_wait(heads[0], held)
             status, code, problem = told(begin(heads[0]))
             assert (status, code, problem["limit"]) == (429, "intake_full", 2**21)
-            begin(heads[1])
+            begin_and_wait(heads[1], 3)
             status, code, problem = told(begin(heads[1]))
             assert (status, code, problem["limit"]) == (429, "intake_full", 3 * 2**20)
         settles(hasty)
